@@ -1,0 +1,37 @@
+"""See, train and scale Mixture-of-Experts routing in PyTorch."""
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+# public name -> the module it lives in; nothing is imported before it is used (PEP 562)
+_HOMES = {
+    "BiasBalance": "moesaic.train.callbacks",
+    "DeepseekV3MoE": "moesaic.layer.moe",
+    "ExpertSpec": "moesaic.engine.spec",
+    "ExpertWeights": "moesaic.types",
+    "Experts": "moesaic.layer.experts",
+    "MoE": "moesaic.layer.moe",
+    "MoEConfig": "moesaic.config",
+    "MoEGate": "moesaic.article",
+    "Router": "moesaic.layer.router",
+    "Routing": "moesaic.types",
+    "load": "moesaic.trace.store",
+    "record": "moesaic.trace.record",
+    "route": "moesaic.rules",
+    "steps": "moesaic.trace.steps",
+}
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'moesaic' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])

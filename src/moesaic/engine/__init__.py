@@ -1,0 +1,1 @@
+"""How expert MLPs are computed; every engine has one signature."""

@@ -1,0 +1,37 @@
+"""The definition of expert computation. Slow, any dtype, differentiable, and each row on its own."""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from moesaic.engine.spec import ExpertSpec
+from moesaic.types import ExpertWeights
+
+
+def reference(
+    tokens: Float[Tensor, "T D"],
+    expert_ids: Int[Tensor, "T K"],
+    weights: Float[Tensor, "T K"],
+    experts: ExpertWeights,
+    spec: ExpertSpec,
+) -> Float[Tensor, "T O"]:
+    """out[t] = sum over k of weights[t, k] * expert[expert_ids[t, k]](tokens[t]), summed in slot order.
+
+    One token through one expert at a time, so a row's bits do not depend on the rows beside it (a BLAS result depends
+    on the number of rows). The sum runs in the wider of float32 and the tokens' dtype.
+    """
+    n_experts = len(experts.up)
+    up, down = experts.up.unbind(), experts.down.unbind()
+    up_bias = [None] * n_experts if experts.up_bias is None else experts.up_bias.unbind()
+    down_bias = [None] * n_experts if experts.down_bias is None else experts.down_bias.unbind()
+    empty = tokens.new_zeros(1, spec.output_size(experts), dtype=torch.promote_types(tokens.dtype, torch.float32))
+    rows = [empty[:0]]
+    for token, ids, scales in zip(tokens.split(1), expert_ids.tolist(), weights, strict=True):
+        row = empty
+        for expert, scale in zip(ids, scales, strict=True):
+            if expert == n_experts:
+                continue
+            hidden = spec.activate(spec.project(token, up[expert], up_bias[expert]))
+            row = row + scale * spec.project(hidden, down[expert], down_bias[expert])
+        rows.append(row)
+    return torch.cat(rows).to(tokens.dtype)

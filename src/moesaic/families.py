@@ -1,0 +1,119 @@
+"""Released models as data: presets, how each Hugging Face family spells and routes, where official codes disagree."""
+
+from collections.abc import Mapping
+from typing import Any
+
+# How families route: only what their config.json does not say itself.
+
+V3 = {"scoring_func": "sigmoid", "topk_method": "noaux_tc"}
+IN_MODEL_DTYPE = {"router_dtype": "model", "weights_dtype": "model"}
+SOFTMAX = {"scoring_func": "softmax", "topk_method": "greedy", **IN_MODEL_DTYPE}
+GPT_OSS = {
+    **SOFTMAX, "score_after_topk": True, "norm_topk_prob": False, "score_dtype": "model", "router_bias": True,
+    "expert_bias": True, "swiglu_alpha": 1.702, "swiglu_limit": 7.0, "swiglu_up_offset": 1.0,
+    "interleaved": True, "transposed": True,
+}  # fmt: skip
+
+FAMILIES: dict[str, dict[str, Any]] = {
+    "deepseek_v3": V3,
+    "glm4_moe": V3,
+    "dots1": V3,
+    "kimi_k2": V3,
+    "deepseek_v2": {"scoring_func": "softmax", "topk_method": "greedy", "norm_topk_prob": False},
+    "mixtral": {**SOFTMAX, "norm_topk_prob": True, "weights_dtype": "float32"},
+    "qwen2_moe": {**SOFTMAX, "norm_topk_prob": False, "n_shared_experts": 1, "shared_expert_gate": True},
+    "qwen3_moe": {**SOFTMAX, "norm_topk_prob": False},
+    "olmoe": {**SOFTMAX, "norm_topk_prob": False},
+    "gpt_oss": GPT_OSS,
+}
+
+# transformers hard-codes these for the family, whatever config.json says
+FIXED: dict[str, tuple[str, ...]] = {
+    "deepseek_v2": ("norm_topk_prob",),  # its router never normalises
+    "mixtral": ("norm_topk_prob",),
+    "gpt_oss": ("norm_topk_prob", "hidden_act"),
+}
+
+ALIASES: dict[str, tuple[str, ...]] = {
+    "n_routed_experts": ("n_routed_experts", "num_local_experts", "num_experts", "moe_num_experts"),
+    "num_experts_per_tok": ("num_experts_per_tok", "moe_topk", "moe_k", "num_experts_per_token", "top_k"),
+    "moe_intermediate_size": ("moe_intermediate_size", "intermediate_size"),
+    "n_shared_experts": ("n_shared_experts", "num_shared_experts", "moe_num_shared_experts"),
+}
+
+
+def read_family(source: Any, known: set[str]) -> dict[str, Any]:
+    """The fields in `known` that a Hugging Face config, or a plain object or dict like one, sets."""
+    given = _as_dict(source)
+    if "text_config" in given and not any(name in given for name in ALIASES["n_routed_experts"]):
+        given = _as_dict(given["text_config"])
+    given = {name: value for name, value in given.items() if value is not None}
+    model_type = given.get("model_type")
+    if not any(name in given for name in ALIASES["n_routed_experts"]):
+        raise ValueError(
+            f"model_type={model_type!r} has no experts (no {', '.join(ALIASES['n_routed_experts'])}): not an MoE model"
+        )
+    if model_type is not None and model_type not in FAMILIES and "scoring_func" not in given:
+        raise ValueError(
+            f"model_type={model_type!r} is not a family known here and its config has no scoring_func: "
+            f"build MoEConfig(...) by hand, or use one of {', '.join(FAMILIES)}"
+        )
+    fields = dict(FAMILIES.get(model_type, {}))
+    fixed = FIXED.get(model_type, ())
+    for name in known - set(fixed):
+        for alias in ALIASES.get(name, (name,)):
+            if alias in given:
+                fields[name] = given[alias]
+                break
+    if missing := {"hidden_size", "num_experts_per_tok"} - set(fields):
+        raise ValueError(f"{min(missing)} is missing from the config: add it")
+    return fields
+
+
+def _as_dict(source: Any) -> dict[str, Any]:
+    if isinstance(source, Mapping):
+        return dict(source)
+    if hasattr(source, "to_dict"):
+        return source.to_dict()
+    return {name: getattr(source, name) for name in dir(source) if not name.startswith("_")}
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "deepseek-v3": {
+        **V3, "hidden_size": 7168, "moe_intermediate_size": 2048, "n_routed_experts": 256, "num_experts_per_tok": 8,
+        "n_group": 8, "topk_group": 4, "n_shared_experts": 1, "norm_topk_prob": True, "routed_scaling_factor": 2.5,
+    },
+    "deepseek-v2": {
+        "scoring_func": "softmax", "topk_method": "group_limited_greedy", "norm_topk_prob": False,
+        "hidden_size": 5120, "moe_intermediate_size": 1536, "n_routed_experts": 160, "num_experts_per_tok": 6,
+        "n_group": 8, "topk_group": 3, "n_shared_experts": 2, "routed_scaling_factor": 16.0,
+    },
+    "glm4-moe": {
+        **V3, "hidden_size": 4096, "moe_intermediate_size": 1408, "n_routed_experts": 128, "num_experts_per_tok": 8,
+        "n_shared_experts": 1, "norm_topk_prob": True, "routed_scaling_factor": 1.0,
+    },
+    "mixtral": {
+        **FAMILIES["mixtral"], "hidden_size": 4096, "moe_intermediate_size": 14336,
+        "n_routed_experts": 8, "num_experts_per_tok": 2,
+    },
+    "qwen3-moe": {
+        **FAMILIES["qwen3_moe"], "hidden_size": 2048, "moe_intermediate_size": 768,
+        "n_routed_experts": 128, "num_experts_per_tok": 8, "norm_topk_prob": True,
+    },
+    "olmoe": {
+        **FAMILIES["olmoe"], "hidden_size": 2048, "moe_intermediate_size": 1024,
+        "n_routed_experts": 64, "num_experts_per_tok": 8,
+    },
+    "gpt-oss": {
+        **FAMILIES["gpt_oss"], "hidden_size": 2880, "moe_intermediate_size": 2880,
+        "n_routed_experts": 128, "num_experts_per_tok": 4,
+    },
+    "classic": {
+        "scoring_func": "softmax", "score_after_topk": True, "topk_method": "greedy", "norm_topk_prob": False,
+        "gated": False, "hidden_act": "relu", "hidden_size": 32, "moe_intermediate_size": 64, "output_size": 16,
+        "n_routed_experts": 8, "num_experts_per_tok": 2,
+    },
+}  # fmt: skip
+
+# Where official codes disagree: what to change in a DeepSeek config to route as they do.
+CONVENTIONS: dict[str, Any] = {}

@@ -1,0 +1,1 @@
+"""One MoE layer: router, experts, and what keeps them balanced."""

@@ -1,0 +1,109 @@
+"""Experts: stacked weights of all routed experts; (tokens, expert_ids, weights) -> weighted sum per token."""
+
+import math
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from moesaic.config import MoEConfig
+from moesaic.engine.select import check_engine, select_engine
+from moesaic.engine.spec import ExpertSpec
+from moesaic.types import ExpertWeights
+
+
+class Experts(nn.Module):
+    """E expert MLPs in Hugging Face's fused layout: `gate_up_proj` [E, 2I, D] (`up_proj` [E, I, D] where not gated)
+    and `down_proj` [E, O, I]; with biases `..._proj_bias`; [E, in, out] where the config says transposed.
+
+    `load_state_dict` also takes the per-expert spelling found on disk, `7.gate_proj.weight`; every expert must be there.
+    """
+
+    def __init__(
+        self, config: MoEConfig, *, engine: str = "auto", device: Any = None, dtype: torch.dtype | None = None
+    ) -> None:
+        super().__init__()
+        if config.moe_intermediate_size is None:
+            raise ValueError("moe_intermediate_size=None makes a gate without experts: give the width of an expert")
+        self.config = config
+        self.engine = check_engine(engine)
+        self.spec = ExpertSpec.of(config)
+        n, d, i = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
+        u, o = (2 * i if config.gated else i), config.output_size or d
+
+        def weights(rows: int, columns: int) -> nn.Parameter:
+            shape = (n, columns, rows) if config.transposed else (n, rows, columns)
+            return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+
+        def biases(rows: int) -> nn.Parameter | None:
+            return nn.Parameter(torch.empty(n, rows, device=device, dtype=dtype)) if config.expert_bias else None
+
+        self._up_name = "gate_up_proj" if config.gated else "up_proj"
+        self.register_parameter(self._up_name, weights(u, d))
+        self.down_proj = weights(o, i)
+        self.register_parameter(self._up_name + "_bias", biases(u))
+        self.down_proj_bias = biases(o)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Uniform in ±1/sqrt(fan in), as nn.Linear."""
+        hidden, width = self.config.hidden_size, self.config.moe_intermediate_size
+        weights = self.weights
+        for parameter, fan_in in (
+            (weights.up, hidden),
+            (weights.down, width),
+            (weights.up_bias, hidden),
+            (weights.down_bias, width),
+        ):
+            if parameter is not None:
+                nn.init.uniform_(parameter, -1 / math.sqrt(fan_in), 1 / math.sqrt(fan_in))
+
+    @property
+    def weights(self) -> ExpertWeights:
+        up = self._up_name
+        return ExpertWeights(getattr(self, up), self.down_proj, getattr(self, up + "_bias"), self.down_proj_bias)
+
+    def forward(
+        self, tokens: Float[Tensor, "T D"], expert_ids: Int[Tensor, "T K"], weights: Float[Tensor, "T K"]
+    ) -> Float[Tensor, "T O"]:
+        """Weighted sum of the chosen experts per token. The id E is skipped, its weight ignored."""
+        engine = select_engine(self.engine, tokens.device, tokens.dtype)
+        return engine(tokens, expert_ids, weights, self.weights, self.spec)
+
+    def extra_repr(self) -> str:
+        c = self.config
+        width = f"{c.hidden_size} -> {c.moe_intermediate_size} -> {c.output_size or c.hidden_size}"
+        return f"{c.n_routed_experts} x ({width}), {c.hidden_act}{', gated' if c.gated else ''}, engine={self.engine!r}"
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        fuse_experts(state_dict, prefix, self.config)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def fuse_experts(state_dict: dict[str, Any], prefix: str, config: MoEConfig) -> None:
+    """Replace `{prefix}7.gate_proj.weight`, ... by the fused keys, in place; a state dict that is fused stays.
+
+    Where an expert or one of its matrices is missing, the per-expert keys stay and strict loading names them.
+    """
+    names = ("gate_proj", "up_proj", "down_proj") if config.gated else ("up_proj", "down_proj")
+    kinds = ("weight", "bias") if config.expert_bias else ("weight",)
+    wanted = [[f"{prefix}{e}.{n}.{k}" for e in range(config.n_routed_experts)] for n in names for k in kinds]
+    if not all(key in state_dict for keys in wanted for key in keys):
+        return
+    for kind in kinds:
+        suffix = "_proj" if kind == "weight" else "_proj_bias"
+        stacks = {
+            n: torch.stack([state_dict.pop(f"{prefix}{e}.{n}.{kind}") for e in range(config.n_routed_experts)])
+            for n in names
+        }
+        up = [stacks[n] for n in names[:-1]]
+        if config.gated and config.interleaved:
+            fused = torch.stack(up, dim=2).flatten(1, 2)
+        else:
+            fused = torch.cat(up, dim=1)
+        down = stacks["down_proj"]
+        if kind == "weight" and config.transposed:
+            fused, down = fused.mT.contiguous(), down.mT.contiguous()
+        state_dict[prefix + ("gate_up" if config.gated else "up") + suffix] = fused
+        state_dict[prefix + "down" + suffix] = down

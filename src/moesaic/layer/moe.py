@@ -1,0 +1,112 @@
+"""The MoE layer: MoE (classic and general), and DeepseekV3MoE, which adds shared experts."""
+
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from moesaic.config import MoEConfig
+from moesaic.engine.spec import ACTIVATIONS
+from moesaic.layer.experts import Experts
+from moesaic.layer.router import Router
+
+
+class MoE(nn.Module):
+    """Routed experts behind a gate. Tensor in, tensor out, for training and inference; no token is ever dropped."""
+
+    def __init__(
+        self, config: MoEConfig, *, engine: str = "auto", device: Any = None, dtype: torch.dtype | None = None
+    ) -> None:
+        super().__init__()
+        if config.n_shared_experts and type(self) is MoE:
+            raise ValueError(
+                f"n_shared_experts={config.n_shared_experts} needs a layer that has them: use DeepseekV3MoE"
+            )
+        self.config = config
+        self.gate = Router(config, device=device, dtype=dtype)
+        self.experts = Experts(config, engine=engine, device=device, dtype=dtype)
+
+    @classmethod
+    def classic(
+        cls,
+        input_dim: int,
+        hidden_dim: int,
+        output_dim: int,
+        num_experts: int,
+        k: int,
+        *,
+        activation: str = "relu",
+        bias: bool = False,
+        engine: str = "auto",
+    ) -> Self:
+        """The classic MoE: top-k on the logits, softmax over the k kept, experts of two plain layers.
+
+        `output_dim` may differ from `input_dim`.
+        """
+        config = MoEConfig.preset(
+            "classic",
+            hidden_size=input_dim,
+            moe_intermediate_size=hidden_dim,
+            output_size=output_dim,
+            n_routed_experts=num_experts,
+            num_experts_per_tok=k,
+            hidden_act=activation,
+            expert_bias=bias,
+        )
+        return cls(config, engine=engine)
+
+    def forward(self, x: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch O"]:
+        tokens = x.flatten(0, -2)  # [T, D]
+        routing = self.gate(tokens)
+        out = self.experts(tokens, routing.expert_ids, routing.weights)
+        return out.unflatten(0, x.shape[:-1])  # output width may differ from D
+
+    def num_parameters(self, *, active: bool = False) -> int:
+        """Parameters of the layer; with `active`, those that one token passes through."""
+        total = sum(p.numel() for p in self.parameters())
+        if not active:
+            return total
+        routed = sum(p.numel() for p in self.experts.parameters())
+        return total - routed + routed // self.config.n_routed_experts * self.config.num_experts_per_tok
+
+    def extra_repr(self) -> str:
+        return f"parameters={self.num_parameters():,}, active={self.num_parameters(active=True):,}"
+
+
+class DeepseekV3MoE(MoE):
+    """DeepSeek-V3's layer (arXiv 2412.19437, eq. 12): routed experts plus shared experts that see every token.
+
+    N_s shared experts are one MLP of N_s times the width; `n_shared_experts=0` has none. With `shared_expert_gate`
+    their output is scaled by sigmoid(w·x), as in Qwen2-MoE. State-dict keys are those of transformers' class.
+    """
+
+    def __init__(
+        self, config: MoEConfig, *, engine: str = "auto", device: Any = None, dtype: torch.dtype | None = None
+    ) -> None:
+        super().__init__(config, engine=engine, device=device, dtype=dtype)
+        self.shared_experts = SharedExperts(config, device=device, dtype=dtype) if config.n_shared_experts else None
+
+    def forward(self, x: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch O"]:
+        out = super().forward(x)
+        if self.shared_experts is not None:
+            out = out + self.shared_experts(x)
+        return out
+
+
+class SharedExperts(nn.Module):
+    """The experts that every token visits, as one gated MLP [D -> N_s*I -> O]."""
+
+    def __init__(self, config: MoEConfig, *, device: Any = None, dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        hidden, width, out = config.hidden_size, config.shared_width, config.output_size or config.hidden_size
+        self.gate_proj = nn.Linear(hidden, width, bias=False, device=device, dtype=dtype)
+        self.up_proj = nn.Linear(hidden, width, bias=False, device=device, dtype=dtype)
+        self.down_proj = nn.Linear(width, out, bias=False, device=device, dtype=dtype)
+        self.gate = nn.Linear(hidden, 1, bias=False, device=device, dtype=dtype) if config.shared_expert_gate else None
+        self.act = ACTIVATIONS[config.hidden_act]
+
+    def forward(self, x: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch O"]:
+        out = self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))
+        return out if self.gate is None else F.sigmoid(self.gate(x)) * out

@@ -1,0 +1,105 @@
+"""Router: hidden states -> Routing. The gate of an MoE layer."""
+
+import math
+from collections.abc import Callable
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from moesaic.config import MoEConfig
+from moesaic.rules import route
+from moesaic.types import Routing
+
+
+class Router(nn.Module):
+    """One row of `weight` [E, D] is one expert's preference; `route` turns the logits into a decision.
+
+    `e_score_correction_bias` [E] exists where `topk_method` is "noaux_tc". It is a float32 buffer that no cast of the
+    module touches: bfloat16 keeps 8 bits, so 5.0001 would become 5.0 and steps of 1e-3 would vanish.
+    Keys of the state dict are those of transformers' `DeepseekV3TopkRouter`.
+    """
+
+    e_score_correction_bias: Tensor | None
+
+    def __init__(self, config: MoEConfig, *, device: Any = None, dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        self.config = config
+        n_experts = config.n_routed_experts
+        self.weight = nn.Parameter(torch.empty(n_experts, config.hidden_size, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(n_experts, device=device, dtype=dtype)) if config.router_bias else None
+        correction = torch.empty(n_experts, device=device, dtype=torch.float32) if config.has_correction_bias else None
+        self.register_buffer("e_score_correction_bias", correction)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Weights uniform in ±1/sqrt(D), as the article's gate; biases zero."""
+        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
+        for bias in (self.bias, self.e_score_correction_bias):
+            if bias is not None:
+                nn.init.zeros_(bias)
+
+    def forward(
+        self,
+        x: Float[Tensor, "*batch D"],
+        *,
+        token_ids: Int[Tensor, "*batch"] | None = None,
+        replay: Int[Tensor, "T K"] | None = None,
+    ) -> Routing:
+        """Route every token of `x`; the Routing is flat, [T, ...], batch-major.
+
+        `replay` forces the experts and leaves the weights to the live logits; `token_ids` serves hash routing.
+        """
+        tokens = x.flatten(0, -2)
+        if self.training and self.config.router_jitter_noise:
+            tokens = jitter(tokens, self.config.router_jitter_noise)
+        logits = self._logits(tokens)
+        routing = route(
+            logits,
+            self.e_score_correction_bias,
+            self.config,
+            token_ids=None if token_ids is None else token_ids.flatten(),
+            replay=replay,
+        )
+        if self.config.weights_dtype == "model":
+            routing = routing._replace(weights=routing.weights.to(x.dtype))
+        return routing
+
+    def _logits(self, tokens: Float[Tensor, "T D"]) -> Float[Tensor, "T E"]:
+        weight, bias = self.weight, self.bias
+        if self.config.router_dtype == "float32":  # promoted rather than cast, so that float64 stays exact
+            wide = torch.promote_types(tokens.dtype, torch.float32)
+            tokens, weight, bias = tokens.to(wide), weight.to(wide), None if bias is None else bias.to(wide)
+            with torch.autocast(tokens.device.type, enabled=False):
+                return F.linear(tokens, weight, bias)
+        return F.linear(tokens, weight, bias)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Let casts and moves reach everything but the value and dtype of the correction bias: it only moves."""
+        correction = self.e_score_correction_bias
+        super()._apply(fn, recurse)
+        if correction is not None:
+            device = self.e_score_correction_bias.device
+            if correction.is_meta and device.type != "meta":
+                correction = torch.zeros_like(correction, device=device)
+            self.e_score_correction_bias = correction.to(device)
+        return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Take the bias from a checkpoint of any dtype, also under `assign=True`, and keep it float32."""
+        key = prefix + "e_score_correction_bias"
+        if key in state_dict:
+            state_dict[key] = state_dict[key].detach().to(torch.float32)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def extra_repr(self) -> str:
+        c = self.config
+        groups = f", groups={c.n_group} (keep {c.topk_group})" if c.n_group > 1 else ""
+        return f"{c.hidden_size} -> top {c.num_experts_per_tok} of {c.n_routed_experts}{groups}, {c.scoring_func}, {c.topk_method}"
+
+
+def jitter(tokens: Float[Tensor, "T D"], noise: float) -> Float[Tensor, "T D"]:
+    """Input jitter of Switch Transformers (arXiv 2101.03961): each value times U(1 - noise, 1 + noise), a new tensor."""
+    return tokens * torch.empty_like(tokens).uniform_(1.0 - noise, 1.0 + noise)

@@ -22,7 +22,7 @@ _HOMES = {
     "route": "moesaic.rules",
     "steps": "moesaic.trace.steps",
 }
-__all__ = sorted(_HOMES)
+__all__ = list(_HOMES)
 
 
 def __getattr__(name: str) -> Any:

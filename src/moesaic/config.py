@@ -189,17 +189,14 @@ class MoEConfig:
                 f"num_experts_per_tok={k} exceeds the {within_reach} experts of topk_group={kept} groups: "
                 f"use topk_group={math.ceil(k / self.experts_per_group)} or num_experts_per_tok={within_reach}"
             )
-        if (
-            self.group_score_rule == "k_over_m_sum"
-            and not 1 <= self.num_experts_per_tok // kept <= self.experts_per_group
-        ):
+        if self.group_score_rule == "k_over_m_sum" and not 1 <= k // kept <= self.experts_per_group:
             raise ValueError(
-                f"group_score='k_over_m_sum' sums num_experts_per_tok//topk_group={self.num_experts_per_tok // kept} "
-                f"scores of {self.experts_per_group}: use topk_group of at most {self.num_experts_per_tok}"
+                f"group_score='k_over_m_sum' sums num_experts_per_tok//topk_group={k // kept} scores of a group of "
+                f"{self.experts_per_group}: use another topk_group or group_score='top2_sum'"
             )
 
 
-KINDS = {bool: "True or False", int: "an integer", float: "a number", str: "a name"}
+KINDS: dict[Any, str] = {bool: "True or False", int: "an integer", float: "a number", str: "a name"}
 SIZES = (
     "hidden_size", "n_routed_experts", "num_experts_per_tok", "moe_intermediate_size", "output_size",
     "n_shared_experts", "shared_expert_intermediate_size", "n_group", "topk_group",

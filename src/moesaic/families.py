@@ -48,12 +48,12 @@ def read_family(source: Any, known: set[str]) -> dict[str, Any]:
     if "text_config" in given and not any(name in given for name in ALIASES["n_routed_experts"]):
         given = _as_dict(given["text_config"])
     given = {name: value for name, value in given.items() if value is not None}
-    model_type = given.get("model_type")
+    model_type = given.get("model_type", "")
     if not any(name in given for name in ALIASES["n_routed_experts"]):
         raise ValueError(
             f"model_type={model_type!r} has no experts (no {', '.join(ALIASES['n_routed_experts'])}): not an MoE model"
         )
-    if model_type is not None and model_type not in FAMILIES and "scoring_func" not in given:
+    if model_type and model_type not in FAMILIES and "scoring_func" not in given:
         raise ValueError(
             f"model_type={model_type!r} is not a family known here and its config has no scoring_func: "
             f"build MoEConfig(...) by hand, or use one of {', '.join(FAMILIES)}"

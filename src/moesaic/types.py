@@ -50,7 +50,8 @@ def check_routing(routing: Routing, num_experts: int) -> Routing:
     if logits is not None:
         assert logits.shape == (len(ids), num_experts), f"logits {tuple(logits.shape)} for {num_experts} experts"
     if ids.numel():
-        assert 0 <= ids.min() and ids.max() <= num_experts, f"ids reach from {ids.min()} to {ids.max()}"
+        low, high = int(ids.min()), int(ids.max())
+        assert 0 <= low <= high <= num_experts, f"ids reach from {low} to {high} with {num_experts} experts"
         real = ids.sort(dim=-1).values
         twice = (real[:, 1:] == real[:, :-1]) & (real[:, 1:] < num_experts)
         assert not twice.any(), "a token chose the same expert twice"

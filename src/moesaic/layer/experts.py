@@ -17,7 +17,7 @@ class Experts(nn.Module):
     """E expert MLPs in Hugging Face's fused layout: `gate_up_proj` [E, 2I, D] (`up_proj` [E, I, D] where not gated)
     and `down_proj` [E, O, I]; with biases `..._proj_bias`; [E, in, out] where the config says transposed.
 
-    `load_state_dict` also takes the per-expert spelling found on disk, `7.gate_proj.weight`; every expert must be there.
+    `load_state_dict` also takes the per-expert spelling found on disk, `7.gate_proj.weight`: all experts or none.
     """
 
     def __init__(
@@ -44,20 +44,17 @@ class Experts(nn.Module):
         self.down_proj = weights(o, i)
         self.register_parameter(self._up_name + "_bias", biases(u))
         self.down_proj_bias = biases(o)
+        self.register_load_state_dict_pre_hook(_fuse_on_load)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Uniform in ±1/sqrt(fan in), as nn.Linear."""
-        hidden, width = self.config.hidden_size, self.config.moe_intermediate_size
-        weights = self.weights
-        for parameter, fan_in in (
-            (weights.up, hidden),
-            (weights.down, width),
-            (weights.up_bias, hidden),
-            (weights.down_bias, width),
-        ):
-            if parameter is not None:
-                nn.init.uniform_(parameter, -1 / math.sqrt(fan_in), 1 / math.sqrt(fan_in))
+        up, down, up_bias, down_bias = self.weights
+        for weight, bias in ((up, up_bias), (down, down_bias)):
+            bound = 1 / math.sqrt(weight.shape[-2 if self.spec.transposed else -1])
+            nn.init.uniform_(weight, -bound, bound)
+            if bias is not None:
+                nn.init.uniform_(bias, -bound, bound)
 
     @property
     def weights(self) -> ExpertWeights:
@@ -76,9 +73,9 @@ class Experts(nn.Module):
         width = f"{c.hidden_size} -> {c.moe_intermediate_size} -> {c.output_size or c.hidden_size}"
         return f"{c.n_routed_experts} x ({width}), {c.hidden_act}{', gated' if c.gated else ''}, engine={self.engine!r}"
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        fuse_experts(state_dict, prefix, self.config)
-        super()._load_from_state_dict(state_dict, prefix, *args)
+
+def _fuse_on_load(module: Experts, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    fuse_experts(state_dict, prefix, module.config)
 
 
 def fuse_experts(state_dict: dict[str, Any], prefix: str, config: MoEConfig) -> None:
@@ -98,10 +95,8 @@ def fuse_experts(state_dict: dict[str, Any], prefix: str, config: MoEConfig) -> 
             for n in names
         }
         up = [stacks[n] for n in names[:-1]]
-        if config.gated and config.interleaved:
-            fused = torch.stack(up, dim=2).flatten(1, 2)
-        else:
-            fused = torch.cat(up, dim=1)
+        interleaved = config.gated and config.interleaved
+        fused = torch.stack(up, dim=2).flatten(1, 2) if interleaved else torch.cat(up, dim=1)
         down = stacks["down_proj"]
         if kind == "weight" and config.transposed:
             fused, down = fused.mT.contiguous(), down.mT.contiguous()

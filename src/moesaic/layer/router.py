@@ -32,6 +32,7 @@ class Router(nn.Module):
         self.bias = nn.Parameter(torch.empty(n_experts, device=device, dtype=dtype)) if config.router_bias else None
         correction = torch.empty(n_experts, device=device, dtype=torch.float32) if config.has_correction_bias else None
         self.register_buffer("e_score_correction_bias", correction)
+        self.register_load_state_dict_pre_hook(_widen_on_load)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -78,28 +79,29 @@ class Router(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Let casts and moves reach everything but the value and dtype of the correction bias: it only moves."""
-        correction = self.e_score_correction_bias
+        before = self.e_score_correction_bias
         super()._apply(fn, recurse)
-        if correction is not None:
-            device = self.e_score_correction_bias.device
-            if correction.is_meta and device.type != "meta":
-                correction = torch.zeros_like(correction, device=device)
-            self.e_score_correction_bias = correction.to(device)
+        after = self.e_score_correction_bias
+        if before is not None and after is not None:
+            born = before.is_meta and not after.is_meta  # there never was a value
+            kept = torch.zeros_like(before, device=after.device) if born else before.to(after.device)
+            self.e_score_correction_bias = kept
         return self
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Take the bias from a checkpoint of any dtype, also under `assign=True`, and keep it float32."""
-        key = prefix + "e_score_correction_bias"
-        if key in state_dict:
-            state_dict[key] = state_dict[key].detach().to(torch.float32)
-        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
         c = self.config
         groups = f", groups={c.n_group} (keep {c.topk_group})" if c.n_group > 1 else ""
-        return f"{c.hidden_size} -> top {c.num_experts_per_tok} of {c.n_routed_experts}{groups}, {c.scoring_func}, {c.topk_method}"
+        sizes = f"{c.hidden_size} -> top {c.num_experts_per_tok} of {c.n_routed_experts}"
+        return f"{sizes}{groups}, {c.scoring_func}, {c.topk_method}"
+
+
+def _widen_on_load(_router: Router, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Take the bias from a checkpoint of any dtype, also under `assign=True`, and keep it float32."""
+    key = prefix + "e_score_correction_bias"
+    if key in state_dict:
+        state_dict[key] = state_dict[key].detach().to(torch.float32)
 
 
 def jitter(tokens: Float[Tensor, "T D"], noise: float) -> Float[Tensor, "T D"]:
-    """Input jitter of Switch Transformers (arXiv 2101.03961): each value times U(1 - noise, 1 + noise), a new tensor."""
+    """Input jitter of Switch Transformers (arXiv 2101.03961): each value times U(1 ± noise), in a new tensor."""
     return tokens * torch.empty_like(tokens).uniform_(1.0 - noise, 1.0 + noise)

@@ -1,0 +1,33 @@
+"""Routing configs and inputs that tests share."""
+
+from hypothesis import strategies as st
+
+from moesaic.config import MoEConfig
+
+# E, G, M, K: the article's, odd sizes, one group, every group kept, one expert per token
+GRID = [
+    (256, 8, 4, 8),
+    (64, 8, 4, 6),
+    (64, 8, 2, 8),
+    (64, 8, 8, 8),
+    (160, 8, 3, 6),
+    (16, 4, 2, 4),
+    (33, 3, 2, 5),
+    (8, 1, 1, 2),
+    (64, 4, 2, 1),
+]
+
+
+def v3(experts: int, groups: int, kept: int, k: int, **fields) -> MoEConfig:
+    sizes = {"hidden_size": 32, "moe_intermediate_size": 16, "routed_scaling_factor": 2.5, **fields}
+    return MoEConfig(n_routed_experts=experts, n_group=groups, topk_group=kept, num_experts_per_tok=k, **sizes)
+
+
+@st.composite
+def configs(draw: st.DrawFn, **fields) -> MoEConfig:
+    """Any lawful V3-like config with up to 48 experts."""
+    groups = draw(st.integers(1, 6))
+    per_group = draw(st.integers(2, 8))
+    kept = draw(st.integers(1, groups))
+    k = draw(st.integers(1, min(8, kept * per_group)))
+    return v3(groups * per_group, groups, kept, k, **fields)

@@ -45,13 +45,15 @@ class Trial(NamedTuple):
     norm: bool = True
     scale: float = 2.5
     scoring: str = "sigmoid"
-    ties: bool = False
+    ties: bool = False  # every other token scores all experts alike
+    faint: bool = False  # all scores near 1e-28, where 1e-20 in a denominator shows
     softmax_last: bool = False  # scoring after top-k, over the K chosen logits; only some gates can
     wide_router: bool = True  # logits in float32 where the gate leaves that to its caller
 
     @property
     def name(self) -> str:
-        said = {" ties": self.ties, " softmax_last": self.softmax_last, " narrow_router": not self.wide_router}
+        said = {" ties": self.ties, " faint": self.faint, " softmax_last": self.softmax_last}
+        said[" narrow_router"] = not self.wide_router
         flags = f"norm={self.norm} scale={self.scale}" + "".join(word for word, true in said.items() if true)
         return f"{'/'.join(map(str, self.shape))} {self.scoring} bias={self.bias} {self.dtype} {flags}"
 
@@ -71,12 +73,14 @@ def v3_grid() -> Iterator[Trial]:
     yield from (Trial(shape, bias=kind) for shape in (WIDE, MIDDLE, SMALL) for kind in ("zeros", "minus2", "wide"))
     yield from (Trial(shape, bias="minus2") for shape in (SHAPES[8], SHAPES[9]))
     yield from (Trial(shape, bias=kind, dtype="bfloat16") for shape in (WIDE, MIDDLE) for kind in ("zeros", "small"))
+    yield from (Trial(shape, dtype="bfloat16") for shape in (SHAPES[1], SHAPES[-1]))
     yield Trial(SMALL, bias="wide", dtype="bfloat16")
     yield Trial(MIDDLE, scale=1.0)
     yield Trial(MIDDLE, norm=False)
     yield Trial(MIDDLE, norm=False, scale=1.0)
     yield Trial((32, 4, 4, 1), norm=False)
     yield Trial(SMALL, bias="zeros", ties=True)
+    yield Trial(SMALL, bias="zeros", faint=True)
 
 
 def softmax_grid(bias: str | None = None) -> Iterator[Trial]:
@@ -103,7 +107,9 @@ def make_inputs(trial: Trial) -> Inputs:
     small, wide = torch.randn(n_experts, generator=generator), torch.rand(n_experts, generator=generator)
     biases = {"zeros": 0 * small, "small": small / 10, "minus2": 0 * small - 2, "wide": 100 * wide - 50}
     if trial.ties:
-        x[::2] = 0  # all scores of every other token are equal
+        x[::2] = 0
+    if trial.faint:
+        x[:, -1], weight[:, -1] = 64, -1
     dtype = getattr(torch, trial.dtype)
     return Inputs(x.to(dtype), weight.to(dtype), None if trial.bias is None else biases[trial.bias])
 
@@ -169,7 +175,8 @@ def write(name: str, gate: Gate, trials: Iterable[Trial], conventions: dict[str,
             expert_ids, weights, own = gate(trial, inputs)
         settings = fields(trial, {**conventions, **own})
         tied = tied_rows(inputs, settings, expert_ids)
-        keys = {"x": f"x/{trial.shape[0]}" + "/ties" * trial.ties, "weight": f"weight/{trial.shape[0]}"}
+        kind = f"{trial.shape[0]}" + "/ties" * trial.ties + "/faint" * trial.faint
+        keys = {"x": f"x/{kind}", "weight": f"weight/{kind}"}
         arrays |= {keys["x"]: inputs.x.half().numpy(), keys["weight"]: inputs.weight.half().numpy()}
         if inputs.bias is not None:
             keys["bias"] = f"bias/{trial.shape[0]}/{trial.bias}"

@@ -1,0 +1,1 @@
+"""Watching routing: record, store, steps, statistics, figures. Nothing here changes a model."""

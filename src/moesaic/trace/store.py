@@ -1,0 +1,261 @@
+"""Trace: what a model's routers decided, as tensors and their provenance; written and read as one safetensors file."""
+
+import dataclasses
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moesaic import __version__
+from moesaic.config import MoEConfig
+from moesaic.types import Routing
+
+FORMAT = "moesaic-trace"
+FORMAT_VERSION = 0  # the format may still change; the first fixed one will be 1
+TENSORS = ("picks", "weights", "logits", "bias", "input_ids", "sequences")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class Trace:
+    """Recorded routing of L layers over T tokens, tokens batch-major and in the order of the forwards.
+
+    picks: expert ids, int16 (int32 from 32767 experts on) [L, T, K], in the order of the model's own slots; id E is
+        "no expert". weights: float32 [L, T, K], what combine multiplied by. logits: float32 [L, T, E] or None.
+    bias: the correction bias the picks were made with, float32 [L, E] or None. input_ids: int64 [T] or None.
+    sequences: int64 [T], which sequence of which forward a token belongs to, counted from 0.
+    labels: one name per sequence (its domain, say) or None. dtypes: what the model computed logits and weights in.
+    """
+
+    picks: Tensor
+    weights: Tensor
+    layers: tuple[str, ...]
+    configs: tuple[MoEConfig, ...]
+    logits: Tensor | None = None
+    bias: Tensor | None = None
+    input_ids: Tensor | None = None
+    sequences: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
+    labels: tuple[str, ...] | None = None
+    dtypes: Mapping[str, str] = field(default_factory=lambda: {"logits": "float32", "weights": "float32"})
+    model: str = ""
+    seed: int | None = None
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        n_layers, n_tokens, _ = self.picks.shape
+        shapes = {
+            "weights": tuple(self.picks.shape),
+            "logits": (n_layers, n_tokens, self.n_experts),
+            "bias": (n_layers, self.n_experts),
+            "input_ids": (n_tokens,),
+            "sequences": (n_tokens,),
+        }
+        for name, shape in shapes.items():
+            tensor = getattr(self, name)
+            if tensor is not None and tuple(tensor.shape) != shape:
+                raise ValueError(f"{name} of the trace has shape {tuple(tensor.shape)}, not {shape}")
+        if not len(self.layers) == len(self.configs) == n_layers:
+            raise ValueError(f"{n_layers} layers of picks, {len(self.layers)} names and {len(self.configs)} configs")
+        if self.picks.numel() and not 0 <= int(self.picks.min()) <= int(self.picks.max()) <= self.n_experts:
+            raise ValueError(f"picks of the trace lie outside 0..{self.n_experts}")
+        if self.labels is not None and len(self.labels) < self.n_sequences:
+            raise ValueError(f"{len(self.labels)} labels for {self.n_sequences} sequences: give one label a sequence")
+
+    @classmethod
+    def from_routings(
+        cls,
+        routings: Mapping[str, Routing],
+        configs: MoEConfig | Sequence[MoEConfig],
+        biases: Mapping[str, Tensor | None] | None = None,
+        *,
+        sequences: Tensor | None = None,
+        **provenance: Any,
+    ) -> Self:
+        """A trace of routings that are at hand: {layer name: Routing}. Tokens are one sequence unless told.
+
+        `biases` gives each layer's correction bias. `provenance` are fields of Trace: input_ids, labels, model, seed.
+        """
+        names, rows = tuple(routings), list(routings.values())
+        if not rows:
+            raise ValueError("no layer was recorded: give at least one routing")
+        per_layer = (configs,) * len(rows) if isinstance(configs, MoEConfig) else tuple(configs)
+        _check_one_size(names, rows, per_layer)
+        with_logits = all(row.logits is not None for row in rows)
+        bias = [(biases or {}).get(name) for name in names]
+        pick_dtype = torch.int16 if per_layer[0].n_routed_experts < 2**15 - 1 else torch.int32
+        n_tokens = len(rows[0].expert_ids)
+        return cls(
+            picks=_stack([row.expert_ids for row in rows], pick_dtype),
+            weights=_stack([row.weights for row in rows], torch.float32),
+            logits=_stack([row.logits for row in rows], torch.float32) if with_logits else None,
+            bias=None if any(b is None for b in bias) else _stack(bias, torch.float32),
+            sequences=torch.zeros(n_tokens, dtype=torch.int64) if sequences is None else sequences.long().cpu(),
+            layers=names,
+            configs=per_layer,
+            dtypes=provenance.pop("dtypes", None)
+            or {
+                "logits": _dtype_name(rows[0].logits) if with_logits else "float32",
+                "weights": _dtype_name(rows[0].weights),
+            },
+            versions=versions(),
+            **provenance,
+        )
+
+    @property
+    def n_layers(self) -> int:
+        return self.picks.shape[0]
+
+    @property
+    def top_k(self) -> int:
+        return self.picks.shape[2]
+
+    @property
+    def n_experts(self) -> int:
+        return self.configs[0].n_routed_experts if self.configs else 0
+
+    @property
+    def n_sequences(self) -> int:
+        return int(self.sequences.max()) + 1 if len(self.sequences) else 0
+
+    @property
+    def detail(self) -> str:
+        """ "scores" where logits were recorded, else "picks"."""
+        return "picks" if self.logits is None else "scores"
+
+    def __len__(self) -> int:
+        """Number of tokens."""
+        return self.picks.shape[1]
+
+    def __repr__(self) -> str:
+        return (
+            f"Trace({self.model or 'no model name'}: {self.n_layers} layers, {len(self)} tokens in "
+            f"{self.n_sequences} sequences, top {self.top_k} of {self.n_experts} experts, detail={self.detail!r})"
+        )
+
+    def layer(self, index: int) -> Routing:
+        """The routing of one layer: logits [T, E] or None, weights [T, K], expert_ids int64 [T, K]."""
+        if not -self.n_layers <= index < self.n_layers:
+            raise ValueError(f"layer={index} is not in the trace: it has layers 0 to {self.n_layers - 1}")
+        logits = None if self.logits is None else self.logits[index]
+        return Routing(logits, self.weights[index], self.picks[index].long())  # type: ignore[arg-type]
+
+    def select(self, tokens: Tensor | slice | Sequence[int]) -> Self:
+        """The same trace over some of its tokens: a slice, indices or a boolean mask. Sequences keep their numbers
+        and labels."""
+        index = torch.arange(len(self))[tokens]
+        return dataclasses.replace(
+            self,
+            picks=self.picks[:, index],
+            weights=self.weights[:, index],
+            logits=None if self.logits is None else self.logits[:, index],
+            input_ids=None if self.input_ids is None else self.input_ids[index],
+            sequences=self.sequences[index],
+        )
+
+    def with_labels(self, labels: Sequence[str]) -> Self:
+        """The same trace with a name for every sequence."""
+        return dataclasses.replace(self, labels=tuple(labels))
+
+    def to_arrays(self) -> dict[str, np.ndarray]:
+        """What was recorded as numpy arrays, by field name: "picks" int [L, T, K], "weights", and the rest present."""
+        return {name: t.numpy() for name in TENSORS if (t := getattr(self, name)) is not None}
+
+    def save(self, path: str | Path) -> None:
+        """Write the trace as one safetensors file; an existing file is replaced whole or not at all."""
+        from safetensors.torch import save
+
+        path = Path(path)
+        tensors = {name: t.contiguous() for name in TENSORS if (t := getattr(self, name)) is not None}
+        about = {
+            "layers": self.layers,
+            "configs": [config.to_dict() for config in self.configs],
+            "labels": self.labels,
+            "dtypes": dict(self.dtypes),
+            "model": self.model,
+            "seed": self.seed,
+            "versions": dict(self.versions),
+        }
+        header = {"format": FORMAT, "format_version": str(FORMAT_VERSION), "about": json.dumps(about)}
+        _write_whole(path, save(tensors, metadata=header))
+
+
+def load(path: str | Path) -> Trace:
+    """Read a trace that `save` wrote. ValueError, in one line, where the file is missing, corrupt or something else."""
+    from safetensors import SafetensorError, safe_open
+
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file: give the .safetensors of a recorded trace")
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata() or {}
+            if header.get("format") != FORMAT:
+                raise ValueError(f"{path}: a safetensors file, but not a recorded trace")
+            if int(header["format_version"]) > FORMAT_VERSION:
+                raise ValueError(
+                    f"{path}: trace format {header['format_version']} is newer than {FORMAT_VERSION}, which moesaic "
+                    f"{__version__} reads: update moesaic"
+                )
+            tensors = {name: file.get_tensor(name) for name in file.keys() if name in TENSORS}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path}: not a readable safetensors file ({error})") from None
+    try:
+        about = json.loads(header["about"])
+        configs = tuple(MoEConfig(**config) for config in about.pop("configs"))
+        names = about.pop("labels")
+        labels = None if names is None else tuple(names)
+        fields: dict[str, Any] = {**tensors, **about, "layers": tuple(about["layers"]), "labels": labels}
+        return Trace(configs=configs, **fields)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: a damaged trace ({error})") from None
+
+
+def versions() -> dict[str, str]:
+    """What made a trace. transformers is named only where it is loaded already."""
+    found = {"moesaic": __version__, "torch": str(torch.__version__)}
+    if (transformers := sys.modules.get("transformers")) is not None:
+        found["transformers"] = transformers.__version__
+    return found
+
+
+def _check_one_size(names: Sequence[str], rows: Sequence[Routing], configs: Sequence[MoEConfig]) -> None:
+    """One trace is one array: its layers must agree in E, K and T."""
+    first = (configs[0].n_routed_experts, *reversed(rows[0].expert_ids.shape))
+    for name, row, config in zip(names, rows, configs, strict=True):
+        this = (config.n_routed_experts, *reversed(row.expert_ids.shape))
+        for what, here, there in zip(("experts", "experts per token", "tokens"), this, first, strict=True):
+            if here != there:
+                raise ValueError(
+                    f"layer {name!r} has {here} {what} and layer {names[0]!r} has {there}: record them one by one"
+                )
+
+
+def _stack(tensors: Sequence[Any], dtype: torch.dtype) -> Tensor:
+    return torch.stack([t.detach().to("cpu", dtype) for t in tensors])
+
+
+def _dtype_name(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def _write_whole(path: Path, data: bytes) -> None:
+    """Write beside the target, then rename: a reader sees the old file or the new one, never a part."""
+    try:
+        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be written ({error.strerror})") from None
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+        Path(temporary).chmod(0o644)  # mkstemp makes it private; 0o644 is what open() gives under the usual umask
+        Path(temporary).replace(path)
+    except OSError as error:
+        Path(temporary).unlink(missing_ok=True)
+        raise ValueError(f"{path}: cannot be written ({error.strerror})") from None

@@ -1,6 +1,6 @@
 """Released models as data: presets, how each Hugging Face family spells and routes, where official codes disagree."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 # How families route: only what their config.json does not say itself.
@@ -115,5 +115,35 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 
-# Where official codes disagree: what to change in a DeepSeek config to route as they do.
-CONVENTIONS: dict[str, Any] = {}
+# Where official codes disagree: what to change in a config, which routes as transformers does, to route as they do.
+# Each is proven by vectors that the official code made: tests/golden/README.md.
+IN_MODEL_DTYPE_THROUGHOUT = {"router_dtype": "model", "score_dtype": "model", "weights_dtype": "model"}
+
+
+def _deepseek_v3_inference(config: Any) -> dict[str, Any]:
+    softmax = config.scoring_func == "softmax"  # computed in float32 and never normalised; sigmoid always is
+    score_dtype = {"score_dtype": "float32"} if softmax else {}
+    return {**IN_MODEL_DTYPE_THROUGHOUT, **score_dtype, "norm_topk_prob": not softmax, "norm_eps": 0.0}
+
+
+def _deepseek_v2_remote(config: Any) -> dict[str, Any]:
+    normalised = config.norm_topk_prob and config.num_experts_per_tok > 1  # then its weights are not scaled
+    scale = 1.0 if normalised else config.routed_scaling_factor
+    return {"group_mask": "zero", "norm_single_expert": False, "routed_scaling_factor": scale}
+
+
+def _megatron(config: Any) -> dict[str, Any]:
+    rules = {"group_score": "k_over_m_sum", "norm_single_expert": False, "score_dtype": "model"}
+    return {**rules, "norm_topk_prob": config.scoring_func != "softmax"}
+
+
+CONVENTIONS: dict[str, dict[str, Any] | Callable[[Any], dict[str, Any]]] = {
+    "article": {"norm_single_expert": False},
+    "deepseek-v3-inference": _deepseek_v3_inference,
+    "deepseek-v3-inference-first": lambda config: {**_deepseek_v3_inference(config), "group_mask": "zero"},
+    "deepseek-v3-remote": {"group_mask": "zero", "norm_single_expert": False},
+    "deepseek-v2-remote": _deepseek_v2_remote,
+    "megatron": _megatron,
+    "deepspeed": {"router_dtype": "model"},
+    "torchtitan": {**IN_MODEL_DTYPE_THROUGHOUT, "group_score": "top2_sum"},
+}

@@ -17,8 +17,9 @@ def reference(
 ) -> Float[Tensor, "T O"]:
     """out[t] = sum over k of weights[t, k] * expert[expert_ids[t, k]](tokens[t]), summed in slot order.
 
-    One token through one expert at a time, so a row's bits do not depend on the rows beside it (a BLAS result depends
-    on the number of rows). The sum runs in the wider of float32 and the tokens' dtype.
+    One token through one expert at a time, so a row's bits do not depend on the rows beside it: a BLAS result depends
+    on the number of rows, and on how a row is aligned in memory, hence the copy. The sum runs in the wider of float32
+    and the tokens' dtype.
     """
     n_experts = len(experts.up)
     up, down = experts.up.unbind(), experts.down.unbind()
@@ -26,9 +27,9 @@ def reference(
     down_bias = [None] * n_experts if experts.down_bias is None else experts.down_bias.unbind()
     empty = tokens.new_zeros(1, spec.output_size(experts), dtype=torch.promote_types(tokens.dtype, torch.float32))
     rows = [empty[:0]]
-    for token, ids, scales in zip(tokens.split(1), expert_ids.tolist(), weights, strict=True):
-        row = empty
-        for expert, scale in zip(ids, scales, strict=True):
+    for t, ids in enumerate(expert_ids.tolist()):
+        token, row = tokens[t : t + 1].clone(), empty
+        for expert, scale in zip(ids, weights[t], strict=True):
             if expert == n_experts:
                 continue
             hidden = spec.activate(spec.project(token, up[expert], up_bias[expert]))

@@ -58,10 +58,10 @@ class MoE(nn.Module):
         return cls(config, engine=engine)
 
     def forward(self, x: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch O"]:
-        tokens = x.flatten(0, -2)  # [T, D]
+        tokens = x.reshape(-1, x.shape[-1])  # [T, D]
         routing = self.gate(tokens)
         out = self.experts(tokens, routing.expert_ids, routing.weights)
-        return out.unflatten(0, x.shape[:-1])  # output width may differ from D
+        return out.reshape(*x.shape[:-1], out.shape[-1])  # output width may differ from D
 
     def num_parameters(self, *, active: bool = False) -> int:
         """Parameters of the layer; with `active`, those that one token passes through."""

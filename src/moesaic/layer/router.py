@@ -53,7 +53,7 @@ class Router(nn.Module):
 
         `replay` forces the experts and leaves the weights to the live logits; `token_ids` serves hash routing.
         """
-        tokens = x.flatten(0, -2)
+        tokens = x.reshape(-1, x.shape[-1])  # [T, D]
         if self.training and self.config.router_jitter_noise:
             tokens = jitter(tokens, self.config.router_jitter_noise)
         logits = self._logits(tokens)

@@ -1,0 +1,173 @@
+"""Every engine against the definition in oracles.py, forward and backward."""
+
+import numpy as np
+import pytest
+import torch
+from cases import configs
+from hypothesis import given
+from hypothesis import strategies as st
+from oracles import moe_by_token
+
+from moesaic.engine.plan import group_by_expert
+from moesaic.engine.select import ENGINES, best_engine, check_engine, select_engine
+from moesaic.engine.spec import ExpertSpec
+from moesaic.types import ExpertWeights
+
+E, D, WIDTH, OUT, K = 6, 10, 7, 9, 3
+DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
+
+
+def weights_like(dtype, *, bias=False, gated=True, transposed=False, out=OUT):
+    def random(*shape):
+        return (torch.randn(shape, dtype=torch.float64) / shape[-1] ** 0.5).to(dtype).requires_grad_()
+
+    u = 2 * WIDTH if gated else WIDTH
+    up, down = ((E, D, u), (E, WIDTH, out)) if transposed else ((E, u, D), (E, out, WIDTH))
+    return ExpertWeights(random(*up), random(*down), random(E, u) if bias else None, random(E, out) if bias else None)
+
+
+def ids_of(kind: str, tokens: int) -> torch.Tensor:
+    distinct = torch.stack([torch.randperm(E - 1)[:K] for _ in range(tokens)]) if tokens else torch.zeros(0, K).long()
+    if kind == "an empty expert":
+        return distinct  # expert E-1 never chosen
+    if kind == "all to one expert":
+        return torch.full((tokens, K), E).index_fill(1, torch.tensor([1]), 2)
+    if kind == "sentinels":
+        return distinct.masked_fill(torch.rand(tokens, K) < 0.5, E)
+    return torch.full((tokens, K), E)  # nobody
+
+
+@pytest.mark.parametrize("name", ENGINES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("tokens", [0, 1, 17])
+@pytest.mark.parametrize("kind", ["an empty expert", "all to one expert", "sentinels", "nobody"])
+def test_engine_equals_the_definition(name, dtype, tokens, kind):
+    experts, ids = weights_like(dtype), ids_of(kind, tokens)
+    x = torch.randn(tokens, D).to(dtype)
+    weights = torch.rand(tokens, K).to(dtype)
+    out = ENGINES[name](x, ids, weights, experts, ExpertSpec())
+    expected = moe_by_token(x, ids, weights, experts.up, experts.down)
+    assert out.dtype == dtype
+    assert out.shape == (tokens, OUT)
+    # four roundings on the way (up, activation, down, result), each within half an eps of values of this size
+    scale = max(1.0, np.abs(expected).max(initial=0.0))
+    np.testing.assert_allclose(out.detach().double().numpy(), expected, rtol=0, atol=4 * torch.finfo(dtype).eps * scale)
+
+
+VARIANTS = {
+    "swiglu": (ExpertSpec(), {}),
+    "biased": (ExpertSpec(), {"bias": True}),
+    "plain mlp": (ExpertSpec(activation="relu", gated=False), {"gated": False}),
+    "relu squared": (ExpertSpec(activation="relu2", gated=False), {"gated": False, "bias": True}),
+    "geglu": (ExpertSpec(activation="gelu"), {}),
+    "geglu tanh": (ExpertSpec(activation="gelu_pytorch_tanh"), {}),
+    "clamped": (ExpertSpec(limit=0.5), {}),
+    "gpt-oss": (
+        ExpertSpec(limit=0.5, alpha=1.702, up_offset=1.0, interleaved=True, transposed=True),
+        {"bias": True, "transposed": True},
+    ),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_engines_agree_forward_and_backward(variant):
+    spec, layout = VARIANTS[variant]
+    experts, ids = weights_like(torch.float64, **layout), ids_of("sentinels", 23)
+    x = torch.randn(23, D, dtype=torch.float64, requires_grad=True)
+    weights = torch.rand(23, K, dtype=torch.float64, requires_grad=True)
+    leaves = [t for t in (x, weights, *experts) if t is not None]
+    upstream = torch.randn(23, OUT, dtype=torch.float64)
+    results = {}
+    for name, engine in ENGINES.items():
+        out = engine(x, ids, weights, experts, spec)
+        results[name] = [out, *torch.autograd.grad(out, leaves, upstream)]
+    for name, got in results.items():
+        for ours, reference in zip(got, results["reference"], strict=True):
+            torch.testing.assert_close(ours, reference, rtol=1e-12, atol=1e-12, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.mark.parametrize("name", ENGINES)
+@pytest.mark.parametrize("variant", ["swiglu", "gpt-oss", "plain mlp"])
+def test_gradcheck(name, variant):
+    spec, layout = VARIANTS[variant]
+    if spec.activation == "relu":
+        spec = ExpertSpec(activation="gelu", gated=False)  # relu has a kink
+    experts, ids = weights_like(torch.float64, **layout), ids_of("sentinels", 4)
+    x = torch.randn(4, D, dtype=torch.float64, requires_grad=True)
+    weights = torch.rand(4, K, dtype=torch.float64, requires_grad=True)
+    given_weights = [w for w in experts if w is not None]
+
+    def run(x, weights, *given_weights):
+        return ENGINES[name](x, ids, weights, ExpertWeights(*given_weights), spec)
+
+    assert torch.autograd.gradcheck(run, (x, weights, *given_weights))
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_the_sentinel_gives_its_weight_no_gradient_and_ignores_nan(name):
+    experts = weights_like(torch.float64)
+    ids = torch.tensor([[0, E, 1]])
+    weights = torch.tensor([[0.5, float("nan"), 0.25]], dtype=torch.float64, requires_grad=True)
+    out = ENGINES[name](torch.randn(1, D, dtype=torch.float64), ids, weights, experts, ExpertSpec())
+    out.sum().backward()
+    assert out.isfinite().all()
+    assert weights.grad[0, 1] == 0
+    assert experts.up.grad[2:].eq(0).all()
+
+
+def test_a_row_of_the_reference_does_not_depend_on_its_companions():
+    experts = weights_like(torch.float32)
+    x, ids, weights = torch.randn(31, D), ids_of("an empty expert", 31), torch.rand(31, K)
+    whole = ENGINES["reference"](x, ids, weights, experts, ExpertSpec())
+    for rows in (torch.randperm(31), torch.arange(5, 9), torch.tensor([30])):
+        part = ENGINES["reference"](x[rows], ids[rows], weights[rows], experts, ExpertSpec())
+        assert torch.equal(part, whole[rows])
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_a_poisoned_token_leaves_other_rows_alone(name):
+    experts = weights_like(torch.float32)
+    x, ids, weights = torch.randn(12, D), ids_of("an empty expert", 12), torch.rand(12, K)
+    clean = ENGINES[name](x, ids, weights, experts, ExpertSpec())
+    x[5] = float("nan")
+    poisoned = ENGINES[name](x, ids, weights, experts, ExpertSpec())
+    others = torch.arange(12) != 5
+    assert torch.equal(clean[others], poisoned[others])
+    assert poisoned[5].isnan().all()
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_strided_inputs_compute_as_their_copies(name):
+    experts, ids = weights_like(torch.float64), ids_of("sentinels", 8)
+    x = torch.randn(D, 8, dtype=torch.float64).T
+    weights = torch.rand(K, 8, dtype=torch.float64).T
+    strided = experts._replace(up=experts.up.detach().mT.contiguous().mT)
+    out = ENGINES[name](x, ids.T.contiguous().T, weights, strided, ExpertSpec())
+    expected = ENGINES["reference"](x.contiguous(), ids, weights.contiguous(), experts, ExpertSpec())
+    torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
+
+
+@given(configs(), st.integers(0, 20), st.integers(0, 2**31))
+def test_every_assignment_reaches_exactly_one_expert(config, tokens, seed):
+    """Conservation: nothing is dropped, nothing runs twice."""
+    n, k = config.n_routed_experts, config.num_experts_per_tok
+    ids = torch.randint(0, n + 1, (tokens, k), generator=torch.Generator().manual_seed(seed))
+    plan = group_by_expert(ids, n)
+    assert plan.assignments.sort().values.tolist() == list(range(tokens * k))
+    assert plan.counts.tolist() == [(ids == e).sum() for e in range(n)]
+    start = 0
+    for expert, count in enumerate(plan.counts.tolist()):
+        mine = plan.assignments[start : start + count]
+        assert ids.flatten()[mine].eq(expert).all()
+        assert mine.tolist() == sorted(mine.tolist())
+        start += count
+    assert ids.flatten()[plan.assignments[start:]].eq(n).all()
+
+
+def test_engines_are_chosen_by_name_once():
+    with pytest.raises(ValueError, match="engine='fastest' is unknown: use 'auto' or one of 'reference', 'grouped'"):
+        check_engine("fastest")
+    assert select_engine("reference", torch.device("cpu"), torch.float32) is ENGINES["reference"]
+    name, reason = best_engine("cpu", torch.bfloat16)
+    assert select_engine("auto", torch.device("cpu"), torch.bfloat16) is ENGINES[name]
+    assert "cpu" in reason

@@ -1,1 +1,1 @@
-"""Hugging Face models: their MoE layers, loading, weights in and out. transformers is imported only where it is used."""
+"""Hugging Face models: their MoE layers, loading, weights in and out. transformers is imported where it is used."""

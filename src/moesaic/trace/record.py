@@ -180,7 +180,8 @@ def _router_reporter(name: str, observer: Observer) -> Callable[..., None]:
                 output = (None, output[1], output[0])
             logits, weights, ids = output[:3]
             logits = None if logits is None else logits.flatten(0, -2)
-            observer(name, Routing(logits, weights.flatten(0, -2), ids.flatten(0, -2)))
+            routing = Routing(logits, weights.flatten(0, -2), ids.flatten(0, -2))  # type: ignore[arg-type]
+            observer(name, routing)
 
     return report
 

@@ -1,0 +1,278 @@
+"""The 15 stages of a DeepSeek-V3 gate for one token, derived from what was recorded and checked against it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from moesaic import rules
+from moesaic.config import MoEConfig
+from moesaic.trace.store import Trace
+from moesaic.types import Routing
+
+
+class Stage(NamedTuple):
+    """One node of the flow chart: its number (1..15), a key, its names and what it computes."""
+
+    number: int
+    key: str
+    name_zh: str
+    name_en: str
+    formula: str
+
+
+STAGES = (
+    Stage(1, "input", "输入", "input", "hidden_states"),
+    Stage(2, "tokens", "重塑输入", "flatten", "x = hidden_states.view(-1, D)"),
+    Stage(3, "logits", "线性变换", "linear", "logits = x @ weight.T"),
+    Stage(4, "scores", "激活函数", "score", "scores = sigmoid(logits)"),
+    Stage(5, "biased", "添加修正偏置", "add bias", "choice = scores + bias"),
+    Stage(6, "grouped", "重塑为组形式", "by group", "choice.view(T, G, E/G)"),
+    Stage(7, "group_scores", "每组 Top-2 求和", "group score", "sum(top2(choice))"),
+    Stage(8, "groups", "选择节点", "pick groups", "topk(group_scores, M)"),
+    Stage(9, "group_mask", "创建节点掩码", "group mask", "mask[groups] = 1"),
+    Stage(10, "expert_mask", "扩展掩码到专家", "expert mask", "mask of experts"),
+    Stage(11, "masked", "应用掩码", "apply mask", "choice where open, else -inf"),
+    Stage(12, "experts", "选择 Top-K 专家", "pick experts", "topk(masked, K)"),
+    Stage(13, "normalised", "权重归一化", "normalise", "w = scores[experts] / sum"),
+    Stage(14, "scaled", "应用缩放因子", "scale", "w * routed_scaling_factor"),
+    Stage(15, "output", "输出", "output", "expert_ids, weights"),
+)
+NOT_RECORDED = {"zh": "未记录", "en": "not recorded"}
+ONE_GROUP = {"zh": "不适用：只有一组", "en": "n/a: one group"}
+NO_GROUP_RULE = {"zh": "不适用：此方法不按组选择", "en": "n/a: this rule ignores groups"}
+NO_BIAS = {"zh": "不适用：没有修正偏置", "en": "n/a: no correction bias"}
+NO_NORM = {"zh": "不适用：不归一化", "en": "n/a: not normalised"}
+DEALT = {"zh": "轮流分配，与分数无关", "en": "dealt out in turn, not by score"}
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """What one stage gave for one token.
+
+    shape: of the whole tensor, all tokens. value: this token's part; None where it is not known, and `note` says why.
+    agrees: on stages 12 to 15, whether the derivation gives what was recorded; None where nothing was compared.
+    tied: the choice hung on scores equal to float32's last bits, where another machine may choose differently.
+    """
+
+    stage: Stage
+    shape: tuple[int, ...]
+    value: Tensor | tuple[Tensor, Tensor] | None
+    config: MoEConfig
+    note: dict[str, str] | None = None
+    agrees: bool | None = None
+    tied: bool = False
+
+
+class VersusTopK(NamedTuple):
+    """The token's experts beside those of plain top-k over unbiased scores, without groups.
+
+    only_topk: experts that top-k would take and this gate did not; only_here: the reverse. score_lost: the share of
+    top-k's summed score that bias and groups gave up, 0..1. groups_here, groups_topk: groups that each one reaches.
+    """
+
+    topk: Tensor
+    only_topk: Tensor
+    only_here: Tensor
+    score_lost: float
+    groups_here: tuple[int, ...]
+    groups_topk: tuple[int, ...]
+
+
+def steps(source: Trace, layer: int = 0, token: int = 0) -> list[Step]:
+    """The 15 stages of one token of a recorded layer. ValueError for a layer or token that is not in the trace.
+
+    Stages that need logits have no value where only picks were recorded.
+    """
+    routing = source.layer(layer)
+    if not -len(source) <= token < len(source):
+        raise ValueError(f"token={token} is not in the trace: it has {len(source)} tokens, counted from 0")
+    counts = torch.bincount(source.sequences)
+    lengths = counts[counts > 0]
+    batch = (len(lengths), int(lengths[0])) if len(lengths) and bool((lengths == lengths[0]).all()) else None
+    bias = None if source.bias is None else source.bias[layer]
+    return steps_of_routing(
+        routing, bias, source.configs[layer], token, batch=batch, logits_dtype=source.dtypes["logits"],
+        weights_dtype=source.dtypes["weights"],
+    )  # fmt: skip
+
+
+def steps_of_routing(
+    routing: Routing,
+    bias: Tensor | None,
+    config: MoEConfig,
+    token: int = 0,
+    *,
+    hidden: Tensor | None = None,
+    batch: tuple[int, int] | None = None,
+    logits_dtype: str | None = None,
+    weights_dtype: str | None = None,
+) -> list[Step]:
+    """The 15 stages of one token of a live routing. `hidden` [T, D] fills the first two; `batch` is (B, S).
+
+    Scores are computed in `logits_dtype`, weights compared in `weights_dtype`: those of the tensors unless told.
+    """
+    n_tokens = len(routing.expert_ids)
+    e, k, d = config.n_routed_experts, config.num_experts_per_tok, config.hidden_size
+    g, m = config.n_group, config.topk_group
+    x = None if hidden is None else hidden.detach().flatten(0, -2)[token]
+    ids, weights = routing.expert_ids[token].detach().cpu(), routing.weights[token].detach().cpu().float()
+    by_groups = config.topk_method in ("noaux_tc", "group_limited_greedy")
+    ungrouped = NO_GROUP_RULE if g > 1 and not by_groups else ONE_GROUP if g == 1 else None
+    shapes = {
+        "input": (*(batch or (n_tokens,)), d), "tokens": (n_tokens, d), "logits": (n_tokens, e),
+        "scores": (n_tokens, e), "biased": (n_tokens, e), "grouped": (n_tokens, g, e // g),
+        "group_scores": (n_tokens, g), "groups": (n_tokens, m), "group_mask": (n_tokens, g),
+        "expert_mask": (n_tokens, e), "masked": (n_tokens, e), "experts": (n_tokens, k),
+        "normalised": (n_tokens, k), "scaled": (n_tokens, k), "output": (n_tokens, k),
+    }  # fmt: skip
+    values: dict[str, Tensor | tuple[Tensor, Tensor] | None] = {"input": x, "tokens": x, "experts": ids}
+    values["scaled"], values["output"] = weights, (ids, weights)
+    notes: dict[str, dict[str, str]] = {}
+    agrees: dict[str, bool | None] = {}
+    tied = False
+    if routing.logits is not None:
+        logits = routing.logits[token : token + 1 or None].detach().cpu()
+        logits = logits.to(getattr(torch, logits_dtype)) if logits_dtype else logits
+        derived = derive(logits, bias, config, ids[None])
+        values |= {key: value[0] for key, value in derived.items() if key != "derived_ids"}
+        tolerance = 16 * torch.finfo(getattr(torch, weights_dtype) if weights_dtype else routing.weights.dtype).eps
+        check = compare(derived, ids[None], weights[None], config, tolerance)
+        tied = bool(check.tied[0])
+        agrees = {"experts": bool(check.experts[0]), "scaled": bool(check.weights[0])}
+        agrees["output"] = agrees["experts"] and agrees["scaled"]
+        values["scaled"] = weights
+    if config.topk_method == "balanced":
+        notes["experts"], agrees["experts"], agrees["output"] = DEALT, None, agrees.get("scaled")
+    if ungrouped:
+        for key in ("grouped", "group_scores", "groups", "group_mask", "expert_mask", "masked"):
+            values[key], notes[key] = None, ungrouped
+    if not config.has_correction_bias:
+        notes["biased"] = NO_BIAS
+    if not _normalises(config):
+        notes["normalised"] = NO_NORM
+    for stage in STAGES:
+        if values.get(stage.key) is None:
+            notes.setdefault(stage.key, NOT_RECORDED)
+    return [
+        Step(
+            _worded(stage, config), shapes[stage.key], values.get(stage.key), config, notes.get(stage.key),
+            agrees.get(stage.key), tied and stage.key in ("experts", "output"),
+        )
+        for stage in STAGES
+    ]  # fmt: skip
+
+
+def derive(logits: Tensor, bias: Tensor | None, config: MoEConfig, expert_ids: Tensor) -> dict[str, Tensor]:
+    """All stages of `rules.route` by key, for logits [T, E] and the recorded ids [T, K]."""
+    scores = rules.score(logits, config).float()
+    biased = scores if bias is None else scores + bias.cpu().float()
+    out = {"logits": logits.float(), "scores": scores, "biased": biased, "masked": biased}
+    if config.n_group > 1 and config.topk_method in ("noaux_tc", "group_limited_greedy"):
+        out["grouped"] = biased.unflatten(-1, (config.n_group, config.experts_per_group))
+        out["group_scores"] = rules.group_scores(biased, config)
+        out["group_mask"] = rules.kept_groups(out["group_scores"], config)
+        out["groups"] = out["group_mask"].nonzero()[:, 1].view(len(logits), config.topk_group)
+        out["expert_mask"] = rules.expand_groups(out["group_mask"], config)
+        out["masked"] = biased.masked_fill(~out["expert_mask"], config.mask_fill)
+    out["derived_ids"] = rules.select(biased, config)
+    out["normalised"] = rules.weigh(scores, expert_ids, replace(config, routed_scaling_factor=1.0))
+    out["scaled"] = rules.weigh(scores, expert_ids, config)
+    return out
+
+
+class Check(NamedTuple):
+    """Whether the derivation gives what was recorded, per token, bool [T]. `experts` is True also for tied rows."""
+
+    experts: Tensor
+    weights: Tensor
+    tied: Tensor
+
+
+def compare(
+    derived: dict[str, Tensor], expert_ids: Tensor, weights: Tensor, config: MoEConfig, tolerance: float = 2e-6
+) -> Check:
+    """Recorded ids (as sets) and weights (to `tolerance`, relative to the row's largest) against the derived ones.
+
+    A row is tied where the last chosen and the first left-out score, of experts or of groups, differ by less than
+    4 units in the last place of float32: the vector and the scalar code of one machine differ by that much.
+    """
+    same = (expert_ids.sort(-1).values == derived["derived_ids"].sort(-1).values).all(-1)
+    tied = _margin_is_nil(derived["masked"], config.num_experts_per_tok)
+    if "group_scores" in derived:
+        tied |= _margin_is_nil(derived["group_scores"], config.topk_group)
+    expected = derived["scaled"].float()
+    scale = expected.abs().amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+    close = ((weights - expected).abs() <= tolerance * scale) | (weights.isnan() & expected.isnan())
+    return Check(same | tied, close.all(-1), tied)
+
+
+def check_layer(trace: Trace, layer: int = 0) -> Check:
+    """`compare` for every token of a recorded layer: the proof that config and record belong together."""
+    routing = trace.layer(layer)
+    if routing.logits is None:
+        raise ValueError("the trace has picks only, so nothing can be derived: record with detail='scores'")
+    bias = None if trace.bias is None else trace.bias[layer]
+    logits = routing.logits.to(getattr(torch, trace.dtypes["logits"]))
+    derived = derive(logits, bias, trace.configs[layer], routing.expert_ids)
+    tolerance = 16 * torch.finfo(getattr(torch, trace.dtypes["weights"])).eps
+    return compare(derived, routing.expert_ids, routing.weights, trace.configs[layer], tolerance)
+
+
+def versus_topk(token_steps: Sequence[Step]) -> VersusTopK:
+    """What plain top-k over the unbiased scores would have taken for the token of these steps."""
+    by_key = {step.stage.key: step for step in token_steps}
+    scores, here, config = by_key["scores"].value, by_key["experts"].value, token_steps[0].config
+    if not isinstance(scores, Tensor) or not isinstance(here, Tensor):
+        raise ValueError("scores were not recorded: record with detail='scores'")
+    here = here[here < config.n_routed_experts]  # the id E is no expert
+    topk = rules.largest(scores[None], config.num_experts_per_tok)[0]
+    taken = scores.softmax(-1) if config.score_after_topk else scores
+    best, got = float(taken[topk].sum()), float(taken[here].sum())
+    return VersusTopK(
+        topk=topk,
+        only_topk=topk[~torch.isin(topk, here)],
+        only_here=here[~torch.isin(here, topk)],
+        score_lost=(best - got) / best if best else 0.0,
+        groups_here=_groups(here, config),
+        groups_topk=_groups(topk, config),
+    )
+
+
+def _groups(expert_ids: Tensor, config: MoEConfig) -> tuple[int, ...]:
+    return tuple((expert_ids // config.experts_per_group).unique().tolist())
+
+
+def _margin_is_nil(values: Tensor, k: int) -> Tensor:
+    if k >= values.shape[-1]:
+        return torch.zeros(len(values), dtype=torch.bool)
+    best = values.nan_to_num(nan=torch.inf).topk(k + 1, dim=-1).values
+    ulp = 2.0**-23 * best[:, k - 1].abs().clamp(min=torch.finfo(torch.float32).tiny)
+    return (best[:, k - 1] - best[:, k] <= 4 * ulp) & best[:, k].isfinite()
+
+
+def _normalises(config: MoEConfig) -> bool:
+    return config.norm_topk_prob and (config.num_experts_per_tok > 1 or config.norm_single_expert)
+
+
+def _worded(stage: Stage, config: MoEConfig) -> Stage:
+    """The formula as this config computes it."""
+    counted = {
+        "top2_sum": "top2",
+        "max": "top1",
+        "k_over_m_sum": f"top{config.num_experts_per_tok // config.topk_group}",
+    }
+    formulas = {
+        "scores": "scores = logits (scored after top-k)"
+        if config.score_after_topk
+        else f"{config.scoring_func}(logits)",
+        "group_scores": f"sum({counted[config.group_score_rule]}(choice))",
+        "groups": f"topk(group_scores, {config.topk_group})",
+        "masked": f"choice where open, else {config.group_mask}",
+        "experts": f"topk(masked, {config.num_experts_per_tok})",
+        "normalised": f"{config.scoring_func} over the kept" if config.score_after_topk else stage.formula,
+        "scaled": f"w * {config.routed_scaling_factor:g}",
+    }
+    return stage._replace(formula=formulas.get(stage.key, stage.formula))

@@ -1,0 +1,135 @@
+"""The book: every Python block runs and prints what the page says, and both languages hold the same code.
+
+`python tests/test_docs.py --write` runs the pages and writes what they print, and the quoted sources, into them.
+"""
+
+import argparse
+import ast
+import contextlib
+import importlib
+import inspect
+import io
+import re
+import tempfile
+import textwrap
+import tomllib
+from functools import reduce
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PAGES = sorted(DOCS.glob("*/*.md"))
+FENCE = re.compile(r"^```(?P<info>[^\n]*)\n(?P<body>.*?)^```$", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"\[[^\]]*\]\((?P<target>[^)\s]+)\)")
+QUOTE = "python of "  # ```python of module:name quotes that object's source
+
+
+class Block(NamedTuple):
+    """A fenced block: its info string, its body, the line its body starts on, and where that is in the page."""
+
+    info: str
+    body: str
+    line: int
+    span: tuple[int, int]
+
+
+def blocks_of(page: Path) -> list[Block]:
+    text = page.read_text()
+    return [
+        Block(m["info"], m["body"], text.count("\n", 0, m.start("body")) + 1, m.span("body"))
+        for m in FENCE.finditer(text)
+    ]
+
+
+def source_of(name: str) -> str:
+    """Source of `module:qualified.name`, flush left."""
+    module, _, path = name.partition(":")
+    return textwrap.dedent(inspect.getsource(reduce(getattr, path.split("."), importlib.import_module(module))))
+
+
+def expected_bodies(page: Path) -> dict[Block, str]:
+    """What each quotation and each output block of a page should hold. Runs the page's code, in an empty folder."""
+    namespace: dict = {"__name__": page.stem}
+    expected, printed, blocks = {}, "", blocks_of(page)
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
+        for block, following in zip(blocks, [*blocks[1:], None], strict=True):
+            if block.info.startswith(QUOTE):
+                expected[block] = source_of(block.info.removeprefix(QUOTE))
+            elif block.info == "text":
+                assert printed, f"{page.name}:{block.line}: a text block must follow the block that prints it"
+                expected[block], printed = printed, ""
+            elif block.info == "python":
+                # empty lines before the code, so that a traceback names the line of the page
+                code = compile("\n" * (block.line - 1) + block.body, str(page), "exec")
+                with contextlib.redirect_stdout(io.StringIO()) as stdout:
+                    exec(code, namespace)
+                printed = stdout.getvalue()
+                shown = following is not None and following.info == "text"
+                assert shown or not printed, f"{page.name}:{block.line}: prints, and no text block follows"
+    return expected
+
+
+def write(page: Path) -> None:
+    text = page.read_text()
+    for block, body in reversed(expected_bodies(page).items()):
+        text = text[: block.span[0]] + body + text[block.span[1] :]
+    page.write_text(text)
+
+
+def test_both_languages_have_the_same_pages():
+    names = {lang: {page.name for page in PAGES if page.parent.name == lang} for lang in ("zh", "en")}
+    assert names["zh"] == names["en"] != set()
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if p.parent.name == "zh"], ids=lambda p: p.stem)
+def test_a_page_prints_what_it_says(page):
+    for block, body in expected_bodies(page).items():
+        assert block.body == body, f"{page.name}:{block.line}: run `python tests/test_docs.py --write` and look"
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if p.parent.name == "zh"], ids=lambda p: p.stem)
+def test_both_languages_hold_the_same_code_and_output(page):
+    """So it is enough to run one of them. Comments and diagrams are translated, code and strings are not."""
+    zh, en = blocks_of(page), blocks_of(DOCS / "en" / page.name)
+    assert [block.info for block in zh] == [block.info for block in en]
+    for ours, theirs in zip(zh, en, strict=True):
+        if ours.info == "python":
+            assert ast.dump(ast.parse(ours.body)) == ast.dump(ast.parse(theirs.body)), f"{page.name}:{ours.line}"
+        elif ours.info == "text" or ours.info.startswith(QUOTE):
+            assert ours.body == theirs.body, f"{page.name}:{ours.line}"
+
+
+def anchors_of(page: Path) -> set[str]:
+    """The anchors that GitHub gives the headings of a page."""
+    headings = re.findall(r"^#+ +(.+)$", FENCE.sub("", page.read_text()), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", [DOCS / "README.md", *PAGES], ids=lambda p: f"{p.parent.name}/{p.name}")
+def test_links_inside_the_book_resolve(page):
+    for target in LINK.findall(FENCE.sub("", page.read_text())):
+        if "://" in target:
+            continue
+        name, _, anchor = target.partition("#")
+        other = (page.parent / name).resolve() if name else page
+        assert other.exists(), f"{page.name}: {target}"
+        assert not anchor or anchor in anchors_of(other), f"{page.name}: no heading for {target}"
+
+
+@pytest.mark.parametrize("lang", ["zh", "en"])
+def test_every_declared_dependency_is_listed_with_weight_and_reason(lang):
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    declared = [*project["dependencies"], *(d for extra in project["optional-dependencies"].values() for d in extra)]
+    rows = re.findall(r"^\| `([\w-]+)` \| [^|]+ \| [\d.]+ \| [^|]{5,} \|$", (DOCS / lang / "index.md").read_text(), re.M)
+    assert sorted(rows) == sorted(re.match(r"[\w-]+", d).group() for d in declared)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", action="store_true", required=True, help="rewrite outputs and quotations")
+    parser.add_argument("pages", nargs="*", type=Path, default=PAGES, help="all pages unless named")
+    for chosen in parser.parse_args().pages:
+        write(chosen)

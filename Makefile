@@ -9,11 +9,17 @@ BIN    := $(VENV)/bin
 demo: setup
 	$(BIN)/moesaic demo
 
-test: lint
+test: lint shapes
 	$(BIN)/pytest
 
-test-all: lint
+test-all: lint shapes
 	$(BIN)/pytest -m ""
+
+# Shape annotations are executed here and only here: jaxtyping and beartype do not survive torch.compile.
+SHAPED := moesaic.types,moesaic.rules,moesaic.engine,moesaic.layer
+shapes: setup
+	$(BIN)/pytest -q -p no:cacheprovider --jaxtyping-packages=$(SHAPED),beartype.beartype -m "not slow and not compile" \
+		tests/test_rules.py tests/test_router.py tests/test_engines.py tests/test_moe.py tests/test_balance.py
 
 lint: setup
 	$(BIN)/ruff check .

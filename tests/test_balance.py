@@ -13,6 +13,7 @@ def test_load_counts_and_leaves_out_the_sentinel():
     assert expert_load(torch.zeros(0, 3, dtype=torch.long), 4).tolist() == [0, 0, 0, 0]
 
 
+@pytest.mark.compile
 def test_load_stays_in_a_compiled_graph():
     compiled = torch.compile(expert_load, fullgraph=True, backend="eager")
     ids = torch.randint(0, 8, (5, 2))

@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any, Self, get_args
+from typing import Any, get_args
 
 from moesaic.families import CONVENTIONS, PRESETS, read_family
 
@@ -102,21 +102,21 @@ class MoEConfig:
         return self.shared_expert_intermediate_size or self.n_shared_experts * (self.moe_intermediate_size or 0)
 
     @classmethod
-    def preset(cls, name: str, **overrides: Any) -> Self:
+    def preset(cls, name: str, **overrides: Any) -> "MoEConfig":
         """A released model's layer by name; keyword arguments replace its fields."""
         if name not in PRESETS:
             raise ValueError(f"preset={name!r} is unknown: use one of {', '.join(PRESETS)}")
         return cls(**{**PRESETS[name], **overrides})
 
     @classmethod
-    def from_hf(cls, source: Any, **overrides: Any) -> Self:
+    def from_hf(cls, source: Any, **overrides: Any) -> "MoEConfig":
         """Read the layer out of a Hugging Face config: an object, a dict, or a folder with a config.json."""
         if isinstance(source, str | Path):
             source = _read_json(Path(source))
         known = {field.name for field in dataclasses.fields(cls)}
         return cls(**{**read_family(source, known), **overrides})
 
-    def with_convention(self, name: str) -> Self:
+    def with_convention(self, name: str) -> "MoEConfig":
         """The same layer as another official code would route it, where official codes disagree (docs: parity)."""
         if name not in CONVENTIONS:
             raise ValueError(f"convention={name!r} is unknown: use one of {', '.join(CONVENTIONS)}")

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -39,7 +38,7 @@ class ExpertSpec:
     transposed: bool = False
 
     @classmethod
-    def of(cls, config: MoEConfig) -> Self:
+    def of(cls, config: MoEConfig) -> "ExpertSpec":
         return cls(
             activation=config.hidden_act,
             gated=config.gated,

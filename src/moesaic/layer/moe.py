@@ -1,6 +1,6 @@
 """The MoE layer: MoE (classic and general), and DeepseekV3MoE, which adds shared experts."""
 
-from typing import Any, Self
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -40,7 +40,7 @@ class MoE(nn.Module):
         activation: str = "relu",
         bias: bool = False,
         engine: str = "auto",
-    ) -> Self:
+    ) -> "MoE":
         """The classic MoE: top-k on the logits, softmax over the k kept, experts of two plain layers.
 
         `output_dim` may differ from `input_dim`.

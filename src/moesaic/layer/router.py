@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import Any, Self
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -77,7 +77,7 @@ class Router(nn.Module):
                 return F.linear(tokens, weight, bias)
         return F.linear(tokens, weight, bias)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Router":
         """Let casts and moves reach everything but the value and dtype of the correction bias: it only moves."""
         before = self.e_score_correction_bias
         super()._apply(fn, recurse)

@@ -1,0 +1,5 @@
+"""`python -m moesaic`: the same as the command `moesaic`."""
+
+from moesaic.cli import main
+
+main()

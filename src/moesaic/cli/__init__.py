@@ -1,0 +1,52 @@
+"""The command line. One module a command; heavy imports happen inside the commands, so that `--help` is quick."""
+
+import sys
+
+import typer
+
+from moesaic import __version__
+from moesaic.cli.demo import demo
+from moesaic.cli.steps import steps
+from moesaic.cli.train import train
+
+app = typer.Typer(
+    name="moesaic",
+    help="See, train and scale Mixture-of-Experts routing.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command()(demo)
+app.command()(steps)
+app.command()(train)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"moesaic {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: bool = typer.Option(False, "--version", callback=_print_version, is_eager=True, help="Print the version."),
+) -> None:
+    del version
+
+
+def main() -> None:
+    """Run a command. Exit codes: 0 good, 1 a bad verdict, 2 a user's mistake, told in one line on stderr."""
+    try:
+        code = app(standalone_mode=False)
+    except typer.exceptions.TyperException as error:
+        code = _complain(error.format_message() if hasattr(error, "format_message") else str(error))
+    except (ValueError, OSError) as error:
+        code = _complain(str(error))
+    except (KeyboardInterrupt, typer.Abort):
+        code = 130
+    sys.exit(code)
+
+
+def _complain(message: str) -> int:
+    print("moesaic: " + " ".join(message.split()), file=sys.stderr)
+    return 2

@@ -1,0 +1,44 @@
+"""`moesaic steps`: the 15 steps of one token through one gate."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def steps(
+    text: Annotated[str | None, typer.Argument(help="Text to route; a line of each domain unless given.")] = None,
+    model: Annotated[Path | None, typer.Option(help="Folder of a Hugging Face MoE model; the shipped one unless given.")] = None,
+    trace: Annotated[Path | None, typer.Option(help="A recorded .safetensors instead of a text.")] = None,
+    layer: Annotated[int, typer.Option(help="Which MoE layer, from 0 in forward order.")] = 0,
+    token: Annotated[int, typer.Option(help="Which token, from 0.")] = 0,
+    vs: Annotated[str | None, typer.Option(help="topk: what plain top-k would have taken instead.")] = None,
+    lang: Annotated[str, typer.Option(help="en or zh.")] = "en",
+) -> None:
+    """Show what a gate did with one token: 15 steps with formula, shape and values."""
+    if vs not in (None, "topk"):
+        raise ValueError(f"--vs {vs!r} is unknown: use topk")
+    if lang not in ("zh", "en"):
+        raise ValueError(f"--lang {lang!r} is unknown: use zh or en")
+    if trace is not None and (text is not None or model is not None):
+        raise ValueError("--trace has its routing recorded already: leave out TEXT and --model")
+    if text is not None and not text.strip():
+        raise ValueError("TEXT is empty: give a word at least")
+    from rich.console import Console
+
+    from moesaic.cli.sources import SAMPLE, load_for_cli, record_texts
+    from moesaic.trace.render import steps_table
+    from moesaic.trace.steps import steps as derive
+    from moesaic.trace.store import load
+
+    if trace is not None:
+        recorded, words = load(trace), None
+    else:
+        network, tokenizer = load_for_cli(model)
+        recorded = record_texts(network, tokenizer, {"text": [SAMPLE if text is None else text]})
+        words = tokenizer
+    for name, value, count in (("layer", layer, recorded.n_layers), ("token", token, len(recorded))):
+        if not 0 <= value < count:
+            raise ValueError(f"--{name} {value} is not there: the recording has {name}s 0 to {count - 1}")
+    del words
+    Console().print(steps_table(derive(recorded, layer=layer, token=token), lang=lang))

@@ -1,0 +1,48 @@
+"""`moesaic train`: train the shipped model again."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from moesaic.train.evaluate import Report
+
+
+def train(
+    what: Annotated[str, typer.Argument(help="What to train: tiny, the shipped DeepSeek-V3-architecture model.")],
+    seed: Annotated[int, typer.Option(help="Seed of weights and of the order of the text.")] = 0,
+    out: Annotated[Path, typer.Option(help="Folder for the model; must be empty or new.")] = Path("runs/tiny"),
+    resume: Annotated[Path | None, typer.Option(help="Folder of an interrupted run to go on with.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps; the recipe's own number unless given.")] = None,
+) -> None:
+    """Train a model on the shipped corpus with bias balancing, and say what it learnt.
+
+    The shipped model came from `moesaic train tiny --seed 0`; its training.json says how long that took.
+    """
+    if what != "tiny":
+        raise ValueError(f"{what!r} is nothing to train: use tiny")
+    from rich.console import Console
+
+    from moesaic.train.tiny import Recipe
+    from moesaic.train.tiny import train as train_tiny
+
+    recipe = Recipe() if steps is None else Recipe(steps=steps)
+    report = train_tiny(out, seed=seed, resume=resume, recipe=recipe, progress=True)
+    Console().print(_table(report))
+    print(f"model: {resume or out}\nlook into it: moesaic demo --model {resume or out}")
+
+
+def _table(report: "Report") -> "Table":
+    from rich.table import Table
+
+    worst = ", ".join(f"{value:.2f}" for value in report.max_violation.values())
+    table = Table(title="held-out text, nats per token", caption=f"MaxVio by layer: {worst}")
+    for name in ("domain", "tokens", "model", "Kneser-Ney bigram", "margin"):
+        table.add_column(name, justify="left" if name == "domain" else "right")
+    for domain, result in report.domains.items():
+        numbers = (f"{result.loss:.3f}", f"{result.kneser_ney:.3f}", f"{result.margin:+.3f}")
+        table.add_row(domain, f"{result.tokens:,}", *numbers)
+    return table

@@ -1,0 +1,67 @@
+"""Imports point one way, and importing the package stays light."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SRC = Path(__file__).parents[1] / "src" / "moesaic"
+ROOMS = [
+    {"types", "config", "families", "rules"},
+    {"engine"},
+    {"layer"},
+    {"hf"},
+    {"trace"},
+    {"train"},
+    {"bench", "conformance", "article"},
+    {"cli", "__main__"},
+]
+FLOOR = {room: floor for floor, rooms in enumerate(ROOMS) for room in rooms}
+MODULES = sorted(path.relative_to(SRC) for path in SRC.rglob("*.py") if path.name != "__init__.py" or path.parent != SRC)
+
+
+def imported_rooms(tree: ast.AST) -> set[str]:
+    rooms = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("moesaic."):
+            rooms.add(node.module.split(".")[1])
+        elif isinstance(node, ast.ImportFrom) and (node.module == "moesaic" or node.level):
+            rooms |= {alias.name for alias in node.names if alias.name in FLOOR}
+        elif isinstance(node, ast.Import):
+            rooms |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("moesaic.")}
+    return rooms
+
+
+@pytest.mark.parametrize("module", MODULES, ids=str)
+def test_imports_point_one_way(module):
+    room = module.parts[0].removesuffix(".py")
+    assert room in FLOOR, f"{room} has no place in DESIGN's order of rooms"
+    higher = {other for other in imported_rooms(ast.parse((SRC / module).read_text())) if FLOOR[other] > FLOOR[room]}
+    assert not higher, f"{module} imports {higher}, which come after it"
+
+
+@pytest.mark.parametrize("module", MODULES, ids=str)
+def test_no_relative_imports_and_no_env_reads(module):
+    tree = ast.parse((SRC / module).read_text())
+    assert not [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level]
+    reads = [node for node in ast.walk(tree) if isinstance(node, ast.Attribute) and node.attr in ("getenv",)]
+    assert not reads, "behaviour is chosen by arguments, not by environment variables"
+
+
+def loaded_by(statement: str) -> set[str]:
+    code = f"{statement}\nimport sys; print(*sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return set(result.stdout.split())
+
+
+def test_importing_the_package_imports_nothing_heavy():
+    assert not loaded_by("import moesaic") & {"torch", "transformers", "matplotlib", "triton", "numpy"}
+    assert not loaded_by("import moesaic.cli") & {"torch", "transformers", "matplotlib", "numpy"}
+
+
+def test_layers_need_neither_transformers_nor_matplotlib():
+    loaded = loaded_by("import moesaic; moesaic.MoE; moesaic.DeepseekV3MoE; moesaic.Router; moesaic.MoEGate; moesaic.record")
+    assert "torch" in loaded
+    assert not loaded & {"transformers", "matplotlib"}

@@ -1,0 +1,22 @@
+import pytest
+
+import moesaic
+
+PUBLIC = """
+BiasBalance DeepseekV3MoE ExpertSpec ExpertWeights Experts MoE MoEConfig MoEGate Router Routing load record route steps
+""".split()
+
+
+def test_public_names_are_pinned():
+    assert sorted(moesaic.__all__) == sorted(PUBLIC)
+    assert set(PUBLIC) <= set(dir(moesaic))
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_public_name_is_there_and_documented(name):
+    assert getattr(moesaic, name).__doc__
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="module 'moesaic' has no attribute 'MoEEE'"):
+        _ = moesaic.MoEEE

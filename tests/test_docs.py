@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -54,7 +55,9 @@ def expected_bodies(page: Path) -> dict[Block, str]:
     """What each quotation and each output block of a page should hold. Runs the page's code, in an empty folder."""
     namespace: dict = {"__name__": page.stem}
     expected, printed, blocks = {}, "", blocks_of(page)
-    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(contextlib.chdir(stack.enter_context(tempfile.TemporaryDirectory())))
+        stack.callback(torch.set_printoptions, profile="default")  # pages may set their own
         for block, following in zip(blocks, [*blocks[1:], None], strict=True):
             if block.info.startswith(QUOTE):
                 expected[block] = source_of(block.info.removeprefix(QUOTE))

@@ -66,7 +66,8 @@ class MoEGate(Router):
 
         with torch.no_grad():
             trace = self.trace(self.route(hidden_states))
-        return save_figure(routing_figure(trace, lang=lang), save_path, show=show)
+        save_figure(routing_figure(trace, lang=lang, show=show), save_path)
+        return Path(save_path)
 
     def trace(self, routing: Routing, seed: int | None = None) -> Trace:
         """A routing of this gate as a one-layer trace, for steps, statistics and figures."""
@@ -124,8 +125,8 @@ def demo_moe_gate(
     shown = {"title": title, **_values(gate, hidden_states, routing, trace, lang)}
     before, after = template.split("{figure}\n")
     print(_fill(before, shown))
-    saved = save_figure(routing_figure(trace, lang=lang), save_path)
-    print(_fill(after, {**shown, "path": saved}))
+    save_figure(routing_figure(trace, lang=lang), save_path)
+    print(_fill(after, {**shown, "path": save_path}))
     return trace
 
 

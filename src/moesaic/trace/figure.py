@@ -39,7 +39,7 @@ LABELS = {
         "heat": "Expert usage", "heat_x": "expert within group", "heat_y": "group (node)", "heat_bar": "times used",
         "row_x": "expert within row", "row_y": "first expert of row",
         "weights": "Expert weights", "weights_x": "weight", "weights_y": "count", "weights_mean": "mean",
-        "nodes": "Groups (nodes) per token", "nodes_x": "group", "nodes_y": "tokens",
+        "nodes": "Group (node) selection", "nodes_x": "group", "nodes_y": "times chosen",
         "kept": "kept by the gate (derived from recorded logits and bias)", "reached": "reached by chosen experts",
         "fair": "expected if uniform",
         "load": "Load per expert", "load_x": "expert", "load_y": "times used", "band": "random routing, 5–95 %",
@@ -134,10 +134,15 @@ def _new_figure(width: float, height: float) -> "Figure":
 
 
 def _bold(text: "Text", width: float) -> None:
-    """Thicken the strokes by `width` points: our Chinese font has one weight and would look thin beside bold Latin."""
+    """Thicken Chinese by `width` points: our font has one weight and would look thin beside bold Latin."""
+    if not text.get_text().isascii():
+        _outline(text, width, text.get_color())
+
+
+def _outline(text: "Text", width: float, color: Any) -> None:
     from matplotlib.patheffects import withStroke
 
-    text.set_path_effects([withStroke(linewidth=width, foreground=text.get_color())])
+    text.set_path_effects([withStroke(linewidth=width, foreground=color)])
 
 
 def _trace_of(routing: Routing, config: MoEConfig | None, bias: Any) -> Trace:
@@ -210,7 +215,8 @@ def _draw_groups(axis: "Axes", trace: Trace, layer: int, labels: dict[str, Any])
         if size >= 4:
             for bar, value in zip(bars, counts, strict=True):
                 middle = bar.get_x() + bar.get_width() / 2
-                axis.text(middle, value + 0.5, str(int(value)), ha="center", va="bottom", fontsize=size)
+                label = axis.text(middle, value + 0.5, str(int(value)), ha="center", va="bottom", fontsize=size)
+                _outline(label, 2.5, "white")  # so that the dotted line does not cross the number
     fair = len(trace) * config.topk_group / config.n_group
     axis.axhline(fair, color="#888888", ls=":", lw=1.2, label=f"{labels['fair']} {fair:g}")
     axis.set_ylim(0, max(axis.get_ylim()[1], 1) * 1.22)  # room for the legend

@@ -147,7 +147,7 @@ def _verdict(status: str, measures: Mapping[str, Measure], load: np.ndarray) -> 
     if status == "imbalanced":
         busiest, times = int(load.argmax()), measures["max_over_mean"].value
         return (
-            f"{en}: expert {busiest} carries {times:.2f}x its share",
-            f"{zh}：专家 {busiest} 的负载是均值的 {times:.2f} 倍",
+            f"{en}: e{busiest} at {times:.2f}x its share",
+            f"{zh}：e{busiest} 为均值的 {times:.2f} 倍",
         )
     return en, zh

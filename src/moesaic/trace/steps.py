@@ -150,7 +150,7 @@ def steps_of_routing(
         for key in ("grouped", "group_scores", "groups", "group_mask", "expert_mask", "masked"):
             values[key], notes[key] = None, ungrouped
     if not config.has_correction_bias:
-        notes["biased"] = NO_BIAS
+        values["biased"], notes["biased"] = None, NO_BIAS
     if not _normalises(config):
         notes["normalised"] = NO_NORM
     for stage in STAGES:

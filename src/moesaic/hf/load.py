@@ -1,0 +1,84 @@
+"""Loading a local Hugging Face model without network, noise or surprises."""
+
+import json
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from moesaic.families import ALIASES
+from moesaic.hf.modules import moe_layers
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
+
+
+def load_model(folder: str | Path) -> tuple[Any, Any]:
+    """(model, tokenizer) of a folder that `save_pretrained` wrote, in eval mode. Offline; runs no code of the folder.
+
+    Raises ValueError, in one line, for a folder that is missing, holds no model, no MoE model, damaged or incomplete
+    weights, or no tokenizer.
+    """
+    folder = Path(folder)
+    _check_is_moe(folder)
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    here: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+    with _quiet():
+        try:
+            model, found = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **here)
+        except Exception as error:  # transformers, safetensors and torch each raise their own kinds
+            raise ValueError(f"{folder}: the model cannot be loaded ({_first_line(error)})") from None
+        if missing := sorted(found["missing_keys"]):
+            raise ValueError(f"{folder}: weights are incomplete, {len(missing)} are missing, such as {missing[0]}")
+        try:
+            moe_layers(model)
+        except ValueError as error:
+            raise ValueError(f"{folder}: {error}") from None
+        if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+            raise ValueError(f"{folder}: no tokenizer there: add its tokenizer.json and tokenizer_config.json")
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(folder, **here)
+        except Exception as error:  # as above
+            raise ValueError(f"{folder}: the tokenizer cannot be loaded ({_first_line(error)})") from None
+    return model.eval(), tokenizer
+
+
+def _check_is_moe(folder: Path) -> None:
+    """Refuse from config.json alone what is no MoE model: a dense one may take minutes to load."""
+    if not folder.is_dir():
+        what = "is a file, not a folder" if folder.exists() else "no such folder"
+        raise ValueError(f"{folder}: {what}: give the folder of a Hugging Face model")
+    try:
+        config = json.loads((folder / "config.json").read_text())
+    except FileNotFoundError:
+        raise ValueError(f"{folder}: not a model folder: it has no config.json") from None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{folder}: its config.json cannot be read ({_first_line(error)})") from None
+    given = {**config, **(config.get("text_config") or {})} if isinstance(config, dict) else {}
+    if not any(given.get(name) for name in ALIASES["n_routed_experts"]):
+        kind = given.get("model_type", "unknown")
+        raise ValueError(f"{folder}: not an MoE model: the config of this {kind!r} model names no experts")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bars, no log lines below errors, no warnings; put back as they were afterwards."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0][:200]

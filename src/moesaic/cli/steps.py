@@ -8,7 +8,9 @@ import typer
 
 def steps(
     text: Annotated[str | None, typer.Argument(help="Text to route; a line of each domain unless given.")] = None,
-    model: Annotated[Path | None, typer.Option(help="Folder of a Hugging Face MoE model; the shipped one unless given.")] = None,
+    model: Annotated[
+        Path | None, typer.Option(help="Folder of a Hugging Face MoE model; the shipped one unless given.")
+    ] = None,
     trace: Annotated[Path | None, typer.Option(help="A recorded .safetensors instead of a text.")] = None,
     layer: Annotated[int, typer.Option(help="Which MoE layer, from 0 in forward order.")] = 0,
     token: Annotated[int, typer.Option(help="Which token, from 0.")] = 0,
@@ -26,19 +28,21 @@ def steps(
         raise ValueError("TEXT is empty: give a word at least")
     from rich.console import Console
 
-    from moesaic.cli.sources import SAMPLE, load_for_cli, record_texts
+    from moesaic.cli import sources
     from moesaic.trace.render import steps_table
-    from moesaic.trace.steps import steps as derive
+    from moesaic.trace.steps import steps as steps_of
     from moesaic.trace.store import load
 
     if trace is not None:
-        recorded, words = load(trace), None
+        recorded = load(trace)
+        title = f"token {token}"
     else:
-        network, tokenizer = load_for_cli(model)
-        recorded = record_texts(network, tokenizer, {"text": [SAMPLE if text is None else text]})
-        words = tokenizer
-    for name, value, count in (("layer", layer, recorded.n_layers), ("token", token, len(recorded))):
-        if not 0 <= value < count:
-            raise ValueError(f"--{name} {value} is not there: the recording has {name}s 0 to {count - 1}")
-    del words
-    Console().print(steps_table(derive(recorded, layer=layer, token=token), lang=lang))
+        network, tokenizer = sources.load(model)
+        recorded = sources.route(network, sources.windows_of(tokenizer, sources.SAMPLE if text is None else text))
+        words = sources.words_of(tokenizer, recorded)
+        title = f"token {sources.checked('token', token, len(recorded))} {words[token]}"
+    layer = sources.checked("layer", layer, recorded.n_layers)
+    sources.checked("token", token, len(recorded))
+    title += f"   {recorded.layers[layer]}"
+    table = steps_table(steps_of(recorded, layer=layer, token=token), lang, versus=vs == "topk", title=title)
+    Console().print(table)

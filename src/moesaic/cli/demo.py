@@ -1,0 +1,190 @@
+"""`moesaic demo`: real text through a really trained MoE model, and what its gates did."""
+
+import shlex
+import sys
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from moesaic.trace.store import Trace
+
+WORDS = {
+    "en": {
+        "routing": "Routing real text...",
+        "model": "{model}: {layers} MoE layers, {config}",
+        "text": "{tokens:,} tokens in {sequences} sequences: {domains}",
+        "load": "1. Is the load balanced? A number in brackets is what random routing would give.",
+        "prefer": "2. Which experts prefer which text?",
+        "token": "3. One token through one gate: layer {layer}, token {token} {word} of {label}",
+        "saved": "Saved in {out}:",
+        "files": ("the figure of layer {layer}", "load of every layer beside chance", "everything recorded"),
+        "again": "Reproduce: {command}",
+        "versions": "with {versions}, seed {seed}, config {digest}",
+    },
+    "zh": {
+        "routing": "正在路由真实文本...",
+        "model": "{model}：{layers} 个 MoE 层，{config}",
+        "text": "{sequences} 个序列共 {tokens:,} 个 token：{domains}",
+        "load": "1. 负载均衡吗？括号内是随机路由会得到的范围。",
+        "prefer": "2. 哪些专家偏好哪类文本？",
+        "token": "3. 一个 token 走过一个门控：第 {layer} 层，{label} 的第 {token} 个 token {word}",
+        "saved": "已保存到 {out}：",
+        "files": ("第 {layer} 层的路由图", "每层负载与随机范围", "全部路由记录"),
+        "again": "复现：{command}",
+        "versions": "版本 {versions}，随机种子 {seed}，配置 {digest}",
+    },
+}
+
+
+def demo(
+    random: Annotated[
+        bool, typer.Option("--random", help="The article's demo: a random gate on random input.")
+    ] = False,
+    preset: Annotated[
+        str, typer.Option(help="Sizes of the random gate, by the name of a released model.")
+    ] = "deepseek-v3",
+    lang: Annotated[str, typer.Option(help="en or zh.")] = "en",
+    seed: Annotated[int, typer.Option(help="Seed of the random gate and of the permutation test.")] = 0,
+    text: Annotated[str | None, typer.Option(help="Route this text instead of the shipped corpus.")] = None,
+    file: Annotated[Path | None, typer.Option(help="Route the text of this file.")] = None,
+    model: Annotated[
+        Path | None, typer.Option(help="Folder of a Hugging Face MoE model; the shipped one unless given.")
+    ] = None,
+    layer: Annotated[
+        int | None, typer.Option(help="MoE layer to look into, from 0; the middle one unless given.")
+    ] = None,
+    token: Annotated[int | None, typer.Option(help="Token to follow, from 0; a telling one unless given.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for figures and the record.")] = Path("moesaic-demo"),
+) -> int:
+    """Route real English, Chinese and code through a trained MoE model and say what its gates did.
+
+    Prints load verdicts beside chance, which experts prefer which text, and one token's 15 steps; saves figures and
+    the routing record. Exit code 1 where a layer has collapsed.
+    """
+    if lang not in WORDS:
+        raise ValueError(f"--lang {lang!r} is unknown: use en or zh")
+    if random:
+        if text is not None or file is not None or model is not None:
+            raise ValueError("--random routes random input: leave out --text, --file and --model")
+        return _random(preset, lang, seed, out)
+    return _real(lang, seed, text, file, model, layer, token, out)
+
+
+def _random(preset: str, lang: str, seed: int, out: Path) -> int:
+    from moesaic.article import create_moe_config, demo_moe_gate
+    from moesaic.config import MoEConfig
+
+    article = preset == "deepseek-v3"  # its sizes, with the article's routed_scaling_factor of 1.0
+    config = create_moe_config() if article else MoEConfig.preset(preset)
+    _make_ready(out)
+    demo_moe_gate(
+        config,
+        title="DeepSeek-V3" if article else preset,
+        lang=lang,
+        seed=seed,
+        save_path=out / "moe_routing_visualization.png",
+    )
+    again = f"moesaic demo --random --preset {preset} --lang {lang} --seed {seed} --out {shlex.quote(str(out))}"
+    print(WORDS[lang]["again"].format(command=again))
+    return 0
+
+
+def _real(
+    lang: str,
+    seed: int,
+    text: str | None,
+    file: Path | None,
+    model_folder: Path | None,
+    layer: int | None,
+    token: int | None,
+    out: Path,
+) -> int:
+    from rich.console import Console
+
+    from moesaic.cli import sources
+    from moesaic.trace.figure import load_figure, routing_figure, save_figure
+
+    given = sources.read_text(text, file)
+    model, tokenizer = sources.load(model_folder)
+    sequences = sources.held_out_windows(tokenizer) if given is None else sources.windows_of(tokenizer, given)
+    _make_ready(out)
+    with Console(stderr=True).status(WORDS[lang]["routing"]):
+        trace = sources.route(model, sequences, seed)
+    layer = trace.n_layers // 2 if layer is None else sources.checked("layer", layer, trace.n_layers)
+    token = _telling_token(trace, layer) if token is None else sources.checked("token", token, len(trace))
+
+    collapsed = _show(trace, sources.words_of(tokenizer, trace), lang, layer, token, seed)
+    names = ("routing.png", "load.png", "trace.safetensors")
+    save_figure(routing_figure(trace, layer=layer, lang=lang), out / names[0], dpi=150)
+    save_figure(load_figure(trace, lang=lang), out / names[1], dpi=150)
+    trace.save(out / names[2])
+    _say_saved(trace, lang, layer, out, names)
+    return 1 if collapsed else 0
+
+
+def _show(trace: "Trace", words: list[str], lang: str, layer: int, token: int, seed: int) -> bool:
+    """Print the three parts; True where a layer has collapsed."""
+    from rich.console import Console
+
+    from moesaic.trace.render import load_table, preference_table, steps_table
+    from moesaic.trace.stats import domain_preference, layer_reports
+    from moesaic.trace.steps import steps
+    from moesaic.train.data import DOMAINS
+
+    say, show = WORDS[lang], Console().print
+    names = {key: getattr(domain, lang) for key, domain in DOMAINS.items()}
+    labels = [names.get(label, label) for label in trace.labels or ()]
+    per_label = dict.fromkeys(labels, 0)
+    for sequence in trace.sequences.tolist():
+        per_label[labels[sequence]] += 1
+    config = trace.configs[0]
+    sizes = f"top {config.num_experts_per_tok} / {config.n_routed_experts}"
+    if config.n_group > 1:
+        sizes += f", {config.topk_group} / {config.n_group} groups"
+    print(say["model"].format(model=trace.model, layers=trace.n_layers, config=sizes))
+    domains = ", ".join(f"{label} {count:,}" for label, count in per_label.items())
+    print(say["text"].format(tokens=len(trace), sequences=trace.n_sequences, domains=domains))
+
+    reports = layer_reports(trace)
+    print("\n" + say["load"])
+    show(load_table(reports, lang))
+    if len(per_label) > 1:
+        print(say["prefer"])
+        show(preference_table(domain_preference(trace, labels, seed=seed), trace.layers, lang))
+    label = labels[int(trace.sequences[token])]
+    print(say["token"].format(layer=trace.layers[layer], token=token, word=words[token], label=label))
+    show(steps_table(steps(trace, layer=layer, token=token), lang, versus=True))
+    return any(report.status == "collapsed" for report in reports)
+
+
+def _telling_token(trace: "Trace", layer: int) -> int:
+    """The first token whose experts differ most from plain top-k's."""
+    from moesaic import rules
+    from moesaic.trace.chance import overlap
+
+    routing, config = trace.layer(layer), trace.configs[layer]
+    plain = rules.largest(rules.score(routing.logits, config), config.num_experts_per_tok)
+    return int(overlap(routing.expert_ids.numpy(), plain.numpy()).argmin())
+
+
+def _say_saved(trace: "Trace", lang: str, layer: int, out: Path, names: tuple[str, ...]) -> None:
+    say = WORDS[lang]
+    print(say["saved"].format(out=out))
+    for name, what in zip(names, say["files"], strict=True):
+        print(f"   {name:<20}{what.format(layer=trace.layers[layer])}")
+    print("\n" + say["again"].format(command=shlex.join(["moesaic", *sys.argv[1:]])))
+    versions = ", ".join(f"{name} {version}" for name, version in trace.versions.items())
+    print(say["versions"].format(versions=versions, seed=trace.seed, digest=trace.configs[0].digest()))
+
+
+def _make_ready(out: Path) -> None:
+    """Make the folder and try to write there, before any work."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            pass
+    except OSError as error:
+        raise ValueError(f"--out {out}: cannot be written ({error.strerror}): give another folder") from None

@@ -1,0 +1,88 @@
+"""What the commands look at: the shipped or a given model, and real text as windows of tokens."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moesaic.trace.record import record
+from moesaic.trace.store import Trace
+
+TINY = Path(__file__).parents[1] / "assets" / "tiny"
+WINDOW = 128  # tokens routed as one sequence
+SEQUENCES = 100  # of the four shipped domains together, in the shares the tiny model was trained on
+SAMPLE = "To be, or not to be: that is the question.\n床前明月光，疑是地上霜。\nfor token in tokens: route(token)\n"
+
+
+def load(folder: Path | None) -> tuple[Any, Any]:
+    """Model and tokenizer of a Hugging Face folder; the shipped tiny ones where none is named."""
+    from moesaic.hf.load import load_model
+
+    return load_model(TINY if folder is None else folder)
+
+
+def read_text(text: str | None, file: Path | None) -> str | None:
+    """The text that was asked for, or None where neither option was used."""
+    if text is not None and file is not None:
+        raise ValueError("--text and --file are both given: use one of them")
+    if file is not None:
+        try:
+            text = file.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            raise ValueError(f"--file {file}: not UTF-8 text: give a text file") from None
+        except OSError as error:
+            raise ValueError(f"--file {file}: cannot be read ({error.strerror}): give a text file") from None
+    if text is not None and not text.strip():
+        raise ValueError("the text is empty: give a word at least")
+    return text
+
+
+def windows_of(tokenizer: Any, text: str, label: str = "text") -> list[tuple[str, Tensor]]:
+    """A text cut into sequences of WINDOW tokens and a shorter rest."""
+    ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
+    return [(label, part) for part in ids.split(WINDOW, dim=1)]
+
+
+def held_out_windows(tokenizer: Any) -> list[tuple[str, Tensor]]:
+    """Sequences from documents of the four domains that the tiny model never saw, spread evenly over them."""
+    import numpy as np
+
+    from moesaic.train.data import DOMAINS, corpus
+    from moesaic.train.packing import token_stream, windows
+
+    if tokenizer.eos_token_id is None:
+        raise ValueError("the tokenizer has no end-of-text token to set documents apart: use --text or --file")
+    sequences = []
+    for domain in DOMAINS:
+        rows = windows(token_stream(tokenizer, corpus(domain, "held_out")), WINDOW)
+        chosen = np.linspace(0, len(rows) - 1, round(SEQUENCES * DOMAINS[domain].share)).astype(int)
+        sequences += [(domain, part) for part in torch.from_numpy(rows[chosen]).split(10)]
+    return sequences
+
+
+def checked(name: str, value: int, count: int) -> int:
+    """`value`, if there are that many."""
+    if not 0 <= value < count:
+        raise ValueError(f"--{name} {value} is not there: use 0 to {count - 1}")
+    return value
+
+
+def route(model: Any, sequences: list[tuple[str, Tensor]], seed: int = 0) -> Trace:
+    """Record every gate's scores and picks while the model reads; `sequences` are (label, ids [n, tokens])."""
+    labels = [label for label, ids in sequences for _ in ids]
+    with torch.inference_mode(), record(model, detail="scores", labels=labels, seed=seed) as recorder:
+        for _, ids in sequences:
+            model(input_ids=ids, use_cache=False, logits_to_keep=1)
+    return recorder.trace
+
+
+def words_of(tokenizer: Any, trace: Trace) -> list[str]:
+    """Every token as it may be shown: its text, or its bytes where it is only part of a character."""
+    if trace.input_ids is None:
+        return [f"token {i}" for i in range(len(trace))]
+    pieces = [tokenizer.decode([int(i)]) for i in trace.input_ids]
+    return [
+        repr(tokenizer.convert_ids_to_tokens(int(i))) if "\ufffd" in piece else repr(piece)
+        for i, piece in zip(trace.input_ids, pieces, strict=True)
+    ]

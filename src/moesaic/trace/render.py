@@ -1,6 +1,7 @@
 """Console tables of a recorded routing, as rich renderables. Nothing here prints."""
 
 import math
+import re
 from collections.abc import Sequence
 
 from rich import box
@@ -24,7 +25,7 @@ WORDS = {
         "disagrees": "recorded values differ from the derived ones", "tied": "tie: another machine may differ",
         "versus": "classic top-{k}", "same": "would take the same experts",
         "instead": "would take {a} instead of {b}: score lost {p:.2f} %, groups {x} -> {y}",
-        "load": ("layer", "max / mean\nload", "MaxVio", "CV", "entropy", "dead", "groups\n/ token", "verdict"),
+        "load": ("layer\nverdict", "max / mean\nload", "MaxVio", "CV", "dead", "groups\n/ token"),
         "chance": "chance 5–95 %", "preference": ("layer", "domain", "experts (times their overall rate)", "least p"),
         "none": "none beyond chance", "no_data": "no data",
         "test": "{p} permutations of {n} sequences; p corrected for all {t} experts (max-statistic), alpha {a:g}",
@@ -38,7 +39,7 @@ WORDS = {
         "disagrees": "记录值与推导值不一致", "tied": "并列：换一台机器可能选得不同",
         "versus": "经典 top-{k}", "same": "会选同样的专家",
         "instead": "会选 {a} 而不是 {b}：分数损失 {p:.2f} %，节点数 {x} -> {y}",
-        "load": ("层", "最大 / 平均\n负载", "MaxVio", "CV", "归一化熵", "未用\n专家", "到达\n节点数", "结论"),
+        "load": ("层\n结论", "最大 / 平均\n负载", "MaxVio", "CV", "未用\n专家", "到达\n节点数"),
         "chance": "随机 5–95 %", "preference": ("层", "领域", "专家（相对其总体使用率的倍数）", "最小 p"),
         "none": "没有超出随机的偏好", "no_data": "没有数据",
         "test": "以序列为单位置换 {p} 次（{n} 个序列）；p 已对全部 {t} 个专家校正（最大统计量），显著性水平 {a:g}",
@@ -49,7 +50,7 @@ STYLES = {
     "no_data": "dim", "chance": "green", "balanced": "green",
     "imbalanced": "yellow", "dead": "red", "collapsed": "bold red",
 }  # fmt: skip
-SPARK_WIDTH = 32  # experts drawn one by one; more are pooled by their maximum
+SPARK_WIDTH = 32  # values drawn one by one; longer rows are pooled by their maximum into half as many bars
 
 
 def steps_table(steps: Sequence[Step], lang: str = "en", *, versus: bool = False, title: str = "") -> RenderableType:
@@ -73,20 +74,19 @@ def steps_table(steps: Sequence[Step], lang: str = "en", *, versus: bool = False
 
 
 def load_table(reports: Sequence[LayerReport], lang: str = "en") -> Table:
-    """One row a layer: its balance numbers, each above its chance band, and the verdict."""
+    """One row a layer: its index in the trace, name and verdict, and balance numbers, each above its chance band."""
     words = _words(lang)
     table = Table(box=box.SIMPLE_HEAD, caption=f"( ) {words['chance']}", caption_justify="left", pad_edge=False)
     grouped = any("groups_reached" in report.measures for report in reports)
-    names = ["max_vio", "cv", "entropy", "dead", *(["groups_reached"] if grouped else [])]
-    heads = [*words["load"][: 2 + len(names)], words["load"][-1]]
-    for place, head in enumerate(heads):
-        outer = place in (0, len(heads) - 1)
-        last = place == len(heads) - 1
-        table.add_column(head, justify="left" if outer else "right", no_wrap=not last, overflow="fold")
-    for report in reports:
-        cells = [_measure(report.measures.get(name), name, words) for name in names]
-        load = f"{report.load.max()} / {report.load.mean():.4g}"
-        table.add_row(Text(report.layer), load, *cells, Text(report.verdict(lang), style=STYLES[report.status]))
+    names = ["max_vio", "cv", "dead", *(["groups_reached"] if grouped else [])]
+    table.add_column(words["load"][0], overflow="fold")
+    for head in words["load"][1 : 2 + len(names)]:
+        table.add_column(head, justify="right", no_wrap=True)
+    for index, report in enumerate(reports):
+        name = Text(f"{index}  {short_layer(report.layer)}\n")
+        name.append(report.verdict(lang), style=STYLES[report.status])
+        cells = [_measure(report.measures.get(measure), measure, words) for measure in names]
+        table.add_row(name, f"{report.load.max()} / {report.load.mean():.4g}", *cells)
     return table
 
 
@@ -103,7 +103,7 @@ def preference_table(
     for head in words["preference"]:
         table.add_column(head, overflow="fold")
     for layer in range(n_layers):
-        name = Text(layers[layer] if layers else str(layer))
+        name = Text(f"{layer}  {short_layer(layers[layer])}" if layers else str(layer))
         if not found[layer].any():
             table.add_row(name, Text("–", style="dim"), Text(words["none"], style="dim"), "", end_section=True)
             continue
@@ -112,7 +112,7 @@ def preference_table(
             if not len(experts):
                 continue
             experts = experts[(-preferences.lift[layer, experts]).argsort(kind="stable")]
-            shown = "  ".join(f"e{e} {preferences.lift[layer, e]:.1f}x" for e in experts[:most])
+            shown = "  ".join(f"e{e}:{preferences.lift[layer, e]:.1f}x" for e in experts[:most])
             rest = f"  +{len(experts) - most}" if len(experts) > most else ""
             table.add_row(name, Text(domain), shown + rest, f"{preferences.p_value[layer, experts].min():.2g}")
             name = Text()
@@ -124,13 +124,19 @@ def sparkline(values: Tensor, width: int = SPARK_WIDTH) -> str:
     """Values as bars of eight heights between their least and greatest; longer rows are pooled by their maximum."""
     numbers = values.flatten().tolist()
     if len(numbers) > width:
-        step = math.ceil(len(numbers) / width)
+        step = math.ceil(2 * len(numbers) / width)
         numbers = [max(numbers[i : i + step]) for i in range(0, len(numbers), step)]
     finite = [v for v in numbers if math.isfinite(v)]
     if not finite:
         return " " * len(numbers)
     low, span = min(finite), max(finite) - min(finite) or 1.0
     return "".join(SPARKS[int((v - low) / span * 7.999)] if math.isfinite(v) else " " for v in numbers)
+
+
+def short_layer(name: str) -> str:
+    """ "layers.3" for "model.layers.3.mlp"; a name without a number stays."""
+    found = re.search(r"[^.]+\.\d+", name)
+    return found.group() if found else name
 
 
 def rank_changes(scores: Tensor, biased: Tensor) -> list[tuple[int, int]]:
@@ -220,10 +226,14 @@ def _experts(ids: Tensor, config: MoEConfig) -> str:
 def _measure(measure: Measure | None, name: str, words: dict) -> Text:
     if measure is None or measure.band is None:
         return Text(words["no_data"] if measure is not None else "–", style="dim")
-    digits = {"dead": 0, "max_vio": 2, "groups_reached": 2, "entropy": 4}.get(name, 3)
-    low, high = measure.band.low, measure.band.high
-    text = Text(f"{measure.value:.{digits}f}", style="" if measure.is_chance else "bold")
-    return text.append(f"\n({low:.{digits}f}–{high:.{digits}f})", style="dim not bold")
+    digits = {
+        "dead": 0,
+        "max_vio": 2,
+        "groups_reached": 2,
+    }.get(name, 3)
+    value, low, high = (_short(number, digits) for number in (measure.value, measure.band.low, measure.band.high))
+    text = Text(value, style="" if measure.is_chance else "bold")
+    return text.append(f"\n({low}–{high})", style="dim not bold")
 
 
 def _sizes(config: MoEConfig) -> dict[str, int]:
@@ -233,8 +243,10 @@ def _sizes(config: MoEConfig) -> dict[str, int]:
     }  # fmt: skip
 
 
-def _short(value: float) -> str:
-    return f"{value:.3f}".replace("0.", ".", 1) if abs(value) < 1 else f"{value:.3f}"
+def _short(value: float, digits: int = 3) -> str:
+    """Fixed digits, without the zero before the point: .125, 1.250."""
+    text = f"{value:.{digits}f}"
+    return text.replace("0.", ".", 1) if abs(value) < 1 and text.lstrip("-").startswith("0.") else text
 
 
 def _words(lang: str) -> dict:

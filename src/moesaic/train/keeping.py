@@ -1,0 +1,63 @@
+"""What a training run keeps and shows: the best weights so far, its record, and a progress bar."""
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from transformers import TrainerCallback
+
+from moesaic.train.evaluate import HeldOut
+from moesaic.train.run_folder import save_weights, write_record
+
+
+class KeepBest(TrainerCallback):
+    """Judge the model every `every` steps and at the end; write its weights to `folder` at a new best worst margin.
+
+    `record` gets a line of history each time and is written beside the weights, so a run can be taken up again.
+    """
+
+    def __init__(self, held_out: HeldOut, folder: Path, record: dict[str, Any], *, every: int) -> None:
+        self.held_out = held_out
+        self.folder = folder
+        self.record = record
+        self.every = every
+
+    def on_train_begin(self, args, state, control, **kwargs):  # noqa: ARG002 (the Trainer's signature)
+        # What came after the checkpoint that training goes on from will come again.
+        self.record["history"] = [line for line in self.record["history"] if line["step"] <= state.global_step]
+        write_record(self.folder, self.record)
+
+    def on_step_end(self, args, state, control, **kwargs):  # noqa: ARG002
+        if state.global_step % self.every and state.global_step != state.max_steps:
+            return
+        report = self.held_out.judge(kwargs["model"])
+        best = max((line["worst_margin"] for line in self.record["history"]), default=float("-inf"))
+        self.record["history"].append(
+            {
+                "step": state.global_step,
+                "worst_margin": report.worst_margin,
+                "loss": {domain: result.loss for domain, result in report.domains.items()},
+                "max_violation": list(report.max_violation.values()),
+            }
+        )
+        if report.worst_margin > best:
+            save_weights(kwargs["model"], self.folder)
+            self.record["best_step"] = state.global_step
+        write_record(self.folder, self.record)
+
+
+class ProgressBar(TrainerCallback):
+    """Steps, time left, and the last worst margin over Kneser-Ney, on stderr."""
+
+    def on_train_begin(self, args, state, control, **kwargs):  # noqa: ARG002
+        columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        self._progress = Progress(*columns, console=Console(stderr=True))
+        self._task = self._progress.add_task("training", total=state.max_steps, completed=state.global_step)
+        self._progress.start()
+
+    def on_step_end(self, args, state, control, **kwargs):  # noqa: ARG002
+        self._progress.update(self._task, completed=state.global_step)
+
+    def on_train_end(self, args, state, control, **kwargs):  # noqa: ARG002
+        self._progress.stop()

@@ -1,0 +1,66 @@
+"""The folder of a training run: what lies in it, and when one may be written to or taken up again."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+RECORD = "training.json"
+
+
+def save_weights(model: "PreTrainedModel", folder: Path) -> None:
+    """Save config.json and model.safetensors: parameters rounded to float16, buffers (the correction bias) as they are.
+
+    Halves the file. float16 rather than bfloat16: the weights are far from its range, and it keeps 3 bits more.
+    config.json says float32, so that `from_pretrained` computes in float32 unless it is told otherwise.
+    """
+    saved = set(model.state_dict())
+    state = {name: value for name, value in model.named_buffers() if name in saved}
+    state |= {name: value.detach().half() for name, value in model.named_parameters()}  # tied weights once
+    use_cache, model.config.use_cache = model.config.use_cache, True  # the Trainer turns it off; users generate
+    model.save_pretrained(folder, state_dict=state)
+    model.config.use_cache = use_cache
+
+
+def write_record(folder: Path, record: dict[str, Any]) -> None:
+    """Write training.json in one move, so that an interruption leaves the old one or the new one."""
+    part = folder / f"{RECORD}.part"
+    part.write_text(json.dumps(record, indent=1) + "\n", "utf-8")
+    part.replace(folder / RECORD)
+
+
+def fresh_folder(out: Path) -> Path:
+    """Make the folder and try it, before minutes of training have gone by."""
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"out={out} is a file: name a new folder")
+    if out.is_dir() and any(out.iterdir()):
+        raise ValueError(f"out={out} is not empty: name a new folder, or continue an interrupted run with --resume")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / f"{RECORD}.part").touch()
+        (out / f"{RECORD}.part").unlink()
+    except OSError as error:
+        raise OSError(f"out={out} cannot be written ({error.strerror}): name a folder that can") from None
+    return out
+
+
+def interrupted_run(folder: Path) -> dict[str, Any]:
+    """The record of a run that can be taken up again."""
+    if not folder.exists():
+        raise FileNotFoundError(
+            f"resume={folder} does not exist: give the folder of an interrupted `moesaic train` run"
+        )
+    try:
+        record = json.loads((folder / RECORD).read_text("utf-8"))
+    except (OSError, ValueError):
+        record = None
+    if not isinstance(record, dict) or not {"seed", "recipe", "history"} <= record.keys():
+        raise ValueError(
+            f"resume={folder} is not a run of `moesaic train` (no readable {RECORD}): give the folder of one, or start "
+            "anew with --out"
+        ) from None
+    if record.get("finished", False):
+        raise ValueError(f"resume={folder} has finished after {record['recipe']['steps']} steps: nothing is left to do")
+    return record

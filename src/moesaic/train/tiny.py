@@ -1,0 +1,189 @@
+"""The shipped model, from nothing to a folder that plain transformers loads: `moesaic train tiny`."""
+
+import platform
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from moesaic.train.data import DOMAINS, corpus
+from moesaic.train.evaluate import WINDOW, HeldOut, Report
+from moesaic.train.packing import Mixture, token_stream
+from moesaic.train.run_folder import fresh_folder, interrupted_run, write_record
+from moesaic.train.tokenizer import VOCAB_SIZE, train_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import DeepseekV3Config
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How long and how fast to train. A batch of 10 windows holds 3 + 3 + 1 + 3 of the four domains."""
+
+    steps: int = 3600
+    batch_size: int = 10
+    learning_rate: float = 3e-3
+    warmup_steps: int = 100
+    bias_speed: float = 1e-3
+    evaluate_every: int = 300
+    held_out_windows: int = 40  # of each domain, while training; the final report takes all
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "evaluate_every", "held_out_windows"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} trains nothing: use 1 or more")
+
+
+def tiny_config() -> "DeepseekV3Config":
+    """3.4 million parameters; 32 routed experts in 4 groups of which a token reaches 2, top-4, one shared expert."""
+    from transformers import DeepseekV3Config
+
+    return DeepseekV3Config(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=128,
+        num_hidden_layers=5,
+        first_k_dense_replace=1,
+        intermediate_size=384,
+        moe_intermediate_size=48,
+        n_routed_experts=32,
+        n_group=4,
+        topk_group=2,
+        num_experts_per_tok=4,
+        n_shared_experts=1,
+        routed_scaling_factor=2.5,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        q_lora_rank=None,
+        kv_lora_rank=64,
+        qk_nope_head_dim=16,
+        qk_rope_head_dim=16,
+        v_head_dim=32,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+        num_mtp_layers=0,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+
+
+def train(
+    out: Path | str,
+    *,
+    seed: int = 0,
+    resume: Path | str | None = None,
+    recipe: Recipe | None = None,
+    progress: bool = False,
+) -> Report:
+    """Train the tiny model and write it to the folder `out`; returns how it does on all held-out text.
+
+    `out` receives config.json, model.safetensors, tokenizer.json, tokenizer_config.json and training.json. Weights are
+    those of the evaluation with the best worst-domain margin, stored as float16 and loaded as float32; the correction
+    bias is float32 throughout. The same seed, machine and number of threads give the same weights. `resume` names the
+    folder of an interrupted run: it goes on there from its last checkpoint, with its own seed and recipe. `progress`
+    shows a bar on stderr.
+
+    Raises ValueError for a folder that is not empty, not a run, or a run that has finished; FileNotFoundError for a
+    `resume` that is not there; OSError for an `out` that cannot be written.
+    """
+    if resume is not None:
+        out = Path(resume)
+        record: dict[str, Any] = interrupted_run(out)
+    else:
+        out = fresh_folder(Path(out))
+        record = {"seed": seed, "recipe": asdict(recipe or Recipe()), "finished": False, "history": []}
+    recipe = Recipe(**record["recipe"])
+    with _quiet():
+        return _run(out, record, recipe, progress=progress)
+
+
+def _run(out: Path, record: dict[str, Any], recipe: Recipe, *, progress: bool) -> Report:
+    from transformers import AutoModelForCausalLM, DeepseekV3ForCausalLM, Trainer, TrainingArguments, set_seed
+    from transformers.trainer_callback import PrinterCallback
+
+    from moesaic.train.callbacks import BiasBalance, fading
+    from moesaic.train.keeping import KeepBest, ProgressBar
+
+    started, seed = time.monotonic(), record["seed"]
+    set_seed(seed)
+    tokenizer = train_tokenizer()
+    tokenizer.save_pretrained(out)
+    streams = {domain: token_stream(tokenizer, corpus(domain, "train"), seed=seed) for domain in DOMAINS}
+    model = DeepseekV3ForCausalLM(tiny_config())
+    checkpoints = sorted(out.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    keep = KeepBest(HeldOut(tokenizer, max_windows=recipe.held_out_windows), out, record, every=recipe.evaluate_every)
+    trainer = Trainer(
+        model=model,
+        args=TrainingArguments(
+            output_dir=str(out),
+            max_steps=recipe.steps,
+            per_device_train_batch_size=recipe.batch_size,
+            train_sampling_strategy="sequential",  # the Mixture is in order already
+            learning_rate=recipe.learning_rate,
+            lr_scheduler_type="cosine",
+            warmup_steps=recipe.warmup_steps,
+            weight_decay=0.1,
+            adam_beta2=0.95,
+            max_grad_norm=1.0,
+            save_steps=recipe.evaluate_every,
+            save_total_limit=1,
+            seed=seed,
+            use_cpu=True,
+            report_to="none",
+            logging_strategy="no",
+            disable_tqdm=True,
+        ),
+        train_dataset=Mixture(
+            streams, num_batches=recipe.steps, batch_size=recipe.batch_size, length=WINDOW, seed=seed
+        ),
+        callbacks=[BiasBalance(fading(recipe.bias_speed)), keep, *([ProgressBar()] if progress else [])],
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.train(resume_from_checkpoint=str(checkpoints[-1]) if checkpoints else None)
+
+    report = HeldOut(tokenizer).judge(AutoModelForCausalLM.from_pretrained(out))
+    record |= {
+        "finished": True,
+        "command": f"moesaic train tiny --seed {seed} --out DIR",
+        "versions": {name: _version(name) for name in ("moesaic", "torch", "transformers", "tokenizers", "accelerate")}
+        | {"python": platform.python_version()},
+        "threads": torch.get_num_threads(),
+        "minutes": round((time.monotonic() - started) / 60, 1),
+        "parameters": model.num_parameters(),
+        "tokens_seen": recipe.steps * recipe.batch_size * WINDOW,
+        "held_out": {domain: result._asdict() | {"margin": result.margin} for domain, result in report.domains.items()},
+        "max_violation": report.max_violation,
+    }
+    write_record(out, record)
+    for path in checkpoints + list(out.glob("checkpoint-*")):
+        shutil.rmtree(path, ignore_errors=True)
+    return report
+
+
+def _version(name: str) -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "unknown"
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """transformers says only errors meanwhile, and draws no bars of its own."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()

@@ -258,3 +258,24 @@ def test_activation_checkpointing_gives_the_same_gradients(reentrant):
     out.square().sum().backward()
     for expected, tensor in zip(plain, [x, *layer.parameters()], strict=True):
         assert torch.equal(tensor.grad, expected)
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf"), -float("inf")])
+def test_a_poisoned_token_leaves_the_other_tokens_bitwise_alone(poison):
+    """The policy: lawful ids, NaN weights where the token is NaN, and nothing reaches another row."""
+    layer = DeepseekV3MoE(v3(16, 4, 2, 4), engine="reference")
+    x = torch.randn(10, 32)
+    clean = layer(x)
+    x[3, 7] = poison
+    poisoned, routing = layer(x), layer.gate(x)
+    others = torch.arange(10) != 3
+    assert torch.equal(poisoned[others], clean[others])
+    assert not poisoned[3].isfinite().all()
+    assert 0 <= routing.expert_ids.min() <= routing.expert_ids.max() < 16
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_permuting_tokens_permutes_outputs(engine):
+    layer = DeepseekV3MoE(v3(16, 4, 2, 4, n_shared_experts=1), engine=engine).double()
+    x, order = torch.randn(20, 32, dtype=torch.float64), torch.randperm(20)
+    torch.testing.assert_close(layer(x[order]), layer(x)[order], rtol=0, atol=1e-14)

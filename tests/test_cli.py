@@ -1,0 +1,218 @@
+"""The command line as a user meets it: results on stdout, one line and exit 2 for a mistake, nothing half-written."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import moesaic
+from moesaic.cli import main
+from moesaic.cli.sources import SAMPLE, TINY
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """run("demo", "--lang", "zh") -> (exit code, stdout, stderr), in this process."""
+
+    def call(*args: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["moesaic", *map(str, args)])
+        monkeypatch.setenv("COLUMNS", "160")
+        with pytest.raises(SystemExit) as ending:
+            main()
+        out, err = capsys.readouterr()
+        return ending.value.code or 0, out, err
+
+    return call
+
+
+def test_help_is_quick_and_names_every_command():
+    command = [sys.executable, "-c", "from moesaic.cli import main; main()", "--help"]
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        seconds.append(time.perf_counter() - start)
+    assert {"demo", "steps", "train"} <= set(re.findall(r"\w+", shown))
+    assert min(seconds) < 2, "the budget of 0.3 s is measured by hand; seconds would mean that torch is imported"
+
+
+def test_version(run):
+    assert run("--version") == (0, f"moesaic {moesaic.__version__}\n", "")
+
+
+MISTAKES = {
+    "unknown command": (["paint"], "No such command 'paint'"),
+    "unknown option": (["demo", "--colour"], "No such option: --colour"),
+    "not a number": (["demo", "--seed", "many"], "Invalid value for '--seed'"),
+    "unknown preset": (["demo", "--random", "--preset", "gpt-5"], "preset='gpt-5' is unknown: use one of deepseek-v3"),
+    "unknown language": (["demo", "--lang", "fr"], "--lang 'fr' is unknown: use en or zh"),
+    "random with text": (["demo", "--random", "--text", "x"], "--random routes random input: leave out"),
+    "two texts": (["demo", "--text", "x", "--file", "y"], "--text and --file are both given: use one"),
+    "missing file": (["demo", "--file", "nowhere.txt"], "nowhere.txt: cannot be read (No such file or directory)"),
+    "binary file": (["demo", "--file", "bytes.bin"], "bytes.bin: not UTF-8 text"),
+    "empty file": (["demo", "--file", "empty.txt"], "the text is empty"),
+    "empty text": (["demo", "--text", "  \n"], "the text is empty"),
+    "no model there": (["demo", "--model", "nowhere"], "nowhere: no such folder"),
+    "not a model": (["demo", "--model", "."], "not a model folder: it has no config.json"),
+    "not an MoE model": (["demo", "--model", "dense"], "not an MoE model"),
+    "corrupt weights": (["demo", "--model", "corrupt"], "corrupt: the model cannot be loaded"),
+    "unwritable output": (["demo", "--random", "--preset", "classic", "--out", "empty.txt/x"], "cannot be written"),
+    "layer too high": (["demo", "--text", "hello", "--layer", "99"], "--layer 99 is not there: use 0 to 3"),
+    "token too high": (["steps", "hello", "--token", "99"], "--token 99 is not there: use 0 to"),
+    "negative token": (["steps", "hello", "--token", "-1"], "--token -1 is not there"),
+    "unknown comparison": (["steps", "hello", "--vs", "magic"], "--vs 'magic' is unknown: use topk"),
+    "steps of nothing": (["steps", " "], "TEXT is empty"),
+    "no such trace": (["steps", "--trace", "nowhere.safetensors"], "nowhere.safetensors"),
+    "corrupt trace": (["steps", "--trace", "bytes.bin"], "bytes.bin"),
+    "trace and text": (["steps", "hello", "--trace", "t"], "--trace has its routing recorded already"),
+    "nothing to train": (["train", "huge"], "'huge' is nothing to train: use tiny"),
+    "resume of nothing": (["train", "tiny", "--resume", "nowhere"], "nowhere does not exist"),
+    "resume of no run": (["train", "tiny", "--resume", "dense"], "dense is not a run of `moesaic train`"),
+    "training into a full folder": (["train", "tiny", "--out", "dense"], "dense is not empty"),
+    "training no steps": (["train", "tiny", "--steps", "0"], "steps=0 trains nothing"),
+}
+
+
+@pytest.fixture(scope="module")
+def mistakes_folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("mistakes")
+    (folder / "bytes.bin").write_bytes(bytes(range(128, 256)))
+    (folder / "empty.txt").touch()
+    sizes = {
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+        "vocab_size": 16,
+    }
+    LlamaForCausalLM(LlamaConfig(**sizes)).save_pretrained(folder / "dense")
+    shutil.copytree(TINY, folder / "corrupt")
+    weights = (folder / "corrupt" / "model.safetensors").read_bytes()
+    (folder / "corrupt" / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+    return folder
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_line_on_stderr_and_exit_code_2(mistake, run, mistakes_folder, monkeypatch):
+    monkeypatch.chdir(mistakes_folder)
+    before = sorted(mistakes_folder.rglob("*"))
+    arguments, message = MISTAKES[mistake]
+    code, out, err = run(*arguments)
+    assert code == 2
+    assert out == ""
+    assert err.startswith("moesaic: ")
+    assert err.count("\n") == 1
+    assert message in err
+    assert "Traceback" not in err
+    assert sorted(mistakes_folder.rglob("*")) == before, "something was left behind"
+
+
+def test_random_demo_prints_the_article_in_both_languages(run, tmp_path):
+    for lang, last in (("zh", "✅ 演示完成!"), ("en", "✅ Demonstration done!")):
+        code, out, err = run("demo", "--random", "--preset", "deepseek-v3", "--lang", lang, "--out", tmp_path / lang)
+        assert (code, err) == (0, "")
+        assert last in out
+        assert (tmp_path / lang / "moe_routing_visualization.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.fixture(scope="module")
+def demo_folder(tmp_path_factory) -> tuple[Path, str]:
+    out = tmp_path_factory.mktemp("demo") / "out"
+    command = [sys.executable, "-m", "moesaic", "demo", "--out", str(out)]
+    run = subprocess.run(command, capture_output=True, text=True, check=True, env={"COLUMNS": "160", "PATH": ""})
+    assert run.stderr == ""
+    return out, run.stdout
+
+
+def test_demo_shows_verdicts_preferences_and_15_steps(demo_folder):
+    out, shown = demo_folder
+    assert "English verse" in shown
+    assert "Chinese verse" in shown
+    assert re.search(r"15\s+output\s+expert_ids, weights", shown)
+    assert "classic top-4 would take" in shown
+    assert f"Reproduce: moesaic demo --out {out}" in shown
+    assert {path.name for path in out.iterdir()} == {"routing.png", "load.png", "trace.safetensors"}
+
+
+def test_demo_finds_the_shipped_model_balanced_and_its_experts_specialised(demo_folder):
+    from moesaic.trace.stats import domain_preference, layer_reports
+
+    trace = moesaic.load(demo_folder[0] / "trace.safetensors")
+    assert trace.n_layers >= 4
+    assert len(trace) == 12_800
+    for report in layer_reports(trace):
+        assert report.is_healthy, report.verdict()
+    preferences = domain_preference(trace)
+    found = preferences.found(0.05)
+    assert found.any(axis=1).all(), "in every layer some expert prefers a domain beyond chance"
+    assert {preferences.domains[d] for d in preferences.domain[found]} == set(trace.labels)
+
+
+def test_demo_record_is_what_the_model_selects(demo_folder):
+    """The picks of the file, against a second forward whose router outputs are caught by hand."""
+    from moesaic.cli import sources
+
+    trace = moesaic.load(demo_folder[0] / "trace.safetensors")
+    model, tokenizer = sources.load(None)
+    caught: list[torch.Tensor] = []
+    gate = model.model.layers[2].mlp.gate
+    handle = gate.register_forward_hook(lambda _m, _a, output: caught.append(output[2]))
+    with torch.inference_mode():
+        for _, ids in sources.held_out_windows(tokenizer):
+            model(input_ids=ids, use_cache=False)
+    handle.remove()
+    layer = next(i for i, name in enumerate(trace.layers) if ".2." in name)
+    assert torch.equal(trace.picks[layer].long(), torch.cat(caught))
+
+
+@pytest.mark.parametrize("lang", ["zh", "en"])
+def test_demo_of_a_text_and_of_a_file_agree(run, tmp_path, lang):
+    (tmp_path / "text.txt").write_text(SAMPLE, encoding="utf-8")
+    by_text = run("demo", "--text", SAMPLE, "--lang", lang, "--out", tmp_path / "a")
+    by_file = run("demo", "--file", tmp_path / "text.txt", "--lang", lang, "--out", tmp_path / "b")
+    assert by_text[0] == by_file[0] == 0
+    a, b = (moesaic.load(tmp_path / name / "trace.safetensors") for name in "ab")
+    assert torch.equal(a.picks, b.picks)
+    assert re.search(r"[\u4e00-\u9fff]", by_text[1].replace("床前明月光", "")) or lang == "en"
+
+
+def test_demo_calls_a_collapsed_model_collapsed(run, tmp_path):
+    """Ecosystem finding 1: other tools called this model healthy."""
+    from moesaic.cli import sources
+
+    model, tokenizer = sources.load(None)
+    for layer in model.model.layers:
+        if hasattr(layer.mlp, "gate"):
+            layer.mlp.gate.e_score_correction_bias[:4] = 50
+    model.save_pretrained(tmp_path / "collapsed")
+    tokenizer.save_pretrained(tmp_path / "collapsed")
+    code, out, _ = run("demo", "--model", tmp_path / "collapsed", "--out", tmp_path / "out")
+    assert code == 1
+    assert "collapsed onto 4 of 32 experts" in " ".join(out.split())
+
+
+def test_steps_of_a_text_and_of_its_record_are_the_same(run, tmp_path):
+    code, out, err = run("steps", "专家 routing", "--layer", "2", "--token", "1", "--vs", "topk")
+    assert (code, err) == (0, "")
+    assert [int(n) for n in re.findall(r"^\s*(\d+)  \S", out, re.MULTILINE)] == list(range(1, 16))
+    assert "classic top-4" in out
+    run("demo", "--text", "专家 routing", "--out", tmp_path)
+    trace = tmp_path / "trace.safetensors"
+    recorded = run("steps", "--trace", trace, "--layer", "2", "--token", "1", "--vs", "topk")[1]
+    assert out.splitlines()[2:] == recorded.splitlines()[2:]
+    zh = run("steps", "--trace", trace, "--lang", "zh")[1]
+    assert "权重归一化" in zh
+
+
+def test_training_says_what_it_learnt(run, tmp_path):
+    code, out, _ = run("train", "tiny", "--steps", "2", "--out", tmp_path / "run")
+    assert code == 0
+    assert "Kneser-Ney" in out
+    assert json.loads((tmp_path / "run" / "training.json").read_text())["finished"]

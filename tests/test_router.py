@@ -183,3 +183,14 @@ def test_non_contiguous_input_routes_as_its_copy():
 
 def test_repr_says_what_it_does():
     assert repr(Router(v3(16, 4, 2, 4))) == "Router(32 -> top 4 of 16, groups=4 (keep 2), sigmoid, noaux_tc)"
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("preset", ["deepseek-v3", "mixtral", "gpt-oss"])
+def test_router_compiles_into_one_graph(preset):
+    router, x = Router(MoEConfig.preset(preset, hidden_size=32)), torch.randn(40, 32)
+    compiled = torch.compile(router, fullgraph=True, backend="aot_eager")
+    for ours, theirs in zip(compiled(x), router(x), strict=True):
+        assert torch.equal(ours, theirs)
+    compiled(x).weights[:, 0].sum().backward()
+    assert router.weight.grad.isfinite().all()

@@ -140,6 +140,13 @@ def test_sqrtsoftplus_is_the_root_of_softplus():
     assert torch.equal(routing.expert_ids, expected.indices)
 
 
+def test_sqrtsoftplus_has_a_finite_gradient_where_it_vanishes():
+    logits = torch.tensor([[-200.0, -90.0, 0.0, 3.0]], requires_grad=True)
+    config = v3(4, 1, 1, 4, scoring_func="sqrtsoftplus")
+    route(logits, None, config).weights[:, :2].sum().backward()
+    assert logits.grad.isfinite().all()
+
+
 def test_k_over_m_sum_counts_k_over_m_scores():
     config = v3(16, 4, 2, 6, group_score="k_over_m_sum")
     choice = torch.randn(50, 16)

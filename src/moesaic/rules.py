@@ -50,7 +50,8 @@ def score(logits: Float[Tensor, "T E"], config: MoEConfig) -> Float[Tensor, "T E
 SCORING = {
     "sigmoid": torch.sigmoid,
     "softmax": lambda logits: logits.softmax(dim=-1),
-    "sqrtsoftplus": lambda logits: F.softplus(logits).sqrt(),  # DeepSeek-V4
+    # DeepSeek-V4. Kept off zero, where the slope of the root would turn the gradient to NaN (logits below -104).
+    "sqrtsoftplus": lambda logits: F.softplus(logits).clamp_min(torch.finfo(logits.dtype).tiny).sqrt(),
 }
 
 

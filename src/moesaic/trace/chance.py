@@ -152,6 +152,11 @@ def _per_token(config: MoEConfig) -> dict[str, np.ndarray]:
     return {"groups_reached": groups_reached(ruled, config), "overlap": overlap(ruled, plain)}
 
 
+def limits_groups(config: MoEConfig) -> bool:
+    """Whether the rule keeps some groups and shuts the others."""
+    return config.n_group > 1 and config.topk_method in ("noaux_tc", "group_limited_greedy")
+
+
 def groups_reached(picks: np.ndarray, config: MoEConfig) -> np.ndarray:
     """Distinct groups that the experts of each token lie in, [T], for picks [T, K]; the id E reaches none."""
     group = np.sort(np.where(picks < config.n_routed_experts, picks // config.experts_per_group, config.n_group), -1)
@@ -175,8 +180,7 @@ def _rule_only(config: MoEConfig) -> MoEConfig:
 
 def _group_size(config: MoEConfig) -> int:
     """Experts that are exchangeable as a block: a group where groups are chosen, else all of them."""
-    limited = config.n_group > 1 and config.topk_method in ("noaux_tc", "group_limited_greedy")
-    return config.experts_per_group if limited else config.n_routed_experts
+    return config.experts_per_group if limits_groups(config) else config.n_routed_experts
 
 
 def _binomial_cdf(n: int, p: float) -> np.ndarray:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from moesaic.config import MoEConfig
+from moesaic.trace.chance import limits_groups
 from moesaic.trace.font import figure_style
 from moesaic.trace.stats import LayerReport, layer_report, layer_reports
 from moesaic.trace.steps import derive
@@ -74,12 +75,11 @@ def routing_figure(
     with figure_style():
         fig = _new_figure(16, 12)
         axes = fig.subplots(2, 2)
-        grouped = config.n_group > 1 and config.topk_method in ("noaux_tc", "group_limited_greedy")
         title = labels["title"] if config.has_correction_bias else labels["title_other"]
         _bold(fig.suptitle(title, fontsize=16, fontweight="bold"), 0.7)
         _draw_usage(axes[0, 0], report, labels)
         _draw_weights(axes[0, 1], trace, layer, labels)
-        if grouped:
+        if limits_groups(config):
             _draw_groups(axes[1, 0], trace, layer, labels)
         else:
             _draw_load(axes[1, 0], report, labels)

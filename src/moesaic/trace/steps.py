@@ -9,6 +9,7 @@ from torch import Tensor
 
 from moesaic import rules
 from moesaic.config import MoEConfig
+from moesaic.trace.chance import limits_groups
 from moesaic.trace.store import Trace
 from moesaic.types import Routing
 
@@ -45,6 +46,8 @@ ONE_GROUP = {"zh": "不适用：只有一组", "en": "n/a: one group"}
 NO_GROUP_RULE = {"zh": "不适用：此方法不按组选择", "en": "n/a: this rule ignores groups"}
 NO_BIAS = {"zh": "不适用：没有修正偏置", "en": "n/a: no correction bias"}
 NO_NORM = {"zh": "不适用：不归一化", "en": "n/a: not normalised"}
+GROUP_STAGES = ("grouped", "group_scores", "groups", "group_mask", "expert_mask", "masked")
+SKIPPED = ("biased", *GROUP_STAGES)  # stages that do nothing where they do not apply, so show no value there
 DEALT = {"zh": "轮流分配，与分数无关", "en": "dealt out in turn, not by score"}
 
 
@@ -114,55 +117,61 @@ def steps_of_routing(
 
     Scores are computed in `logits_dtype`, weights compared in `weights_dtype`: those of the tensors unless told.
     """
-    n_tokens = len(routing.expert_ids)
-    e, k, d = config.n_routed_experts, config.num_experts_per_tok, config.hidden_size
-    g, m = config.n_group, config.topk_group
-    x = None if hidden is None else hidden.detach().flatten(0, -2)[token]
     ids, weights = routing.expert_ids[token].detach().cpu(), routing.weights[token].detach().cpu().float()
-    by_groups = config.topk_method in ("noaux_tc", "group_limited_greedy")
-    ungrouped = NO_GROUP_RULE if g > 1 and not by_groups else ONE_GROUP if g == 1 else None
-    shapes = {
-        "input": (*(batch or (n_tokens,)), d), "tokens": (n_tokens, d), "logits": (n_tokens, e),
-        "scores": (n_tokens, e), "biased": (n_tokens, e), "grouped": (n_tokens, g, e // g),
-        "group_scores": (n_tokens, g), "groups": (n_tokens, m), "group_mask": (n_tokens, g),
-        "expert_mask": (n_tokens, e), "masked": (n_tokens, e), "experts": (n_tokens, k),
-        "normalised": (n_tokens, k), "scaled": (n_tokens, k), "output": (n_tokens, k),
-    }  # fmt: skip
-    values: dict[str, Tensor | tuple[Tensor, Tensor] | None] = {"input": x, "tokens": x, "experts": ids}
-    values["scaled"], values["output"] = weights, (ids, weights)
-    notes: dict[str, dict[str, str]] = {}
+    x = None if hidden is None else hidden.detach().flatten(0, -2)[token]
+    values: dict[str, Tensor | tuple[Tensor, Tensor] | None] = {"input": x, "tokens": x}
     agrees: dict[str, bool | None] = {}
     tied = False
     if routing.logits is not None:
         logits = routing.logits[token : token + 1 or None].detach().cpu()
-        logits = logits.to(getattr(torch, logits_dtype)) if logits_dtype else logits
-        derived = derive(logits, bias, config, ids[None])
-        values |= {key: value[0] for key, value in derived.items() if key != "derived_ids"}
-        tolerance = 16 * torch.finfo(getattr(torch, weights_dtype) if weights_dtype else routing.weights.dtype).eps
+        derived = derive(logits.to(_dtype(logits_dtype) or logits.dtype), bias, config, ids[None])
+        tolerance = weight_tolerance(_dtype(weights_dtype) or routing.weights.dtype)
         check = compare(derived, ids[None], weights[None], config, tolerance)
+        values |= {key: value[0] for key, value in derived.items()}
         tied = bool(check.tied[0])
         agrees = {"experts": bool(check.experts[0]), "scaled": bool(check.weights[0])}
         agrees["output"] = agrees["experts"] and agrees["scaled"]
-        values["scaled"] = weights
-    if config.topk_method == "balanced":
-        notes["experts"], agrees["experts"], agrees["output"] = DEALT, None, agrees.get("scaled")
-    if ungrouped:
-        for key in ("grouped", "group_scores", "groups", "group_mask", "expert_mask", "masked"):
-            values[key], notes[key] = None, ungrouped
-    if not config.has_correction_bias:
-        values["biased"], notes["biased"] = None, NO_BIAS
-    if not _normalises(config):
-        notes["normalised"] = NO_NORM
-    for stage in STAGES:
-        if values.get(stage.key) is None:
-            notes.setdefault(stage.key, NOT_RECORDED)
+        if config.topk_method == "balanced":
+            agrees |= {"experts": None, "output": agrees["scaled"]}
+    values |= {"experts": ids, "scaled": weights, "output": (ids, weights)}
+    notes, shapes = _notes(config), _shapes(config, len(routing.expert_ids), batch)
     return [
         Step(
-            _worded(stage, config), shapes[stage.key], values.get(stage.key), config, notes.get(stage.key),
-            agrees.get(stage.key), tied and stage.key in ("experts", "output"),
+            stage=_worded(stage, config),
+            shape=shapes[stage.key],
+            value=None if stage.key in notes and stage.key in SKIPPED else values.get(stage.key),
+            config=config,
+            note=notes.get(stage.key) or (NOT_RECORDED if values.get(stage.key) is None else None),
+            agrees=agrees.get(stage.key),
+            tied=tied and stage.key in ("experts", "output"),
         )
         for stage in STAGES
-    ]  # fmt: skip
+    ]
+
+
+def _shapes(config: MoEConfig, n_tokens: int, batch: tuple[int, int] | None) -> dict[str, tuple[int, ...]]:
+    """Shape of the whole tensor of every stage, as in the flow chart."""
+    e, k, d, g = config.n_routed_experts, config.num_experts_per_tok, config.hidden_size, config.n_group
+    per_token = {
+        "tokens": (d,), "logits": (e,), "scores": (e,), "biased": (e,), "grouped": (g, e // g), "group_scores": (g,),
+        "groups": (config.topk_group,), "group_mask": (g,), "expert_mask": (e,), "masked": (e,), "experts": (k,),
+        "normalised": (k,), "scaled": (k,), "output": (k,),
+    }  # fmt: skip
+    return {"input": (*(batch or (n_tokens,)), d), **{key: (n_tokens, *shape) for key, shape in per_token.items()}}
+
+
+def _notes(config: MoEConfig) -> dict[str, dict[str, str]]:
+    """What a stage is to a config that does not have it."""
+    notes = {}
+    if not limits_groups(config):
+        notes = dict.fromkeys(GROUP_STAGES, ONE_GROUP if config.n_group == 1 else NO_GROUP_RULE)
+    if not config.has_correction_bias:
+        notes["biased"] = NO_BIAS
+    if not (config.norm_topk_prob and (config.num_experts_per_tok > 1 or config.norm_single_expert)):
+        notes["normalised"] = NO_NORM
+    if config.topk_method == "balanced":
+        notes["experts"] = DEALT
+    return notes
 
 
 def derive(logits: Tensor, bias: Tensor | None, config: MoEConfig, expert_ids: Tensor) -> dict[str, Tensor]:
@@ -170,7 +179,7 @@ def derive(logits: Tensor, bias: Tensor | None, config: MoEConfig, expert_ids: T
     scores = rules.score(logits, config).float()
     biased = scores if bias is None else scores + bias.cpu().float()
     out = {"logits": logits.float(), "scores": scores, "biased": biased, "masked": biased}
-    if config.n_group > 1 and config.topk_method in ("noaux_tc", "group_limited_greedy"):
+    if limits_groups(config):
         out["grouped"] = biased.unflatten(-1, (config.n_group, config.experts_per_group))
         out["group_scores"] = rules.group_scores(biased, config)
         out["group_mask"] = rules.kept_groups(out["group_scores"], config)
@@ -192,7 +201,7 @@ class Check(NamedTuple):
 
 
 def compare(
-    derived: dict[str, Tensor], expert_ids: Tensor, weights: Tensor, config: MoEConfig, tolerance: float = 2e-6
+    derived: dict[str, Tensor], expert_ids: Tensor, weights: Tensor, config: MoEConfig, tolerance: float = 1e-6
 ) -> Check:
     """Recorded ids (as sets) and weights (to `tolerance`, relative to the row's largest) against the derived ones.
 
@@ -215,10 +224,15 @@ def check_layer(trace: Trace, layer: int = 0) -> Check:
     if routing.logits is None:
         raise ValueError("the trace has picks only, so nothing can be derived: record with detail='scores'")
     bias = None if trace.bias is None else trace.bias[layer]
-    logits = routing.logits.to(getattr(torch, trace.dtypes["logits"]))
+    logits = routing.logits.to(_dtype(trace.dtypes["logits"]))
     derived = derive(logits, bias, trace.configs[layer], routing.expert_ids)
-    tolerance = 16 * torch.finfo(getattr(torch, trace.dtypes["weights"])).eps
+    tolerance = weight_tolerance(_dtype(trace.dtypes["weights"]))
     return compare(derived, routing.expert_ids, routing.weights, trace.configs[layer], tolerance)
+
+
+def weight_tolerance(dtype: torch.dtype | None) -> float:
+    """How far derived weights may lie from recorded ones, relative to the largest: 1e-6, or two units of the dtype."""
+    return max(1e-6, 2 * torch.finfo(dtype or torch.float32).eps)
 
 
 def versus_topk(token_steps: Sequence[Step]) -> VersusTopK:
@@ -241,6 +255,10 @@ def versus_topk(token_steps: Sequence[Step]) -> VersusTopK:
     )
 
 
+def _dtype(name: str | None) -> torch.dtype | None:
+    return None if name is None else getattr(torch, name)
+
+
 def _groups(expert_ids: Tensor, config: MoEConfig) -> tuple[int, ...]:
     return tuple((expert_ids // config.experts_per_group).unique().tolist())
 
@@ -251,10 +269,6 @@ def _margin_is_nil(values: Tensor, k: int) -> Tensor:
     best = values.nan_to_num(nan=torch.inf).topk(k + 1, dim=-1).values
     ulp = 2.0**-23 * best[:, k - 1].abs().clamp(min=torch.finfo(torch.float32).tiny)
     return (best[:, k - 1] - best[:, k] <= 4 * ulp) & best[:, k].isfinite()
-
-
-def _normalises(config: MoEConfig) -> bool:
-    return config.norm_topk_prob and (config.num_experts_per_tok > 1 or config.norm_single_expert)
 
 
 def _worded(stage: Stage, config: MoEConfig) -> Stage:

@@ -1,0 +1,118 @@
+import json
+
+import pytest
+import torch
+import transformers
+from hf_models import COMMON, tiny, token_ids
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers.utils import logging
+
+from moesaic.hf.load import load_model
+
+
+def save_tokenizer(folder):
+    alphabet = {letter: i for i, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(models.BPE(vocab=alphabet, merges=[]))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    torch.manual_seed(0)
+    tiny().save_pretrained(folder)
+    save_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture
+def broken(folder, tmp_path):
+    """A copy of the model folder to break."""
+    copy = tmp_path / "broken"
+    copy.mkdir()
+    for file in folder.iterdir():
+        (copy / file.name).write_bytes(file.read_bytes())
+    return copy
+
+
+def test_a_model_and_its_tokenizer_come_back_quietly(folder, capfd):
+    torch.manual_seed(0)
+    saved, verbosity = tiny(), logging.get_verbosity()
+    model, tokenizer = load_model(folder)
+    out, err = capfd.readouterr()
+    assert (out, err) == ("", "")
+    assert logging.get_verbosity() == verbosity
+    assert logging.is_progress_bar_enabled()
+    assert not model.training
+    ids = token_ids()
+    assert torch.equal(model(ids).logits, saved(ids).logits)
+    assert tokenizer.decode(tokenizer("routing 路由")["input_ids"]) == "routing 路由"
+
+
+def refused(folder, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        load_model(folder)
+    assert "\n" not in str(caught.value)
+    assert str(caught.value).startswith(str(folder))
+
+
+def test_a_folder_that_is_not_there(tmp_path):
+    refused(tmp_path / "nowhere", "no such folder")
+    (tmp_path / "file").touch()
+    refused(tmp_path / "file", "is a file, not a folder")
+
+
+def test_a_folder_without_a_model(tmp_path):
+    refused(tmp_path, "not a model folder: it has no config.json")
+    (tmp_path / "config.json").write_text("{nonsense")
+    refused(tmp_path, "its config.json cannot be read")
+    (tmp_path / "config.json").write_text("[]")
+    refused(tmp_path, "not an MoE model")
+
+
+def test_a_dense_model_is_refused_before_its_weights_are_read(tmp_path):
+    transformers.LlamaConfig(**COMMON).save_pretrained(tmp_path)
+    refused(tmp_path, "not an MoE model: the config of this 'llama' model names no experts")
+
+
+def test_a_config_whose_layers_are_all_dense(tmp_path):
+    tiny(first_k_dense_replace=3).save_pretrained(tmp_path)
+    save_tokenizer(tmp_path)
+    refused(tmp_path, "not an MoE model: DeepseekV3ForCausalLM has no module with a gate")
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda b: b[:100], lambda b: b[: len(b) // 2], lambda _: b"", lambda b: b"x" * len(b)]
+)
+def test_damaged_weights(broken, damage):
+    weights = broken / "model.safetensors"
+    weights.write_bytes(damage(weights.read_bytes()))
+    refused(broken, "the model cannot be loaded")
+
+
+def test_missing_weights(broken):
+    (broken / "model.safetensors").unlink()
+    refused(broken, "the model cannot be loaded")
+
+
+def test_incomplete_weights_are_not_filled_with_noise(broken):
+    from safetensors.torch import load_file, save_file
+
+    state = load_file(broken / "model.safetensors")
+    del state["model.layers.1.mlp.gate.weight"]
+    save_file(state, broken / "model.safetensors", metadata={"format": "pt"})
+    refused(broken, "weights are incomplete, 1 are missing, such as model.layers.1.mlp.gate.weight")
+
+
+def test_an_unknown_kind_of_model(broken):
+    config = json.loads((broken / "config.json").read_text())
+    (broken / "config.json").write_text(json.dumps({**config, "model_type": "never_heard_of"}))
+    refused(broken, "the model cannot be loaded")
+
+
+def test_a_missing_or_damaged_tokenizer(broken):
+    (broken / "tokenizer.json").write_text("{}")
+    refused(broken, "the tokenizer cannot be loaded")
+    (broken / "tokenizer.json").unlink()
+    refused(broken, "no tokenizer there")

@@ -8,9 +8,9 @@ import numpy as np
 
 from moesaic.config import MoEConfig
 from moesaic.trace.chance import limits_groups
+from moesaic.trace.derive import derive
 from moesaic.trace.font import figure_style
 from moesaic.trace.stats import LayerReport, layer_report, layer_reports
-from moesaic.trace.steps import derive
 from moesaic.trace.store import Trace
 from moesaic.types import Routing
 

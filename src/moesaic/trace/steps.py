@@ -1,7 +1,7 @@
 """The 15 stages of a DeepSeek-V3 gate for one token, derived from what was recorded and checked against it."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 from moesaic import rules
 from moesaic.config import MoEConfig
 from moesaic.trace.chance import limits_groups
+from moesaic.trace.derive import compare, derive, dtype_of, weight_tolerance
 from moesaic.trace.store import Trace
 from moesaic.types import Routing
 
@@ -124,8 +125,8 @@ def steps_of_routing(
     tied = False
     if routing.logits is not None:
         logits = routing.logits[token : token + 1 or None].detach().cpu()
-        derived = derive(logits.to(_dtype(logits_dtype) or logits.dtype), bias, config, ids[None])
-        tolerance = weight_tolerance(_dtype(weights_dtype) or routing.weights.dtype)
+        derived = derive(logits.to(dtype_of(logits_dtype) or logits.dtype), bias, config, ids[None])
+        tolerance = weight_tolerance(dtype_of(weights_dtype) or routing.weights.dtype)
         check = compare(derived, ids[None], weights[None], config, tolerance)
         values |= {key: value[0] for key, value in derived.items()}
         tied = bool(check.tied[0])
@@ -174,67 +175,6 @@ def _notes(config: MoEConfig) -> dict[str, dict[str, str]]:
     return notes
 
 
-def derive(logits: Tensor, bias: Tensor | None, config: MoEConfig, expert_ids: Tensor) -> dict[str, Tensor]:
-    """All stages of `rules.route` by key, for logits [T, E] and the recorded ids [T, K]."""
-    scores = rules.score(logits, config).float()
-    biased = scores if bias is None else scores + bias.cpu().float()
-    out = {"logits": logits.float(), "scores": scores, "biased": biased, "masked": biased}
-    if limits_groups(config):
-        out["grouped"] = biased.unflatten(-1, (config.n_group, config.experts_per_group))
-        out["group_scores"] = rules.group_scores(biased, config)
-        out["group_mask"] = rules.kept_groups(out["group_scores"], config)
-        out["groups"] = out["group_mask"].nonzero()[:, 1].view(len(logits), config.topk_group)
-        out["expert_mask"] = rules.expand_groups(out["group_mask"], config)
-        out["masked"] = biased.masked_fill(~out["expert_mask"], config.mask_fill)
-    out["derived_ids"] = rules.select(biased, config)
-    out["normalised"] = rules.weigh(scores, expert_ids, replace(config, routed_scaling_factor=1.0))
-    out["scaled"] = rules.weigh(scores, expert_ids, config)
-    return out
-
-
-class Check(NamedTuple):
-    """Whether the derivation gives what was recorded, per token, bool [T]. `experts` is True also for tied rows."""
-
-    experts: Tensor
-    weights: Tensor
-    tied: Tensor
-
-
-def compare(
-    derived: dict[str, Tensor], expert_ids: Tensor, weights: Tensor, config: MoEConfig, tolerance: float = 1e-6
-) -> Check:
-    """Recorded ids (as sets) and weights (to `tolerance`, relative to the row's largest) against the derived ones.
-
-    A row is tied where the last chosen and the first left-out score, of experts or of groups, differ by less than
-    4 units in the last place of float32: the vector and the scalar code of one machine differ by that much.
-    """
-    same = (expert_ids.sort(-1).values == derived["derived_ids"].sort(-1).values).all(-1)
-    tied = _margin_is_nil(derived["masked"], config.num_experts_per_tok)
-    if "group_scores" in derived:
-        tied |= _margin_is_nil(derived["group_scores"], config.topk_group)
-    expected = derived["scaled"].float()
-    scale = expected.abs().amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
-    close = ((weights - expected).abs() <= tolerance * scale) | (weights.isnan() & expected.isnan())
-    return Check(same | tied, close.all(-1), tied)
-
-
-def check_layer(trace: Trace, layer: int = 0) -> Check:
-    """`compare` for every token of a recorded layer: the proof that config and record belong together."""
-    routing = trace.layer(layer)
-    if routing.logits is None:
-        raise ValueError("the trace has picks only, so nothing can be derived: record with detail='scores'")
-    bias = None if trace.bias is None else trace.bias[layer]
-    logits = routing.logits.to(_dtype(trace.dtypes["logits"]))
-    derived = derive(logits, bias, trace.configs[layer], routing.expert_ids)
-    tolerance = weight_tolerance(_dtype(trace.dtypes["weights"]))
-    return compare(derived, routing.expert_ids, routing.weights, trace.configs[layer], tolerance)
-
-
-def weight_tolerance(dtype: torch.dtype | None) -> float:
-    """How far derived weights may lie from recorded ones, relative to the largest: 1e-6, or two units of the dtype."""
-    return max(1e-6, 2 * torch.finfo(dtype or torch.float32).eps)
-
-
 def versus_topk(token_steps: Sequence[Step]) -> VersusTopK:
     """What plain top-k over the unbiased scores would have taken for the token of these steps."""
     by_key = {step.stage.key: step for step in token_steps}
@@ -255,20 +195,8 @@ def versus_topk(token_steps: Sequence[Step]) -> VersusTopK:
     )
 
 
-def _dtype(name: str | None) -> torch.dtype | None:
-    return None if name is None else getattr(torch, name)
-
-
 def _groups(expert_ids: Tensor, config: MoEConfig) -> tuple[int, ...]:
     return tuple((expert_ids // config.experts_per_group).unique().tolist())
-
-
-def _margin_is_nil(values: Tensor, k: int) -> Tensor:
-    if k >= values.shape[-1]:
-        return torch.zeros(len(values), dtype=torch.bool)
-    best = values.nan_to_num(nan=torch.inf).topk(k + 1, dim=-1).values
-    ulp = 2.0**-23 * best[:, k - 1].abs().clamp(min=torch.finfo(torch.float32).tiny)
-    return (best[:, k - 1] - best[:, k] <= 4 * ulp) & best[:, k].isfinite()
 
 
 def _worded(stage: Stage, config: MoEConfig) -> Stage:

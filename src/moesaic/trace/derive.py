@@ -1,0 +1,117 @@
+"""Every stage of routing derived from recorded logits, and whether it leads to what was recorded."""
+
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from moesaic import rules
+from moesaic.config import MoEConfig
+from moesaic.trace.chance import limits_groups
+from moesaic.trace.store import Trace
+
+
+def dtype_of(name: str | None) -> torch.dtype | None:
+    """The torch dtype of a name such as "bfloat16"."""
+    return None if name is None else getattr(torch, name)
+
+
+def derive(logits: Tensor, bias: Tensor | None, config: MoEConfig, expert_ids: Tensor) -> dict[str, Tensor]:
+    """All stages of `rules.route` by key, for logits [T, E] and the recorded ids [T, K]."""
+    scores = rules.score(logits, config).float()
+    biased = scores if bias is None else scores + bias.cpu().float()
+    out = {"logits": logits.float(), "scores": scores, "biased": biased, "masked": biased}
+    if limits_groups(config):
+        out["grouped"] = biased.unflatten(-1, (config.n_group, config.experts_per_group))
+        out["group_scores"] = rules.group_scores(biased, config)
+        out["group_mask"] = rules.kept_groups(out["group_scores"], config)
+        out["groups"] = out["group_mask"].nonzero()[:, 1].view(len(logits), config.topk_group)
+        out["expert_mask"] = rules.expand_groups(out["group_mask"], config)
+        out["masked"] = biased.masked_fill(~out["expert_mask"], config.mask_fill)
+    out["derived_ids"] = rules.select(biased, config)
+    out["normalised"] = rules.weigh(scores, expert_ids, replace(config, routed_scaling_factor=1.0))
+    out["scaled"] = rules.weigh(scores, expert_ids, config)
+    return out
+
+
+class Check(NamedTuple):
+    """Whether the rule, given the recorded logits, allows what was recorded, per token, bool [T].
+
+    experts: the ids are those of the rule, or differ only among scores that tie. tied: such a tie is there, so that
+    another machine may choose otherwise. weights: the weights follow from the recorded ids.
+    """
+
+    experts: Tensor
+    weights: Tensor
+    tied: Tensor
+
+
+def compare(
+    derived: dict[str, Tensor], expert_ids: Tensor, weights: Tensor, config: MoEConfig, tolerance: float = 1e-6
+) -> Check:
+    """Recorded ids and weights against the derived ones; `tolerance` is relative to the row's largest weight.
+
+    Scores tie that differ by less than 4 units in the last place of float32: the vector and the scalar code of one
+    machine differ by that much.
+    """
+    same = (expert_ids.sort(-1).values == derived["derived_ids"].sort(-1).values).all(-1)
+    tied = _margin_is_nil(derived["masked"], config.num_experts_per_tok)
+    if "group_scores" in derived:
+        tied |= _margin_is_nil(derived["group_scores"], config.topk_group)
+    expected = derived["scaled"].float()
+    scale = expected.abs().amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+    close = ((weights - expected).abs() <= tolerance * scale) | (weights.isnan() & expected.isnan())
+    return Check(same | (tied & _allowed_by_ties(derived, expert_ids, config)), close.all(-1), tied)
+
+
+def _allowed_by_ties(derived: dict[str, Tensor], expert_ids: Tensor, config: MoEConfig) -> Tensor:
+    """Ids that some order of tied scores gives, bool [T]: none better left out, none worse taken in."""
+    biased, n_experts = derived["biased"], config.n_routed_experts
+    chosen = torch.zeros(len(biased), n_experts + 1, dtype=torch.bool).scatter(-1, expert_ids, True)[:, :n_experts]
+    if "group_scores" not in derived:
+        return _could_be_best(biased, chosen, config.num_experts_per_tok)
+    reached = chosen.unflatten(-1, (config.n_group, config.experts_per_group)).any(-1)
+    least, slack = _least_kept(derived["group_scores"], config.topk_group)
+    open_groups = reached | (derived["group_scores"] > least + slack)
+    allowed = (derived["group_scores"] >= least - slack) | ~reached
+    masked = biased.masked_fill(~rules.expand_groups(open_groups, config), config.mask_fill)
+    fits = open_groups.sum(-1) <= config.topk_group
+    return allowed.all(-1) & fits & _could_be_best(masked, chosen, config.num_experts_per_tok)
+
+
+def _could_be_best(values: Tensor, chosen: Tensor, k: int) -> Tensor:
+    least, slack = _least_kept(values, k)
+    fair = torch.where(chosen, values >= least - slack, values <= least + slack)
+    return fair.all(-1) & (chosen.sum(-1) == k)
+
+
+def _least_kept(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k-th largest of each row, [T, 1], and by how much another may differ and still tie with it."""
+    least = values.nan_to_num(nan=torch.inf).topk(k, dim=-1).values[:, -1:]
+    return least, 4 * 2.0**-23 * least.abs().clamp(min=torch.finfo(torch.float32).tiny)
+
+
+def _margin_is_nil(values: Tensor, k: int) -> Tensor:
+    if k >= values.shape[-1]:
+        return torch.zeros(len(values), dtype=torch.bool)
+    least, slack = _least_kept(values, k)
+    best_left = values.nan_to_num(nan=torch.inf).topk(k + 1, dim=-1).values[:, -1:]
+    return ((least - best_left <= slack) & best_left.isfinite()).squeeze(-1)
+
+
+def check_layer(trace: Trace, layer: int = 0) -> Check:
+    """`compare` for every token of a recorded layer: the proof that config and record belong together."""
+    routing = trace.layer(layer)
+    if routing.logits is None:
+        raise ValueError("the trace has picks only, so nothing can be derived: record with detail='scores'")
+    bias = None if trace.bias is None else trace.bias[layer]
+    logits = routing.logits.to(dtype_of(trace.dtypes["logits"]))
+    derived = derive(logits, bias, trace.configs[layer], routing.expert_ids)
+    tolerance = weight_tolerance(dtype_of(trace.dtypes["weights"]))
+    return compare(derived, routing.expert_ids, routing.weights, trace.configs[layer], tolerance)
+
+
+def weight_tolerance(dtype: torch.dtype | None) -> float:
+    """How far derived weights may lie from recorded ones, relative to the largest: 1e-6, or two units of the dtype."""
+    return max(1e-6, 2 * torch.finfo(dtype or torch.float32).eps)

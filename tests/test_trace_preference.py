@@ -1,0 +1,117 @@
+import time
+
+import numpy as np
+import pytest
+import torch
+from cases import v3
+
+from moesaic.trace.preference import domain_preference, sequence_loads
+from moesaic.trace.store import Trace
+from moesaic.types import Routing
+
+CONFIG = v3(32, 4, 2, 4)
+DOMAINS = ("poem", "prose", "code", "诗")
+
+
+def made(n_layers=2, n_sequences=40, length=60, own=0.7, lift=0.0, labels=None) -> Trace:
+    """Sequences with habits of their own (`own`), as texts have; expert 7 gains `lift` in code."""
+    labels = labels or tuple(DOMAINS[i % 4] for i in range(n_sequences))
+    scores = torch.randn(n_layers, n_sequences, 1, 32) * own + torch.randn(n_layers, n_sequences, length, 32)
+    scores[:, [label == "code" for label in labels], :, 7] += lift
+    ids = scores.flatten(1, 2).topk(4).indices
+    routings = {f"layers.{i}": Routing(None, torch.ones(layer.shape), layer) for i, layer in enumerate(ids)}
+    sequences = torch.arange(n_sequences).repeat_interleave(length)
+    return Trace.from_routings(routings, CONFIG, sequences=sequences, labels=labels)
+
+
+def test_loads_by_sequence_add_up_to_the_load():
+    trace = made(3, 5, 7)
+    loads, tokens = sequence_loads(trace, 5)
+    assert tokens.tolist() == [7] * 5
+    assert (loads.reshape(5, 3, 32).sum(-1) == 28).all()
+    for layer in range(3):
+        everything = np.bincount(trace.picks[layer].flatten(), minlength=32)
+        assert loads.reshape(5, 3, 32).sum(0)[layer].tolist() == everything.tolist()
+
+
+def test_sequences_with_habits_but_without_domains_give_no_findings():
+    runs = [domain_preference(made(), permutations=300, seed=run).found().any() for run in range(40)]
+    assert np.mean(runs) <= 0.15  # 5 % expected, 40 runs
+
+
+def test_the_smallest_p_value_of_a_null_run_is_spread_evenly():
+    """The corrected p of the strongest pair is uniform where there is nothing to find: not only rarely below 0.05."""
+    least = [domain_preference(made(1, 24, 20), permutations=200, seed=run).p_value.min() for run in range(120)]
+    assert np.mean(np.array(least) <= 0.5) == pytest.approx(0.5, abs=0.15)
+
+
+def test_tokens_as_units_would_find_preferences_that_are_not_there():
+    """The same null data, each token called a sequence: why the unit must be the sequence."""
+    trace = made(2, 40, 60)
+    per_token = Trace.from_routings(
+        {name: trace.layer(i) for i, name in enumerate(trace.layers)}, CONFIG, sequences=torch.arange(len(trace))
+    )
+    labels = [trace.labels[s] for s in trace.sequences.tolist()]
+    assert domain_preference(per_token, labels, permutations=200).found().any()
+    assert not domain_preference(trace, permutations=200).found(0.01).any()
+
+
+def test_a_planted_preference_is_found_and_named():
+    found = domain_preference(made(lift=1.5))
+    assert found.found()[:, 7].all()
+    assert [found.domains[d] for d in found.domain[:, 7]] == ["code", "code"]
+    assert (found.lift[:, 7] > 1.5).all()
+    others = np.delete(found.found(), 7, axis=1)
+    assert others.mean() < 0.05  # experts that 7 displaces may follow
+    assert found.p_value.min() == pytest.approx(1 / 1001)
+
+
+def test_lift_is_the_rate_in_the_domain_over_the_rate_in_all_text():
+    ids = torch.tensor([[0, 1, 2, 3]] * 4 + [[0, 4, 5, 6]] * 4)
+    trace = Trace.from_routings(
+        {"a": Routing(None, torch.ones(8, 4), ids)}, CONFIG,
+        sequences=torch.tensor([0, 0, 1, 1, 2, 2, 3, 3]), labels=("x", "x", "y", "y"),
+    )  # fmt: skip
+    found = domain_preference(trace)
+    assert found.lift[0, 1] == pytest.approx(2.0)
+    assert found.domains[found.domain[0, 1]] == "x"
+    assert found.domains[found.domain[0, 4]] == "y"
+    assert found.p_value[0, 0] == 1.0  # always used, so nowhere more
+    assert np.isnan(found.lift[0, 31])
+    assert found.p_value[0, 31] == 1.0  # never used
+    assert found.p_value[0, 1] > 0.05  # two sequences a domain are too few to tell
+
+
+def test_sequences_of_different_length_are_compared_by_rate():
+    labels = tuple(DOMAINS[i % 4] for i in range(40))
+    trace = made(labels=labels)
+    position = torch.arange(len(trace)) % 60
+    is_code = torch.tensor([labels[s] == "code" for s in trace.sequences.tolist()])
+    short_code = trace.select(~is_code | (position < 15))
+    assert not domain_preference(short_code).found(0.01).any()
+
+
+def test_the_same_seed_gives_the_same_numbers():
+    trace = made()
+    assert np.array_equal(domain_preference(trace, seed=3).p_value, domain_preference(trace, seed=3).p_value)
+
+
+def test_five_layers_and_a_thousand_permutations_take_no_time():
+    trace = made(5, 64, 128)
+    start = time.perf_counter()
+    domain_preference(trace)
+    assert time.perf_counter() - start < 1.0
+
+
+def test_what_cannot_be_tested_is_refused():
+    trace = made(1, 4, 5)
+    with pytest.raises(ValueError, match="3 labels for 4 sequences: give one label a sequence"):
+        domain_preference(trace, ["a", "b", "a"])
+    with pytest.raises(ValueError, match="1 domains with tokens: a preference needs at least two"):
+        domain_preference(trace, ["a"] * 4)
+    empty = trace.select(slice(0, 0))
+    with pytest.raises(ValueError, match="0 domains with tokens"):
+        domain_preference(empty)
+    unlabelled = Trace.from_routings({"a": trace.layer(0)}, CONFIG, sequences=trace.sequences)
+    with pytest.raises(ValueError, match="no domain labels"):
+        domain_preference(unlabelled)

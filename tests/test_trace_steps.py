@@ -1,0 +1,237 @@
+from dataclasses import replace
+
+import pytest
+import torch
+from cases import GRID, configs, v3
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moesaic import rules
+from moesaic.config import MoEConfig
+from moesaic.layer.router import Router
+from moesaic.rules import route
+from moesaic.trace.derive import check_layer
+from moesaic.trace.steps import STAGES, steps, steps_of_routing, versus_topk
+from moesaic.trace.store import Trace
+from moesaic.types import Routing
+
+
+def traced(config, n_tokens=8, seed=0, bias_scale=0.1, **fields) -> Trace:
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(n_tokens, config.n_routed_experts, generator=generator)
+    bias = (
+        torch.randn(config.n_routed_experts, generator=generator) * bias_scale if config.has_correction_bias else None
+    )
+    return Trace.from_routings({"moe": route(logits, bias, config)}, config, {"moe": bias}, **fields)
+
+
+def by_key(of_token):
+    return {step.stage.key: step for step in of_token}
+
+
+def test_there_are_fifteen_stages_in_the_order_of_the_flow_chart():
+    assert [stage.number for stage in STAGES] == list(range(1, 16))
+    assert [stage.key for stage in STAGES] == [
+        "input", "tokens", "logits", "scores", "biased", "grouped", "group_scores", "groups", "group_mask",
+        "expert_mask", "masked", "experts", "normalised", "scaled", "output",
+    ]  # fmt: skip
+    assert len({stage.name_zh for stage in STAGES}) == len({stage.name_en for stage in STAGES}) == 15
+
+
+def test_shapes_are_those_of_the_articles_run():
+    config = MoEConfig.preset("deepseek-v3", routed_scaling_factor=1.0)
+    logits = torch.randn(256, 256)
+    sequences = torch.arange(4).repeat_interleave(64)
+    bias = torch.zeros(256)
+    trace = Trace.from_routings({"gate": route(logits, bias, config)}, config, {"gate": bias}, sequences=sequences)
+    assert [step.shape for step in steps(trace)] == [
+        (4, 64, 7168), (256, 7168), (256, 256), (256, 256), (256, 256), (256, 8, 32), (256, 8), (256, 4), (256, 8),
+        (256, 256), (256, 256), (256, 8), (256, 8), (256, 8), (256, 8),
+    ]  # fmt: skip
+
+
+@given(configs(), st.integers(0, 99))
+def test_the_values_of_a_token_follow_from_each_other_and_agree_with_the_record(config, seed):
+    trace = traced(config, seed=seed)
+    token = seed % len(trace)
+    found = {key: step.value for key, step in by_key(steps(trace, 0, token)).items()}
+    assert torch.equal(found["logits"], trace.logits[0, token])
+    torch.testing.assert_close(found["scores"], found["logits"].sigmoid())
+    assert torch.equal(found["biased"], found["scores"] + trace.bias[0])
+    if config.n_group > 1:
+        assert torch.equal(found["grouped"].flatten(), found["biased"])
+        torch.testing.assert_close(found["group_scores"], found["grouped"].sort(-1).values[:, -2:].sum(-1))
+        best = set(found["group_scores"].topk(config.topk_group).indices.tolist())
+        assert set(found["groups"].tolist()) == best == set(found["group_mask"].nonzero().flatten().tolist())
+        assert found["expert_mask"].sum() == config.topk_group * config.experts_per_group
+        assert torch.equal(found["masked"].isfinite(), found["expert_mask"])
+        assert found["expert_mask"][found["experts"]].all()
+    assert torch.equal(found["experts"], trace.picks[0, token].long())
+    torch.testing.assert_close(found["normalised"].sum(), torch.tensor(1.0))
+    torch.testing.assert_close(found["scaled"], found["normalised"] * config.routed_scaling_factor)
+    assert found["output"][0] is found["experts"]
+    step = by_key(steps(trace, 0, token))
+    assert step["experts"].agrees
+    assert step["scaled"].agrees
+    assert step["output"].agrees
+
+
+@pytest.mark.parametrize("sizes", GRID)
+def test_every_token_of_a_layer_agrees_with_its_config(sizes):
+    trace = traced(v3(*sizes), 200)
+    check = check_layer(trace)
+    assert check.experts.all()
+    assert check.weights.all()
+    assert not check.tied.any()
+
+
+def test_an_edited_record_is_found_out():
+    trace = traced(v3(16, 4, 2, 4))
+    picks = trace.picks.clone()
+    absent = next(e for e in range(16) if e not in picks[0, 3].tolist())
+    picks[0, 3, 1] = absent
+    check = check_layer(replace(trace, picks=picks))
+    assert check.experts.tolist() == [t != 3 for t in range(8)]
+    assert check.weights.tolist() == [t != 3 for t in range(8)]
+    forged = by_key(steps(replace(trace, picks=picks), 0, 3))
+    assert (forged["experts"].agrees, forged["scaled"].agrees, forged["output"].agrees) == (False, False, False)
+    weights = trace.weights * torch.tensor([1.0, 1.0, 1.0, 1 + 1e-4])
+    check = check_layer(replace(trace, weights=weights))
+    assert check.experts.all()
+    assert not check.weights.any()
+
+
+@pytest.mark.parametrize("wrong", [{"topk_group": 1}, {"group_score": "max"}, {"routed_scaling_factor": 1.0}])
+def test_a_wrong_config_is_found_out(wrong):
+    trace = traced(v3(32, 4, 2, 4), 400)
+    check = check_layer(replace(trace, configs=(replace(trace.configs[0], **wrong),)))
+    assert not (check.experts & check.weights).all()
+
+
+def agrees(logits, ids, config):
+    bias = torch.zeros(config.n_routed_experts)
+    step = by_key(steps_of_routing(route(logits, bias, config, replay=torch.tensor([ids])), bias, config))["experts"]
+    return step.agrees, step.tied
+
+
+def test_tied_experts_may_stand_for_each_other_and_no_others():
+    config, logits = v3(8, 1, 1, 2), torch.tensor([[3.0, 1, 1, 0, 0, 0, 0, 0]])
+    assert agrees(logits, [0, 1], config) == (True, True)
+    assert agrees(logits, [2, 0], config) == (True, True)
+    assert agrees(logits, [1, 2], config) == (False, True)  # the best one is left out
+    assert agrees(logits, [0, 3], config) == (False, True)  # 3 is worse than those that tie
+    assert agrees(logits, [0], v3(8, 1, 1, 1)) == (True, False)
+
+
+def test_tied_groups_may_stand_for_each_other_and_no_others():
+    config = v3(8, 4, 2, 2)
+    logits = torch.tensor([[4.0, 0, 1, 1, 1, 1, -1, -1]])  # groups 1 and 2 tie for the second place
+    assert agrees(logits, [0, 2], config) == (True, True)
+    assert agrees(logits, [0, 5], config) == (True, True)
+    assert agrees(logits, [2, 4], config) == (False, True)  # both of the tied groups, and not the best
+    assert agrees(logits, [0, 6], config) == (False, True)  # a group that was not kept
+    assert agrees(logits, [0, 1], config) == (False, True)  # 1 is worse than any expert of the tied groups
+
+
+def test_picks_alone_give_what_was_recorded_and_say_what_was_not():
+    trace = replace(traced(v3(16, 4, 2, 4)), logits=None, bias=None)
+    found = by_key(steps(trace, 0, 2))
+    known = {key for key, step in found.items() if step.value is not None}
+    assert known == {"experts", "scaled", "output"}
+    assert found["scores"].note == {"zh": "未记录", "en": "not recorded"}
+    assert all(step.agrees is None for step in found.values())
+    with pytest.raises(ValueError, match="scores were not recorded"):
+        versus_topk(steps(trace))
+    with pytest.raises(ValueError, match="picks only"):
+        check_layer(trace)
+
+
+def test_configs_without_groups_or_bias_say_so():
+    found = by_key(steps(traced(MoEConfig.preset("mixtral", hidden_size=8))))
+    for key in ("grouped", "group_scores", "groups", "group_mask", "expert_mask", "masked"):
+        assert found[key].value is None
+        assert found[key].note["en"] == "n/a: one group"
+    assert found["biased"].note["en"] == "n/a: no correction bias"
+    assert found["output"].agrees
+    ignoring = by_key(steps(traced(MoEConfig.preset("mixtral", hidden_size=8, n_group=4, topk_group=2))))
+    assert ignoring["groups"].note["en"] == "n/a: this rule ignores groups"
+    classic = by_key(steps(traced(MoEConfig.preset("classic"))))
+    assert classic["scores"].stage.formula == "scores = logits (scored after top-k)"
+    assert classic["normalised"].note["en"] == "n/a: not normalised"
+    assert classic["output"].agrees
+
+
+def test_forced_balance_is_not_judged_by_scores():
+    found = by_key(steps(traced(v3(8, 1, 1, 2, topk_method="balanced")), 0, 3))
+    assert found["experts"].agrees is None
+    assert found["experts"].note["en"] == "dealt out in turn, not by score"
+    assert found["output"].agrees
+
+
+def test_a_live_routing_gives_its_hidden_states_too():
+    router = Router(v3(16, 4, 2, 4))
+    x = torch.randn(2, 3, 32, requires_grad=True)
+    found = by_key(
+        steps_of_routing(router(x), router.e_score_correction_bias, router.config, 4, hidden=x, batch=(2, 3))
+    )
+    assert found["input"].shape == (2, 3, 32)
+    assert torch.equal(found["tokens"].value, x[1, 1])
+    assert found["output"].agrees
+    assert not found["tokens"].value.requires_grad
+
+
+def test_a_token_with_nan_still_has_its_steps():
+    config = v3(16, 4, 2, 4)
+    logits = torch.randn(3, 16)
+    logits[1] = torch.nan
+    trace = Trace.from_routings({"moe": route(logits, torch.zeros(16), config)}, config, {"moe": torch.zeros(16)})
+    assert by_key(steps(trace, 0, 1))["scaled"].agrees
+    assert check_layer(trace).weights.all()
+
+
+def test_what_is_not_in_the_trace_is_refused():
+    trace = traced(v3(16, 4, 2, 4))
+    with pytest.raises(ValueError, match="token=8 is not in the trace: it has 8 tokens"):
+        steps(trace, 0, 8)
+    with pytest.raises(ValueError, match="layer=1 is not in the trace"):
+        steps(trace, 1)
+    assert torch.equal(steps(trace, 0, -1)[2].value, steps(trace, 0, 7)[2].value)
+
+
+@given(configs(), st.integers(0, 99))
+def test_plain_topk_never_scores_less_and_differs_only_by_bias_and_groups(config, seed):
+    trace = traced(config, 1, seed)
+    versus = versus_topk(steps(trace))
+    scores = trace.logits[0, 0].sigmoid()
+    assert versus.score_lost >= -1e-6
+    assert set(versus.topk.tolist()) == set(scores.topk(config.num_experts_per_tok).indices.tolist())
+    here = set(trace.picks[0, 0].tolist())
+    assert set(versus.only_topk.tolist()) == set(versus.topk.tolist()) - here
+    assert set(versus.only_here.tolist()) == here - set(versus.topk.tolist())
+    assert len(versus.groups_here) <= config.topk_group
+    unbiased = traced(replace(config, n_group=1, topk_group=1), 1, seed, bias_scale=0.0)
+    same = versus_topk(steps(unbiased))
+    assert len(same.only_topk) == len(same.only_here) == 0
+    assert same.score_lost == pytest.approx(0, abs=1e-6)
+
+
+def test_score_lost_is_a_share_of_the_score_of_topk():
+    config = v3(4, 2, 1, 2)
+    logits = torch.tensor([[0.9, 0.1, 0.8, 0.3]]).logit()
+    versus = versus_topk(steps_of_routing(route(logits, None, config), None, config))
+    assert versus.topk.tolist() == [0, 2]
+    assert versus.only_here.tolist() == [3]
+    assert versus.only_topk.tolist() == [0]
+    assert versus.score_lost == pytest.approx((1.7 - 1.1) / 1.7)
+    assert (versus.groups_here, versus.groups_topk) == ((1,), (0, 1))
+
+
+def test_the_id_for_no_expert_is_no_expert_lost():
+    config = v3(8, 1, 1, 2)
+    logits = torch.randn(1, 8)
+    best = rules.largest(logits, 2)
+    ids = torch.tensor([[int(best[0, 0]), 8]])
+    routing = Routing(logits, torch.tensor([[1.0, 0.0]]), ids)
+    versus = versus_topk(steps_of_routing(routing, None, config))
+    assert versus.only_here.tolist() == []
+    assert versus.only_topk.tolist() == [int(best[0, 1])]

@@ -71,13 +71,18 @@ def _allowed_by_ties(derived: dict[str, Tensor], expert_ids: Tensor, config: MoE
     chosen = torch.zeros(len(biased), n_experts + 1, dtype=torch.bool).scatter(-1, expert_ids, True)[:, :n_experts]
     if "group_scores" not in derived:
         return _could_be_best(biased, chosen, config.num_experts_per_tok)
-    reached = chosen.unflatten(-1, (config.n_group, config.experts_per_group)).any(-1)
+    by_group = (-1, (config.n_group, config.experts_per_group))
     least, slack = _least_kept(derived["group_scores"], config.topk_group)
-    open_groups = reached | (derived["group_scores"] > least + slack)
-    allowed = (derived["group_scores"] >= least - slack) | ~reached
-    masked = biased.masked_fill(~rules.expand_groups(open_groups, config), config.mask_fill)
-    fits = open_groups.sum(-1) <= config.topk_group
-    return allowed.all(-1) & fits & _could_be_best(masked, chosen, config.num_experts_per_tok)
+    reached = chosen.unflatten(*by_group).any(-1)
+    opened = reached | (derived["group_scores"] > least + slack)
+    lawful = (~reached | (derived["group_scores"] >= least - slack)).all(-1)
+    # groups kept but not reached must be tied ones without a better expert than the worst chosen
+    worst = biased.masked_fill(~chosen, torch.inf).amin(-1, keepdim=True)
+    tied = (derived["group_scores"] >= least - slack) & ~opened
+    idle = tied & (biased.unflatten(*by_group).amax(-1) <= worst + slack)
+    fits = (opened.sum(-1) <= config.topk_group) & (opened.sum(-1) + idle.sum(-1) >= config.topk_group)
+    masked = biased.masked_fill(~rules.expand_groups(opened, config), config.mask_fill)
+    return lawful & fits & _could_be_best(masked, chosen, config.num_experts_per_tok)
 
 
 def _could_be_best(values: Tensor, chosen: Tensor, k: int) -> Tensor:

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from moesaic import rules
 from moesaic.config import MoEConfig
 from moesaic.trace.chance import limits_groups
-from moesaic.trace.derive import derive
 from moesaic.trace.font import figure_style
 from moesaic.trace.stats import LayerReport, layer_report, layer_reports
 from moesaic.trace.store import Trace
@@ -201,8 +201,9 @@ def _draw_groups(axis: "Axes", trace: Trace, layer: int, labels: dict[str, Any])
     config, routing = trace.configs[layer], trace.layer(layer)
     series = []
     if routing.logits is not None:
-        bias = None if trace.bias is None else trace.bias[layer]
-        kept = derive(routing.logits, bias, config, routing.expert_ids)["group_mask"]
+        scores = rules.score(routing.logits, config)
+        choice = scores if trace.bias is None else scores + trace.bias[layer]
+        kept = rules.kept_groups(rules.group_scores(choice, config), config)
         series.append(("kept", "lightgreen", kept.sum(0).numpy()))
     groups = np.arange(config.n_group)
     member = (routing.expert_ids.numpy()[..., None] // config.experts_per_group == groups).any(1)

@@ -1,0 +1,54 @@
+"""Record how a Hugging Face MoE model routes a text, judge the load of every layer, and keep the record.
+
+python examples/routing_study.py                                      # a small model with random weights
+python examples/routing_study.py --model DIR --file TEXT.txt          # yours
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from hf_block import small_model
+
+import moesaic as ms
+from moesaic.hf.load import load_model
+from moesaic.trace.stats import layer_reports
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="folder of a Hugging Face MoE model; a small random one unless given")
+    parser.add_argument("--file", type=Path, help="text to route; random tokens unless given")
+    parser.add_argument("--out", type=Path, default=Path("routing.safetensors"), help="where the record goes")
+    args = parser.parse_args()
+    if (args.model is None) != (args.file is None):
+        parser.error("--model and --file go together: a tokenizer belongs to its model")
+
+    torch.manual_seed(0)
+    if args.model is None:
+        model = small_model().eval()
+        sequences = torch.randint(model.config.vocab_size, (8, 128)).split(1)
+    else:
+        model, tokenizer = load_model(args.model)
+        ids = tokenizer(args.file.read_text(encoding="utf-8"), return_tensors="pt")["input_ids"]
+        sequences = ids.split(512, dim=1)
+
+    with torch.inference_mode(), ms.record(model, detail="scores") as recorder:
+        for ids in sequences:
+            model(input_ids=ids, use_cache=False)
+    trace = recorder.trace
+    print(trace)
+    for report in layer_reports(trace):
+        max_vio = report.measures["max_vio"]
+        band = f"chance {max_vio.band.low:.2f} to {max_vio.band.high:.2f}"
+        print(f"{report.layer}: MaxVio {max_vio.value:.2f} ({band}): {report.verdict()}")
+
+    print("the first token, layer 0:")
+    for step in ms.steps(trace, layer=0, token=0)[11:13]:
+        print(f"  {step.stage.name_en}: {step.value.tolist()}")
+    trace.save(args.out)
+    print(f"saved {args.out}: read it with moesaic.load({str(args.out)!r})")
+
+
+if __name__ == "__main__":
+    main()

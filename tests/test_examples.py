@@ -1,0 +1,59 @@
+"""The examples run as a user would run them, and say what they promise."""
+
+import re
+import runpy
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import moesaic as ms
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+@pytest.fixture
+def run(monkeypatch, capsys, tmp_path) -> Callable[..., str]:
+    """What an example prints, run as a script in an empty folder."""
+
+    def run(name: str, *args: str) -> str:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.syspath_prepend(EXAMPLES)
+        monkeypatch.setattr("sys.argv", [name, *args])
+        runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+        return capsys.readouterr().out
+
+    return run
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in EXAMPLES.glob("*.py")))
+def test_help_says_what_an_example_does(name, run, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        run(name, "--help")
+    assert f"examples/{name}" in capsys.readouterr().out
+
+
+def test_the_training_loop_learns_and_balances(run):
+    found = re.findall(r"loss ([\d.]+), MaxVio ([\d.]+)", run("train_loop.py"))
+    losses, violations = zip(*((float(loss), float(max_vio)) for loss, max_vio in found), strict=True)
+    assert losses[-1] < losses[0] - 1
+    assert violations[-1] < 0.5 < violations[0]
+
+
+def test_the_training_loop_without_balancing_stays_uneven(run):
+    found = re.findall(r"MaxVio ([\d.]+)", run("train_loop.py", "--speed", "0", "--steps", "50"))
+    assert float(found[-1]) > 1
+
+
+def test_a_block_of_transformers_is_replaced_without_a_change(run):
+    difference = re.search(r"differ by at most (\S+)", run("hf_block.py"))
+    assert float(difference[1]) < 1e-5
+
+
+def test_the_routing_study_judges_every_layer_and_keeps_the_record(run, tmp_path):
+    printed = run("routing_study.py")
+    trace = ms.load(tmp_path / "routing.safetensors")
+    assert repr(trace) in printed
+    assert len(trace) == 8 * 128
+    for layer in trace.layers:
+        assert re.search(rf"{re.escape(layer)}: MaxVio [\d.]+ \(chance [\d.]+ to [\d.]+\): \w+", printed)

@@ -13,7 +13,7 @@ import moesaic.trace
 from moesaic.config import MoEConfig
 from moesaic.layer.router import Router
 from moesaic.rules import group_scores, kept_groups, route, select
-from moesaic.trace import figure
+from moesaic.trace.captions import LABELS
 from moesaic.trace.figure import load_figure, routing_figure, save_figure
 from moesaic.trace.font import FONT_FILE
 from moesaic.trace.stats import STATUSES, layer_report
@@ -82,8 +82,8 @@ def test_the_panels_show_the_record_and_nothing_else(article):
     choice = article.logits[0].sigmoid() + article.bias[0]
     kept = kept_groups(group_scores(choice, ARTICLE), ARTICLE).sum(0)
     reached = [sum(g in {e // 32 for e in row} for row in article.picks[0].tolist()) for g in range(8)]
-    assert bars(nodes, figure.LABELS["zh"]["kept"]).tolist() == kept.tolist()
-    assert bars(nodes, figure.LABELS["zh"]["reached"]).tolist() == reached
+    assert bars(nodes, LABELS["zh"]["kept"]).tolist() == kept.tolist()
+    assert bars(nodes, LABELS["zh"]["reached"]).tolist() == reached
     assert kept.sum() == 1024
     assert texts(nodes) == [str(n) for n in [*kept.tolist(), *reached]]
 
@@ -106,7 +106,7 @@ def test_numbers_in_the_flow_panel_are_those_of_the_report(article):
 
 def test_groups_kept_are_not_shown_where_nothing_tells_them():
     picks_only = routing_figure(traced(v3(32, 4, 2, 4), detail="picks")).axes[2]
-    assert {c.get_label() for c in picks_only.containers} == {figure.LABELS["zh"]["reached"]}
+    assert {c.get_label() for c in picks_only.containers} == {LABELS["zh"]["reached"]}
 
 
 def overlapping(fig):
@@ -157,7 +157,7 @@ def test_every_word_can_be_written_with_the_fonts_that_ship():
     glyphs = set(FT2Font(str(FONT_FILE)).get_charmap()) | set(
         FT2Font(findfont(FontProperties("DejaVu Sans"))).get_charmap()
     )
-    words = str([figure.LABELS, STATUSES])
+    words = str([LABELS, STATUSES])
     assert not {c for c in words if ord(c) not in glyphs and c.isprintable()}
     level_1 = [
         bytes((row, cell)) for row in range(0xB0, 0xD8) for cell in range(0xA1, 0xFF) if (row, cell) < (0xD7, 0xFA)
@@ -175,7 +175,7 @@ def test_a_live_routing_of_any_dtype_that_wants_gradients_can_be_drawn(dtype):
     assert routing.weights.requires_grad
     fig = routing_figure(routing, router.config, router.e_score_correction_bias)
     assert fig.axes[0].collections[0].get_array().sum() == 160
-    assert bars(fig.axes[2], figure.LABELS["zh"]["kept"]).sum() == 80
+    assert bars(fig.axes[2], LABELS["zh"]["kept"]).sum() == 80
     with pytest.raises(ValueError, match="a Routing alone does not say its rules: give config"):
         routing_figure(routing)
 
@@ -215,11 +215,15 @@ def test_the_load_band_holds_nine_of_ten_experts_under_random_routing():
     assert np.mean((loads >= band.low) & (loads <= band.high)) == pytest.approx(0.9, abs=0.02)
 
 
-def test_many_layers_become_one_heat_map():
-    trace = traced(v3(32, 4, 2, 4), 50, 20)
-    axis = load_figure(trace).axes[0]
-    relative = axis.collections[0].get_array().reshape(20, 32)
-    assert np.allclose(relative.mean(-1), 1)
+def test_many_layers_become_one_heat_map_that_is_white_within_chance():
+    trace = traced(v3(32, 4, 2, 4), 100, 20)
+    shown = load_figure(trace).axes[0].collections[0].get_array().reshape(20, 32)
+    for layer in range(20):
+        report = layer_report(trace, layer)
+        within = (report.load >= report.load_band.low) & (report.load <= report.load_band.high)
+        assert 0 < within.sum() < 32
+        assert (shown[layer][within] == 1).all()
+        assert np.allclose(shown[layer][~within], (report.load / report.load.mean())[~within])
 
 
 def test_saving_writes_the_picture_and_frees_the_figure(tmp_path, article):

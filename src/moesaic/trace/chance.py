@@ -49,7 +49,7 @@ def balance_numbers(load: np.ndarray) -> dict[str, np.ndarray]:
     with np.errstate(divide="ignore", invalid="ignore"):
         share = load / total
         cv = load.std(-1) / load.mean(-1)
-        entropy = -np.where(share > 0, share * np.log(share), 0.0).sum(-1) / max(np.log(n_experts), 1e-12)
+        entropy = np.where(share > 0, share * np.log(1 / share), 0.0).sum(-1) / max(np.log(n_experts), 1e-12)
         carried = np.cumsum(-np.sort(-share, axis=-1), axis=-1)
     numbers = {
         "max_over_mean": share.max(-1) * n_experts,

@@ -1,0 +1,37 @@
+"""The words on our figures, Chinese (the article's own where it has them) and English."""
+
+LABELS = {
+    "zh": {
+        "title": "DeepSeek-V3 MoE路由过程可视化", "title_other": "MoE路由过程可视化",
+        "heat": "专家使用分布热力图", "heat_x": "组内专家索引", "heat_y": "节点组索引", "heat_bar": "使用次数",
+        "row_x": "行内专家索引", "row_y": "行首专家编号",
+        "weights": "专家权重分布", "weights_x": "权重值", "weights_y": "频次", "weights_mean": "平均值",
+        "nodes": "节点选择统计", "nodes_x": "节点索引", "nodes_y": "被选择次数",
+        "kept": "门控保留（由记录的 logits 与偏置推出）", "reached": "实际到达（所选专家）", "fair": "均匀时的期望",
+        "load": "专家负载", "load_x": "专家编号", "load_y": "使用次数", "band": "随机路由的 5–95% 范围", "mean": "均值",
+        "flow": "MoE路由流程",
+        "boxes": ("输入\nHidden\nStates", "计算\n门控分数", "节点受限\n路由", "专家选择\nTop-K", "权重归一化"),
+        "free": "不分组", "keep": "{g} 组\n留 {m} 组", "pick": "{e} 选 {k}", "sum": "和 = {s:.4g}",
+        "no_data": "没有数据", "chance": "随机", "verdict": "结论", "tokens": "{t} 个 token",
+        "numbers": {"max_vio": "MaxVio", "cv": "变异系数 CV", "entropy": "归一化熵", "groups_reached": "到达节点数"},
+        "loads_title": "每层专家负载与随机范围", "layer": "层", "relative": "负载 / 均值",
+        "white": "白色：在随机范围内",
+    },
+    "en": {
+        "title": "DeepSeek-V3 MoE routing", "title_other": "MoE routing",
+        "heat": "Expert usage", "heat_x": "expert within group", "heat_y": "group (node)", "heat_bar": "times used",
+        "row_x": "expert within row", "row_y": "first expert of row",
+        "weights": "Expert weights", "weights_x": "weight", "weights_y": "count", "weights_mean": "mean",
+        "nodes": "Group (node) selection", "nodes_x": "group", "nodes_y": "times chosen",
+        "kept": "kept by the gate (derived from recorded logits and bias)", "reached": "reached by chosen experts",
+        "fair": "expected if uniform",
+        "load": "Load per expert", "load_x": "expert", "load_y": "times used", "band": "random routing, 5–95 %",
+        "mean": "mean", "flow": "MoE routing, step by step",
+        "boxes": ("Hidden\nstates", "Gate\nscores", "Group-\nlimited\nrouting", "Top-K\nexperts", "Final\nweights"),
+        "free": "no groups", "keep": "{g} groups,\nkeep {m}", "pick": "{k} of {e}", "sum": "sum = {s:.4g}",
+        "no_data": "no data", "chance": "chance", "verdict": "verdict", "tokens": "{t} tokens",
+        "numbers": {"max_vio": "MaxVio", "cv": "CV", "entropy": "entropy / log E", "groups_reached": "groups / token"},
+        "loads_title": "Load per expert and layer, with the chance band", "layer": "layer", "relative": "load / mean",
+        "white": "white: within chance",
+    },
+}  # fmt: skip

@@ -63,6 +63,8 @@ def expected_bodies(page: Path) -> dict[Block, str]:
     with contextlib.ExitStack() as stack:
         stack.enter_context(contextlib.chdir(stack.enter_context(tempfile.TemporaryDirectory())))
         stack.callback(torch.set_printoptions, profile="default")  # pages may set their own
+        stack.callback(torch.set_num_threads, torch.get_num_threads())
+        torch.set_num_threads(1)  # small sums: a second thread costs time and decides last bits
         for block, following in itertools.zip_longest(blocks, blocks[1:]):
             if block.info.startswith(QUOTE):
                 expected[block] = source_of(block.info.removeprefix(QUOTE))

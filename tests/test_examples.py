@@ -2,10 +2,11 @@
 
 import re
 import runpy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 import moesaic as ms
 
@@ -13,8 +14,11 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
 @pytest.fixture
-def run(monkeypatch, capsys, tmp_path) -> Callable[..., str]:
+def run(monkeypatch, capsys, tmp_path) -> Iterator[Callable[..., str]]:
     """What an example prints, run as a script in an empty folder."""
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # small tensors: a second thread only costs time
 
     def run(name: str, *args: str) -> str:
         monkeypatch.chdir(tmp_path)
@@ -23,7 +27,8 @@ def run(monkeypatch, capsys, tmp_path) -> Callable[..., str]:
         runpy.run_path(str(EXAMPLES / name), run_name="__main__")
         return capsys.readouterr().out
 
-    return run
+    yield run
+    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("name", sorted(path.name for path in EXAMPLES.glob("*.py")))

@@ -1,6 +1,6 @@
 """What a Hugging Face MoE model hands to its experts, counted while it trains or is judged."""
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -102,7 +102,7 @@ class LoadCounter:
 
 
 @contextmanager
-def counting_loads(model: nn.Module, *, training: bool) -> Iterator[LoadCounter]:
+def counting_loads(model: nn.Module, *, training: bool) -> Generator[LoadCounter]:
     """Count inside a with-block; the hooks are gone after it, also after an error."""
     counter = LoadCounter(model, balanced_layers(model), training=training)
     try:

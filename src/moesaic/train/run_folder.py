@@ -31,36 +31,40 @@ def write_record(folder: Path, record: dict[str, Any]) -> None:
     part.replace(folder / RECORD)
 
 
-def fresh_folder(out: Path) -> Path:
+def fresh_folder(out: Path | str | None) -> Path:
     """Make the folder and try it, before minutes of training have gone by."""
+    if out is None:
+        raise ValueError("out=None: name a new folder to train into, or an interrupted run to resume")
+    out = Path(out)
     if out.exists() and not out.is_dir():
         raise ValueError(f"out={out} is a file: name a new folder")
-    if out.is_dir() and any(out.iterdir()):
-        raise ValueError(f"out={out} is not empty: name a new folder, or continue an interrupted run with --resume")
     try:
+        if out.is_dir() and any(out.iterdir()):
+            raise ValueError(f"out={out} is not empty: name a new folder, or use --resume to continue a run")
         out.mkdir(parents=True, exist_ok=True)
         (out / f"{RECORD}.part").touch()
         (out / f"{RECORD}.part").unlink()
     except OSError as error:
-        raise OSError(f"out={out} cannot be written ({error.strerror}): name a folder that can") from None
+        raise ValueError(f"out={out} cannot be written ({error.strerror}): name another folder") from None
     return out
 
 
-def interrupted_run(folder: Path) -> dict[str, Any]:
-    """The record of a run that can be taken up again."""
+def interrupted_run(folder: Path, *, fields: set[str]) -> dict[str, Any]:
+    """The record of a run that can be taken up again: with a seed, a history, and a recipe of these `fields`."""
     if not folder.exists():
         raise FileNotFoundError(
             f"resume={folder} does not exist: give the folder of an interrupted `moesaic train` run"
         )
     try:
         record = json.loads((folder / RECORD).read_text("utf-8"))
-    except (OSError, ValueError):
-        record = None
-    if not isinstance(record, dict) or not {"seed", "recipe", "history"} <= record.keys():
+        is_run = {"seed", "history"} <= record.keys() and record["recipe"].keys() == fields
+    except (OSError, ValueError, AttributeError, KeyError):
+        is_run, record = False, {}
+    if not is_run:
         raise ValueError(
             f"resume={folder} is not a run of `moesaic train` (no readable {RECORD}): give the folder of one, or start "
             "anew with --out"
-        ) from None
-    if record.get("finished", False):
+        )
+    if record.get("finished"):
         raise ValueError(f"resume={folder} has finished after {record['recipe']['steps']} steps: nothing is left to do")
     return record

@@ -3,7 +3,7 @@
 import platform
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,6 +13,7 @@ import torch
 
 from moesaic.train.data import DOMAINS, corpus
 from moesaic.train.evaluate import WINDOW, HeldOut, Report
+from moesaic.train.muon import Muon
 from moesaic.train.packing import Mixture, token_stream
 from moesaic.train.run_folder import fresh_folder, interrupted_run, write_record
 from moesaic.train.tokenizer import VOCAB_SIZE, train_tokenizer
@@ -25,18 +26,22 @@ if TYPE_CHECKING:
 class Recipe:
     """How long and how fast to train. A batch of 10 windows holds 3 + 3 + 1 + 3 of the four domains."""
 
-    steps: int = 3600
+    steps: int = 2600
     batch_size: int = 10
-    learning_rate: float = 3e-3
+    learning_rate: float = 1.2e-2
     warmup_steps: int = 100
     bias_speed: float = 1e-3
-    evaluate_every: int = 300
+    evaluate_every: int = 200
     held_out_windows: int = 40  # of each domain, while training; the final report takes all
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "evaluate_every", "held_out_windows"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} trains nothing: use 1 or more")
+        if self.batch_size % 10:
+            raise ValueError(
+                f"batch_size={self.batch_size} does not hold whole windows of every domain: use a multiple of 10"
+            )
 
 
 def tiny_config() -> "DeepseekV3Config":
@@ -72,33 +77,33 @@ def tiny_config() -> "DeepseekV3Config":
 
 
 def train(
-    out: Path | str,
+    out: Path | str | None = None,
     *,
     seed: int = 0,
     resume: Path | str | None = None,
     recipe: Recipe | None = None,
     progress: bool = False,
 ) -> Report:
-    """Train the tiny model and write it to the folder `out`; returns how it does on all held-out text.
+    """Train the tiny model and write it to the new folder `out`; returns how it does on all held-out text.
 
     `out` receives config.json, model.safetensors, tokenizer.json, tokenizer_config.json and training.json. Weights are
     those of the evaluation with the best worst-domain margin, stored as float16 and loaded as float32; the correction
-    bias is float32 throughout. The same seed, machine and number of threads give the same weights. `resume` names the
-    folder of an interrupted run: it goes on there from its last checkpoint, with its own seed and recipe. `progress`
-    shows a bar on stderr.
+    bias is float32 throughout. The same seed, machine and number of threads give the same weights. `resume` names,
+    instead of `out`, the folder of an interrupted run: it goes on there from its last checkpoint, with its own seed
+    and recipe. `progress` shows a bar on stderr.
 
-    Raises ValueError for a folder that is not empty, not a run, or a run that has finished; FileNotFoundError for a
-    `resume` that is not there; OSError for an `out` that cannot be written.
+    Raises ValueError for an `out` that is not empty or cannot be written, and for a `resume` that is not a run or has
+    finished; FileNotFoundError for a `resume` that is not there.
     """
-    if resume is not None:
-        out = Path(resume)
-        record: dict[str, Any] = interrupted_run(out)
+    if resume is None:
+        folder = fresh_folder(out)
+        record: dict[str, Any] = {"seed": seed, "recipe": asdict(recipe or Recipe()), "finished": False, "history": []}
+    elif out is None:
+        folder, record = Path(resume), interrupted_run(Path(resume), fields=set(Recipe.__dataclass_fields__))
     else:
-        out = fresh_folder(Path(out))
-        record = {"seed": seed, "recipe": asdict(recipe or Recipe()), "finished": False, "history": []}
-    recipe = Recipe(**record["recipe"])
+        raise ValueError(f"out={out} and resume={resume}: a run goes on in its own folder, give one of them")
     with _quiet():
-        return _run(out, record, recipe, progress=progress)
+        return _run(folder, record, Recipe(**record["recipe"]), progress=progress)
 
 
 def _run(out: Path, record: dict[str, Any], recipe: Recipe, *, progress: bool) -> Report:
@@ -126,8 +131,6 @@ def _run(out: Path, record: dict[str, Any], recipe: Recipe, *, progress: bool) -
             learning_rate=recipe.learning_rate,
             lr_scheduler_type="cosine",
             warmup_steps=recipe.warmup_steps,
-            weight_decay=0.1,
-            adam_beta2=0.95,
             max_grad_norm=1.0,
             save_steps=recipe.evaluate_every,
             save_total_limit=1,
@@ -140,6 +143,7 @@ def _run(out: Path, record: dict[str, Any], recipe: Recipe, *, progress: bool) -
         train_dataset=Mixture(
             streams, num_batches=recipe.steps, batch_size=recipe.batch_size, length=WINDOW, seed=seed
         ),
+        optimizers=(Muon(model, lr=recipe.learning_rate), None),
         callbacks=[BiasBalance(fading(recipe.bias_speed)), keep, *([ProgressBar()] if progress else [])],
     )
     trainer.remove_callback(PrinterCallback)
@@ -174,7 +178,7 @@ def _version(name: str) -> str:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def _quiet() -> Generator[None]:
     """transformers says only errors meanwhile, and draws no bars of its own."""
     from transformers.utils import logging
 

@@ -185,6 +185,26 @@ def test_repr_says_what_it_does():
     assert repr(Router(v3(16, 4, 2, 4))) == "Router(32 -> top 4 of 16, groups=4 (keep 2), sigmoid, noaux_tc)"
 
 
+def test_load_counts_the_last_training_forward_and_is_not_saved():
+    router = Router(v3(16, 4, 2, 4)).bfloat16()
+    assert router.load.eq(0).all()
+    x = torch.randn(5000, 32, dtype=torch.bfloat16)
+    for _ in range(2):  # overwritten, not added up; counts above 256 are exact in a bfloat16 model
+        routing = router(x)
+        assert router.load.tolist() == torch.bincount(routing.expert_ids.flatten(), minlength=16).tolist()
+    router.eval()(x[:7])
+    assert router.load.sum() == 5000 * 4, "inference leaves it alone"
+    assert "load" not in router.state_dict()
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_load_is_right_under_activation_checkpointing(reentrant):
+    router, x = Router(v3(16, 4, 2, 4)), torch.randn(50, 32, requires_grad=True)
+    weights = torch.utils.checkpoint.checkpoint(lambda x: router(x).weights, x, use_reentrant=reentrant)
+    weights.square().sum().backward()
+    assert router.load.sum() == 50 * 4
+
+
 @pytest.mark.compile
 @pytest.mark.parametrize("preset", ["deepseek-v3", "mixtral", "gpt-oss"])
 def test_router_compiles_into_one_graph(preset):

@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from moesaic.config import MoEConfig
+from moesaic.layer.balance import expert_load
 from moesaic.rules import route
 from moesaic.types import Routing
 
@@ -20,9 +21,13 @@ class Router(nn.Module):
     `e_score_correction_bias` [E] exists where `topk_method` is "noaux_tc". It is a float32 buffer that no cast of the
     module touches: bfloat16 keeps 8 bits, so 5.0001 would become 5.0 and steps of 1e-3 would vanish.
     Keys of the state dict are those of transformers' `DeepseekV3TopkRouter`.
+
+    `load` [E] counts the assignments of the last forward in training mode, float32, not saved. Over several
+    micro-batches add it up outside, as BiasBalance does.
     """
 
     e_score_correction_bias: Tensor | None
+    load: Tensor
 
     def __init__(self, config: MoEConfig, *, device: Any = None, dtype: torch.dtype | None = None) -> None:
         super().__init__()
@@ -32,15 +37,16 @@ class Router(nn.Module):
         self.bias = nn.Parameter(torch.empty(n_experts, device=device, dtype=dtype)) if config.router_bias else None
         correction = torch.empty(n_experts, device=device, dtype=torch.float32) if config.has_correction_bias else None
         self.register_buffer("e_score_correction_bias", correction)
+        self.register_buffer("load", torch.empty(n_experts, device=device, dtype=torch.float32), persistent=False)
         self.register_load_state_dict_pre_hook(_widen_on_load)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Weights uniform in ±1/sqrt(D), as the article's gate; biases zero."""
+        """Weights uniform in ±1/sqrt(D), as the article's gate; biases and load zero."""
         nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
-        for bias in (self.bias, self.e_score_correction_bias):
-            if bias is not None:
-                nn.init.zeros_(bias)
+        for zero in (self.bias, self.e_score_correction_bias, self.load):
+            if zero is not None:
+                nn.init.zeros_(zero)
 
     def forward(
         self,
@@ -64,6 +70,9 @@ class Router(nn.Module):
             token_ids=None if token_ids is None else token_ids.flatten(),
             replay=replay,
         )
+        if self.training:
+            # overwrite, never add: the recomputation of activation checkpointing runs this again
+            self.load.copy_(expert_load(routing.expert_ids, self.config.n_routed_experts))
         if self.config.weights_dtype == "model":
             routing = routing._replace(weights=routing.weights.to(x.dtype))
         return routing
@@ -78,14 +87,13 @@ class Router(nn.Module):
         return F.linear(tokens, weight, bias)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Router":
-        """Let casts and moves reach everything but the value and dtype of the correction bias: it only moves."""
-        before = self.e_score_correction_bias
+        """Let casts and moves reach everything but the values and dtype of the float32 buffers: those only move."""
+        before = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
         super()._apply(fn, recurse)
-        after = self.e_score_correction_bias
-        if before is not None and after is not None:
-            born = before.is_meta and not after.is_meta  # there never was a value
-            kept = torch.zeros_like(before, device=after.device) if born else before.to(after.device)
-            self.e_score_correction_bias = kept
+        for name, value in before.items():
+            device = self.get_buffer(name).device
+            born = value.is_meta and device.type != "meta"  # there never was a value
+            self._buffers[name] = torch.zeros_like(value, device=device) if born else value.to(device)
         return self
 
     def extra_repr(self) -> str:

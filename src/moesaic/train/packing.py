@@ -46,6 +46,7 @@ class Mixture(torch.utils.data.Dataset):
         columns = []
         for domain, stream in streams.items():
             per_batch = round(DOMAINS[domain].share * batch_size)
+            assert len(stream) >= 2 * length, "not one window is left at some offsets"
             drawn: list[np.ndarray] = []
             while sum(map(len, drawn)) < num_batches * per_batch:
                 drawn.append(rng.permutation(windows(stream, length, offset=int(rng.integers(length)))))

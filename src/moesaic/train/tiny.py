@@ -118,8 +118,11 @@ def _run(out: Path, record: dict[str, Any], recipe: Recipe, *, progress: bool) -
     tokenizer = train_tokenizer()
     tokenizer.save_pretrained(out)
     streams = {domain: token_stream(tokenizer, corpus(domain, "train"), seed=seed) for domain in DOMAINS}
-    model = DeepseekV3ForCausalLM(tiny_config())
     checkpoints = sorted(out.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    # The Trainer (5.23) restores everything but experts: they lie one by one on disk, and it skips names it misses.
+    model = (
+        DeepseekV3ForCausalLM.from_pretrained(checkpoints[-1]) if checkpoints else DeepseekV3ForCausalLM(tiny_config())
+    )
     keep = KeepBest(HeldOut(tokenizer, max_windows=recipe.held_out_windows), out, record, every=recipe.evaluate_every)
     trainer = Trainer(
         model=model,

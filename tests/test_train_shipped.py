@@ -1,0 +1,78 @@
+"""The shipped model has learnt and is balanced."""
+
+import json
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from moesaic.train.data import CORPUS, DOMAINS
+from moesaic.train.evaluate import HeldOut
+from moesaic.train.routers import balanced_layers
+
+TINY = CORPUS.parent / "tiny"
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    return AutoModelForCausalLM.from_pretrained(TINY), AutoTokenizer.from_pretrained(TINY)
+
+
+def test_the_shipped_folder_is_a_deepseek_v3_model_for_plain_transformers(shipped):
+    model, tokenizer = shipped
+    config = model.config
+    assert type(model).__name__ == "DeepseekV3ForCausalLM"
+    assert model.dtype == torch.float32
+    assert len(tokenizer) == config.vocab_size == 4096
+    assert config.n_routed_experts >= 32
+    assert config.n_group >= 4 > config.topk_group
+    assert config.num_experts_per_tok >= 4
+    assert config.n_shared_experts == 1
+    layers = balanced_layers(model)
+    assert len(layers) >= 4
+    for layer in layers.values():
+        assert layer.bias.dtype == torch.float32
+        assert layer.bias.any()
+    names = {path.name for path in TINY.iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "training.json"} <= names
+
+
+def test_parameters_are_stored_as_float16_and_the_bias_as_float32():
+    with safe_open(TINY / "model.safetensors", "pt") as file:
+        dtypes = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118 (not a dict)
+    assert {dtype for name, dtype in dtypes.items() if name.endswith("e_score_correction_bias")} == {"F32"}
+    assert {dtype for name, dtype in dtypes.items() if not name.endswith("e_score_correction_bias")} == {"F16"}
+
+
+def test_the_shipped_model_beats_kneser_ney_in_every_domain_and_is_balanced(shipped):
+    model, tokenizer = shipped
+    report = HeldOut(tokenizer, max_windows=32).judge(model)
+    assert set(report.domains) == set(DOMAINS)
+    for domain, result in report.domains.items():
+        assert result.margin >= 0.15, f"{domain}: {result}"
+    assert len(report.max_violation) >= 4
+    assert max(report.max_violation.values()) <= 0.3, report.max_violation
+
+
+@pytest.mark.slow
+def test_the_recorded_results_are_those_of_the_shipped_weights_on_all_held_out_text(shipped):
+    model, tokenizer = shipped
+    record = json.loads((TINY / "training.json").read_text("utf-8"))
+    report = HeldOut(tokenizer).judge(model)
+    for domain, result in report.domains.items():
+        assert record["held_out"][domain]["tokens"] == result.tokens
+        assert record["held_out"][domain]["loss"] == pytest.approx(result.loss, abs=1e-3)
+        assert record["held_out"][domain]["kneser_ney"] == pytest.approx(result.kneser_ney, abs=1e-6)
+    assert record["max_violation"] == pytest.approx(report.max_violation, abs=0.02)
+
+
+def test_a_model_is_judged_without_leaving_a_trace(shipped):
+    model, tokenizer = shipped
+    held_out = HeldOut(tokenizer, max_windows=1)
+    model.train()
+    assert held_out.judge(model) == held_out.judge(model)
+    assert model.training
+    model.eval()
+    assert not any(layer.experts._forward_pre_hooks for layer in balanced_layers(model).values())

@@ -85,6 +85,7 @@ def test_the_panels_show_the_record_and_nothing_else(article):
     assert bars(nodes, LABELS["zh"]["kept"]).tolist() == kept.tolist()
     assert bars(nodes, LABELS["zh"]["reached"]).tolist() == reached
     assert kept.sum() == 1024
+    assert [line.get_ydata()[0] for line in nodes.lines] == [128]  # the mean if groups were kept evenly
     assert texts(nodes) == [str(n) for n in [*kept.tolist(), *reached]]
 
     assert flow.get_xlim() == (0, 10)

@@ -133,6 +133,12 @@ def test_tied_groups_may_stand_for_each_other_and_no_others():
     assert agrees(logits, [0, 1], config) == (False, True)  # 1 is worse than any expert of the tied groups
 
 
+def test_a_worse_group_is_not_excused_by_a_tie_of_others():
+    logits = torch.tensor([[4.0, -3, 0, 0, 0, 0, 0.5, -0.7]])  # group scores 1.03, 1, 1, 0.95
+    assert agrees(logits, [0, 4], v3(8, 4, 2, 2)) == (True, True)
+    assert agrees(logits, [0, 6], v3(8, 4, 2, 2)) == (False, True)
+
+
 def test_picks_alone_give_what_was_recorded_and_say_what_was_not():
     trace = replace(traced(v3(16, 4, 2, 4)), logits=None, bias=None)
     found = by_key(steps(trace, 0, 2))

@@ -119,7 +119,7 @@ def steps_of_routing(
     Scores are computed in `logits_dtype`, weights compared in `weights_dtype`: those of the tensors unless told.
     """
     ids, weights = routing.expert_ids[token].detach().cpu(), routing.weights[token].detach().cpu().float()
-    x = None if hidden is None else hidden.detach().flatten(0, -2)[token]
+    x = None if hidden is None else hidden.detach().flatten(0, -2)[token].cpu()
     values: dict[str, Tensor | tuple[Tensor, Tensor] | None] = {"input": x, "tokens": x}
     agrees: dict[str, bool | None] = {}
     tied = False

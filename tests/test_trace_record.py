@@ -84,6 +84,16 @@ def test_hooks_are_removed_and_the_record_usable_after_an_error():
     assert len(recorders[0].trace) == 20
 
 
+def test_a_forward_that_failed_says_nothing_about_the_next_one():
+    model = tiny()
+    with record(model) as rec:
+        with pytest.raises(IndexError):
+            model(torch.full((1, 4), 9999))
+        model.model(token_ids(1, 4))
+    assert len(rec.trace) == 4
+    assert rec.trace.input_ids is None
+
+
 def test_padding_is_left_out_where_a_mask_says_so():
     model, ids = tiny(), token_ids(3, 8)
     mask = torch.ones_like(ids)

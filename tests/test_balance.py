@@ -25,6 +25,7 @@ def test_nudge_raises_the_idle_lowers_the_busy_and_leaves_the_mean():
     nudged = nudge_bias(bias, torch.tensor([0.0, 4.0, 2.0, 2.0]), speed=1e-3)
     torch.testing.assert_close(nudged, torch.tensor([0.501, 0.499, 0.5, 0.5]))
     assert bias.eq(0.5).all(), "a rule returns a new bias"
+    assert torch.equal(nudge_bias(bias, torch.tensor([0, 4, 2, 2]), speed=1e-3), nudged), "integer counts will do"
 
 
 # features §4.4: E=64, K=8, 2048 tokens a step, logits N(offset of the expert, 0.577), offsets N(0, 0.5).

@@ -1,6 +1,7 @@
 import dataclasses
 import json
 
+import numpy as np
 import pytest
 from transformers import CONFIG_MAPPING
 
@@ -36,6 +37,12 @@ from moesaic.families import PRESETS
         ({"routed_scaling_factor": float("inf")}, r"routed_scaling_factor=inf is not a finite number"),
         ({"routed_scaling_factor": "2.5"}, r"routed_scaling_factor='2.5' is not a finite number"),
         ({"router_jitter_noise": 1.5}, r"router_jitter_noise=1.5 must lie in \[0, 1\)"),
+        ({"swiglu_limit": 0.0}, r"swiglu_limit=0.0 clamps everything away: use None"),
+        ({"gated": False, "interleaved": True}, r"interleaved=True is for gated experts"),
+        ({"hidden_act": "gelu", "swiglu_alpha": 1.7}, r"swiglu_alpha=1.7 is the slope of SiLU"),
+        ({"swiglu_limit": 7.0}, r"swiglu_limit=7.0 is not known to shared experts: use n_shared_experts=0"),
+        ({"gated": False}, r"gated=False is not known to shared experts"),
+        ({"n_shared_experts": 0, "shared_expert_gate": True}, r"n_shared_experts=0 has nothing to gate or to size"),
         ({"group_score": "k_over_m_sum", "num_experts_per_tok": 3}, r"group_score='k_over_m_sum' sums .*=0 scores"),
     ],
 )
@@ -63,6 +70,15 @@ def test_preset_builds_and_survives_its_own_dict(name):
     again = MoEConfig(**json.loads(json.dumps(config.to_dict())))
     assert again == config
     assert again.digest() == config.digest()
+
+
+def test_equal_configs_have_equal_digests():
+    sizes = {"hidden_size": 8, "n_routed_experts": 4, "num_experts_per_tok": 2}
+    config = MoEConfig(**sizes, routed_scaling_factor=1.0)
+    for same in (MoEConfig(**sizes, routed_scaling_factor=1), MoEConfig(**{k: np.int64(v) for k, v in sizes.items()})):
+        assert same == config
+        assert same.digest() == config.digest()
+    assert MoEConfig(**sizes, routed_scaling_factor=2).digest() != config.digest()
 
 
 def test_unknown_preset_lists_the_known_ones():
@@ -113,6 +129,8 @@ def test_from_hf_refuses_what_it_cannot_know(tmp_path):
         MoEConfig.from_hf({"model_type": "llama", "hidden_size": 64})
     with pytest.raises(ValueError, match="not a family known here"):
         MoEConfig.from_hf({"model_type": "unheard_of", "hidden_size": 64, "num_experts": 8})
+    with pytest.raises(ValueError, match="model_type='deepseek_v4' is not a family known here"):
+        MoEConfig.from_hf(CONFIG_MAPPING["deepseek_v4"]())  # it has layers routed by hash
     with pytest.raises(ValueError, match="hidden_size is missing"):
         MoEConfig.from_hf({"model_type": "mixtral", "num_experts": 8, "num_experts_per_tok": 2})
     with pytest.raises(ValueError, match=r"no config\.json there"):

@@ -147,6 +147,14 @@ def test_strided_inputs_compute_as_their_copies(name):
     torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("name", ENGINES)
+def test_int32_ids_compute_as_int64(name):
+    experts, ids = weights_like(torch.float64), ids_of("sentinels", 8)
+    x, weights = torch.randn(8, D, dtype=torch.float64), torch.rand(8, K, dtype=torch.float64)
+    out = ENGINES[name](x, ids.int(), weights, experts, ExpertSpec())
+    assert torch.equal(out, ENGINES[name](x, ids, weights, experts, ExpertSpec()))
+
+
 @given(configs(), st.integers(0, 20), st.integers(0, 2**31))
 def test_every_assignment_reaches_exactly_one_expert(config, tokens, seed):
     """Conservation: nothing is dropped, nothing runs twice."""

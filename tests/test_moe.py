@@ -117,6 +117,8 @@ def test_layer_loads_the_per_expert_spelling_and_stays_strict():
     missing = {k: v for k, v in apart.items() if k != "experts.7.up_proj.weight"}
     with pytest.raises(RuntimeError, match=r"Missing key.*experts\.gate_up_proj"):
         DeepseekV3MoE(ours.config).load_state_dict(missing)
+    with pytest.raises(RuntimeError, match=r"Unexpected key.*experts\.0\.down_proj"):
+        DeepseekV3MoE(ours.config).load_state_dict(apart | theirs.state_dict())
     with pytest.raises(RuntimeError, match=r"Unexpected key.*experts\.99\.up_proj\.weight"):
         DeepseekV3MoE(ours.config).load_state_dict(apart | {"experts.99.up_proj.weight": torch.zeros(24, 32)})
 

@@ -10,6 +10,7 @@ from hypothesis.extra.numpy import arrays
 from oracles import densify, pick, route_one
 
 from moesaic.config import MoEConfig
+from moesaic.families import CONVENTIONS
 from moesaic.layer.balance import expert_load
 from moesaic.rules import group_scores, kept_groups, largest, route
 from moesaic.types import check_routing
@@ -234,6 +235,26 @@ def test_the_sentinel_weighs_nothing_and_takes_no_part_in_the_sum(after):
     routing.weights.sum().backward()
     assert logits.grad.isfinite().all()
     assert logits.grad[1].eq(0).all()
+
+
+@pytest.mark.parametrize("convention", CONVENTIONS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_a_row_of_sentinels_weighs_zero_under_every_convention(convention, dtype):
+    config = v3(16, 4, 2, 4).with_convention(convention)
+    logits = torch.randn(3, 16, dtype=dtype, requires_grad=True)
+    replay = torch.tensor([[16, 16, 16, 16], [1, 16, 16, 5], [3, 2, 1, 0]])
+    weights = route(logits, None, config, replay=replay).weights
+    assert weights[0].eq(0).all()
+    assert weights[1, 1:3].eq(0).all()
+    weights.sum().backward()
+    assert logits.grad.isfinite().all()
+    assert logits.grad[0].eq(0).all()
+
+
+@pytest.mark.parametrize("shape", [(2, 4), (5, 1), (5, 5), (20,)])
+def test_a_replay_of_another_shape_is_refused(shape):
+    with pytest.raises(ValueError, match=r"replay has shape .*, not \[T, K\] = \(5, 4\): give one row a token"):
+        route(torch.randn(5, 16), None, v3(16, 4, 2, 4), replay=torch.zeros(shape, dtype=torch.long))
 
 
 def test_forced_balance_deals_every_expert_the_same():

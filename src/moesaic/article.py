@@ -148,15 +148,16 @@ def _fill(template: str, shown: dict[str, Any]) -> str:
 
 def _values(gate: MoEGate, x: Tensor, routing: Routing, trace: Trace, lang: str) -> dict[str, Any]:
     """Everything the transcript shows, from the recorded routing; `has` says which of its lines apply."""
-    config, ids, weights = gate.config, routing.expert_ids, routing.weights
-    scores = score(routing.logits, config)
+    config, (logits, weights, ids) = gate.config, routing
+    assert logits is not None  # our own router always has them
+    scores = score(logits, config)
     bias = gate.e_score_correction_bias
     choice = scores if bias is None else scores + bias
     load = expert_load(ids, config.n_routed_experts)
     shown: dict[str, Any] = {
-        "c": config, "x": x, "n": len(ids), "batch": x.shape[0], "seq": x.shape[1], "logits": routing.logits,
+        "c": config, "x": x, "n": len(ids), "batch": x.shape[0], "seq": x.shape[1], "logits": logits,
         "choice": choice, "ids": ids, "weights": weights, "score_name": config.scoring_func.capitalize(),
-        "x_range": f"[{x.min():.4f}, {x.max():.4f}]", "logits_stat": _stat(routing.logits, mean=True),
+        "x_range": f"[{x.min():.4f}, {x.max():.4f}]", "logits_stat": _stat(logits, mean=True),
         "scores_stat": _stat(scores, mean=True), "masked_stat": _stat(choice), "scaled_stat": _stat(weights),
         "unscaled_stat": _stat(weigh(scores, ids, dataclasses.replace(config, routed_scaling_factor=1.0))),
         "used": int((load > 0).sum()), "most": int(load.argmax()), "most_load": load.max().item(),

@@ -79,6 +79,7 @@ class MoEConfig:
         self._check_names()
         self._check_sizes()
         self._check_groups()
+        self._check_experts()
 
     @property
     def experts_per_group(self) -> int:
@@ -133,6 +134,7 @@ class MoEConfig:
     def _check_types(self) -> None:
         for field in dataclasses.fields(self):
             name, value = field.name, getattr(self, field.name)
+            kind: Any
             kind, *optional = get_args(field.type) or (field.type,)
             if value is None:
                 if not optional:
@@ -143,6 +145,8 @@ class MoEConfig:
                 raise ValueError(f"{name}={value!r} is not an integer: give a whole number, unquoted")
             elif kind is float and (isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value)):
                 raise ValueError(f"{name}={value!r} is not a finite number: give one such as 1.0")
+            else:
+                object.__setattr__(self, name, kind(value))  # numpy's integers, or 1 for 1.0: one spelling, one digest
 
     def _check_names(self) -> None:
         for name, choices in CHOICES.items():
@@ -194,6 +198,27 @@ class MoEConfig:
                 f"group_score='k_over_m_sum' sums num_experts_per_tok//topk_group={k // kept} scores of a group of "
                 f"{self.experts_per_group}: use another topk_group or group_score='top2_sum'"
             )
+
+    def _check_experts(self) -> None:
+        """Refuse what would be ignored."""
+        if self.swiglu_limit is not None and self.swiglu_limit <= 0:
+            raise ValueError(f"swiglu_limit={self.swiglu_limit} clamps everything away: use None for no limit")
+        plain = {"swiglu_limit": None, "swiglu_alpha": 1.0, "swiglu_up_offset": 0.0, "interleaved": False}
+        special = [name for name, default in plain.items() if getattr(self, name) != default]
+        if special and not self.gated:
+            raise ValueError(
+                f"{special[0]}={getattr(self, special[0])} is for gated experts: use gated=True or leave it"
+            )
+        if self.swiglu_alpha != 1.0 and self.hidden_act != "silu":
+            raise ValueError(
+                f"swiglu_alpha={self.swiglu_alpha} is the slope of SiLU: use hidden_act='silu' or leave it"
+            )
+        if self.n_shared_experts:
+            if special or not self.gated:
+                what = special[0] if special else "gated"
+                raise ValueError(f"{what}={getattr(self, what)} is not known to shared experts: use n_shared_experts=0")
+        elif self.shared_expert_gate or self.shared_expert_intermediate_size is not None:
+            raise ValueError("n_shared_experts=0 has nothing to gate or to size: use n_shared_experts=1")
 
 
 KINDS: dict[Any, str] = {bool: "True or False", int: "an integer", float: "a number", str: "a name"}

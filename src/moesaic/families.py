@@ -53,9 +53,9 @@ def read_family(source: Any, known: set[str]) -> dict[str, Any]:
         raise ValueError(
             f"model_type={model_type!r} has no experts (no {', '.join(ALIASES['n_routed_experts'])}): not an MoE model"
         )
-    if model_type and model_type not in FAMILIES and "scoring_func" not in given:
+    if model_type and model_type not in FAMILIES and not {"scoring_func", "topk_method"} <= given.keys():
         raise ValueError(
-            f"model_type={model_type!r} is not a family known here and its config has no scoring_func: "
+            f"model_type={model_type!r} is not a family known here and its config has no scoring_func and topk_method: "
             f"build MoEConfig(...) by hand, or use one of {', '.join(FAMILIES)}"
         )
     fields = dict(FAMILIES.get(model_type, {}))

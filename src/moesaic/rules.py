@@ -22,8 +22,9 @@ def route(
 ) -> Routing:
     """Decide experts and weights of every token (DeepSeek-V3, arXiv 2412.19437, sec. 2.1.2).
 
-    `replay` gives the expert ids instead of selecting them; weights still come from the live logits, so gradients
-    flow. `token_ids` is for selections that read the vocabulary id (hash routing); those in this room ignore it.
+    `replay` gives the expert ids instead of selecting them, 0 to E, E being "no expert"; weights still come from the
+    live logits, so gradients flow. Its shape is checked, its values are not (that would wait for the device).
+    `token_ids` is for selections that read the vocabulary id (hash routing); those in this room ignore it.
 
     A NaN in a token stays in its row: ids are K distinct experts inside kept groups, weights are NaN.
     """
@@ -33,6 +34,9 @@ def route(
         choice = scores.detach() if bias is None else scores.detach() + bias
         expert_ids = select(choice, config)
     else:
+        expected = (len(logits), config.num_experts_per_tok)
+        if replay.shape != expected:
+            raise ValueError(f"replay has shape {tuple(replay.shape)}, not [T, K] = {expected}: give one row a token")
         expert_ids = replay.long()
     return Routing(logits, weigh(scores, expert_ids, config), expert_ids)
 
@@ -72,7 +76,9 @@ def weigh(scores: Float[Tensor, "T E"], expert_ids: Int[Tensor, "T K"], config: 
         weights = SCORING[config.scoring_func](weights.masked_fill(absent, torch.finfo(weights.dtype).min))
     weights = torch.where(absent, 0.0, weights)
     if config.norm_topk_prob and (expert_ids.shape[-1] > 1 or config.norm_single_expert):
-        weights = weights / (weights.sum(dim=-1, keepdim=True) + config.norm_eps)
+        total = weights.sum(dim=-1, keepdim=True) + config.norm_eps
+        nobody = absent.all(dim=-1, keepdim=True)  # 0 / 0 where the eps is none, or rounds to none
+        weights = weights / total.masked_fill(nobody, 1.0)
     return weights * config.routed_scaling_factor
 
 

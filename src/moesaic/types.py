@@ -20,7 +20,7 @@ class Routing(NamedTuple):
     expert_ids: chosen experts, int64 [T, K]. The id E means "no expert": skipped, weight ignored, no gradient.
     """
 
-    logits: Float[Tensor, "T E"]
+    logits: Float[Tensor, "T E"] | None
     weights: Float[Tensor, "T K"]
     expert_ids: Int[Tensor, "T K"]
 

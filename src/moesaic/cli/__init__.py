@@ -1,5 +1,7 @@
 """The command line. One module a command; heavy imports happen inside the commands, so that `--help` is quick."""
 
+import io
+import os
 import sys
 
 import typer
@@ -36,10 +38,16 @@ def _root(
 
 def main() -> None:
     """Run a command. Exit codes: 0 good, 1 a bad verdict, 2 a user's mistake, told in one line on stderr."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal without Chinese shows question marks, not a traceback
     try:
         code = app(standalone_mode=False)
     except typer.exceptions.TyperException as error:
         code = _complain(error.format_message() if hasattr(error, "format_message") else str(error))
+    except BrokenPipeError:  # the reader went away, as `| head` does
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+        code = 0
     except (ValueError, OSError) as error:
         code = _complain(str(error))
     except (KeyboardInterrupt, typer.Abort):
@@ -48,5 +56,6 @@ def main() -> None:
 
 
 def _complain(message: str) -> int:
-    print("moesaic: " + " ".join(message.split()), file=sys.stderr)
+    if message:  # empty where the help was shown instead
+        print("moesaic: " + " ".join(message.split()), file=sys.stderr)
     return 2

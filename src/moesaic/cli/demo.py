@@ -1,12 +1,11 @@
 """`moesaic demo`: real text through a really trained MoE model, and what its gates did."""
 
-import shlex
-import sys
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from moesaic.cli.output import make_ready, say_how_again
 
 if TYPE_CHECKING:
     from moesaic.trace.store import Trace
@@ -21,8 +20,6 @@ WORDS = {
         "token": "3. One token through one gate: layer {layer}, token {token} {word} of {label}",
         "saved": "Saved in {out}:",
         "files": ("the figure of layer {layer}", "load of every layer beside chance", "everything recorded"),
-        "again": "Reproduce: {command}",
-        "versions": "with {versions}, seed {seed}, config {digest}",
     },
     "zh": {
         "routing": "正在路由真实文本...",
@@ -33,8 +30,6 @@ WORDS = {
         "token": "3. 一个 token 走过一个门控：第 {layer} 层，{label} 的第 {token} 个 token {word}",
         "saved": "已保存到 {out}：",
         "files": ("第 {layer} 层的路由图", "每层负载与随机范围", "全部路由记录"),
-        "again": "复现：{command}",
-        "versions": "版本 {versions}，随机种子 {seed}，配置 {digest}",
     },
 }
 
@@ -47,7 +42,9 @@ def demo(
         str, typer.Option(help="Sizes of the random gate, by the name of a released model.")
     ] = "deepseek-v3",
     lang: Annotated[str, typer.Option(help="en or zh.")] = "en",
-    seed: Annotated[int, typer.Option(help="Seed of the random gate and of the permutation test.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=2**32 - 1, help="Seed of the random gate and of the permutation test.")
+    ] = 0,
     text: Annotated[str | None, typer.Option(help="Route this text instead of the shipped corpus.")] = None,
     file: Annotated[Path | None, typer.Option(help="Route the text of this file.")] = None,
     model: Annotated[
@@ -79,16 +76,15 @@ def _random(preset: str, lang: str, seed: int, out: Path) -> int:
 
     article = preset == "deepseek-v3"  # its sizes, with the article's routed_scaling_factor of 1.0
     config = create_moe_config() if article else MoEConfig.preset(preset)
-    _make_ready(out)
-    demo_moe_gate(
+    make_ready(out)
+    trace = demo_moe_gate(
         config,
         title="DeepSeek-V3" if article else preset,
         lang=lang,
         seed=seed,
         save_path=out / "moe_routing_visualization.png",
     )
-    again = f"moesaic demo --random --preset {preset} --lang {lang} --seed {seed} --out {shlex.quote(str(out))}"
-    print(WORDS[lang]["again"].format(command=again))
+    say_how_again(trace, lang)
     return 0
 
 
@@ -110,11 +106,12 @@ def _real(
     given = sources.read_text(text, file)
     model, tokenizer = sources.load(model_folder)
     sequences = sources.held_out_windows(tokenizer) if given is None else sources.windows_of(tokenizer, given)
-    _make_ready(out)
+    sources.check_place(layer, token, model, sequences)
+    make_ready(out)
     with Console(stderr=True).status(WORDS[lang]["routing"]):
         trace = sources.route(model, sequences, seed)
-    layer = trace.n_layers // 2 if layer is None else sources.checked("layer", layer, trace.n_layers)
-    token = _telling_token(trace, layer) if token is None else sources.checked("token", token, len(trace))
+    layer = trace.n_layers // 2 if layer is None else layer
+    token = _telling_token(trace, layer) if token is None else token
 
     collapsed = _show(trace, sources.words_of(tokenizer, trace), lang, layer, token, seed)
     names = ("routing.png", "load.png", "trace.safetensors")
@@ -166,6 +163,7 @@ def _telling_token(trace: "Trace", layer: int) -> int:
     from moesaic.trace.chance import overlap
 
     routing, config = trace.layer(layer), trace.configs[layer]
+    assert routing.logits is not None  # recorded with detail="scores"
     plain = rules.largest(rules.score(routing.logits, config), config.num_experts_per_tok)
     return int(overlap(routing.expert_ids.numpy(), plain.numpy()).argmin())
 
@@ -175,16 +173,4 @@ def _say_saved(trace: "Trace", lang: str, layer: int, out: Path, names: tuple[st
     print(say["saved"].format(out=out))
     for name, what in zip(names, say["files"], strict=True):
         print(f"   {name:<20}{what.format(layer=trace.layers[layer])}")
-    print("\n" + say["again"].format(command=shlex.join(["moesaic", *sys.argv[1:]])))
-    versions = ", ".join(f"{name} {version}" for name, version in trace.versions.items())
-    print(say["versions"].format(versions=versions, seed=trace.seed, digest=trace.configs[0].digest()))
-
-
-def _make_ready(out: Path) -> None:
-    """Make the folder and try to write there, before any work."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out):
-            pass
-    except OSError as error:
-        raise ValueError(f"--out {out}: cannot be written ({error.strerror}): give another folder") from None
+    say_how_again(trace, lang)

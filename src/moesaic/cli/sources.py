@@ -6,11 +6,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moesaic.hf.modules import moe_layers
 from moesaic.trace.record import record
 from moesaic.trace.store import Trace
 
 TINY = Path(__file__).parents[1] / "assets" / "tiny"
 WINDOW = 128  # tokens routed as one sequence
+BATCH = 10  # sequences in one forward
 SEQUENCES = 100  # of the four shipped domains together, in the shares the tiny model was trained on
 SAMPLE = "To be, or not to be: that is the question.\n床前明月光，疑是地上霜。\nfor token in tokens: route(token)\n"
 
@@ -40,8 +42,10 @@ def read_text(text: str | None, file: Path | None) -> str | None:
 
 def windows_of(tokenizer: Any, text: str, label: str = "text") -> list[tuple[str, Tensor]]:
     """A text cut into sequences of WINDOW tokens and a shorter rest."""
-    ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
-    return [(label, part) for part in ids.split(WINDOW, dim=1)]
+    ids = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"])
+    whole = len(ids) // WINDOW * WINDOW
+    parts = [*ids[:whole].view(-1, WINDOW).split(BATCH), ids[whole:][None]]
+    return [(label, part) for part in parts if part.numel()]
 
 
 def held_out_windows(tokenizer: Any) -> list[tuple[str, Tensor]]:
@@ -57,19 +61,27 @@ def held_out_windows(tokenizer: Any) -> list[tuple[str, Tensor]]:
     for domain in DOMAINS:
         rows = windows(token_stream(tokenizer, corpus(domain, "held_out")), WINDOW)
         chosen = np.linspace(0, len(rows) - 1, round(SEQUENCES * DOMAINS[domain].share)).astype(int)
-        sequences += [(domain, part) for part in torch.from_numpy(rows[chosen]).split(10)]
+        sequences += [(domain, part) for part in torch.from_numpy(rows[chosen]).split(BATCH)]
     return sequences
 
 
-def checked(name: str, value: int, count: int) -> int:
-    """`value`, if there are that many."""
-    if not 0 <= value < count:
-        raise ValueError(f"--{name} {value} is not there: use 0 to {count - 1}")
-    return value
+def check_place(layer: int | None, token: int | None, model: Any, sequences: list[tuple[str, Tensor]]) -> None:
+    """Refuse a layer or token that the recording will not have, before it is made."""
+    counts = {"layer": len(moe_layers(model)), "token": sum(ids.numel() for _, ids in sequences)}
+    check_numbers({"layer": layer, "token": token}, counts)
+
+
+def check_numbers(given: dict[str, int | None], counts: dict[str, int]) -> None:
+    for name, value in given.items():
+        if value is not None and not 0 <= value < counts[name]:
+            raise ValueError(f"--{name} {value} is not there: use 0 to {counts[name] - 1}")
 
 
 def route(model: Any, sequences: list[tuple[str, Tensor]], seed: int = 0) -> Trace:
     """Record every gate's scores and picks while the model reads; `sequences` are (label, ids [n, tokens])."""
+    words, highest = model.get_input_embeddings().num_embeddings, max(int(ids.max()) for _, ids in sequences)
+    if highest >= words:
+        raise ValueError(f"the tokenizer gives id {highest} and the model knows {words}: they do not belong together")
     labels = [label for label, ids in sequences for _ in ids]
     with torch.inference_mode(), record(model, detail="scores", labels=labels, seed=seed) as recorder:
         for _, ids in sequences:

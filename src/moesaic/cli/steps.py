@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from moesaic.cli.output import say_how_again
+
 
 def steps(
     text: Annotated[str | None, typer.Argument(help="Text to route; a line of each domain unless given.")] = None,
@@ -34,15 +36,16 @@ def steps(
     from moesaic.trace.store import load
 
     if trace is not None:
-        recorded = load(trace)
-        title = f"token {token}"
+        recorded, words = load(trace), None
+        counts = {"layer": recorded.n_layers, "token": len(recorded)}
+        sources.check_numbers({"layer": layer, "token": token}, counts)
     else:
         network, tokenizer = sources.load(model)
-        recorded = sources.route(network, sources.windows_of(tokenizer, sources.SAMPLE if text is None else text))
+        windows = sources.windows_of(tokenizer, sources.SAMPLE if text is None else text)
+        sources.check_place(layer, token, network, windows)
+        recorded = sources.route(network, windows)
         words = sources.words_of(tokenizer, recorded)
-        title = f"token {sources.checked('token', token, len(recorded))} {words[token]}"
-    layer = sources.checked("layer", layer, recorded.n_layers)
-    sources.checked("token", token, len(recorded))
-    title += f"   {recorded.layers[layer]}"
+    title = f"token {token} {words[token] if words else ''}  {recorded.layers[layer]}"
     table = steps_table(steps_of(recorded, layer=layer, token=token), lang, versus=vs == "topk", title=title)
     Console().print(table)
+    say_how_again(recorded, lang)

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 def train(
     what: Annotated[str, typer.Argument(help="What to train: tiny, the shipped DeepSeek-V3-architecture model.")],
-    seed: Annotated[int, typer.Option(help="Seed of weights and of the order of the text.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of weights and of the order of the text.")] = 0,
     out: Annotated[Path, typer.Option(help="Folder for the model; must be empty or new.")] = Path("runs/tiny"),
     resume: Annotated[Path | None, typer.Option(help="Folder of an interrupted run to go on with.")] = None,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps; the recipe's own number unless given.")] = None,
@@ -32,7 +32,9 @@ def train(
     recipe = Recipe() if steps is None else Recipe(steps=steps)
     report = train_tiny(out, seed=seed, resume=resume, recipe=recipe, progress=True)
     Console().print(_table(report))
-    print(f"model: {resume or out}\nlook into it: moesaic demo --model {resume or out}")
+    folder = resume or out
+    print(f"look into it: moesaic demo --model {folder}")
+    print(f"reproduce: the command, versions and recipe are in {folder / 'training.json'}")
 
 
 def _table(report: "Report") -> "Table":

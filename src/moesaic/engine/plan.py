@@ -20,7 +20,7 @@ class Plan(NamedTuple):
 
 def group_by_expert(expert_ids: Int[Tensor, "T K"], num_experts: int) -> Plan:
     """Sort the assignments of a routing by expert; stable, hence the same on every device."""
-    ids = expert_ids.flatten()
+    ids = expert_ids.flatten().long()
     counts = torch.zeros(num_experts + 1, dtype=torch.long, device=ids.device)
     counts = counts.index_add(0, ids, torch.ones_like(ids))[:num_experts]
     return Plan(torch.sort(ids, stable=True).indices, counts)

@@ -1,6 +1,7 @@
 """Name -> engine. A named engine is taken or refused; only "auto" chooses, by device type and dtype."""
 
 from collections.abc import Callable
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -24,11 +25,12 @@ def check_engine(name: str) -> str:
 
 def select_engine(name: str, device: torch.device, dtype: torch.dtype) -> Engine:
     """The engine for tensors of this device and dtype. "auto" asks `best_engine`."""
-    return ENGINES[best_engine(device.type, dtype)[0] if name == "auto" else name]
+    return ENGINES[best_engine(device.type, dtype)[0] if name == "auto" else check_engine(name)]
 
 
+@cache
 def best_engine(device_type: str, dtype: torch.dtype) -> tuple[str, str]:
-    """What "auto" takes for (device type, dtype), and why: (name, reason)."""
+    """What "auto" takes for (device type, dtype), and why: (name, reason). Decided once for each pair."""
     return (
         "grouped",
         f"sorted by expert, two matmuls per active expert: runs everywhere, {device_type} {dtype} included",

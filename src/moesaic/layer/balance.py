@@ -20,4 +20,5 @@ def nudge_bias(bias: Float[Tensor, " E"], load: Float[Tensor, " E"], *, speed: f
 
     `load` counts assignments of the whole optimizer step over all ranks. An expert exactly at the mean stays.
     """
+    load = load.to(bias.dtype)
     return bias + speed * (load.mean() - load).sign()

@@ -81,24 +81,25 @@ def _fuse_on_load(module: Experts, state_dict: dict[str, Any], prefix: str, *_: 
 def fuse_experts(state_dict: dict[str, Any], prefix: str, config: MoEConfig) -> None:
     """Replace `{prefix}7.gate_proj.weight`, ... by the fused keys, in place; a state dict that is fused stays.
 
-    Where an expert or one of its matrices is missing, the per-expert keys stay and strict loading names them.
+    Where an expert or one of its matrices is missing, or a fused key is there as well, the per-expert keys stay and
+    strict loading names them.
     """
     names = ("gate_proj", "up_proj", "down_proj") if config.gated else ("up_proj", "down_proj")
     kinds = ("weight", "bias") if config.expert_bias else ("weight",)
-    wanted = [[f"{prefix}{e}.{n}.{k}" for e in range(config.n_routed_experts)] for n in names for k in kinds]
-    if not all(key in state_dict for keys in wanted for key in keys):
+    wanted = [f"{prefix}{e}.{n}.{k}" for n in names for k in kinds for e in range(config.n_routed_experts)]
+    up_name = prefix + ("gate_up_proj" if config.gated else "up_proj")
+    if up_name in state_dict or not all(key in state_dict for key in wanted):
         return
     for kind in kinds:
-        suffix = "_proj" if kind == "weight" else "_proj_bias"
         stacks = {
-            n: torch.stack([state_dict.pop(f"{prefix}{e}.{n}.{kind}") for e in range(config.n_routed_experts)])
-            for n in names
+            name: torch.stack([state_dict.pop(f"{prefix}{e}.{name}.{kind}") for e in range(config.n_routed_experts)])
+            for name in names
         }
-        up = [stacks[n] for n in names[:-1]]
+        up, down = [stacks[name] for name in names[:-1]], stacks["down_proj"]
         interleaved = config.gated and config.interleaved
         fused = torch.stack(up, dim=2).flatten(1, 2) if interleaved else torch.cat(up, dim=1)
-        down = stacks["down_proj"]
         if kind == "weight" and config.transposed:
             fused, down = fused.mT.contiguous(), down.mT.contiguous()
-        state_dict[prefix + ("gate_up" if config.gated else "up") + suffix] = fused
-        state_dict[prefix + "down" + suffix] = down
+        suffix = "" if kind == "weight" else "_bias"
+        state_dict[up_name + suffix] = fused
+        state_dict[f"{prefix}down_proj{suffix}"] = down

@@ -14,6 +14,8 @@ from moesaic.layer.balance import expert_load
 from moesaic.rules import route
 from moesaic.types import Routing
 
+FLOAT32_BUFFERS = ("e_score_correction_bias", "load")
+
 
 class Router(nn.Module):
     """One row of `weight` [E, D] is one expert's preference; `route` turns the logits into a decision.
@@ -23,7 +25,7 @@ class Router(nn.Module):
     Keys of the state dict are those of transformers' `DeepseekV3TopkRouter`.
 
     `load` [E] counts the assignments of the last forward in training mode, float32, not saved. Over several
-    micro-batches add it up outside, as BiasBalance does.
+    micro-batches add it up outside, as BiasBalance does. (torch.func transforms refuse to write it: use eval mode.)
     """
 
     e_score_correction_bias: Tensor | None
@@ -88,7 +90,7 @@ class Router(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Router":
         """Let casts and moves reach everything but the values and dtype of the float32 buffers: those only move."""
-        before = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
+        before = {name: buffer for name in FLOAT32_BUFFERS if (buffer := self._buffers[name]) is not None}
         super()._apply(fn, recurse)
         for name, value in before.items():
             device = self.get_buffer(name).device

@@ -1,0 +1,33 @@
+"""What every command does with its output: a folder that can be written, and how to get the same again."""
+
+import shlex
+import sys
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from moesaic.trace.store import Trace
+
+AGAIN = {
+    "en": ("Reproduce: {command}", "with {versions}, seed {seed}, config {digest}"),
+    "zh": ("复现：{command}", "版本 {versions}，随机种子 {seed}，配置 {digest}"),
+}
+
+
+def make_ready(out: Path) -> None:
+    """Make the folder and try to write there, before any work."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            pass
+    except OSError as error:
+        raise ValueError(f"--out {out}: cannot be written ({error.strerror}): give another folder") from None
+
+
+def say_how_again(trace: "Trace", lang: str) -> None:
+    """Print the command, versions, seed and config behind what was shown."""
+    command, with_what = AGAIN[lang]
+    versions = ", ".join(f"{name} {version}" for name, version in trace.versions.items())
+    print("\n" + command.format(command=shlex.join(["moesaic", *sys.argv[1:]])))
+    print(with_what.format(versions=versions, seed=trace.seed, digest=trace.configs[0].digest()))

@@ -107,8 +107,6 @@ def test_what_is_not_a_run_is_refused_before_training(tmp_path):
         train(resume=tmp_path)
     with pytest.raises(ValueError, match="out=None: name a new folder"):
         train()
-    with pytest.raises(ValueError, match="give one of them"):
-        train(tmp_path / "new", resume=tmp_path)
 
 
 def test_an_out_that_cannot_be_written_is_refused_before_training(tmp_path):
@@ -118,6 +116,13 @@ def test_an_out_that_cannot_be_written_is_refused_before_training(tmp_path):
     with pytest.raises(ValueError, match=r"out=.*file/below cannot be written \(Not a directory\)"):
         train(tmp_path / "file" / "below")
     assert (tmp_path / "file").read_text() == "x"
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32])
+def test_a_seed_out_of_range_is_refused(seed, tmp_path):
+    with pytest.raises(ValueError, match=f"seed={seed} is no seed"):
+        train(tmp_path / "new", seed=seed)
+    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize("field", ["steps", "batch_size", "evaluate_every", "held_out_windows"])

@@ -55,7 +55,7 @@ class BiasBalance(TrainerCallback):
         self.load = self._counter.take()
         for name, layer in self._layers.items():
             bias = layer.bias
-            moved = nudge_bias(bias, self.load[name].to(bias.device), speed=speed)
+            moved = nudge_bias(bias, self.load[name], speed=speed)
             bias.copy_(moved - moved.mean() if self.centred else moved)
 
     def on_train_end(self, args, state, control, **kwargs):  # noqa: ARG002

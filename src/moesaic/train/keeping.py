@@ -48,16 +48,15 @@ class KeepBest(TrainerCallback):
 
 
 class ProgressBar(TrainerCallback):
-    """Steps, time left, and the last worst margin over Kneser-Ney, on stderr."""
+    """Steps done and time left, on stderr, inside `with bar.shown`: that gives the cursor back after Ctrl-C too."""
+
+    def __init__(self, *, disable: bool) -> None:
+        columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        self.shown = Progress(*columns, console=Console(stderr=True), disable=disable)
+        self._task = self.shown.add_task("training", total=None)
 
     def on_train_begin(self, args, state, control, **kwargs):  # noqa: ARG002
-        columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        self._progress = Progress(*columns, console=Console(stderr=True))
-        self._task = self._progress.add_task("training", total=state.max_steps, completed=state.global_step)
-        self._progress.start()
+        self.shown.update(self._task, total=state.max_steps, completed=state.global_step)
 
     def on_step_end(self, args, state, control, **kwargs):  # noqa: ARG002
-        self._progress.update(self._task, completed=state.global_step)
-
-    def on_train_end(self, args, state, control, **kwargs):  # noqa: ARG002
-        self._progress.stop()
+        self.shown.update(self._task, completed=state.global_step)

@@ -61,7 +61,7 @@ class LoadCounter:
 
     def __init__(self, model: nn.Module, layers: dict[str, Balanced], *, training: bool) -> None:
         self.training = training
-        self.load = {name: torch.zeros(len(layer.bias)) for name, layer in layers.items()}
+        self.load = {name: torch.zeros_like(layer.bias, dtype=torch.float32) for name, layer in layers.items()}
         self._real: Tensor | None = None
         self._handles = [model.register_forward_pre_hook(self._remember_mask, with_kwargs=True)]
         for name, layer in layers.items():
@@ -95,8 +95,8 @@ class LoadCounter:
             # In decoding with a cache the mask is longer than the tokens: then all tokens are real ones.
             if self._real is not None and len(self._real) == len(ids):
                 ids = ids[self._real]
-            load = self.load[name].to(ids.device)
-            self.load[name] = load + expert_load(ids, load.numel())
+            load = self.load[name]
+            self.load[name] = load + expert_load(ids, len(load)).to(load.device)
 
         return count
 

@@ -1,5 +1,6 @@
 """The shipped model, from nothing to a folder that plain transformers loads: `moesaic train tiny`."""
 
+import importlib.util
 import platform
 import shutil
 import time
@@ -88,20 +89,22 @@ def train(
 
     `out` receives config.json, model.safetensors, tokenizer.json, tokenizer_config.json and training.json. Weights are
     those of the evaluation with the best worst-domain margin, stored as float16 and loaded as float32; the correction
-    bias is float32 throughout. The same seed, machine and number of threads give the same weights. `resume` names,
-    instead of `out`, the folder of an interrupted run: it goes on there from its last checkpoint, with its own seed
-    and recipe. `progress` shows a bar on stderr.
+    bias is float32 throughout. The same seed, machine and number of threads give the same weights. `resume` names
+    the folder of an interrupted run: it goes on there from its last checkpoint, with its own seed and recipe, and the
+    other arguments do not matter. `progress` shows a bar on stderr.
 
     Raises ValueError for an `out` that is not empty or cannot be written, and for a `resume` that is not a run or has
-    finished; FileNotFoundError for a `resume` that is not there.
+    finished, and without accelerate; FileNotFoundError for a `resume` that is not there.
     """
+    if importlib.util.find_spec("accelerate") is None:
+        raise ValueError("training needs the package accelerate: pip install 'moesaic[train]'")
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed={seed} is no seed: use a number from 0 to {2**32 - 1}")
     if resume is None:
         folder = fresh_folder(out)
         record: dict[str, Any] = {"seed": seed, "recipe": asdict(recipe or Recipe()), "finished": False, "history": []}
-    elif out is None:
-        folder, record = Path(resume), interrupted_run(Path(resume), fields=set(Recipe.__dataclass_fields__))
     else:
-        raise ValueError(f"out={out} and resume={resume}: a run goes on in its own folder, give one of them")
+        folder, record = Path(resume), interrupted_run(Path(resume), fields=set(Recipe.__dataclass_fields__))
     with _quiet():
         return _run(folder, record, Recipe(**record["recipe"]), progress=progress)
 
@@ -124,6 +127,7 @@ def _run(out: Path, record: dict[str, Any], recipe: Recipe, *, progress: bool) -
         DeepseekV3ForCausalLM.from_pretrained(checkpoints[-1]) if checkpoints else DeepseekV3ForCausalLM(tiny_config())
     )
     keep = KeepBest(HeldOut(tokenizer, max_windows=recipe.held_out_windows), out, record, every=recipe.evaluate_every)
+    bar = ProgressBar(disable=not progress)
     trainer = Trainer(
         model=model,
         args=TrainingArguments(
@@ -147,15 +151,16 @@ def _run(out: Path, record: dict[str, Any], recipe: Recipe, *, progress: bool) -
             streams, num_batches=recipe.steps, batch_size=recipe.batch_size, length=WINDOW, seed=seed
         ),
         optimizers=(Muon(model, lr=recipe.learning_rate), None),
-        callbacks=[BiasBalance(fading(recipe.bias_speed)), keep, *([ProgressBar()] if progress else [])],
+        callbacks=[BiasBalance(fading(recipe.bias_speed)), keep, bar],
     )
     trainer.remove_callback(PrinterCallback)
-    trainer.train(resume_from_checkpoint=str(checkpoints[-1]) if checkpoints else None)
+    with bar.shown:
+        trainer.train(resume_from_checkpoint=str(checkpoints[-1]) if checkpoints else None)
 
     report = HeldOut(tokenizer).judge(AutoModelForCausalLM.from_pretrained(out))
     record |= {
         "finished": True,
-        "command": f"moesaic train tiny --seed {seed} --out DIR",
+        "command": f"moesaic train tiny --seed {seed} --steps {recipe.steps} --out DIR",
         "versions": {name: _version(name) for name in ("moesaic", "torch", "transformers", "tokenizers", "accelerate")}
         | {"python": platform.python_version()},
         "threads": torch.get_num_threads(),

@@ -7,11 +7,13 @@ import time
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+import moesaic
 from moesaic.train.data import DOMAINS, corpus
 from moesaic.train.evaluate import WINDOW, HeldOut, Report
 from moesaic.train.muon import Muon
@@ -20,7 +22,7 @@ from moesaic.train.run_folder import fresh_folder, interrupted_run, write_record
 from moesaic.train.tokenizer import VOCAB_SIZE, train_tokenizer
 
 if TYPE_CHECKING:
-    from transformers import DeepseekV3Config
+    from transformers import DeepseekV3Config, TrainingArguments
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +112,7 @@ def train(
 
 
 def _run(out: Path, record: dict[str, Any], recipe: Recipe, *, progress: bool) -> Report:
-    from transformers import AutoModelForCausalLM, DeepseekV3ForCausalLM, Trainer, TrainingArguments, set_seed
+    from transformers import AutoModelForCausalLM, DeepseekV3ForCausalLM, Trainer, set_seed
     from transformers.trainer_callback import PrinterCallback
 
     from moesaic.train.callbacks import BiasBalance, fading
@@ -121,68 +123,65 @@ def _run(out: Path, record: dict[str, Any], recipe: Recipe, *, progress: bool) -
     tokenizer = train_tokenizer()
     tokenizer.save_pretrained(out)
     streams = {domain: token_stream(tokenizer, corpus(domain, "train"), seed=seed) for domain in DOMAINS}
-    checkpoints = sorted(out.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    mixture = Mixture(streams, num_batches=recipe.steps, batch_size=recipe.batch_size, length=WINDOW, seed=seed)
+    last = max(out.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]), default=None)
     # The Trainer (5.23) restores everything but experts: they lie one by one on disk, and it skips names it misses.
-    model = (
-        DeepseekV3ForCausalLM.from_pretrained(checkpoints[-1]) if checkpoints else DeepseekV3ForCausalLM(tiny_config())
-    )
+    model = DeepseekV3ForCausalLM(tiny_config()) if last is None else DeepseekV3ForCausalLM.from_pretrained(last)
     keep = KeepBest(HeldOut(tokenizer, max_windows=recipe.held_out_windows), out, record, every=recipe.evaluate_every)
     bar = ProgressBar(disable=not progress)
     trainer = Trainer(
         model=model,
-        args=TrainingArguments(
-            output_dir=str(out),
-            max_steps=recipe.steps,
-            per_device_train_batch_size=recipe.batch_size,
-            train_sampling_strategy="sequential",  # the Mixture is in order already
-            learning_rate=recipe.learning_rate,
-            lr_scheduler_type="cosine",
-            warmup_steps=recipe.warmup_steps,
-            max_grad_norm=1.0,
-            save_steps=recipe.evaluate_every,
-            save_total_limit=1,
-            seed=seed,
-            use_cpu=True,
-            report_to="none",
-            logging_strategy="no",
-            disable_tqdm=True,
-        ),
-        train_dataset=Mixture(
-            streams, num_batches=recipe.steps, batch_size=recipe.batch_size, length=WINDOW, seed=seed
-        ),
+        args=_arguments(out, seed, recipe),
+        train_dataset=mixture,
         optimizers=(Muon(model, lr=recipe.learning_rate), None),
         callbacks=[BiasBalance(fading(recipe.bias_speed)), keep, bar],
     )
     trainer.remove_callback(PrinterCallback)
     with bar.shown:
-        trainer.train(resume_from_checkpoint=str(checkpoints[-1]) if checkpoints else None)
+        trainer.train(resume_from_checkpoint=None if last is None else str(last))
 
     report = HeldOut(tokenizer).judge(AutoModelForCausalLM.from_pretrained(out))
-    record |= {
+    minutes = (time.monotonic() - started) / 60
+    write_record(out, record | _results(report, seed, recipe, minutes) | {"parameters": model.num_parameters()})
+    for path in out.glob("checkpoint-*"):
+        shutil.rmtree(path)
+    return report
+
+
+def _arguments(out: Path, seed: int, recipe: Recipe) -> "TrainingArguments":
+    from transformers import TrainingArguments
+
+    return TrainingArguments(
+        output_dir=str(out),
+        max_steps=recipe.steps,
+        per_device_train_batch_size=recipe.batch_size,
+        train_sampling_strategy="sequential",  # the Mixture is in order already
+        lr_scheduler_type="cosine",
+        warmup_steps=recipe.warmup_steps,
+        max_grad_norm=1.0,
+        save_steps=recipe.evaluate_every,
+        save_total_limit=1,
+        seed=seed,
+        use_cpu=True,
+        report_to="none",
+        logging_strategy="no",
+        disable_tqdm=True,
+    )
+
+
+def _results(report: Report, seed: int, recipe: Recipe, minutes: float) -> dict[str, Any]:
+    """What training.json says of a finished run; minutes are those since it was started or last resumed."""
+    packages = {name: version(name) for name in ("torch", "transformers", "tokenizers", "accelerate")}
+    return {
         "finished": True,
         "command": f"moesaic train tiny --seed {seed} --steps {recipe.steps} --out DIR",
-        "versions": {name: _version(name) for name in ("moesaic", "torch", "transformers", "tokenizers", "accelerate")}
-        | {"python": platform.python_version()},
+        "versions": {"moesaic": moesaic.__version__, "python": platform.python_version()} | packages,
         "threads": torch.get_num_threads(),
-        "minutes": round((time.monotonic() - started) / 60, 1),
-        "parameters": model.num_parameters(),
+        "minutes": round(minutes, 1),
         "tokens_seen": recipe.steps * recipe.batch_size * WINDOW,
         "held_out": {domain: result._asdict() | {"margin": result.margin} for domain, result in report.domains.items()},
         "max_violation": report.max_violation,
     }
-    write_record(out, record)
-    for path in checkpoints + list(out.glob("checkpoint-*")):
-        shutil.rmtree(path, ignore_errors=True)
-    return report
-
-
-def _version(name: str) -> str:
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return "unknown"
 
 
 @contextmanager

@@ -173,14 +173,22 @@ def test_verdicts_of_clear_cases():
     assert status(no_fifteen, config) == "dead"
 
 
-def test_total_collapse_is_called_collapsed_from_a_handful_of_tokens_on():
+def test_total_collapse_is_called_collapsed():
     config = v3(16, 4, 2, 4)
-    report = layer_report(trace_of(torch.arange(4).repeat(6, 1), config))
+    report = layer_report(trace_of(torch.arange(4).repeat(32, 1), config))
     assert report.status == "collapsed"
     assert report.verdict("en") == "collapsed onto 4 of 16 experts"
     assert report.verdict("zh") == "坍缩：16 个专家中只有 4 个在工作"
     assert not report.is_healthy
-    assert status(torch.arange(4).repeat(1, 1), config) == "chance"  # one token uses four experts, as it must
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 5, 30, 63])
+def test_a_sentence_is_no_ground_for_a_verdict(tokens):
+    """32 experts and a word said again and again: alike tokens choose alike, which says nothing of the layer."""
+    report = layer_report(trace_of(torch.arange(4).repeat(tokens, 1), v3(32, 4, 2, 4)))
+    assert report.status == "too_few"
+    assert not report.is_healthy
+    assert report.verdict("zh") == "token 太少，无法判断"
 
 
 def test_no_data_is_never_healthy():
@@ -198,7 +206,7 @@ def test_random_routing_is_seldom_accused():
 
 
 def test_every_status_has_words_in_both_languages():
-    assert set(stats.STATUSES) == {"no_data", "chance", "balanced", "imbalanced", "dead", "collapsed"}
+    assert set(stats.STATUSES) == {"no_data", "too_few", "chance", "balanced", "imbalanced", "dead", "collapsed"}
     assert all(set(words) == {"en", "zh"} for words in stats.STATUSES.values())
     report = layer_report(trace_of(skewed(v3(16, 4, 4, 4), 2000, 0.9), v3(16, 4, 4, 4)))
     assert report.verdict("en").startswith("imbalanced: e3 at ")

@@ -7,6 +7,7 @@ import torch
 from cases import configs, v3
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from moesaic.rules import route
@@ -67,7 +68,7 @@ def test_arrays_are_integers_and_floats_in_the_order_of_the_layers():
 def test_a_trace_says_what_it_is():
     trace = made(v3(16, 4, 2, 4), model="tiny")
     assert len(trace) == 12
-    assert repr(trace) == "Trace(tiny: 2 layers, 12 tokens in 1 sequences, top 4 of 16 experts, detail='scores')"
+    assert repr(trace) == "Trace(tiny: 2 layers, 12 tokens in 1 sequence, top 4 of 16 experts, detail='scores')"
     assert set(trace.versions) >= {"moesaic", "torch"}
 
 
@@ -148,6 +149,12 @@ def test_files_that_are_no_trace_are_refused_in_one_line(tmp_path):
     refused(path, "a safetensors file, but not a recorded trace")
 
 
+def trace_header(trace, folder):
+    trace.save(folder / "whole.safetensors")
+    with safe_open(folder / "whole.safetensors", framework="pt") as file:
+        return file.metadata()
+
+
 def test_a_damaged_or_newer_trace_is_refused(tmp_path, monkeypatch):
     path = tmp_path / "run.safetensors"
     trace = made(v3(8, 1, 1, 2))
@@ -158,6 +165,10 @@ def test_a_damaged_or_newer_trace_is_refused(tmp_path, monkeypatch):
     refused(path, "a damaged trace")
     save_file(tensors, path, metadata={**header, "about": json.dumps({"configs": [{"hidden_size": 0}]})})
     refused(path, "a damaged trace")
+    whole = trace_header(trace, tmp_path)
+    for broken in ({"format_version": "x"}, {"format_version": ""}, {"about": '"text"'}, {"about": "["}):
+        save_file(tensors, path, metadata={**whole, **broken})
+        refused(path, "a damaged trace")
     monkeypatch.setattr(store, "FORMAT_VERSION", 99)
     trace.save(path)
     monkeypatch.undo()

@@ -134,8 +134,8 @@ class MoEConfig:
     def _check_types(self) -> None:
         for field in dataclasses.fields(self):
             name, value = field.name, getattr(self, field.name)
-            kind: Any
-            kind, *optional = get_args(field.type) or (field.type,)
+            kinds: tuple[Any, ...] = get_args(field.type) or (field.type,)
+            kind, *optional = kinds
             if value is None:
                 if not optional:
                     raise ValueError(f"{name}=None is not allowed: give {KINDS[kind]}")

@@ -13,7 +13,7 @@ LABELS = {
         "boxes": ("输入\nHidden\nStates", "计算\n门控分数", "节点受限\n路由", "专家选择\nTop-K", "权重归一化"),
         "free": "不分组", "keep": "{g} 组\n留 {m} 组", "pick": "{e} 选 {k}", "sum": "和 = {s:.4g}",
         "no_data": "没有数据", "chance": "随机", "verdict": "结论", "tokens": "{t} 个 token",
-        "numbers": {"max_vio": "MaxVio", "cv": "变异系数 CV", "entropy": "归一化熵", "groups_reached": "到达节点数"},
+        "numbers": {"max_vio": "MaxVio", "cv": "变异系数 CV", "entropy": "归一化熵", "groups_reached": "到达组数"},
         "loads_title": "每层专家负载与随机范围", "layer": "层", "relative": "负载 / 均值",
         "white": "白色：在随机范围内",
     },

@@ -128,7 +128,9 @@ def _bands(config: MoEConfig, n_tokens: int, seed: int) -> Mapping[str, Band]:
     for name, per_token in _per_token(config).items():
         error = float(per_token.std() * np.sqrt(1 / n_tokens + 1 / POOL))  # the pool's own mean is uncertain too
         mean = float(per_token.mean())
-        bands[name] = Band(mean, mean - 1.645 * error, mean + 1.645 * error, mean + 3.09 * error)
+        low, high, limit = (mean + z * error for z in (-1.645, 1.645, 3.09))
+        most = per_token.max()  # no mean can exceed what a single token can reach
+        bands[name] = Band(mean, low, min(high, most), min(limit, most))
     return bands
 
 

@@ -41,7 +41,7 @@ def routing_figure(
     trace = source if isinstance(source, Trace) else _trace_of(source, config, bias)
     labels, config, report = _labels(lang), trace.configs[layer], layer_report(trace, layer)
     with figure_style():
-        fig = _new_figure(16, 12)
+        fig = _new_figure(16, 12, on_screen=show)
         axes = fig.subplots(2, 2)
         title = labels["title"] if config.has_correction_bias else labels["title_other"]
         _bold(fig.suptitle(title, fontsize=16, fontweight="bold"), 0.7)
@@ -56,7 +56,10 @@ def routing_figure(
         _draw_flow(axes[1, 1], report, trace, layer, labels, lang)
         fig.tight_layout()
     if show:
-        fig.show()
+        from matplotlib import pyplot
+
+        pyplot.show()
+        pyplot.close(fig)  # the figure itself can still be saved
     return fig
 
 
@@ -84,15 +87,24 @@ def load_figure(trace: Trace, lang: str = "zh") -> "Figure":
 
 
 def save_figure(fig: "Figure", path: str | Path, dpi: int = 300) -> None:
-    """Write the figure (the name's ending is the format) and free it. ValueError where that cannot be done."""
+    """Write the figure, whole or not at all, and free it; the name's ending is the format. ValueError on failure."""
+    path = Path(path)
+    part = path.with_name(f".part-{path.name}")
     try:
-        fig.savefig(path, dpi=dpi, bbox_inches="tight")
+        fig.savefig(part, dpi=dpi, bbox_inches="tight")
+        part.replace(path)
     except (OSError, ValueError) as error:
+        part.unlink(missing_ok=True)
         raise ValueError(f"{path}: cannot be written ({error})") from None
     fig.clear()
 
 
-def _new_figure(width: float, height: float) -> "Figure":
+def _new_figure(width: float, height: float, *, on_screen: bool = False) -> "Figure":
+    """A figure of its own, or, only where a window was asked for, one that pyplot manages."""
+    if on_screen:
+        from matplotlib import pyplot
+
+        return pyplot.figure(figsize=(width, height))
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

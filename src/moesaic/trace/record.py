@@ -126,14 +126,14 @@ class Recorder:
         if not picks:
             e, k = layer.config.n_routed_experts, layer.config.num_experts_per_tok
             none = torch.zeros(0, e) if self.scores else None
-            return Routing(none, torch.zeros(0, k), torch.zeros(0, k, dtype=torch.int64))  # type: ignore[arg-type]
+            return Routing(none, torch.zeros(0, k), torch.zeros(0, k, dtype=torch.int64))
         scores = None
         if self.scores:
             scores = torch.cat([row for row in logits if row is not None] or [torch.zeros(0)])
             if len(scores) != sum(len(row.expert_ids) for row in picks):
                 raise ValueError(f"the router of layer {layer.name!r} gave no logits per token: use detail='picks'")
         return Routing(
-            scores,  # type: ignore[arg-type]
+            scores,
             torch.cat([row.weights for row in picks]),
             torch.cat([row.expert_ids for row in picks]),
         )
@@ -158,7 +158,7 @@ class Recorder:
         self._forwards[name].append(forward)
         ids = _copy(forward.kept(routing.expert_ids), torch.int32)
         weights = _copy(forward.kept(routing.weights), torch.float32)
-        self._picks[name].append(Routing(None, weights, ids))  # type: ignore[arg-type]
+        self._picks[name].append(Routing(None, weights, ids))
 
     def _take_logits(self, name: str, routing: Routing) -> None:
         if routing.logits is None:
@@ -180,7 +180,7 @@ def _router_reporter(name: str, observer: Observer) -> Callable[..., None]:
                 output = (None, output[1], output[0])
             logits, weights, ids = output[:3]
             logits = None if logits is None else logits.flatten(0, -2)
-            routing = Routing(logits, weights.flatten(0, -2), ids.flatten(0, -2))  # type: ignore[arg-type]
+            routing = Routing(logits, weights.flatten(0, -2), ids.flatten(0, -2))
             observer(name, routing)
 
     return report
@@ -192,7 +192,7 @@ def _experts_reporter(name: str, observer: Observer) -> Callable[..., None]:
             if kwargs:
                 args = inspect.signature(module.forward).bind(*args, **kwargs).args
             _, ids, weights = args[:3]
-            routing = Routing(None, weights.flatten(0, -2), ids.flatten(0, -2))  # type: ignore[arg-type]
+            routing = Routing(None, weights.flatten(0, -2), ids.flatten(0, -2))
             observer(name, routing)
 
     return report

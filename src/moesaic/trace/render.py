@@ -38,8 +38,8 @@ WORDS = {
         "open": "{e} 个专家中 {n} 个可选", "sum": "和 {s:.4g}", "min_max": "最小 {a:.3g}  最大 {b:.3g}",
         "disagrees": "记录值与推导值不一致", "tied": "并列：换一台机器可能选得不同",
         "versus": "经典 top-{k}", "same": "会选同样的专家",
-        "instead": "会选 {a} 而不是 {b}：分数损失 {p:.2f} %，节点数 {x} -> {y}",
-        "load": ("层\n结论", "最大 / 平均\n负载", "MaxVio", "CV", "未用\n专家", "到达\n节点数"),
+        "instead": "会选 {a} 而不是 {b}：分数损失 {p:.2f} %，组数 {x} -> {y}",
+        "load": ("层\n结论", "最大 / 平均\n负载", "MaxVio", "CV", "未用\n专家", "到达\n组数"),
         "chance": "随机 5–95 %", "preference": ("层", "领域", "专家（相对其总体使用率的倍数）", "最小 p"),
         "none": "没有超出随机的偏好", "no_data": "没有数据",
         "test": "以序列为单位置换 {p} 次（{n} 个序列）；p 已对全部 {t} 个专家校正（最大统计量），显著性水平 {a:g}",
@@ -47,7 +47,7 @@ WORDS = {
 }  # fmt: skip
 SPARKS = "▁▂▃▄▅▆▇█"
 STYLES = {
-    "no_data": "dim", "chance": "green", "balanced": "green",
+    "no_data": "dim", "too_few": "dim", "chance": "green", "balanced": "green",
     "imbalanced": "yellow", "dead": "red", "collapsed": "bold red",
 }  # fmt: skip
 SPARK_WIDTH = 32  # values drawn one by one; longer rows are pooled by their maximum into half as many bars

@@ -17,10 +17,12 @@ __all__ = [
 ]  # fmt: skip
 
 MATTERS = 0.3  # an imbalance matters where an expert carries 30 % more than chance explains, or spreads that much
-COLLAPSED = 0.5  # of the experts: fewer than that carrying 99 % of the work is a collapse, not an imbalance
+COLLAPSED = 0.5  # of what chance gives: fewer experts than that carrying 99 % of the work is a collapse
+ENOUGH = 8  # assignments per expert on average: with fewer, a sentence would look like a collapse
 
 STATUSES = {
     "no_data": {"en": "no data", "zh": "没有数据"},
+    "too_few": {"en": "too few tokens to judge", "zh": "token 太少，无法判断"},
     "chance": {"en": "within chance", "zh": "在随机范围内"},
     "balanced": {"en": "balanced: beyond chance but small", "zh": "均衡：超出随机，但幅度很小"},
     "imbalanced": {"en": "imbalanced", "zh": "不均衡"},
@@ -65,7 +67,7 @@ class LayerReport:
 
     @property
     def is_healthy(self) -> bool:
-        """False also where there is no data: nothing seen is not health."""
+        """False also where there is no data, or too little: nothing seen is not health."""
         return self.status in HEALTHY
 
     @property
@@ -118,12 +120,14 @@ def _load(picks: np.ndarray, n_experts: int) -> np.ndarray:
 def _status(measures: Mapping[str, Measure], config: MoEConfig, n_tokens: int) -> str:
     if not n_tokens:
         return "no_data"
+    if n_tokens * config.num_experts_per_tok < ENOUGH * config.n_routed_experts:
+        return "too_few"
     top, cv, dead, carriers = (measures[name] for name in ("max_over_mean", "cv", "dead", "carriers"))
     assert top.band is not None
     assert cv.band is not None
     assert dead.band is not None
     assert carriers.band is not None
-    if carriers.value < carriers.band.limit and carriers.value <= COLLAPSED * config.n_routed_experts:
+    if carriers.value < carriers.band.limit and carriers.value <= COLLAPSED * carriers.band.mean:
         return "collapsed"
     if dead.value > dead.band.limit:
         return "dead"

@@ -101,7 +101,7 @@ class Trace:
             configs=per_layer,
             dtypes=provenance.pop("dtypes", None)
             or {
-                "logits": _dtype_name(rows[0].logits) if with_logits else "float32",
+                "logits": _dtype_name(rows[0].logits),
                 "weights": _dtype_name(rows[0].weights),
             },
             versions=versions(),
@@ -134,17 +134,17 @@ class Trace:
         return self.picks.shape[1]
 
     def __repr__(self) -> str:
-        return (
-            f"Trace({self.model or 'no model name'}: {self.n_layers} layers, {len(self)} tokens in "
-            f"{self.n_sequences} sequences, top {self.top_k} of {self.n_experts} experts, detail={self.detail!r})"
-        )
+        layers = "1 layer" if self.n_layers == 1 else f"{self.n_layers} layers"
+        sequences = "1 sequence" if self.n_sequences == 1 else f"{self.n_sequences} sequences"
+        what = f"top {self.top_k} of {self.n_experts} experts, detail={self.detail!r}"
+        return f"Trace({self.model or 'no model name'}: {layers}, {len(self)} tokens in {sequences}, {what})"
 
     def layer(self, index: int) -> Routing:
         """The routing of one layer: logits [T, E] or None, weights [T, K], expert_ids int64 [T, K]."""
         if not -self.n_layers <= index < self.n_layers:
             raise ValueError(f"layer={index} is not in the trace: it has layers 0 to {self.n_layers - 1}")
         logits = None if self.logits is None else self.logits[index]
-        return Routing(logits, self.weights[index], self.picks[index].long())  # type: ignore[arg-type]
+        return Routing(logits, self.weights[index], self.picks[index].long())
 
     def select(self, tokens: Tensor | slice | Sequence[int]) -> Self:
         """The same trace over some of its tokens: a slice, indices or a boolean mask. Sequences keep their numbers
@@ -196,25 +196,29 @@ def load(path: str | Path) -> Trace:
     try:
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
-            if header.get("format") != FORMAT:
-                raise ValueError(f"{path}: a safetensors file, but not a recorded trace")
-            if int(header["format_version"]) > FORMAT_VERSION:
-                raise ValueError(
-                    f"{path}: trace format {header['format_version']} is newer than {FORMAT_VERSION}, which moesaic "
-                    f"{__version__} reads: update moesaic"
-                )
             tensors = {name: file.get_tensor(name) for name in file.keys() if name in TENSORS}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path}: not a readable safetensors file ({error})") from None
+    if header.get("format") != FORMAT:
+        raise ValueError(f"{path}: a safetensors file, but not a recorded trace")
+    version = header.get("format_version", "")
+    if version.isdigit() and int(version) > FORMAT_VERSION:
+        raise ValueError(
+            f"{path}: trace format {version} is newer than {FORMAT_VERSION}, which moesaic {__version__} reads: "
+            "update moesaic"
+        )
     try:
+        int(version)
         about = json.loads(header["about"])
-        configs = tuple(MoEConfig(**config) for config in about.pop("configs"))
         names = about.pop("labels")
-        labels = None if names is None else tuple(names)
-        fields: dict[str, Any] = {**tensors, **about, "layers": tuple(about["layers"]), "labels": labels}
-        return Trace(configs=configs, **fields)
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path}: a damaged trace ({error})") from None
+        about |= {
+            "configs": tuple(MoEConfig(**config) for config in about["configs"]),
+            "layers": tuple(about["layers"]),
+            "labels": None if names is None else tuple(names),
+        }
+        return Trace(**tensors, **about)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: a damaged trace ({error}): record it again") from None
 
 
 def versions() -> dict[str, str]:
@@ -241,8 +245,8 @@ def _stack(tensors: Sequence[Any], dtype: torch.dtype) -> Tensor:
     return torch.stack([t.detach().to("cpu", dtype) for t in tensors])
 
 
-def _dtype_name(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
+def _dtype_name(tensor: Tensor | None) -> str:
+    return "float32" if tensor is None else str(tensor.dtype).removeprefix("torch.")
 
 
 def _write_whole(path: Path, data: bytes) -> None:

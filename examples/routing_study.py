@@ -1,6 +1,6 @@
 """Record how a Hugging Face MoE model routes a text, judge the load of every layer, and keep the record.
 
-python examples/routing_study.py                                      # a small model with random weights
+python examples/routing_study.py                                      # the shipped model on its held-out corpus
 python examples/routing_study.py --model DIR --file TEXT.txt          # yours
 """
 
@@ -8,30 +8,25 @@ import argparse
 from pathlib import Path
 
 import torch
-from hf_block import small_model
 
 import moesaic as ms
-from moesaic.hf.load import load_model
+from moesaic.hf.load import TINY, load_model
 from moesaic.trace.stats import layer_reports
+from moesaic.train.data import corpus
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="folder of a Hugging Face MoE model; a small random one unless given")
-    parser.add_argument("--file", type=Path, help="text to route; random tokens unless given")
+    parser.add_argument("--model", type=Path, default=TINY, help="folder of a Hugging Face MoE model")
+    parser.add_argument("--file", type=Path, help="text to route; Chinese verse from the shipped corpus unless given")
     parser.add_argument("--out", type=Path, default=Path("routing.safetensors"), help="where the record goes")
     args = parser.parse_args()
-    if (args.model is None) != (args.file is None):
-        parser.error("--model and --file go together: a tokenizer belongs to its model")
-
-    torch.manual_seed(0)
-    if args.model is None:
-        model = small_model().eval()
-        sequences = torch.randint(model.config.vocab_size, (8, 128)).split(1)
+    model, tokenizer = load_model(args.model)
+    if args.file is None:
+        text = "".join(poem.text for poem in corpus("chinese_verse", "held_out")[:60])
     else:
-        model, tokenizer = load_model(args.model)
-        ids = tokenizer(args.file.read_text(encoding="utf-8"), return_tensors="pt")["input_ids"]
-        sequences = ids.split(512, dim=1)
+        text = args.file.read_text(encoding="utf-8")
+    sequences = tokenizer(text, return_tensors="pt")["input_ids"].split(512, dim=1)
 
     with torch.inference_mode(), ms.record(model, detail="scores") as recorder:
         for ids in sequences:

@@ -14,7 +14,8 @@ from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, LlamaConfig, L
 
 import moesaic
 from moesaic.cli import main
-from moesaic.cli.sources import SAMPLE, TINY
+from moesaic.cli.sources import SAMPLE
+from moesaic.hf.load import TINY, load_model
 
 
 @pytest.fixture
@@ -180,7 +181,7 @@ def test_demo_record_is_what_the_model_selects(demo_folder):
     from moesaic.cli import sources
 
     trace = moesaic.load(demo_folder[0] / "trace.safetensors")
-    model, tokenizer = sources.load(None)
+    model, tokenizer = load_model()
     caught: list[torch.Tensor] = []
     gate = model.model.layers[2].mlp.gate
     handle = gate.register_forward_hook(lambda _m, _a, output: caught.append(output[2]))
@@ -205,9 +206,8 @@ def test_demo_of_a_text_and_of_a_file_agree(run, tmp_path, lang):
 
 def test_demo_calls_a_collapsed_model_collapsed(run, tmp_path):
     """Ecosystem finding 1: other tools called this model healthy."""
-    from moesaic.cli import sources
 
-    model, tokenizer = sources.load(None)
+    model, tokenizer = load_model()
     for layer in model.model.layers:
         if hasattr(layer.mlp, "gate"):
             layer.mlp.gate.e_score_correction_bias[:4] = 50

@@ -101,10 +101,11 @@ def _real(
     from rich.console import Console
 
     from moesaic.cli import sources
+    from moesaic.hf.load import TINY, load_model
     from moesaic.trace.figure import load_figure, routing_figure, save_figure
 
     given = sources.read_text(text, file)
-    model, tokenizer = sources.load(model_folder)
+    model, tokenizer = load_model(model_folder or TINY)
     sequences = sources.held_out_windows(tokenizer) if given is None else sources.windows_of(tokenizer, given)
     sources.check_place(layer, token, model, sequences)
     make_ready(out)

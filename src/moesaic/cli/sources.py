@@ -10,18 +10,10 @@ from moesaic.hf.modules import moe_layers
 from moesaic.trace.record import record
 from moesaic.trace.store import Trace
 
-TINY = Path(__file__).parents[1] / "assets" / "tiny"
 WINDOW = 128  # tokens routed as one sequence
 BATCH = 10  # sequences in one forward
 SEQUENCES = 100  # of the four shipped domains together, in the shares the tiny model was trained on
 SAMPLE = "To be, or not to be: that is the question.\n床前明月光，疑是地上霜。\nfor token in tokens: route(token)\n"
-
-
-def load(folder: Path | None) -> tuple[Any, Any]:
-    """Model and tokenizer of a Hugging Face folder; the shipped tiny ones where none is named."""
-    from moesaic.hf.load import load_model
-
-    return load_model(TINY if folder is None else folder)
 
 
 def read_text(text: str | None, file: Path | None) -> str | None:

@@ -31,6 +31,7 @@ def steps(
     from rich.console import Console
 
     from moesaic.cli import sources
+    from moesaic.hf.load import TINY, load_model
     from moesaic.trace.render import steps_table
     from moesaic.trace.steps import steps as steps_of
     from moesaic.trace.store import load
@@ -40,7 +41,7 @@ def steps(
         counts = {"layer": recorded.n_layers, "token": len(recorded)}
         sources.check_numbers({"layer": layer, "token": token}, counts)
     else:
-        network, tokenizer = sources.load(model)
+        network, tokenizer = load_model(model or TINY)
         windows = sources.windows_of(tokenizer, sources.SAMPLE if text is None else text)
         sources.check_place(layer, token, network, windows)
         recorded = sources.route(network, windows)

@@ -10,11 +10,14 @@ from typing import Any
 from moesaic.families import ALIASES
 from moesaic.hf.modules import moe_layers
 
+TINY = Path(__file__).parents[1] / "assets" / "tiny"  # the trained model that is shipped
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 
 
-def load_model(folder: str | Path) -> tuple[Any, Any]:
-    """(model, tokenizer) of a folder that `save_pretrained` wrote, in eval mode. Offline; runs no code of the folder.
+def load_model(folder: str | Path = TINY) -> tuple[Any, Any]:
+    """(model, tokenizer) of a folder that `save_pretrained` wrote, in eval mode; the shipped model unless one is named.
+
+    Offline; runs no code of the folder.
 
     Raises ValueError, in one line, for a folder that is missing, holds no model, no MoE model, damaged or incomplete
     weights, or no tokenizer.

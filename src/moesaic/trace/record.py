@@ -179,6 +179,8 @@ def _router_reporter(name: str, observer: Observer) -> Callable[..., None]:
             if len(output) == 2:  # a gate that returns (expert_ids, weights), DeepSeek's order
                 output = (None, output[1], output[0])
             logits, weights, ids = output[:3]
+            if ids.is_floating_point():
+                raise ValueError(f"router {name!r} returns no expert ids where transformers 5 has them: not recordable")
             logits = None if logits is None else logits.flatten(0, -2)
             routing = Routing(logits, weights.flatten(0, -2), ids.flatten(0, -2))
             observer(name, routing)

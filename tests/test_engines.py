@@ -1,5 +1,7 @@
 """Every engine against the definition in oracles.py, forward and backward."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -67,6 +69,37 @@ VARIANTS = {
         {"bias": True, "transposed": True},
     ),
 }
+
+
+def activated(variant: str, projected: np.ndarray) -> np.ndarray:
+    """What lies between the projections, from the families' own formulas, in numpy."""
+    gate, up = np.split(projected, 2, axis=1)
+    sigmoid = lambda x: 1 / (1 + np.exp(-x))  # noqa: E731
+    erf = np.vectorize(math.erf)
+    match variant:
+        case "swiglu" | "biased":
+            return gate * sigmoid(gate) * up
+        case "plain mlp":
+            return np.maximum(projected, 0)
+        case "relu squared":
+            return np.maximum(projected, 0) ** 2
+        case "geglu":
+            return gate * (1 + erf(gate / 2**0.5)) / 2 * up
+        case "geglu tanh":
+            return gate * (1 + np.tanh((2 / np.pi) ** 0.5 * (gate + 0.044715 * gate**3))) / 2 * up
+        case "clamped":
+            gate = np.minimum(gate, 0.5)
+            return gate * sigmoid(gate) * np.clip(up, -0.5, 0.5)
+        case "gpt-oss":  # alternating rows; features §4.3
+            gate, up = np.minimum(projected[:, ::2], 0.5), np.clip(projected[:, 1::2], -0.5, 0.5)
+            return (up + 1) * gate * sigmoid(1.702 * gate)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_activation_is_the_formula_of_its_family(variant):
+    projected = torch.randn(50, 2 * WIDTH, dtype=torch.float64)
+    got = VARIANTS[variant][0].activate(projected).numpy()
+    np.testing.assert_allclose(got, activated(variant, projected.numpy()), rtol=1e-12, atol=1e-14)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -33,7 +33,9 @@ FAMILIES = {
     ),
     "gpt_oss": (
         GptOssMLP,
-        GptOssConfig(hidden_size=32, intermediate_size=24, num_local_experts=16, num_experts_per_tok=4),
+        GptOssConfig(
+            hidden_size=32, intermediate_size=24, num_local_experts=16, num_experts_per_tok=4, swiglu_limit=0.2
+        ),
     ),
 }
 RENAMED = {  # families that call things otherwise

@@ -181,6 +181,13 @@ def test_largest_breaks_ties_to_the_lower_index(values, data):
         assert got.tolist() == [pick(row, k) for row in given_values.tolist()]
 
 
+def test_largest_takes_any_nan_for_the_largest():
+    bits = torch.tensor([[0x3F800000, 0x7F800000, -0x400000, 0x7FC00000]], dtype=torch.int64)  # 1, inf, -NaN, NaN
+    values = bits.to(torch.int32).view(torch.float32)
+    assert values.isnan().tolist() == [[False, False, True, True]]
+    assert largest(values, 4).tolist() == [[1, 2, 3, 0]]
+
+
 @pytest.mark.parametrize("poison", [math.nan, -math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("scoring", ["sigmoid", "softmax"])
 def test_a_poisoned_token_keeps_lawful_ids_and_leaves_other_rows_alone(poison, scoring):

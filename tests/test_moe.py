@@ -49,6 +49,8 @@ def pair(family: str, engine: str = "auto") -> tuple[torch.nn.Module, DeepseekV3
     block, config = FAMILIES[family]
     config._experts_implementation = "eager"
     theirs = block(config)
+    if family == "gpt_oss":
+        theirs.experts.limit = config.swiglu_limit  # transformers 5.17 does not read it from the config
     for name, tensor in [*theirs.named_parameters(), *theirs.named_buffers()]:
         torch.nn.init.normal_(tensor.data, std=0.5 if "bias" in name else 0.1)
     ours = DeepseekV3MoE(MoEConfig.from_hf(config), engine=engine)

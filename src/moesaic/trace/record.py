@@ -58,8 +58,8 @@ def record(
         yield recorder
 
 
-class _Forward(NamedTuple):
-    """What one call of the root model says about its tokens, padding still in."""
+class Forward(NamedTuple):
+    """What one call of a model says about its tokens, batch-major, padding still in."""
 
     rows: Tensor  # int64 [n], the row of the batch a token is in
     keep: Tensor | None = None  # bool [n]; False is padding
@@ -81,11 +81,11 @@ class Recorder:
         self._routers = {layer.name: layer.router for layer in layers}
         self._picks: dict[str, list[Routing]] = {layer.name: [] for layer in layers}
         self._logits: dict[str, list[Tensor | None]] = {layer.name: [] for layer in layers}
-        self._forwards: dict[str, list[_Forward]] = {layer.name: [] for layer in layers}
+        self._forwards: dict[str, list[Forward]] = {layer.name: [] for layer in layers}
         self._biases: dict[str, Tensor | None] = {}
         self._moved_biases: set[str] = set()
         self._dtypes = {"logits": "float32", "weights": "float32"}
-        self._current: _Forward | None = None
+        self._current: Forward | None = None
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -140,17 +140,17 @@ class Recorder:
 
     def _open(self, _model: nn.Module, args: tuple, kwargs: dict) -> None:
         if not is_recompute():
-            self._current = _describe(self.model, args, kwargs)
+            self._current = describe_forward(self.model, args, kwargs)
 
     def _close(self, *_: Any) -> None:
         if not is_recompute():
             self._current = None
 
-    def _forward_of(self, n_tokens: int) -> _Forward:
+    def _forward_of(self, n_tokens: int) -> Forward:
         """The root call these tokens belong to; one sequence of its own where an inner module was called alone."""
         if self._current is not None and len(self._current.rows) == n_tokens:
             return self._current
-        return _Forward(torch.zeros(n_tokens, dtype=torch.int64))
+        return Forward(torch.zeros(n_tokens, dtype=torch.int64))
 
     def _take_picks(self, name: str, routing: Routing) -> None:
         forward = self._forward_of(len(routing.expert_ids))
@@ -200,7 +200,7 @@ def _experts_reporter(name: str, observer: Observer) -> Callable[..., None]:
     return report
 
 
-def _describe(model: nn.Module, args: tuple, kwargs: dict) -> _Forward | None:
+def describe_forward(model: nn.Module, args: tuple, kwargs: dict) -> Forward | None:
     """Rows, padding and token ids of one call of the root model; None where its inputs do not say."""
     given = {**inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments, **kwargs}
     ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
@@ -221,10 +221,10 @@ def _describe(model: nn.Module, args: tuple, kwargs: dict) -> _Forward | None:
         keep = mask[:, mask.shape[1] - length :].flatten().bool().cpu()  # with a cache the mask covers the past too
     cache = given.get("past_key_values")
     continues = hasattr(cache, "get_seq_length") and cache.get_seq_length() > 0
-    return _Forward(rows, keep, None if ids is None else ids.detach().flatten().long().cpu(), continues)
+    return Forward(rows, keep, None if ids is None else ids.detach().flatten().long().cpu(), continues)
 
 
-def _number(forwards: Sequence[_Forward]) -> Tensor:
+def _number(forwards: Sequence[Forward]) -> Tensor:
     """Sequences numbered through all forwards, one number per kept token."""
     start = end = 0
     numbers = [torch.zeros(0, dtype=torch.int64)]

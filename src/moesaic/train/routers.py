@@ -1,7 +1,7 @@
 """What a Hugging Face MoE model hands to its experts, counted while it trains or is judged."""
 
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import NamedTuple
 
 import torch
@@ -9,6 +9,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from moesaic.layer.balance import expert_load
+from moesaic.trace.record import Forward, describe_forward, observe
+from moesaic.types import Routing
 
 
 class Balanced(NamedTuple):
@@ -44,29 +46,23 @@ def balanced_layers(model: nn.Module) -> dict[str, Balanced]:
     return layers
 
 
-def in_recompute() -> bool:
-    """True while activation checkpointing repeats a forward inside the backward pass: its tokens were counted before.
-
-    torch has no public name for this; -1 means that no backward is running in this thread.
-    """
-    return torch._C._current_graph_task_id() != -1
-
-
 class LoadCounter:
     """Adds up the load of every layer from the ids that the experts modules receive; never re-derives a selection.
 
     `training` says which forwards count: those of modules in training mode, or those in evaluation mode. Tokens with
-    0 in a 2-D `attention_mask` that the model was called with are padding and are left out.
+    0 in a 2-D `attention_mask` that the model was called with are padding and are left out; the recomputation of
+    activation checkpointing does not count again.
     """
 
     def __init__(self, model: nn.Module, layers: dict[str, Balanced], *, training: bool) -> None:
         self.training = training
+        self.layers = layers
         self.load = {name: torch.zeros_like(layer.bias, dtype=torch.float32) for name, layer in layers.items()}
-        self._real: Tensor | None = None
-        self._handles = [model.register_forward_pre_hook(self._remember_mask, with_kwargs=True)]
-        for name, layer in layers.items():
-            hook = self._counting(name)
-            self._handles.append(layer.experts.register_forward_pre_hook(hook, with_kwargs=True))
+        self._model = model
+        self._forward: Forward | None = None
+        self._hooks = ExitStack()
+        self._hooks.callback(model.register_forward_pre_hook(self._open, with_kwargs=True).remove)
+        self._hooks.enter_context(observe({name: layer.experts for name, layer in layers.items()}, self._count))
 
     def take(self) -> dict[str, Float[Tensor, " E"]]:
         """The load since the last take, by layer, over all ranks if torch.distributed runs; starts again from zero."""
@@ -79,26 +75,19 @@ class LoadCounter:
         return load
 
     def remove(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        self._hooks.close()
 
-    def _remember_mask(self, _model: nn.Module, _args: tuple, kwargs: dict) -> None:
-        mask = kwargs.get("attention_mask")
-        self._real = mask.flatten().bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
+    def _open(self, _model: nn.Module, args: tuple, kwargs: dict) -> None:
+        self._forward = describe_forward(self._model, args, kwargs)
 
-    def _counting(self, name: str):
-        def count(experts: nn.Module, args: tuple, kwargs: dict) -> None:
-            if experts.training != self.training or in_recompute():
-                return
-            ids = (args[1] if len(args) > 1 else kwargs["top_k_index"]).detach()
-            # In decoding with a cache the mask is longer than the tokens: then all tokens are real ones.
-            if self._real is not None and len(self._real) == len(ids):
-                ids = ids[self._real]
-            load = self.load[name]
-            self.load[name] = load + expert_load(ids, len(load)).to(load.device)
-
-        return count
+    def _count(self, name: str, routing: Routing) -> None:
+        if self.layers[name].experts.training != self.training:
+            return
+        ids, forward = routing.expert_ids.detach(), self._forward
+        if forward is not None and len(forward.rows) == len(ids):
+            ids = forward.kept(ids)
+        load = self.load[name]
+        load += expert_load(ids, len(load)).to(load.device)
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from pathlib import Path
 
 OUT = Path(__file__).parents[1] / "src/moesaic/assets/corpus"
 SEED = 0
-# One tragedy, one comedy, one history: 3 of 37 plays.
+# One tragedy, one comedy, one history: 3 of 38 plays.
 HELD_OUT_PLAYS = {"macbeth", "twelfth-night", "henry-v"}
 HELD_OUT_SHARE = 0.08
 POEMS = 14_000

@@ -1,7 +1,7 @@
 """The command line. One module a command; heavy imports happen inside the commands, so that `--help` is quick."""
 
 import io
-import os
+import signal
 import sys
 
 import typer
@@ -38,6 +38,7 @@ def _root(
 
 def main() -> None:
     """Run a command. Exit codes: 0 good, 1 a bad verdict, 2 a user's mistake, told in one line on stderr."""
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # end quietly where the reader goes away, as `| head` does
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal without Chinese shows question marks, not a traceback
@@ -45,9 +46,6 @@ def main() -> None:
         code = app(standalone_mode=False)
     except typer.exceptions.TyperException as error:
         code = _complain(error.format_message() if hasattr(error, "format_message") else str(error))
-    except BrokenPipeError:  # the reader went away, as `| head` does
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-        code = 0
     except (ValueError, OSError) as error:
         code = _complain(str(error))
     except (KeyboardInterrupt, typer.Abort):

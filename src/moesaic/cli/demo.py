@@ -107,7 +107,7 @@ def _real(
     given = sources.read_text(text, file)
     model, tokenizer = load_model(model_folder or TINY)
     sequences = sources.held_out_windows(tokenizer) if given is None else sources.windows_of(tokenizer, given)
-    sources.check_place(layer, token, model, sequences)
+    sources.check_before(model, sequences, layer, token)
     make_ready(out)
     with Console(stderr=True).status(WORDS[lang]["routing"]):
         trace = sources.route(model, sequences, seed)

@@ -57,8 +57,11 @@ def held_out_windows(tokenizer: Any) -> list[tuple[str, Tensor]]:
     return sequences
 
 
-def check_place(layer: int | None, token: int | None, model: Any, sequences: list[tuple[str, Tensor]]) -> None:
-    """Refuse a layer or token that the recording will not have, before it is made."""
+def check_before(model: Any, sequences: list[tuple[str, Tensor]], layer: int | None, token: int | None) -> None:
+    """Refuse what cannot be routed, and a layer or token that the recording will not have, before anything is made."""
+    known, highest = model.get_input_embeddings().num_embeddings, max(int(ids.max()) for _, ids in sequences)
+    if highest >= known:
+        raise ValueError(f"the tokenizer gives id {highest} and the model knows {known}: they do not belong together")
     counts = {"layer": len(moe_layers(model)), "token": sum(ids.numel() for _, ids in sequences)}
     check_numbers({"layer": layer, "token": token}, counts)
 
@@ -71,9 +74,6 @@ def check_numbers(given: dict[str, int | None], counts: dict[str, int]) -> None:
 
 def route(model: Any, sequences: list[tuple[str, Tensor]], seed: int = 0) -> Trace:
     """Record every gate's scores and picks while the model reads; `sequences` are (label, ids [n, tokens])."""
-    words, highest = model.get_input_embeddings().num_embeddings, max(int(ids.max()) for _, ids in sequences)
-    if highest >= words:
-        raise ValueError(f"the tokenizer gives id {highest} and the model knows {words}: they do not belong together")
     labels = [label for label, ids in sequences for _ in ids]
     with torch.inference_mode(), record(model, detail="scores", labels=labels, seed=seed) as recorder:
         for _, ids in sequences:

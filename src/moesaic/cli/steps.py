@@ -43,7 +43,7 @@ def steps(
     else:
         network, tokenizer = load_model(model or TINY)
         windows = sources.windows_of(tokenizer, sources.SAMPLE if text is None else text)
-        sources.check_place(layer, token, network, windows)
+        sources.check_before(network, windows, layer, token)
         recorded = sources.route(network, windows)
         words = sources.words_of(tokenizer, recorded)
     title = f"token {token} {words[token] if words else ''}  {recorded.layers[layer]}"

@@ -10,6 +10,8 @@ import pytest
 import torch
 from hypothesis import settings
 
+torch.set_num_threads(1)  # tensors here are small: more threads only wait for each other
+
 settings.register_profile("moesaic", deadline=None, derandomize=True, max_examples=60)
 settings.load_profile("moesaic")
 

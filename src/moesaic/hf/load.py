@@ -27,7 +27,7 @@ def load_model(folder: str | Path = TINY) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     here: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
-    with _quiet():
+    with quiet_transformers():
         try:
             model, found = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **here)
         except Exception as error:  # transformers, safetensors and torch each raise their own kinds
@@ -65,7 +65,7 @@ def _check_is_moe(folder: Path) -> None:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """No progress bars, no log lines below errors, no warnings; put back as they were afterwards."""
     from transformers.utils import logging
 

@@ -4,9 +4,10 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor, nn
 
+from moesaic.trace.chance import balance_numbers
 from moesaic.train.data import DOMAINS, corpus
 from moesaic.train.kneser_ney import KneserNeyBigram
 from moesaic.train.packing import token_stream, windows
@@ -70,13 +71,10 @@ class HeldOut:
                 for layer, load in counter.take().items():
                     mixed[layer] = mixed.get(layer, 0) + DOMAINS[domain].share * load / load.sum()
         model.train(was_training)
-        return Report(results, {layer: _max_violation(load) for layer, load in mixed.items()})
+        violations = {layer: float(balance_numbers(load.numpy())["max_vio"]) for layer, load in mixed.items()}
+        return Report(results, violations)
 
 
 def _loss(model: nn.Module, rows: Int[Tensor, "W L"], batch_size: int) -> float:
     losses = [model(input_ids=part, labels=part).loss.item() * len(part) for part in rows.split(batch_size)]
     return sum(losses) / len(rows)
-
-
-def _max_violation(load: Float[Tensor, " E"]) -> float:
-    return float(load.max() / load.mean() - 1)

@@ -4,8 +4,6 @@ import importlib.util
 import platform
 import shutil
 import time
-from collections.abc import Generator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -14,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import moesaic
+from moesaic.hf.load import quiet_transformers
 from moesaic.train.data import DOMAINS, corpus
 from moesaic.train.evaluate import WINDOW, HeldOut, Report
 from moesaic.train.muon import Muon
@@ -107,7 +106,7 @@ def train(
         record: dict[str, Any] = {"seed": seed, "recipe": asdict(recipe or Recipe()), "finished": False, "history": []}
     else:
         folder, record = Path(resume), interrupted_run(Path(resume), fields=set(Recipe.__dataclass_fields__))
-    with _quiet():
+    with quiet_transformers():
         return _run(folder, record, Recipe(**record["recipe"]), progress=progress)
 
 
@@ -182,19 +181,3 @@ def _results(report: Report, seed: int, recipe: Recipe, minutes: float) -> dict[
         "held_out": {domain: result._asdict() | {"margin": result.margin} for domain, result in report.domains.items()},
         "max_violation": report.max_violation,
     }
-
-
-@contextmanager
-def _quiet() -> Generator[None]:
-    """transformers says only errors meanwhile, and draws no bars of its own."""
-    from transformers.utils import logging
-
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()

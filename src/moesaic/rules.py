@@ -18,12 +18,12 @@ def route(
     config: MoEConfig,
     *,
     token_ids: Int[Tensor, " T"] | None = None,
-    replay: Int[Tensor, "T K"] | None = None,
+    replay: Int[Tensor, "..."] | None = None,
 ) -> Routing:
     """Decide experts and weights of every token (DeepSeek-V3, arXiv 2412.19437, sec. 2.1.2).
 
-    `replay` gives the expert ids instead of selecting them, 0 to E, E being "no expert"; weights still come from the
-    live logits, so gradients flow. Its shape is checked, its values are not (that would wait for the device).
+    `replay` [T, K] gives the expert ids instead of selecting them, 0 to E, E being "no expert"; weights still come from
+    the live logits, so gradients flow. Its shape is checked, its values are not (that would wait for the device).
     `token_ids` is for selections that read the vocabulary id (hash routing); those in this room ignore it.
 
     A NaN in a token stays in its row: ids are K distinct experts inside kept groups, weights are NaN.

@@ -1,7 +1,7 @@
 """Keeping experts alive: how load is counted and how the selection bias answers to it. Pure functions."""
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Num
 from torch import Tensor
 
 
@@ -15,7 +15,7 @@ def expert_load(expert_ids: Int[Tensor, "*tokens"], num_experts: int) -> Float[T
     return load.index_add(0, ids, torch.ones_like(ids, dtype=load.dtype))[:num_experts]
 
 
-def nudge_bias(bias: Float[Tensor, " E"], load: Float[Tensor, " E"], *, speed: float) -> Float[Tensor, " E"]:
+def nudge_bias(bias: Float[Tensor, " E"], load: Num[Tensor, " E"], *, speed: float) -> Float[Tensor, " E"]:
     """One aux-loss-free step: raise underused experts, lower overused ones (arXiv 2408.15664, alg. 1).
 
     `load` counts assignments of the whole optimizer step over all ranks. An expert exactly at the mean stays.

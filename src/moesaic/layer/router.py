@@ -55,11 +55,11 @@ class Router(nn.Module):
         x: Float[Tensor, "*batch D"],
         *,
         token_ids: Int[Tensor, "*batch"] | None = None,
-        replay: Int[Tensor, "T K"] | None = None,
+        replay: Int[Tensor, "..."] | None = None,
     ) -> Routing:
         """Route every token of `x`; the Routing is flat, [T, ...], batch-major.
 
-        `replay` forces the experts and leaves the weights to the live logits; `token_ids` serves hash routing.
+        `replay` [T, K] forces the experts and leaves the weights to the live logits; `token_ids` serves hash routing.
         """
         tokens = x.reshape(-1, x.shape[-1])  # [T, D]
         if self.training and self.config.router_jitter_noise:

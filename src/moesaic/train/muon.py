@@ -9,11 +9,11 @@ class Muon(torch.optim.Optimizer):
     """Momentum whose matrices are made orthogonal before each step (K. Jordan, 2024; scaled as in arXiv 2502.16982).
 
     Stacked expert weights `[E, out, in]` are E matrices. `torch.optim.Muon` takes single matrices only, and only those,
-    while a Trainer wants one optimizer. Embeddings, routers and vectors get AdamW with a third of `lr`. A step changes a
-    matrix by an RMS of 0.2 `lr`. Weight decay is decoupled and spares vectors.
+    while a Trainer wants one optimizer. Embeddings, routers and vectors get AdamW with a third of `lr`. A step changes
+    a matrix by an RMS of 0.2 `lr`. Weight decay is decoupled and spares vectors.
 
-    Why not AdamW alone: in trials of the tiny model, each decayed to zero, the held-out losses of 200 steps of this are at
-    most 0.16 nats a token above those of 400 steps of AdamW, and 0.04 below in code (learning rates 0.015 and 0.006).
+    Why not AdamW alone: in trials of the tiny model, each decayed to zero, 200 steps of this have held-out losses at most
+    0.16 nats a token above those of 400 steps of AdamW, and 0.04 below in code (learning rates 0.015 and 0.006).
     """
 
     def __init__(self, model: nn.Module, *, lr: float, weight_decay: float = 0.1) -> None:

@@ -12,8 +12,8 @@ class Muon(torch.optim.Optimizer):
     while a Trainer wants one optimizer. Embeddings, routers and vectors get AdamW with a third of `lr`. A step changes
     a matrix by an RMS of 0.2 `lr`. Weight decay is decoupled and spares vectors.
 
-    Why not AdamW alone: in trials of the tiny model, each decayed to zero, 200 steps of this have held-out losses at most
-    0.16 nats a token above those of 400 steps of AdamW, and 0.04 below in code (learning rates 0.015 and 0.006).
+    Why not AdamW alone: in trials of the tiny model, each decayed to zero, 200 steps of this have held-out losses at
+    most 0.16 nats a token above those of 400 steps of AdamW, and 0.04 below in code (lr 0.015 and 0.006).
     """
 
     def __init__(self, model: nn.Module, *, lr: float, weight_decay: float = 0.1) -> None:

@@ -46,9 +46,9 @@ def imported_rooms(tree: ast.AST) -> set[str]:
 @pytest.mark.parametrize("module", MODULES, ids=str)
 def test_imports_point_one_way(module):
     room = module.parts[0].removesuffix(".py")
-    assert room in FLOOR, f"{room} has no place in DESIGN's order of rooms"
+    assert room in FLOOR, f"{room} has no place in the order of rooms"
     imported = imported_rooms(ast.parse((SRC / module).read_text())) - {"__version__"}
-    assert imported <= FLOOR.keys(), f"{module} imports {imported - FLOOR.keys()}, which DESIGN does not place"
+    assert imported <= FLOOR.keys(), f"{module} imports {imported - FLOOR.keys()}, which have no place in it"
     higher = {other for other in imported if FLOOR[other] > FLOOR[room]}
     assert not higher, f"{module} imports {higher}, which come after it"
 

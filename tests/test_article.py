@@ -60,7 +60,7 @@ def numbers(text: str, label: str) -> list[float]:
     return [float(n) for n in re.findall(r"-?(?:\d+\.?\d*|inf)", line.split(":", 1)[1])]
 
 
-# features §1e: least and greatest over 60 seeds of the article's own demo
+# least and greatest over 60 seeds of the article's own demo
 BOUNDS = {
     "数值范围": [(-5.65, -4.55), (4.63, 5.71)],
     "Logits统计": [(-2.79, -2.23), (2.14, 2.85), (-0.004, 0.004)],
@@ -145,7 +145,7 @@ def test_gate_takes_the_articles_config_and_returns_its_pair(capsys):
 
 
 def test_gate_trains_and_takes_what_the_articles_could_not():
-    """Training mode, 2-D, non-contiguous, empty and bfloat16 input: features §1g O4, O6, O13."""
+    """Training mode, 2-D, non-contiguous, empty and bfloat16 input."""
     gate = MoEGate(MoEConfig.preset("deepseek-v3", hidden_size=32)).train()
     for x in (torch.randn(5, 32), torch.randn(32, 5).T, torch.randn(0, 3, 32), torch.randn(2, 3, 32).bfloat16()):
         _, topk_weight = gate(x)

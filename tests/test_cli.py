@@ -57,6 +57,11 @@ MISTAKES = {
     "huge seed": (["train", "tiny", "--seed", "99999999999999999999"], "Invalid value for '--seed'"),
     "foreign tokenizer": (["demo", "--model", "foreign"], "and the model knows 64: they do not belong together"),
     "unknown preset": (["demo", "--random", "--preset", "gpt-5"], "preset='gpt-5' is unknown: use one of deepseek-v3"),
+    "preset of nothing random": (
+        ["demo", "--preset", "mixtral"],
+        "--preset mixtral is for the random gate: add --random",
+    ),
+    "layer of the random gate": (["demo", "--random", "--layer", "1"], "--random routes random input: leave out"),
     "unknown language": (["demo", "--lang", "fr"], "--lang 'fr' is unknown: use en or zh"),
     "random with text": (["demo", "--random", "--text", "x"], "--random routes random input: leave out"),
     "two texts": (["demo", "--text", "x", "--file", "y"], "--text and --file are both given: use one"),
@@ -153,6 +158,18 @@ def demo_folder(tmp_path_factory) -> tuple[Path, str]:
     return out, run.stdout
 
 
+@pytest.mark.slow  # a timing: on an idle machine only
+def test_budgets_of_seconds_are_kept(tmp_path):
+    """The demo in 10 s and the help in 0.3 s on 2 cores, best of three."""
+    for arguments, budget in ((["demo", "--out", str(tmp_path)], 10.0), (["--help"], 0.3)):
+        seconds = []
+        for _ in range(3):
+            start = time.perf_counter()
+            subprocess.run([sys.executable, "-m", "moesaic", *arguments], capture_output=True, check=True)
+            seconds.append(time.perf_counter() - start)
+        assert min(seconds) < budget
+
+
 def test_demo_shows_verdicts_preferences_and_15_steps(demo_folder):
     out, shown = demo_folder
     assert "English verse" in shown
@@ -202,11 +219,12 @@ def test_demo_of_a_text_and_of_a_file_agree(run, tmp_path, lang):
     assert by_text[0] == by_file[0] == 0
     a, b = (moesaic.load(tmp_path / name / "trace.safetensors") for name in "ab")
     assert torch.equal(a.picks, b.picks)
-    assert re.search(r"[\u4e00-\u9fff]", by_text[1].replace("床前明月光", "")) or lang == "en"
+    asked = {"zh": "负载均衡吗", "en": "Is the load balanced"}
+    assert [word in by_text[1] for word in asked.values()] == [lang == "zh", lang == "en"]
 
 
 def test_demo_calls_a_collapsed_model_collapsed(run, tmp_path):
-    """Ecosystem finding 1: other tools called this model healthy."""
+    """Tools that look at hidden channels, or re-derive picks from logits, call such a model healthy."""
 
     model, tokenizer = load_model()
     for layer in model.model.layers:

@@ -90,7 +90,7 @@ def activated(variant: str, projected: np.ndarray) -> np.ndarray:
         case "clamped":
             gate = np.minimum(gate, 0.5)
             return gate * sigmoid(gate) * np.clip(up, -0.5, 0.5)
-        case "gpt-oss":  # alternating rows; features §4.3
+        case "gpt-oss":  # alternating rows, transformers: GptOssExperts
             gate, up = np.minimum(projected[:, ::2], 0.5), np.clip(projected[:, 1::2], -0.5, 0.5)
             return (up + 1) * gate * sigmoid(1.702 * gate)
 

@@ -152,7 +152,7 @@ def test_fused_layouts_of_other_families_are_built_from_single_experts(preset):
 
 
 def test_classic_layer_is_the_first_seed():
-    """Top-k on logits, softmax over the k, two plain layers, a width of its own: features §1a."""
+    """Top-k on logits, softmax over the k, two plain layers, a width of its own."""
     layer = MoE.classic(input_dim=8, hidden_dim=12, output_dim=5, num_experts=6, k=2)
     x = torch.randn(9, 8)
     out = layer(x)

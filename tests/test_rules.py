@@ -116,7 +116,7 @@ def test_every_group_kept_is_plain_top_k():
 
 
 def test_softmax_after_topk_is_renormalised_softmax():
-    """The identity behind the classic layer, gpt-oss and Mixtral: features §4.3."""
+    """The identity behind the classic layer, gpt-oss and Mixtral."""
     logits = torch.randn(100, 8, dtype=torch.float64)
     sizes = {
         "hidden_size": 4,

@@ -2,14 +2,16 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 import moesaic.train.data
+from moesaic.train import keeping
 from moesaic.train.data import Document
-from moesaic.train.evaluate import HeldOut
+from moesaic.train.evaluate import DomainResult, HeldOut, Report
 from moesaic.train.muon import orthogonal
 from moesaic.train.tiny import Recipe, train
 
@@ -146,3 +148,17 @@ def test_orthogonal_has_the_singular_vectors_of_its_input_and_singular_values_ne
     values = inner.diagonal(dim1=-2, dim2=-1)
     torch.testing.assert_close(inner, torch.diag_embed(values), rtol=0, atol=1e-6)
     assert (values[s > 0.05 * s.amax(-1, keepdim=True)] - 0.95).abs().max() < 0.3
+
+
+def test_the_weights_of_the_best_evaluation_are_kept(tmp_path, monkeypatch):
+    """Not those of the last one."""
+    margins, saved = iter([0.1, 0.3, 0.2]), []
+    held_out = SimpleNamespace(judge=lambda _: Report({"verse": DomainResult(1, 1.0, 1.0 + next(margins))}, {"0": 0.1}))
+    monkeypatch.setattr(keeping, "save_weights", lambda model, _folder: saved.append(model))
+    record = {"history": []}
+    keep = keeping.KeepBest(held_out, tmp_path, record, every=10)
+    for step in (10, 15, 20, 30):
+        keep.on_step_end(None, SimpleNamespace(global_step=step, max_steps=30), None, model=step)
+    assert saved == [10, 20]
+    assert record["best_step"] == 20
+    assert [line["step"] for line in record["history"]] == [10, 20, 30]

@@ -1,5 +1,6 @@
 """The command line. One module a command; heavy imports happen inside the commands, so that `--help` is quick."""
 
+import gc
 import io
 import signal
 import sys
@@ -38,6 +39,7 @@ def _root(
 
 def main() -> None:
     """Run a command. Exit codes: 0 good, 1 a bad verdict, 2 a user's mistake, told in one line on stderr."""
+    gc.disable()
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # end quietly where the reader goes away, as `| head` does
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):

@@ -14,7 +14,10 @@ WORDS = {
     "en": {
         "routing": "Routing real text...",
         "model": "{model}: {layers} MoE layers, {config}",
-        "text": "{tokens:,} tokens in {sequences} sequences: {domains}",
+        "sizes": "top {c.num_experts_per_tok} of {c.n_routed_experts} experts",
+        "groups": " in {c.topk_group} of {c.n_group} groups",
+        "text": "tokens: {tokens:,}, sequences: {sequences} ({domains})",
+        "your_text": "text",
         "load": "1. Is the load balanced? A number in brackets is what random routing would give.",
         "prefer": "2. Which experts prefer which text?",
         "token": "3. One token through one gate: layer {layer}, token {token} {word} of {label}",
@@ -22,9 +25,12 @@ WORDS = {
         "files": ("the figure of layer {layer}", "load of every layer beside chance", "everything recorded"),
     },
     "zh": {
-        "routing": "正在路由真实文本...",
+        "routing": "正在路由真实文本……",
         "model": "{model}：{layers} 个 MoE 层，{config}",
+        "sizes": "每个 token 选 {c.num_experts_per_tok} / {c.n_routed_experts} 个专家",
+        "groups": "，限于 {c.topk_group} / {c.n_group} 组",
         "text": "{sequences} 个序列共 {tokens:,} 个 token：{domains}",
+        "your_text": "文本",
         "load": "1. 负载均衡吗？括号内是随机路由会得到的范围。",
         "prefer": "2. 哪些专家偏好哪类文本？",
         "token": "3. 一个 token 走过一个门控：第 {layer} 层，{label} 的第 {token} 个 token {word}",
@@ -39,8 +45,8 @@ def demo(
         bool, typer.Option("--random", help="The article's demo: a random gate on random input.")
     ] = False,
     preset: Annotated[
-        str, typer.Option(help="Sizes of the random gate, by the name of a released model.")
-    ] = "deepseek-v3",
+        str | None, typer.Option(help="With --random: a released model's sizes; deepseek-v3 unless given.")
+    ] = None,
     lang: Annotated[str, typer.Option(help="en or zh.")] = "en",
     seed: Annotated[
         int, typer.Option(min=0, max=2**32 - 1, help="Seed of the random gate and of the permutation test.")
@@ -64,9 +70,11 @@ def demo(
     if lang not in WORDS:
         raise ValueError(f"--lang {lang!r} is unknown: use en or zh")
     if random:
-        if text is not None or file is not None or model is not None:
-            raise ValueError("--random routes random input: leave out --text, --file and --model")
-        return _random(preset, lang, seed, out)
+        if any(given is not None for given in (text, file, model, layer, token)):
+            raise ValueError("--random routes random input: leave out --text, --file, --model, --layer and --token")
+        return _random(preset or "deepseek-v3", lang, seed, out)
+    if preset is not None:
+        raise ValueError(f"--preset {preset} is for the random gate: add --random, or leave it out")
     return _real(lang, seed, text, file, model, layer, token, out)
 
 
@@ -114,16 +122,16 @@ def _real(
     layer = trace.n_layers // 2 if layer is None else layer
     token = _telling_token(trace, layer) if token is None else token
 
-    collapsed = _show(trace, sources.words_of(tokenizer, trace), lang, layer, token, seed)
+    collapsed = _show(trace, sources.word_of(tokenizer, trace, token), lang, layer, token, seed)
     names = ("routing.png", "load.png", "trace.safetensors")
-    save_figure(routing_figure(trace, layer=layer, lang=lang), out / names[0], dpi=150)
-    save_figure(load_figure(trace, lang=lang), out / names[1], dpi=150)
+    save_figure(routing_figure(trace, layer=layer, lang=lang), out / names[0], dpi=100, trim=False)
+    save_figure(load_figure(trace, lang=lang), out / names[1], dpi=100, trim=False)
     trace.save(out / names[2])
     _say_saved(trace, lang, layer, out, names)
     return 1 if collapsed else 0
 
 
-def _show(trace: "Trace", words: list[str], lang: str, layer: int, token: int, seed: int) -> bool:
+def _show(trace: "Trace", word: str, lang: str, layer: int, token: int, seed: int) -> bool:
     """Print the three parts; True where a layer has collapsed."""
     from rich.console import Console
 
@@ -133,15 +141,13 @@ def _show(trace: "Trace", words: list[str], lang: str, layer: int, token: int, s
     from moesaic.train.data import DOMAINS
 
     say, show = WORDS[lang], Console().print
-    names = {key: getattr(domain, lang) for key, domain in DOMAINS.items()}
+    names = {key: getattr(domain, lang) for key, domain in DOMAINS.items()} | {"text": say["your_text"]}
     labels = [names.get(label, label) for label in trace.labels or ()]
     per_label = dict.fromkeys(labels, 0)
     for sequence in trace.sequences.tolist():
         per_label[labels[sequence]] += 1
     config = trace.configs[0]
-    sizes = f"top {config.num_experts_per_tok} / {config.n_routed_experts}"
-    if config.n_group > 1:
-        sizes += f", {config.topk_group} / {config.n_group} groups"
+    sizes = say["sizes"].format(c=config) + (say["groups"].format(c=config) if config.n_group > 1 else "")
     print(say["model"].format(model=trace.model, layers=trace.n_layers, config=sizes))
     domains = ", ".join(f"{label} {count:,}" for label, count in per_label.items())
     print(say["text"].format(tokens=len(trace), sequences=trace.n_sequences, domains=domains))
@@ -153,7 +159,7 @@ def _show(trace: "Trace", words: list[str], lang: str, layer: int, token: int, s
         print(say["prefer"])
         show(preference_table(domain_preference(trace, labels, seed=seed), trace.layers, lang))
     label = labels[int(trace.sequences[token])]
-    print(say["token"].format(layer=trace.layers[layer], token=token, word=words[token], label=label))
+    print(say["token"].format(layer=trace.layers[layer], token=token, word=word, label=label))
     show(steps_table(steps(trace, layer=layer, token=token), lang, versus=True))
     return any(report.status == "collapsed" for report in reports)
 

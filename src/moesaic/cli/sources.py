@@ -11,9 +11,13 @@ from moesaic.trace.record import record
 from moesaic.trace.store import Trace
 
 WINDOW = 128  # tokens routed as one sequence
+CHARACTERS = 60_000  # of held-out text a domain that the sequences are drawn from: all of it would take 0.4 s longer
 BATCH = 10  # sequences in one forward
 SEQUENCES = 100  # of the four shipped domains together, in the shares the tiny model was trained on
-SAMPLE = "To be, or not to be: that is the question.\n床前明月光，疑是地上霜。\nfor token in tokens: route(token)\n"
+SAMPLE = (
+    "To be, or not to be: that is the question.\n床前明月光，疑是地上霜。\n"
+    "A class definition is an executable statement.\nfor token in tokens: route(token)\n"
+)
 
 
 def read_text(text: str | None, file: Path | None) -> str | None:
@@ -37,6 +41,8 @@ def windows_of(tokenizer: Any, text: str, label: str = "text") -> list[tuple[str
     ids = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"])
     whole = len(ids) // WINDOW * WINDOW
     parts = [*ids[:whole].view(-1, WINDOW).split(BATCH), ids[whole:][None]]
+    if not len(ids):
+        raise ValueError("the tokenizer makes nothing of this text: give another")
     return [(label, part) for part in parts if part.numel()]
 
 
@@ -51,7 +57,9 @@ def held_out_windows(tokenizer: Any) -> list[tuple[str, Tensor]]:
         raise ValueError("the tokenizer has no end-of-text token to set documents apart: use --text or --file")
     sequences = []
     for domain in DOMAINS:
-        rows = windows(token_stream(tokenizer, corpus(domain, "held_out")), WINDOW)
+        documents = corpus(domain, "held_out")
+        share = CHARACTERS // len(documents)  # of each document, from its beginning
+        rows = windows(token_stream(tokenizer, [d._replace(text=d.text[:share]) for d in documents]), WINDOW)
         chosen = np.linspace(0, len(rows) - 1, round(SEQUENCES * DOMAINS[domain].share)).astype(int)
         sequences += [(domain, part) for part in torch.from_numpy(rows[chosen]).split(BATCH)]
     return sequences
@@ -81,12 +89,10 @@ def route(model: Any, sequences: list[tuple[str, Tensor]], seed: int = 0) -> Tra
     return recorder.trace
 
 
-def words_of(tokenizer: Any, trace: Trace) -> list[str]:
-    """Every token as it may be shown: its text, or its bytes where it is only part of a character."""
+def word_of(tokenizer: Any, trace: Trace, token: int) -> str:
+    """A token as it may be shown: its text, or its bytes where it is only part of a character."""
     if trace.input_ids is None:
-        return [f"token {i}" for i in range(len(trace))]
-    pieces = [tokenizer.decode([int(i)]) for i in trace.input_ids]
-    return [
-        repr(tokenizer.convert_ids_to_tokens(int(i))) if "\ufffd" in piece else repr(piece)
-        for i, piece in zip(trace.input_ids, pieces, strict=True)
-    ]
+        return ""
+    number = int(trace.input_ids[token])
+    piece = tokenizer.decode([number])
+    return repr(tokenizer.convert_ids_to_tokens(number) if "\ufffd" in piece else piece)

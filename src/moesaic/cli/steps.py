@@ -9,7 +9,9 @@ from moesaic.cli.output import say_how_again
 
 
 def steps(
-    text: Annotated[str | None, typer.Argument(help="Text to route; a line of each domain unless given.")] = None,
+    text: Annotated[
+        str | None, typer.Argument(help="Text to route; four lines unless given, one of each shipped domain.")
+    ] = None,
     model: Annotated[
         Path | None, typer.Option(help="Folder of a Hugging Face MoE model; the shipped one unless given.")
     ] = None,
@@ -37,7 +39,7 @@ def steps(
     from moesaic.trace.store import load
 
     if trace is not None:
-        recorded, words = load(trace), None
+        recorded, word = load(trace), ""
         counts = {"layer": recorded.n_layers, "token": len(recorded)}
         sources.check_numbers({"layer": layer, "token": token}, counts)
     else:
@@ -45,8 +47,8 @@ def steps(
         windows = sources.windows_of(tokenizer, sources.SAMPLE if text is None else text)
         sources.check_before(network, windows, layer, token)
         recorded = sources.route(network, windows)
-        words = sources.words_of(tokenizer, recorded)
-    title = f"token {token} {words[token] if words else ''}  {recorded.layers[layer]}"
+        word = sources.word_of(tokenizer, recorded, token)
+    title = f"token {token} {word}  {recorded.layers[layer]}"
     table = steps_table(steps_of(recorded, layer=layer, token=token), lang, versus=vs == "topk", title=title)
     Console().print(table)
     say_how_again(recorded, lang)

@@ -27,7 +27,8 @@ def load_model(folder: str | Path = TINY) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     here: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
-    with quiet_transformers():
+    with quiet_transformers(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         try:
             model, found = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **here)
         except Exception as error:  # transformers, safetensors and torch each raise their own kinds
@@ -53,7 +54,7 @@ def _check_is_moe(folder: Path) -> None:
         what = "is a file, not a folder" if folder.exists() else "no such folder"
         raise ValueError(f"{folder}: {what}: give the folder of a Hugging Face model")
     try:
-        config = json.loads((folder / "config.json").read_text())
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"{folder}: not a model folder: it has no config.json") from None
     except (OSError, ValueError) as error:
@@ -66,16 +67,14 @@ def _check_is_moe(folder: Path) -> None:
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """No progress bars, no log lines below errors, no warnings; put back as they were afterwards."""
+    """No progress bars and no log lines below errors; put back as they were afterwards."""
     from transformers.utils import logging
 
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
+        yield
     finally:
         logging.set_verbosity(verbosity)
         if bars:

@@ -86,12 +86,15 @@ def load_figure(trace: Trace, lang: str = "zh") -> "Figure":
     return fig
 
 
-def save_figure(fig: "Figure", path: str | Path, dpi: int = 300) -> None:
-    """Write the figure, whole or not at all, and free it; the name's ending is the format. ValueError on failure."""
+def save_figure(fig: "Figure", path: str | Path, dpi: int = 300, *, trim: bool = True) -> None:
+    """Write the figure, whole or not at all, and free it; the name's ending is the format. ValueError on failure.
+
+    `trim` cuts the margin to what is drawn, which means drawing twice.
+    """
     path = Path(path)
     part = path.with_name(f".part-{path.name}")
     try:
-        fig.savefig(part, dpi=dpi, bbox_inches="tight")
+        fig.savefig(part, dpi=dpi, bbox_inches="tight" if trim else None)
         part.replace(path)
     except (OSError, ValueError) as error:
         part.unlink(missing_ok=True)

@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -117,7 +118,7 @@ class Recorder:
             input_ids=torch.cat(ids) if ids and len(ids) == len(forwards) else None,
             labels=None if self.labels is None else tuple(self.labels),
             dtypes=self._dtypes,
-            model=str(getattr(self.model, "name_or_path", "") or type(self.model).__name__),
+            model=Path(getattr(self.model, "name_or_path", "")).name or type(self.model).__name__,
             seed=self.seed,
         )
 

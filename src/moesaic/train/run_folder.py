@@ -57,8 +57,9 @@ def interrupted_run(folder: Path, *, fields: set[str]) -> dict[str, Any]:
         )
     try:
         record = json.loads((folder / RECORD).read_text("utf-8"))
-        is_run = {"seed", "history"} <= record.keys() and record["recipe"].keys() == fields
-    except (OSError, ValueError, AttributeError, KeyError):
+        is_run = record["recipe"].keys() == fields and all(isinstance(line, dict) for line in record["history"])
+        is_run = is_run and isinstance(record["seed"], int) and all(value > 0 for value in record["recipe"].values())
+    except (OSError, ValueError, TypeError, AttributeError, KeyError):
         is_run, record = False, {}
     if not is_run:
         raise ValueError(

@@ -4,6 +4,8 @@ import importlib.util
 import platform
 import shutil
 import time
+from collections.abc import Generator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -90,7 +92,7 @@ def train(
 
     `out` receives config.json, model.safetensors, tokenizer.json, tokenizer_config.json and training.json. Weights are
     those of the evaluation with the best worst-domain margin, stored as float16 and loaded as float32; the correction
-    bias is float32 throughout. The same seed, machine and number of threads give the same weights. `resume` names
+    bias is float32 throughout. It runs on one thread: the same seed gives the same weights. `resume` names
     the folder of an interrupted run: it goes on there from its last checkpoint, with its own seed and recipe, and the
     other arguments do not matter. `progress` shows a bar on stderr.
 
@@ -106,8 +108,19 @@ def train(
         record: dict[str, Any] = {"seed": seed, "recipe": asdict(recipe or Recipe()), "finished": False, "history": []}
     else:
         folder, record = Path(resume), interrupted_run(Path(resume), fields=set(Recipe.__dataclass_fields__))
-    with quiet_transformers():
+    with quiet_transformers(), _one_thread():
         return _run(folder, record, Recipe(**record["recipe"]), progress=progress)
+
+
+@contextmanager
+def _one_thread() -> Generator[None]:
+    """Sums over several threads end in other bits: the weights would depend on the machine. Little speed is lost."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _run(out: Path, record: dict[str, Any], recipe: Recipe, *, progress: bool) -> Report:

@@ -52,13 +52,13 @@ SOURCES: dict[str, dict[str, str]] = {
         "repository": "https://github.com/deepseek-ai/DeepSeek-VL2",
         "commit": "faf18023f24b962b32d9f0a2d89e402a8d383a78",
         "code": "deepseek_vl2/models/modeling_deepseek.py: MoEGate",
-        "note": 'calls itself "compatible with both DeepSeekV2 and DeepSeekV3"; model hub files were out of reach',
+        "note": 'calls itself "compatible with both DeepSeekV2 and DeepSeekV3"',
     },
     "deepseek-v2-remote": {
         "repository": "https://github.com/deepseek-ai/ESFT",
         "commit": "809d0e377e7c5ce3d4b29d6503d67c31fbb229c2",
         "code": "deepseek/modeling_deepseek.py: MoEGate",
-        "note": "the authors' own copy of DeepSeek-V2's remote code; model hub files were out of reach",
+        "note": "the authors' own copy of DeepSeek-V2's remote code",
     },
 }
 

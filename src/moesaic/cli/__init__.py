@@ -39,7 +39,6 @@ def _root(
 
 def main() -> None:
     """Run a command. Exit codes: 0 good, 1 a bad verdict, 2 a user's mistake, told in one line on stderr."""
-    gc.disable()
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # end quietly where the reader goes away, as `| head` does
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -52,6 +51,8 @@ def main() -> None:
         code = _complain(str(error))
     except (KeyboardInterrupt, typer.Abort):
         code = 130
+    gc.freeze()  # collecting at the exit would take a second and free what ends anyway
+    gc.enable()
     sys.exit(code)
 
 

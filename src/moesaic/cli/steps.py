@@ -1,5 +1,6 @@
 """`moesaic steps`: the 15 steps of one token through one gate."""
 
+import gc
 from pathlib import Path
 from typing import Annotated
 
@@ -22,6 +23,7 @@ def steps(
     lang: Annotated[str, typer.Option(help="en or zh.")] = "en",
 ) -> None:
     """Show what a gate did with one token: 15 steps with formula, shape and values."""
+    gc.disable()  # as in demo
     if vs not in (None, "topk"):
         raise ValueError(f"--vs {vs!r} is unknown: use topk")
     if lang not in ("zh", "en"):

@@ -13,7 +13,9 @@ if TYPE_CHECKING:
 
 def train(
     what: Annotated[str, typer.Argument(help="What to train: tiny, the shipped DeepSeek-V3-architecture model.")],
-    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of weights and of the order of the text.")] = 0,
+    seed: Annotated[
+        int | None, typer.Option(min=0, max=2**32 - 1, help="Seed of weights and order of the text; 0 unless given.")
+    ] = None,
     out: Annotated[Path, typer.Option(help="Folder for the model; must be empty or new.")] = Path("runs/tiny"),
     resume: Annotated[Path | None, typer.Option(help="Folder of an interrupted run to go on with.")] = None,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps; the recipe's own number unless given.")] = None,
@@ -24,13 +26,17 @@ def train(
     """
     if what != "tiny":
         raise ValueError(f"{what!r} is nothing to train: use tiny")
+    if resume is not None and (seed is not None or steps is not None):
+        raise ValueError(
+            "--resume goes on with the seed and steps that the run began with: leave out --seed and --steps"
+        )
     from rich.console import Console
 
     from moesaic.train.tiny import Recipe
     from moesaic.train.tiny import train as train_tiny
 
     recipe = Recipe() if steps is None else Recipe(steps=steps)
-    report = train_tiny(out, seed=seed, resume=resume, recipe=recipe, progress=True)
+    report = train_tiny(out, seed=seed or 0, resume=resume, recipe=recipe, progress=True)
     Console().print(_table(report))
     folder = resume or out
     print(f"look into it: moesaic demo --model {folder}")

@@ -1,5 +1,6 @@
 """Where the MoE layers of a model are: Hugging Face 5.x models, our own layers, and bare gates, found by one rule."""
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -27,24 +28,31 @@ class MoELayer(NamedTuple):
 def moe_layers(model: nn.Module, config: MoEConfig | None = None) -> list[MoELayer]:
     """The MoE layers of `model` in forward order.
 
-    A block counts where it holds `experts` that are one module (fused weights, as all of transformers 5) beside a
-    `gate` or `router`. A bare Router is a layer without experts. `config` stands in for families whose config.json
-    does not say how they route. Raises ValueError where there is no such layer.
+    A bare Router is a layer without experts. `config` stands in for families whose config.json does not say how they
+    route. Raises ValueError where there is no such layer.
     """
     if isinstance(model, Router):
         return [MoELayer("gate", model, None, model.config)]
-    layers = []
-    for name, block in model.named_modules():
-        experts = getattr(block, "experts", None)
-        router = next((r for n in ROUTER_NAMES if isinstance(r := getattr(block, n, None), nn.Module)), None)
-        if router is not None and isinstance(experts, nn.Module) and not isinstance(experts, nn.ModuleList):
-            layers.append(MoELayer(name, router, experts, config or _config_of(block, model)))
+    layers = [
+        MoELayer(name, router, experts, config or _config_of(model.get_submodule(name), model))
+        for name, router, experts in routed_blocks(model)
+    ]
     if not layers:
         raise ValueError(
             f"not an MoE model: {type(model).__name__} has no module with a gate and fused experts: "
             "give a transformers>=5 MoE model or a moesaic layer"
         )
     return layers
+
+
+def routed_blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Module]]:
+    """(name, router, experts) of every block that holds `experts` that are one module (fused weights, as all of
+    transformers 5) beside a `gate` or `router`, in forward order."""
+    for name, block in model.named_modules():
+        experts = getattr(block, "experts", None)
+        router = next((r for n in ROUTER_NAMES if isinstance(r := getattr(block, n, None), nn.Module)), None)
+        if router is not None and isinstance(experts, nn.Module) and not isinstance(experts, nn.ModuleList):
+            yield name, router, experts
 
 
 def correction_bias(router: nn.Module) -> torch.Tensor | None:

@@ -23,7 +23,8 @@ class BiasBalance(TrainerCallback):
     `speed` is a number or a function of training progress (0 to 1), such as `fading(1e-3)`; 0 freezes the bias.
     `centred` takes the mean off after each step, which changes no selection and keeps the bias from drifting.
     `load` has the counts of the last step, by layer. Raises ValueError at the start of training for a model without
-    such a router, or whose bias is not float32 (a step of 0.001 is lost in bfloat16).
+    such a router, or whose bias is not float32 (a step of 0.001 is lost in bfloat16). The Trainer tells no callback of
+    an error: after one, the counting hooks stay on the model until this callback trains again.
     """
 
     def __init__(self, speed: float | Callable[[float], float] = 1e-3, *, centred: bool = False) -> None:

@@ -71,7 +71,7 @@ class HeldOut:
                 for layer, load in counter.take().items():
                     mixed[layer] = mixed.get(layer, 0) + DOMAINS[domain].share * load / load.sum()
         model.train(was_training)
-        violations = {layer: float(balance_numbers(load.numpy())["max_vio"]) for layer, load in mixed.items()}
+        violations = {layer: float(balance_numbers(load.cpu().numpy())["max_vio"]) for layer, load in mixed.items()}
         return Report(results, violations)
 
 

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from moesaic.hf.modules import routed_blocks
 from moesaic.layer.balance import expert_load
 from moesaic.trace.record import Forward, describe_forward, observe
 from moesaic.types import Routing
@@ -30,14 +31,11 @@ def balanced_layers(model: nn.Module) -> dict[str, Balanced]:
 
     Raises ValueError if there is none: the model then balances in another way or not at all.
     """
-    layers = {}
-    for name, block in model.named_modules():
-        experts = getattr(block, "experts", None)
-        if not isinstance(experts, nn.Module):
-            continue
-        for router in block.children():
-            if "e_score_correction_bias" in dict(router.named_buffers(recurse=False)):
-                layers[name] = Balanced(router, experts)
+    layers = {
+        name: Balanced(router, experts)
+        for name, router, experts in routed_blocks(model)
+        if "e_score_correction_bias" in dict(router.named_buffers(recurse=False))
+    }
     if not layers:
         raise ValueError(
             f"{type(model).__name__} has no router with a buffer e_score_correction_bias: bias balancing needs a "

@@ -1,11 +1,13 @@
 """Name -> engine. A named engine is taken or refused; only "auto" chooses, by device type and dtype."""
 
 from collections.abc import Callable
-from functools import cache
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from moesaic.engine.cpu import cpu
+from moesaic.engine.gemm import explain
 from moesaic.engine.grouped import grouped
 from moesaic.engine.reference import reference
 from moesaic.engine.spec import ExpertSpec
@@ -13,25 +15,40 @@ from moesaic.types import ExpertWeights
 
 Engine = Callable[[Tensor, Tensor, Tensor, ExpertWeights, ExpertSpec], Tensor]
 
-ENGINES: dict[str, Engine] = {"reference": reference, "grouped": grouped}
+ENGINES: dict[str, Engine] = {"reference": reference, "grouped": grouped, "cpu": cpu}
+AUTO = {"cpu": "cpu"}  # device type -> what "auto" takes there; "grouped" elsewhere
+OPTIONS = {"reference": {"batch_invariant"}, "grouped": set(), "cpu": {"batch_invariant", "recompute"}}
 
 
-def check_engine(name: str) -> str:
-    """`name` itself, or a ValueError that says which names there are."""
-    if name != "auto" and name not in ENGINES:
+def check_engine(name: str, *, batch_invariant: bool = False, recompute: bool = False) -> str:
+    """`name` itself, or a ValueError that says which names there are and which can do what is asked."""
+    if name == "auto":
+        return name
+    if name not in ENGINES:
         raise ValueError(f"engine={name!r} is unknown: use 'auto' or one of {', '.join(map(repr, ENGINES))}")
+    for option, asked in (("batch_invariant", batch_invariant), ("recompute", recompute)):
+        if asked and option not in OPTIONS[name]:
+            able = ", ".join(repr(other) for other in ENGINES if option in OPTIONS[other])
+            raise ValueError(f"engine={name!r} has no {option}: use one of {able}")
     return name
 
 
-def select_engine(name: str, device: torch.device, dtype: torch.dtype) -> Engine:
-    """The engine for tensors of this device and dtype. "auto" asks `best_engine`."""
-    return ENGINES[best_engine(device.type, dtype)[0] if name == "auto" else check_engine(name)]
+def select_engine(
+    name: str, device: torch.device, dtype: torch.dtype, *, batch_invariant: bool = False, recompute: bool = False
+) -> Engine:
+    """The engine for tensors of this device and dtype. "auto" takes what `best_engine` names."""
+    del dtype  # no choice hangs on it yet
+    chosen = AUTO.get(device.type, "grouped") if name == "auto" else name
+    if not batch_invariant and not recompute:
+        return ENGINES[chosen]
+    check_engine(chosen, batch_invariant=batch_invariant, recompute=recompute)
+    if chosen == "reference":  # invariant by definition
+        return reference
+    return partial(ENGINES[chosen], batch_invariant=batch_invariant, recompute=recompute)
 
 
-@cache
 def best_engine(device_type: str, dtype: torch.dtype) -> tuple[str, str]:
-    """What "auto" takes for (device type, dtype), and why: (name, reason). Decided once for each pair."""
-    return (
-        "grouped",
-        f"sorted by expert, two matmuls per active expert: runs everywhere, {device_type} {dtype} included",
-    )
+    """What "auto" takes for (device type, dtype), and why: (name, reason)."""
+    if device_type != "cpu":
+        return "grouped", f"plain torch, two matmuls per active expert: runs on every device, {device_type} included"
+    return "cpu", f"kernels for the cpu with a backward of their own; {explain(dtype)}"

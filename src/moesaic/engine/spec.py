@@ -58,11 +58,41 @@ class ExpertSpec:
             gate, up = gate.clamp(max=self.limit), up.clamp(-self.limit, self.limit)
         return self._activation(gate) * (up + self.up_offset if self.up_offset else up)
 
+    def activate_backward(
+        self, projected: Float[Tensor, "n U"], grad: Float[Tensor, "n I"]
+    ) -> tuple[Float[Tensor, "n I"], Float[Tensor, "n U"]]:
+        """(activate(projected), the gradient of projected) for a gradient of what `activate` returns.
+
+        At the edge of a clamp and at the kink of relu the gradient is torch's own: it passes at a limit, not at 0.
+        """
+        if not self.gated:
+            return self._activation(projected), self._activation_backward(projected, grad)
+        gate, up = (projected[..., ::2], projected[..., 1::2]) if self.interleaved else projected.chunk(2, dim=-1)
+        grad_projected = torch.empty_like(projected)
+        halves = (
+            (grad_projected[..., ::2], grad_projected[..., 1::2])
+            if self.interleaved
+            else (grad_projected.chunk(2, dim=-1))
+        )
+        inside_gate = inside_up = None
+        if self.limit is not None:
+            inside_gate, inside_up = gate <= self.limit, up.abs() <= self.limit
+            gate, up = gate.clamp(max=self.limit), up.clamp(-self.limit, self.limit)
+        shifted = up + self.up_offset if self.up_offset else up
+        activated = self._activation(gate)
+        grad_gate, grad_up = self._activation_backward(gate, grad * shifted), grad * activated
+        halves[0].copy_(grad_gate if inside_gate is None else grad_gate * inside_gate)
+        halves[1].copy_(grad_up if inside_up is None else grad_up * inside_up)
+        return activated * shifted, grad_projected
+
     def project(
         self, x: Float[Tensor, "n a"], weight: Float[Tensor, "b c"], bias: Tensor | None
     ) -> Float[Tensor, "n d"]:
         """x through one expert's matrix, in whichever orientation it is stored."""
         return F.linear(x, weight.mT if self.transposed else weight, bias)
+
+    def up_size(self, experts: ExpertWeights) -> int:
+        return experts.up.shape[-1 if self.transposed else -2]
 
     def output_size(self, experts: ExpertWeights) -> int:
         return experts.down.shape[-1 if self.transposed else -2]
@@ -71,3 +101,20 @@ class ExpertSpec:
         if self.activation == "silu" and self.alpha != 1.0:
             return x * torch.sigmoid(self.alpha * x)
         return ACTIVATIONS[self.activation](x)
+
+    def _activation_backward(self, x: Tensor, grad: Tensor) -> Tensor:
+        match self.activation:
+            case "silu" if self.alpha != 1.0:
+                sigmoid = torch.sigmoid(self.alpha * x)
+                return grad * sigmoid * (1 + self.alpha * x * (1 - sigmoid))
+            case "silu":
+                return torch.ops.aten.silu_backward(grad, x)
+            case "gelu":
+                return torch.ops.aten.gelu_backward(grad, x)
+            case "gelu_pytorch_tanh":
+                return torch.ops.aten.gelu_backward(grad, x, approximate="tanh")
+            case "relu":
+                return torch.ops.aten.threshold_backward(grad, x, 0)
+            case "relu2":
+                return grad * 2 * F.relu(x)
+        raise AssertionError(f"no derivative for {self.activation!r}")

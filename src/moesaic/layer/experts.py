@@ -17,17 +17,29 @@ class Experts(nn.Module):
     """E expert MLPs in Hugging Face's fused layout: `gate_up_proj` [E, 2I, D] (`up_proj` [E, I, D] where not gated)
     and `down_proj` [E, O, I]; with biases `..._proj_bias`; [E, in, out] where the config says transposed.
 
+    `engine` names how they are computed; "auto" takes what serves the device and dtype best (`moesaic doctor`).
+    `batch_invariant`: a token's result does not depend on the tokens beside it, bit for bit. `recompute`:
+    training keeps no up projection for the backward and computes it again.
+
     `load_state_dict` also takes the per-expert spelling found on disk, `7.gate_proj.weight`: all experts or none.
     """
 
     def __init__(
-        self, config: MoEConfig, *, engine: str = "auto", device: Any = None, dtype: torch.dtype | None = None
+        self,
+        config: MoEConfig,
+        *,
+        engine: str = "auto",
+        batch_invariant: bool = False,
+        recompute: bool = False,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         if config.moe_intermediate_size is None:
             raise ValueError("moe_intermediate_size=None makes a gate without experts: give the width of an expert")
         self.config = config
-        self.engine = check_engine(engine)
+        self.engine = check_engine(engine, batch_invariant=batch_invariant, recompute=recompute)
+        self.batch_invariant, self.recompute = batch_invariant, recompute
         self.spec = ExpertSpec.of(config)
         n, d, i = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
         u, o = (2 * i if config.gated else i), config.output_size or d
@@ -65,7 +77,13 @@ class Experts(nn.Module):
         self, tokens: Float[Tensor, "T D"], expert_ids: Int[Tensor, "T K"], weights: Float[Tensor, "T K"]
     ) -> Float[Tensor, "T O"]:
         """Weighted sum of the chosen experts per token. The id E is skipped, its weight ignored."""
-        engine = select_engine(self.engine, tokens.device, tokens.dtype)
+        engine = select_engine(
+            self.engine,
+            tokens.device,
+            tokens.dtype,
+            batch_invariant=self.batch_invariant,
+            recompute=self.recompute,
+        )
         return engine(tokens, expert_ids, weights, self.weights, self.spec)
 
     def extra_repr(self) -> str:

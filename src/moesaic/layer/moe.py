@@ -17,7 +17,14 @@ class MoE(nn.Module):
     """Routed experts behind a gate. Tensor in, tensor out, for training and inference; no token is ever dropped."""
 
     def __init__(
-        self, config: MoEConfig, *, engine: str = "auto", device: Any = None, dtype: torch.dtype | None = None
+        self,
+        config: MoEConfig,
+        *,
+        engine: str = "auto",
+        batch_invariant: bool = False,
+        recompute: bool = False,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         if config.n_shared_experts and type(self) is MoE:
@@ -26,7 +33,9 @@ class MoE(nn.Module):
             )
         self.config = config
         self.gate = Router(config, device=device, dtype=dtype)
-        self.experts = Experts(config, engine=engine, device=device, dtype=dtype)
+        self.experts = Experts(
+            config, engine=engine, batch_invariant=batch_invariant, recompute=recompute, device=device, dtype=dtype
+        )
 
     @classmethod
     def classic(
@@ -83,9 +92,9 @@ class DeepseekV3MoE(MoE):
     """
 
     def __init__(
-        self, config: MoEConfig, *, engine: str = "auto", device: Any = None, dtype: torch.dtype | None = None
+        self, config: MoEConfig, *, device: Any = None, dtype: torch.dtype | None = None, **engine_options: Any
     ) -> None:
-        super().__init__(config, engine=engine, device=device, dtype=dtype)
+        super().__init__(config, device=device, dtype=dtype, **engine_options)
         self.shared_experts = SharedExperts(config, device=device, dtype=dtype) if config.n_shared_experts else None
 
     def forward(self, x: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch O"]:

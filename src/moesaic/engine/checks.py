@@ -1,0 +1,68 @@
+"""What an engine is given, looked at once at its border: a wrong shape is a sentence, never a crash in a kernel."""
+
+import torch
+from torch import Tensor
+
+from moesaic.engine.spec import ExpertSpec
+from moesaic.types import ExpertWeights
+
+
+def check_inputs(tokens: Tensor, expert_ids: Tensor, weights: Tensor, experts: ExpertWeights, spec: ExpertSpec) -> None:
+    """Raise ValueError for shapes, dtypes or devices that do not fit together. Reads no values, hence no waiting."""
+    if tokens.dim() != 2 or expert_ids.dim() != 2 or weights.dim() != 2:
+        raise ValueError(
+            f"tokens {_shape(tokens)}, expert_ids {_shape(expert_ids)}, weights {_shape(weights)}: "
+            "give [T, D], [T, K] and [T, K] (flatten leading axes first)"
+        )
+    if expert_ids.shape != weights.shape or len(tokens) != len(expert_ids):
+        raise ValueError(
+            f"expert_ids {_shape(expert_ids)} and weights {_shape(weights)} do not fit tokens {_shape(tokens)}: "
+            f"give [{len(tokens)}, K] of both"
+        )
+    if expert_ids.dtype not in (torch.int64, torch.int32, torch.int16, torch.uint8):
+        raise ValueError(f"expert_ids are {expert_ids.dtype}: give integers, the ids that the router chose")
+    if not tokens.is_floating_point() or not weights.is_floating_point():
+        raise ValueError(f"tokens are {tokens.dtype}, weights {weights.dtype}: give floating point numbers")
+    _check_matrices(tokens, experts, spec)
+    for name, tensor in (("expert_ids", expert_ids), ("weights", weights), *experts._asdict().items()):
+        if tensor is not None and tensor.device != tokens.device:
+            raise ValueError(f"tokens are on {tokens.device}, {name} on {tensor.device}: move one of them")
+
+
+def check_dtypes(tokens: Tensor, experts: ExpertWeights) -> None:
+    """Raise ValueError where tokens and experts differ in dtype, which only autocast allows."""
+    for name, tensor in experts._asdict().items():
+        if tensor is not None and tensor.dtype != tokens.dtype:
+            raise ValueError(f"tokens are {tokens.dtype}, {name} is {tensor.dtype}: cast one, or use torch.autocast")
+
+
+def check_ids(lowest: int, highest: int, n_experts: int) -> None:
+    """Raise ValueError for ids that name no expert; E itself means "no expert" and is lawful."""
+    if lowest < 0 or highest > n_experts:
+        raise ValueError(
+            f"expert_ids reach from {lowest} to {highest}: there are {n_experts} experts, 0 to {n_experts - 1}, "
+            f"and {n_experts} means no expert"
+        )
+
+
+def _check_matrices(tokens: Tensor, experts: ExpertWeights, spec: ExpertSpec) -> None:
+    up, down, up_bias, down_bias = experts
+    if up.dim() != 3 or down.dim() != 3 or len(up) != len(down):
+        raise ValueError(f"up {_shape(up)} and down {_shape(down)}: give one matrix an expert, [E, ., .] of both")
+    up_out, up_in = spec.up_size(experts), up.shape[-2 if spec.transposed else -1]
+    width = down.shape[-2 if spec.transposed else -1]
+    layout = "[E, in, out] (transposed)" if spec.transposed else "[E, out, in]"
+    if up_in != tokens.shape[1]:
+        raise ValueError(f"tokens have width {tokens.shape[1]}, up {_shape(up)} takes {up_in}: the layout is {layout}")
+    if up_out != (2 * width if spec.gated else width):
+        raise ValueError(
+            f"up {_shape(up)} gives {up_out}, down {_shape(down)} takes {width}: "
+            f"{'gated experts give twice that' if spec.gated else 'give as many'}; the layout is {layout}"
+        )
+    for name, bias, size in (("up_bias", up_bias, up_out), ("down_bias", down_bias, spec.output_size(experts))):
+        if bias is not None and bias.shape != (len(up), size):
+            raise ValueError(f"{name} is {_shape(bias)}: give [{len(up)}, {size}]")
+
+
+def _shape(tensor: Tensor) -> str:
+    return str(tuple(tensor.shape))

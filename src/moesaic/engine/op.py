@@ -1,0 +1,178 @@
+"""The experts as one opaque operator, `moesaic::experts`: what torch.compile, export, autograd and checkpointing see.
+
+Every output has a shape that follows from the inputs' shapes, so a graph holds it whole in every dtype. A device's
+kernels are put in with `torch.library.impl`; this file knows none of them.
+"""
+
+from dataclasses import astuple
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from moesaic.engine.checks import check_dtypes, check_inputs
+from moesaic.engine.grouped import grouped
+from moesaic.engine.spec import ExpertSpec
+from moesaic.types import ExpertWeights
+
+_EXPERTS = "Tensor up, Tensor down, Tensor? up_bias, Tensor? down_bias"
+_SPEC = "str activation, bool gated, float? limit, float alpha, float up_offset, bool interleaved, bool transposed"
+torch.library.define(
+    "moesaic::experts",
+    f"(Tensor tokens, Tensor expert_ids, Tensor weights, {_EXPERTS}, {_SPEC}, bool save_hidden, bool batch_invariant)"
+    " -> (Tensor out, Tensor hidden, Tensor assignments, Tensor counts)",
+)
+torch.library.define(
+    "moesaic::experts_backward",
+    f"(Tensor grad_out, Tensor tokens, Tensor weights, {_EXPERTS}, Tensor hidden, Tensor assignments, Tensor counts,"
+    f" {_SPEC}, bool[] wanted) -> Tensor[]",
+)
+
+
+def run_experts(
+    tokens: Tensor,
+    expert_ids: Tensor,
+    weights: Tensor,
+    experts: ExpertWeights,
+    spec: ExpertSpec,
+    *,
+    batch_invariant: bool = False,
+    recompute: bool = False,
+) -> Tensor:
+    """Check the inputs and call the operator: [T, O] in the tokens' dtype.
+
+    `recompute` keeps the tokens alone for the backward, which then computes the up projection again (22 matmul
+    units a step instead of 18). Under autocast the matmuls take its dtype; the weights are never copied whole.
+    """
+    check_inputs(tokens, expert_ids, weights, experts, spec)
+    dtype, device_type = tokens.dtype, tokens.device.type
+    if torch.is_autocast_enabled(device_type) and dtype != torch.float64:
+        tokens = tokens.to(torch.get_autocast_dtype(device_type))
+    else:
+        check_dtypes(tokens, experts)
+    if _func_transform_without_rule():
+        return grouped(tokens, expert_ids, weights, experts, spec).to(dtype)
+    differentiable = (tokens, weights, *experts)
+    needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in differentiable)
+    save_hidden = needs_grad and not recompute
+    out, *_ = torch.ops.moesaic.experts(
+        tokens, expert_ids, weights, *experts, *astuple(spec), save_hidden, batch_invariant
+    )
+    return out.to(dtype)
+
+
+def _func_transform_without_rule() -> bool:
+    """True inside torch.func.grad and its kin, which library operators do not support; vmap has a rule of its own."""
+    if torch.compiler.is_compiling():
+        return False
+    interpreter = torch._C._functorch.peek_interpreter_stack()
+    return interpreter is not None and interpreter.key() != torch._C._functorch.TransformType.Vmap
+
+
+def _fake_experts(tokens: Tensor, expert_ids: Tensor, weights: Tensor, up: Tensor, down: Tensor, *rest: Any) -> Any:
+    del weights
+    _up_bias, _down_bias, *fields, save_hidden, _batch_invariant = rest
+    spec, experts = ExpertSpec(*fields), ExpertWeights(up, down)
+    n_assignments = expert_ids.numel()
+    return (
+        tokens.new_empty(len(tokens), spec.output_size(experts)),
+        tokens.new_empty((n_assignments, spec.up_size(experts)) if save_hidden else 0),
+        expert_ids.new_empty(n_assignments, dtype=torch.int64),
+        expert_ids.new_empty(len(up), dtype=torch.int64),
+    )
+
+
+def _fake_backward(grad_out: Tensor, tokens: Tensor, weights: Tensor, *rest: Any) -> list[Tensor]:
+    del grad_out
+    experts, wanted = rest[:4], rest[-1]
+    inputs = (tokens, weights, *experts)
+    return [torch.empty_like(t) if want else tokens.new_empty(0) for t, want in zip(inputs, wanted, strict=True)]
+
+
+def _refuse_vmap(*_: Any) -> NoReturn:
+    raise ValueError(
+        "vmap over experts is not supported: flatten the mapped axis into the tokens, as the layer does with any "
+        "leading axes"
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+    tokens, expert_ids, weights, up, down, up_bias, down_bias, *fields, _save_hidden, _batch_invariant = inputs
+    _out, hidden, assignments, counts = output
+    ctx.spec = ExpertSpec(*fields)
+    ctx.save_for_backward(tokens, expert_ids, weights, up, down, up_bias, down_bias, hidden, assignments, counts)
+    ctx.mark_non_differentiable(hidden, assignments, counts)
+    ctx.set_materialize_grads(False)  # or zeros as large as `hidden` would come along
+
+
+def _backward(ctx: Any, grad_out: Tensor | None, *_: Any) -> tuple:
+    tokens, expert_ids, weights, up, down, up_bias, down_bias, hidden, assignments, counts = ctx.saved_tensors
+    needs = ctx.needs_input_grad
+    rest = (None,) * (len(needs) - 7)
+    if grad_out is None:
+        return (None,) * len(needs)
+    inputs = (tokens, weights, up, down, up_bias, down_bias)
+    wanted = [needs[0], *needs[2:7]]
+    if torch.is_grad_enabled():  # create_graph: the gradients are to have gradients, so plain torch operations
+        grads = _differentiable_backward(grad_out, expert_ids, inputs, wanted, ctx.spec)
+    else:
+        args = (grad_out, tokens, weights, up, down, up_bias, down_bias, hidden, assignments, counts)
+        into = accumulation_targets(ctx, grad_out, up, down)
+        if into == (None, None):
+            returned = torch.ops.moesaic.experts_backward(*args, *astuple(ctx.spec), wanted)
+        else:
+            returned = ACCUMULATING[grad_out.device.type](*args, *astuple(ctx.spec), wanted, *into)
+            wanted = [w and target is None for w, target in zip(wanted, (None, None, *into, None, None), strict=True)]
+        grads = [g if want else None for g, want in zip(returned, wanted, strict=True)]
+    return (grads[0], None, *grads[1:], *rest)
+
+
+def _differentiable_backward(
+    grad_out: Tensor, expert_ids: Tensor, inputs: tuple, wanted: list[bool], spec: ExpertSpec
+) -> list[Tensor | None]:
+    tokens, weights, *experts = inputs
+    out = grouped(tokens, expert_ids, weights, ExpertWeights(*experts), spec)
+    chosen = [t for t, want in zip(inputs, wanted, strict=True) if want]
+    grads = iter(torch.autograd.grad(out, chosen, grad_out, create_graph=True, allow_unused=True))
+    return [next(grads) if want else None for want in wanted]
+
+
+ACCUMULATING: dict[str, Any] = {}  # device type -> backward kernel that can add into gradients that exist
+
+
+def accumulation_targets(ctx: Any, grad_out: Tensor, *weights: Tensor) -> tuple[Tensor | None, ...]:
+    """For each weight its `.grad`, where adding to it now is what autograd would do later; else None.
+
+    That is so for a leaf with a dense gradient of its dtype and no hooks, whose AccumulateGrad node this very backward
+    is going to run: node and weight are checked by identity. Adding saves a gradient-sized tensor of zeros and three
+    passes over it.
+    """
+    nobody = (None,) * len(weights)
+    if type(grad_out) is not Tensor or grad_out.device.type not in ACCUMULATING or torch.is_anomaly_enabled():
+        return nobody
+    leaves = {id(node.variable): node for node, _ in ctx.next_functions if _is_accumulate_grad(node)}
+    try:
+        return tuple(_target(weight, leaves.get(id(weight))) for weight in weights)
+    except RuntimeError:  # inside torch.autograd.grad, which collects gradients instead of storing them
+        return nobody
+
+
+def _is_accumulate_grad(node: Any) -> bool:
+    return node is not None and node.name() == "torch::autograd::AccumulateGrad"
+
+
+def _target(weight: Tensor, node: Any) -> Tensor | None:
+    if node is None or not torch._C._will_engine_execute_node(node):
+        return None
+    grad = weight.grad
+    if weight._backward_hooks or getattr(weight, "_post_accumulate_grad_hooks", None) or grad is None:
+        return None
+    plain = type(grad) is Tensor and grad.layout is torch.strided and not grad.requires_grad
+    same = grad.dtype == weight.dtype and grad.device == weight.device and grad.stride() == weight.stride()
+    return grad if plain and same else None
+
+
+torch.library.register_fake("moesaic::experts", _fake_experts)
+torch.library.register_fake("moesaic::experts_backward", _fake_backward)
+torch.library.register_autograd("moesaic::experts", _backward, setup_context=_setup_context)
+torch.library.register_vmap("moesaic::experts", _refuse_vmap)

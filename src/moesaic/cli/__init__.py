@@ -8,6 +8,7 @@ import sys
 import typer
 
 from moesaic import __version__
+from moesaic.cli.bench import bench
 from moesaic.cli.demo import demo
 from moesaic.cli.steps import steps
 from moesaic.cli.train import train
@@ -19,6 +20,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.command()(bench)
 app.command()(demo)
 app.command()(steps)
 app.command()(train)

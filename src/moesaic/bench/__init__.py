@@ -1,0 +1,1 @@
+"""Measuring engines and their peers side by side: same weights, same routing, correctness first, rounds in turn."""

@@ -1,0 +1,119 @@
+"""The machine's own limits: what a large GEMM and a read of memory reach, and the least time a cell can take.
+
+t = sum over the matmuls of max(F / P, Q / B): they run one after the other, so the limits add (roofline).
+"""
+
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from moesaic.bench.problem import Problem
+
+SQUARE = 2048
+REPEATS = 5
+
+
+class Ceiling(NamedTuple):
+    """flops: of the best large square GEMM of a dtype, 1/s.  bytes: read from memory, 1/s."""
+
+    flops: float
+    bytes: float
+
+
+class Phase(NamedTuple):
+    """One matmul over all active experts: its floating point operations and the bytes it cannot avoid moving."""
+
+    flops: float
+    bytes: float
+
+
+def least_seconds(phases: list[Phase], ceiling: Ceiling) -> float:
+    return sum(max(phase.flops / ceiling.flops, phase.bytes / ceiling.bytes) for phase in phases)
+
+
+def phases_of(problem: Problem) -> list[Phase]:
+    """The two matmuls of a forward, and the four of a backward where the cell trains.
+
+    Weights are read once a pass, activations written and read once; a fresh gradient is written whole, inactive experts
+    included, and an accumulated one is read and written where experts are active. Cache is not counted on.
+    """
+    up, down = problem.experts.up, problem.experts.down
+    item, n_experts = up.element_size(), len(up)
+    assignments = problem.expert_ids.numel()
+    active = sum(count > 0 for count in problem.counts)
+    i = problem.config.moe_intermediate_size or 0
+    token_bytes, hidden_bytes = item * problem.tokens.numel(), item * assignments * i
+    saved_bytes = item * assignments * (up[0].numel() // problem.config.hidden_size)  # H, before the activation
+    sizes = {"up": up[0].numel(), "down": down[0].numel()}
+    flops = {name: 2.0 * assignments * size for name, size in sizes.items()}
+    read = {name: item * active * size for name, size in sizes.items()}
+    kept = saved_bytes if problem.cell.mode != "forward" else hidden_bytes
+    phases = [
+        Phase(flops["up"], read["up"] + token_bytes + kept),
+        Phase(flops["down"], read["down"] + hidden_bytes + token_bytes),
+    ]
+    if not problem.cell.trains:
+        return phases
+    accumulates = problem.cell.mode == "fwd+bwd-accumulate"
+    grad = {name: item * (2 * active if accumulates else n_experts) * size for name, size in sizes.items()}
+    return [
+        *phases,
+        Phase(flops["down"], read["down"] + token_bytes + hidden_bytes),  # gradient of the hidden rows
+        Phase(flops["down"], grad["down"] + token_bytes + hidden_bytes),
+        Phase(flops["up"], read["up"] + saved_bytes + token_bytes),  # gradient of the tokens
+        Phase(flops["up"], grad["up"] + saved_bytes + token_bytes),
+    ]
+
+
+def work_of(problem: Problem) -> Phase:
+    """All phases added up: what GF/s and GB/s of a row are counted from."""
+    phases = phases_of(problem)
+    return Phase(sum(p.flops for p in phases), sum(p.bytes for p in phases))
+
+
+def measure_ceiling(dtype: str) -> Ceiling:
+    """P and B with the threads torch has now. Takes about a second.
+
+    P of a 16-bit dtype is the better of its own GEMM and float32's, widening included: an engine may choose.
+    """
+    torch_dtype = getattr(torch, dtype)
+    a = torch.randn(SQUARE, SQUARE)
+    forms: list[Callable[[], object]] = [lambda: a @ a.T, lambda: a @ a]
+    if torch_dtype != torch.float32:
+        narrow = a.to(torch_dtype)
+        forms = [lambda: narrow @ narrow.T, lambda: narrow @ narrow, lambda: narrow.float() @ narrow.float().T]
+        forms.append(lambda: onednn_linear(narrow, narrow))
+    forms.append(lambda: onednn_linear(a, a))
+    flops = 2.0 * SQUARE**3 / min(best_seconds(form) for form in forms)
+    return Ceiling(flops, read_speed())
+
+
+def read_speed() -> float:
+    """Bytes per second of summing what no cache holds."""
+    stream = torch.ones(max(2**26, 2 * l3_bytes()))  # at least 256 MB, at least eight times the cache
+    return stream.nbytes / best_seconds(stream.sum)
+
+
+def best_seconds(run: Callable[[], object]) -> float:
+    run()
+    seconds = []
+    for _ in range(REPEATS):
+        start = time.perf_counter()
+        run()
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
+
+
+def onednn_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x @ weight.T by oneDNN, which torch's own linear leaves to MKL for float32."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+
+
+def l3_bytes() -> int:
+    """Size of the last-level cache; 32 MB where the machine does not say."""
+    from moesaic.bench.machine import cache_bytes
+
+    return cache_bytes(3) or 32 << 20

@@ -1,0 +1,162 @@
+"""Who computes a cell: our engines, the peers people use, and the matmuls alone as a bound."""
+
+import importlib
+import importlib.util
+import inspect
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moesaic.bench.problem import Problem
+from moesaic.bench.shapes import SHAPES, Cell
+from moesaic.engine.select import ENGINES, best_engine
+
+Call = Callable[[Tensor, Tensor, Tensor], Tensor]  # (tokens, expert_ids, weights) -> out, on the problem's experts
+
+
+@dataclass(frozen=True)
+class Contender:
+    """`build` prepares outside the clock; `refuses` says why a cell is not for it, or nothing.
+
+    kind: "ours", "peer", or "bound" for what is no engine. `about` goes into the report: prepacking and its cost.
+    """
+
+    name: str
+    kind: str
+    build: Callable[[Problem], Call]
+    refuses: Callable[[Cell], str | None] = lambda _cell: None
+    about: str = ""
+
+
+def our_engine(name: str) -> Contender:
+    def build(problem: Problem) -> Call:
+        engine, experts, spec = ENGINES[name], problem.experts, problem.spec
+        return lambda tokens, ids, weights: engine(tokens, ids, weights, experts, spec)
+
+    return Contender(f"ours: {name}", "ours", build)
+
+
+def our_engines(names: Iterable[str], dtype: str) -> list[Contender]:
+    """Contenders of `--engine`; "auto" is what the library takes for this dtype."""
+    found: dict[str, Contender] = {}
+    for name in names:
+        engine = best_engine("cpu", getattr(torch, dtype))[0] if name == "auto" else name
+        if engine not in ENGINES:
+            raise ValueError(f"--engine {name} is unknown: use auto, {', '.join(ENGINES)}")
+        found[engine] = our_engine(engine)
+    return list(found.values())
+
+
+CLASSES = {
+    "qwen3_moe": ("Qwen3MoeConfig", "Qwen3MoeExperts"),
+    "olmoe": ("OlmoeConfig", "OlmoeExperts"),
+    "deepseek_v3": ("DeepseekV3Config", "DeepseekV3Experts"),
+    "mixtral": ("MixtralConfig", "MixtralExperts"),
+    "gpt_oss": ("GptOssConfig", "GptOssExperts"),
+}
+
+
+def transformers_experts(problem: Problem, implementation: str, family: str) -> torch.nn.Module:
+    """The family's own experts module, holding the problem's Parameters themselves."""
+    import transformers
+
+    c = problem.config
+    config_name, class_name = CLASSES[family]
+    module = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
+    numbers = dict.fromkeys(("n_routed_experts", "num_experts", "num_local_experts"), c.n_routed_experts)
+    widths = dict.fromkeys(("moe_intermediate_size", "intermediate_size"), c.moe_intermediate_size)
+    known = inspect.signature(getattr(transformers, config_name)).parameters
+    sizes = {name: size for name, size in {**numbers, **widths}.items() if name in known}
+    sizes |= {"hidden_size": c.hidden_size, "num_experts_per_tok": c.num_experts_per_tok}
+    config = getattr(transformers, config_name)(**sizes)
+    config._experts_implementation = implementation
+    with torch.device("meta"):
+        experts = getattr(module, class_name)(config)
+    names = ("gate_up_proj", "down_proj", "gate_up_proj_bias", "down_proj_bias")
+    for name, weight in zip(names, problem.experts, strict=True):
+        if weight is not None:
+            assert getattr(experts, name).shape == weight.shape, f"{class_name}.{name} has another shape"
+            setattr(experts, name, weight)
+    return experts
+
+
+def transformers_peer(implementation: str, *, max_tokens: int | None = None) -> Contender:
+    def build(problem: Problem) -> Call:
+        return transformers_experts(problem, implementation, SHAPES[problem.cell.shape].family)
+
+    def refuses(cell: Cell) -> str | None:
+        if max_tokens is not None and cell.tokens > max_tokens:
+            return f"copies the weights of every assignment: T <= {max_tokens} only"
+        return None
+
+    return Contender(f"transformers {implementation}", "peer", build, refuses)
+
+
+def three_grouped_mm(problem: Problem) -> Call:
+    """Sort by expert, F.grouped_mm for gate, up and down, weights in float32, a sum over slots: as torchtitan does it.
+
+    Gate and up are two products there because its checkpoints keep two matrices; here they are views of the fused one.
+    """
+    experts, spec, n_experts = problem.experts, problem.spec, problem.config.n_routed_experts
+    up, down = (w if spec.transposed else w.mT for w in (experts.up, experts.down))  # [E, in, out]
+    gate, up = up.chunk(2, dim=-1)
+
+    def call(tokens: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        k = ids.shape[-1]
+        order = ids.flatten().argsort(stable=True)
+        ends = ids.flatten().bincount(minlength=n_experts).cumsum(0).to(torch.int32)
+        rows = tokens[order // k]
+        hidden = F.silu(F.grouped_mm(rows, gate, offs=ends)) * F.grouped_mm(rows, up, offs=ends)
+        out = F.grouped_mm(hidden, down, offs=ends)
+        out = (out.float() * weights.flatten()[order, None].float()).to(tokens.dtype)
+        unsorted = torch.empty_like(out).index_copy(0, order, out)
+        return unsorted.unflatten(0, (-1, k)).sum(1)
+
+    return call
+
+
+def _plain_silu_only(cell: Cell) -> str | None:
+    return "no biases, no clamped activation" if "gpt-oss" in cell.shape else None
+
+
+PEERS: dict[str, Contender] = {
+    "eager": transformers_peer("eager"),
+    "batched_mm": transformers_peer("batched_mm", max_tokens=64),
+    "grouped_mm": transformers_peer("grouped_mm"),
+    "torchtitan": Contender("torchtitan-style", "peer", three_grouped_mm, _plain_silu_only),
+}
+
+
+def peers_named(names: Iterable[str]) -> list[Contender]:
+    """Built-in peers by name, and those of files: a Python file with a list `PEERS` of Contenders.
+
+    Raises ValueError where a name is unknown, a file is not there or says that it cannot run.
+    """
+    found: list[Contender] = []
+    for name in names:
+        if name.endswith(".py"):
+            found += _peers_of(Path(name))
+        elif name in PEERS:
+            found.append(PEERS[name])
+        elif name != "none":
+            raise ValueError(f"--peers {name} is unknown: use {', '.join(PEERS)}, none, or a .py file")
+    return found
+
+
+def _peers_of(path: Path) -> list[Contender]:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None or not path.is_file():
+        raise ValueError(f"--peers {path}: no such file")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except (ImportError, SyntaxError) as error:
+        raise ValueError(f"--peers {path}: {error}") from None
+    peers = getattr(module, "PEERS", None)
+    if not isinstance(peers, list) or not all(isinstance(peer, Contender) for peer in peers):
+        raise ValueError(f"--peers {path}: it has no list PEERS of moesaic.bench.contenders.Contender")
+    return peers

@@ -1,0 +1,101 @@
+"""Correct first: a contender against float64 on a sample of rows and experts. A wrong row has no speed."""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from moesaic.bench.problem import Problem
+from moesaic.engine.reference import reference
+from moesaic.types import ExpertWeights
+
+ROWS = 8
+EXPERTS = 2
+# largest difference over the largest value. float32: sums of thousands of products; 16 bits: a few roundings.
+BOUNDS = {"float32": 1e-5, "bfloat16": 2e-2, "float16": 3e-3}
+TIMES_EAGER = 1.5  # or no worse than this times the error of transformers' eager, whichever allows more
+
+
+class Truth(NamedTuple):
+    """float64 results for some rows, and weight gradients of some experts. Gradients are empty where nothing trains."""
+
+    rows: Tensor  # [R]
+    out: Tensor  # [R, O]
+    token_grad: Tensor  # [R, D]
+    weight_grad: Tensor  # [R, K]
+    expert_grads: dict[int, list[Tensor]]  # expert -> gradients of its weights, in the order of ExpertWeights
+
+
+def truth_of(problem: Problem) -> Truth:
+    """One expert at a time in float64, so that memory stays small. Takes a second or two for large experts."""
+    n_tokens = problem.cell.tokens
+    rows = torch.linspace(0, n_tokens - 1, min(ROWS, n_tokens)).round().long()
+    trains = problem.cell.trains
+    tokens = problem.tokens.detach()[rows].double().requires_grad_(trains)
+    weights = problem.weights.detach()[rows].double().requires_grad_(trains)
+    ids, out_grad = problem.expert_ids[rows], problem.out_grad[rows].double()
+    out = torch.zeros(len(rows), problem.spec.output_size(problem.experts), dtype=torch.float64)
+    token_grad, weight_grad = torch.zeros_like(tokens), torch.zeros_like(weights)
+    for expert in ids.unique().tolist():
+        only = (ids != expert).long()  # the one expert is number 0, and 1 is "no expert"
+        part = reference(tokens, only, weights, _one(problem.experts, expert), problem.spec)
+        if trains:
+            grads = torch.autograd.grad(part, (tokens, weights), out_grad)
+            token_grad, weight_grad = token_grad + grads[0], weight_grad + grads[1]
+        out += part.detach()
+    expert_grads = {expert: _expert_grads(problem, expert) for expert in _sample(problem)} if trains else {}
+    return Truth(rows, out, token_grad, weight_grad, expert_grads)
+
+
+def errors_of(problem: Problem, truth: Truth, out: Tensor, *, passes: int = 1) -> dict[str, float]:
+    """Largest difference over largest value, by what was compared. `passes`: how often gradients were accumulated."""
+    errors = {"out": _error(out.detach()[truth.rows], truth.out)}
+    if not problem.cell.trains:
+        return errors
+    token_grad, weight_grad = problem.tokens.grad, problem.weights.grad
+    errors["token_grad"] = math.inf if token_grad is None else _error(token_grad[truth.rows], truth.token_grad)
+    errors["weight_grad"] = math.inf if weight_grad is None else _error(weight_grad[truth.rows], truth.weight_grad)
+    worst = 0.0
+    for expert, grads in truth.expert_grads.items():
+        for parameter, grad in zip(problem.parameters(), grads, strict=True):
+            found = math.inf if parameter.grad is None else _error(parameter.grad[expert], passes * grad)
+            worst = found if math.isnan(found) else max(worst, found)
+    errors["expert_grad"] = worst
+    return errors
+
+
+def is_right(errors: dict[str, float], eager: dict[str, float], dtype: str) -> bool:
+    """False also where an error is NaN. `eager` holds the errors of transformers' eager, or nothing."""
+    return all(error <= max(BOUNDS[dtype], TIMES_EAGER * eager.get(what, 0.0)) for what, error in errors.items())
+
+
+def _error(found: Tensor, truth: Tensor) -> float:
+    largest = float(truth.abs().max())
+    difference = float((found.double() - truth).abs().max())
+    return difference / largest if largest else difference
+
+
+def _one(experts: ExpertWeights, expert: int) -> ExpertWeights:
+    def cut(weight: Tensor) -> Tensor:
+        return weight.detach()[expert : expert + 1].double()
+
+    up_bias, down_bias = (None if bias is None else cut(bias) for bias in (experts.up_bias, experts.down_bias))
+    return ExpertWeights(cut(experts.up), cut(experts.down), up_bias, down_bias)
+
+
+def _sample(problem: Problem) -> list[int]:
+    """The least loaded experts that have work, which keeps float64 cheap, and an idle one, whose gradient is zero."""
+    counts = problem.counts
+    active = sorted((e for e, count in enumerate(counts) if count), key=lambda e: counts[e])
+    return active[:EXPERTS] + [e for e, count in enumerate(counts) if not count][:1]
+
+
+def _expert_grads(problem: Problem, expert: int) -> list[Tensor]:
+    rows, slots = (problem.expert_ids == expert).nonzero(as_tuple=True)
+    weights = [w[0].requires_grad_() for w in _one(problem.experts, expert) if w is not None]
+    up, down, up_bias, down_bias = (*weights, None, None)[:4]
+    spec, tokens = problem.spec, problem.tokens.detach()[rows].double()
+    hidden = spec.activate(spec.project(tokens, up, up_bias))
+    out = spec.project(hidden, down, down_bias) * problem.weights.detach()[rows, slots, None].double()
+    return list(torch.autograd.grad(out, weights, problem.out_grad[rows].double()))

@@ -1,0 +1,228 @@
+"""The matmuls of a cell and nothing else, each in the form that is fastest here: what any engine is bound by.
+
+No gather, no activation, no combine; rows come from a buffer that is already there. Which form is fastest is measured
+in the same run, per number of rows, on the cell's own weights.
+"""
+
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from moesaic.bench.ceiling import onednn_linear
+from moesaic.bench.problem import Problem
+
+BLOCK = 256  # rows of a weight widened at a time: 2 MB of float32 at D=2048, which a core's own cache holds
+SAMPLES = 3  # runs of a form, each on another expert
+HOPELESS = 2.0  # a form this much slower than another in its first run is not run again
+
+
+class Rows(NamedTuple):
+    """Activations [n, K] in the weights' dtype and in float32 (the same tensor where that is the dtype)."""
+
+    own: Tensor
+    wide: Tensor
+
+    def first(self, n: int) -> "Rows":
+        return Rows(self.own[:n], self.wide[:n])
+
+
+class Scratch(NamedTuple):
+    """result: of the weights' dtype.  wide_result, wide_weight: float32."""
+
+    result: Tensor
+    wide_result: Tensor
+    wide_weight: Tensor
+
+
+Form = Callable[[Rows, Tensor, Scratch], object]  # rows [n, K] times a weight [K, N]; where the result lies is free
+
+
+def _straight(x: Tensor, w: Tensor, result: Tensor) -> Tensor:
+    n, columns = len(x), w.shape[1]
+    return torch.mm(x, w, out=result[: n * columns].view(n, columns))
+
+
+def _turned(x: Tensor, w: Tensor, result: Tensor) -> Tensor:
+    n, columns = len(x), w.shape[1]
+    return torch.mm(w.T, x.T, out=result[: n * columns].view(columns, n))
+
+
+def _widened(w: Tensor, scratch: Tensor) -> Tensor:
+    """w in float32, in the memory order that it has."""
+    wide = scratch[: w.numel()]
+    if w.is_contiguous():
+        return wide.view(w.shape).copy_(w)
+    return wide.view(w.T.shape).copy_(w.T).T
+
+
+def _blockwise(rows: Rows, w: Tensor, scratch: Scratch) -> None:
+    n, columns = len(rows.wide), w.shape[1]
+    result = scratch.wide_result[: n * columns].view(columns, n)
+    for start in range(0, columns, BLOCK):
+        block = _widened(w[:, start : start + BLOCK], scratch.wide_weight)
+        torch.mm(block.T, rows.wide.T, out=result[start : start + BLOCK])
+
+
+OWN: dict[str, Form] = {
+    "x @ W": lambda rows, w, s: _straight(rows.own, w, s.result),
+    "W' @ x'": lambda rows, w, s: _turned(rows.own, w, s.result),
+    "oneDNN": lambda rows, w, _s: onednn_linear(rows.own, w.T),
+}
+WIDE: dict[str, Form] = {
+    "wide x @ W": lambda rows, w, s: _straight(rows.wide, _widened(w, s.wide_weight), s.wide_result),
+    "wide W' @ x'": lambda rows, w, s: _turned(rows.wide, _widened(w, s.wide_weight), s.wide_result),
+    "wide oneDNN": lambda rows, w, s: onednn_linear(rows.wide, _widened(w, s.wide_weight).T),
+    "wide blocks": _blockwise,
+}
+
+
+def forms_for(dtype: torch.dtype) -> dict[str, Form]:
+    return OWN if dtype == torch.float32 else OWN | WIDE
+
+
+class GradForm(NamedTuple):
+    """A weight's gradient [K, N] = left' @ right, over n rows: written into `grad`, or added where it accumulates."""
+
+    run: Callable[[Rows, Rows, Tensor, Scratch, bool], object]
+
+
+def _grad_own(left: Rows, right: Rows, grad: Tensor, _scratch: Scratch, adds: bool) -> None:
+    grad.addmm_(left.own.T, right.own) if adds else torch.mm(left.own.T, right.own, out=grad)
+
+
+def _grad_wide(left: Rows, right: Rows, grad: Tensor, scratch: Scratch, adds: bool) -> None:
+    wide = torch.mm(left.wide.T, right.wide, out=scratch.wide_weight[: grad.numel()].view(grad.shape))
+    grad.add_(wide) if adds else grad.copy_(wide)
+
+
+def _grad_onednn(left: Rows, right: Rows, grad: Tensor, _scratch: Scratch, adds: bool) -> None:
+    result = onednn_linear(left.own.T, right.own.T)
+    grad.add_(result) if adds else grad.copy_(result)
+
+
+GRADS = {"own": GradForm(_grad_own), "wide": GradForm(_grad_wide), "oneDNN": GradForm(_grad_onednn)}
+
+
+class Matmuls:
+    """Runs all matmuls of a problem in the fastest forms. `chosen` says which, after construction."""
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem
+        up, down = (w.detach() for w in problem.experts[:2])
+        turned = problem.spec.transposed
+        self.stored = {"up": up, "down": down}
+        # as [E, in, out], whatever the layout
+        self.weights = {name: w if turned else w.mT for name, w in self.stored.items()}
+        self.loads = [(e, n) for e, n in enumerate(problem.counts) if n]
+        most = max(n for _, n in self.loads)
+        self.dtype = up.dtype
+        sizes = {w.shape[dim] for w in self.weights.values() for dim in (1, 2)}
+        self.rows = {size: self._draw(most, size) for size in sizes}
+        widest, largest = max(sizes), max(up[0].numel(), down[0].numel())
+        self.scratch = Scratch(
+            torch.empty(most * widest, dtype=self.dtype), torch.empty(most * widest), torch.empty(largest)
+        )
+        self.adds = problem.cell.mode == "fwd+bwd-accumulate"
+        self.chosen: dict[tuple[str, int], str] = {}
+        self._choose_all()
+
+    @torch.no_grad()
+    def __call__(self) -> None:
+        for expert, n in self.loads:
+            for name in ("up", "down"):
+                self._multiply(name, expert, n, backward=False)
+        if self.problem.cell.trains:
+            self._backward()
+
+    def _backward(self) -> None:
+        for name in ("down", "up"):
+            grad = self._grad(name)
+            for expert, n in self.loads:
+                self._multiply(name, expert, n, backward=True)
+                self._gradient(name, grad[expert], n)
+
+    def _grad(self, name: str) -> Tensor:
+        if not self.adds:
+            return torch.empty_like(self.stored[name])  # a new one, as everybody's: page faults are part of the mode
+        parameter = getattr(self.problem.experts, name)
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        return parameter.grad
+
+    def _multiply(self, name: str, expert: int, n: int, *, backward: bool) -> None:
+        weight = self.weights[name][expert]
+        weight = weight.T if backward else weight
+        form = forms_for(self.dtype)[self.chosen[name + " backward" * backward, bucket(n)]]
+        form(self.rows[weight.shape[0]].first(n), weight, self.scratch)
+
+    def _gradient(self, name: str, grad: Tensor, n: int) -> None:
+        rows, columns = grad.shape
+        form = GRADS[self.chosen[name + " gradient", bucket(n)]]
+        form.run(self.rows[rows].first(n), self.rows[columns].first(n), grad, self.scratch, self.adds)
+
+    def _draw(self, n: int, size: int) -> Rows:
+        wide = torch.randn(n, size)
+        return Rows(wide.to(self.dtype), wide)
+
+    @torch.no_grad()
+    def _choose_all(self) -> None:
+        for _, n in self.loads:
+            if ("up", bucket(n)) in self.chosen:
+                continue
+            for name, weights in self.weights.items():
+                forms = forms_for(self.dtype)
+                self.chosen[name, bucket(n)] = self._fastest(forms, weights, n)
+                if self.problem.cell.trains:
+                    self.chosen[name + " backward", bucket(n)] = self._fastest(forms, weights.mT, n)
+                    self.chosen[name + " gradient", bucket(n)] = self._fastest_gradient(name, n)
+
+    def _fastest(self, forms: dict[str, Form], weights: Tensor, n: int) -> str:
+        rows = self.rows[weights.shape[1]].first(n)
+        return fastest(
+            {
+                name: lambda sample, form=form: form(rows, weights[sample % len(weights)], self.scratch)
+                for name, form in forms.items()
+            }
+        )
+
+    def _fastest_gradient(self, name: str, n: int) -> str:
+        grads = torch.zeros(2, *self.stored[name].shape[1:], dtype=self.dtype)
+        left, right = (self.rows[size].first(n) for size in grads.shape[1:])
+        forms = {key: form for key, form in GRADS.items() if key == "own" or self.dtype != torch.float32}
+        return fastest(
+            {
+                key: lambda sample, form=form: form.run(left, right, grads[sample % 2], self.scratch, self.adds)
+                for key, form in forms.items()
+            }
+        )
+
+
+def bucket(n: int) -> int:
+    """Numbers of rows that share a form: all up to 8, then four to a doubling."""
+    if n <= 8:
+        return n
+    step = 1 << (n.bit_length() - 3)
+    return n // step * step
+
+
+def fastest(forms: dict[str, Callable[[int], object]]) -> str:
+    """The name of the form with the least median of a few runs; forms that this build of torch lacks drop out."""
+    seconds: dict[str, list[float]] = {}
+    for name, form in forms.items():
+        try:
+            form(0)
+        except (RuntimeError, AttributeError, NotImplementedError):
+            continue
+        seconds[name] = []
+    for sample in range(SAMPLES):
+        best = min((took[0] for took in seconds.values() if took), default=float("inf"))
+        for number, (name, took) in enumerate(seconds.items(), start=1):
+            if sample and took[0] > HOPELESS * best:
+                continue
+            start = time.perf_counter()
+            forms[name](1 + sample * len(seconds) + number)
+            took.append(time.perf_counter() - start)
+    return min(seconds, key=lambda name: sorted(seconds[name])[len(seconds[name]) // 2])

@@ -1,0 +1,245 @@
+"""One cell: build everybody, refuse the wrong, time the rest in turn, and say how far each is from the ceiling."""
+
+import math
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+
+from moesaic.bench.ceiling import Ceiling, l3_bytes, least_seconds, phases_of, work_of
+from moesaic.bench.contenders import PEERS, Call, Contender
+from moesaic.bench.gate import Truth, errors_of, is_right, truth_of
+from moesaic.bench.machine import available_bytes
+from moesaic.bench.matmuls import Matmuls
+from moesaic.bench.problem import Problem, make_problem
+from moesaic.bench.shapes import SHAPES, Cell
+from moesaic.bench.timing import Entrant, interleave, plan_rounds, spread
+from moesaic.types import ExpertWeights
+
+GEMM_ONLY = "gemm-only"
+QUICK = 1.0  # seconds
+EAGER = PEERS["eager"].name
+
+
+@dataclass
+class Row:
+    """One contender in one cell. Speeds are None where it is wrong or was refused; `note` says which and why.
+
+    Milliseconds; GF/s and GB/s count the work of the roofline, whatever the contender really moved.
+    of_ceiling: least time by roofline over the median.  of_matmuls: the median of gemm-only over this one.
+    ratio: the best peer's median over this one, for our engines.
+    """
+
+    name: str
+    kind: str
+    note: str = ""
+    median_ms: float | None = None
+    p10_ms: float | None = None
+    p90_ms: float | None = None
+    rounds: int = 0
+    gflops: float | None = None
+    gbytes: float | None = None
+    of_ceiling: float | None = None
+    of_matmuls: float | None = None
+    ratio: float | None = None
+    best_peer: str | None = None
+    extra_bytes: int | None = None
+    errors: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class Result:
+    """A cell with its rows, or the reason why it was left out."""
+
+    cell: Cell
+    rows: list[Row] = field(default_factory=list)
+    skipped: str = ""
+    least_ms: float | None = None
+    ceiling: Ceiling | None = None
+    seconds: float = 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        ceiling = None if self.ceiling is None else self.ceiling._asdict()
+        return {"kind": "cell", "key": self.cell.key, **asdict(self), "ceiling": ceiling}
+
+    @classmethod
+    def of(cls, line: dict[str, Any]) -> "Result":
+        ceiling = None if line["ceiling"] is None else Ceiling(**line["ceiling"])
+        rows = [Row(**row) for row in line["rows"]]
+        return cls(Cell.of(line["cell"]), rows, line["skipped"], line["least_ms"], ceiling, line["seconds"])
+
+    def row(self, name: str) -> Row | None:
+        return next((row for row in self.rows if row.name == name), None)
+
+    @property
+    def ours(self) -> Row | None:
+        return next((row for row in self.rows if row.kind == "ours"), None)
+
+
+def needed_bytes(cell: Cell) -> int:
+    """What a cell takes at its peak with the hungriest contender: weights, three gradients as large, activations."""
+    shape, item = SHAPES[cell.shape], 4 if cell.dtype == "float32" else 2
+    weights = item * shape.num_parameters
+    activations = 4 * cell.tokens * shape.k * (6 * shape.hidden_size + 8 * shape.width)
+    copies = 4 if cell.trains else 1
+    return copies * weights + activations
+
+
+def does_not_fit(cell: Cell) -> str:
+    """The reason to skip a cell on this machine, or nothing. To be asked before its weights are made."""
+    available, needed = available_bytes(), needed_bytes(cell)
+    if available is None or needed < 0.9 * available:
+        return ""
+    return f"needs about {needed / 2**30:.0f} GiB, {available / 2**30:.0f} GiB are free"
+
+
+def run_cell(
+    cell: Cell,
+    experts: ExpertWeights,
+    contenders: Iterable[Contender],
+    ceiling: Ceiling,
+    *,
+    rounds: int,
+    matmuls: bool = True,
+    truths: dict[Any, Truth] | None = None,
+) -> Result:
+    """Measure a cell. `truths` keeps float64 results for cells that differ only in threads, cache or mode."""
+    start = time.perf_counter()
+    problem = make_problem(cell, experts)
+    truths = {} if truths is None else truths
+    case = (cell.shape, cell.tokens, cell.dtype, cell.routing, cell.trains)
+    if case not in truths:
+        truths[case] = truth_of(problem)
+    judged = _judge(problem, truths[case], contenders)
+    rows = [row for row, _, _ in judged]
+    entrants = [_entrant(problem, row.name, call) for row, call, _ in judged if call is not None]
+    once = {row.name: seconds for row, call, seconds in judged if call is not None}
+    if matmuls:
+        rows.append(Row(GEMM_ONLY, "bound"))
+        entrants.append(_bound(problem))
+        once[GEMM_ONLY] = _seconds_of_one(entrants[-1].run)
+    seconds = interleave(entrants, plan_rounds(once, rounds)) if entrants else {}
+    problem.forget_gradients(weights_too=True)
+    result = Result(cell, rows, ceiling=ceiling, least_ms=1e3 * least_seconds(phases_of(problem), ceiling))
+    _fill(result, seconds, problem)
+    result.seconds = time.perf_counter() - start
+    return result
+
+
+def _judge(problem: Problem, truth: Truth, contenders: Iterable[Contender]) -> list[tuple[Row, Call | None, float]]:
+    """Rows with errors, what is fit to be timed, and how long one run took. Eager first: its errors are the measure."""
+    judged, eager = [], {}
+    for contender in sorted(contenders, key=lambda c: c.name != EAGER):
+        row = Row(contender.name, contender.kind, contender.about)
+        refusal = contender.refuses(problem.cell)
+        if refusal:
+            row.note = refusal
+            judged.append((row, None, math.nan))
+            continue
+        call = contender.build(problem)
+        row.errors, seconds = _try(problem, truth, call)
+        if contender.name == EAGER:
+            eager = row.errors
+        right = is_right(row.errors, eager, problem.cell.dtype)
+        if not right:
+            row.note = "wrong"
+        judged.append((row, call if right else None, seconds))
+    return judged
+
+
+def _try(problem: Problem, truth: Truth, call: Call) -> tuple[dict[str, float], float]:
+    """Errors of a contender, and the seconds of its last run."""
+    problem.forget_gradients(weights_too=True)
+    out, seconds = _timed_once(problem, call)
+    accumulates = problem.cell.mode == "fwd+bwd-accumulate"
+    if accumulates or seconds < QUICK:  # the first run of a quick one is mostly its start
+        problem.forget_gradients(weights_too=not accumulates)
+        out, seconds = _timed_once(problem, call)
+    return errors_of(problem, truth, out, passes=2 if accumulates else 1), seconds
+
+
+def _timed_once(problem: Problem, call: Call) -> tuple[torch.Tensor, float]:
+    start = time.perf_counter()
+    out = run_once(problem, call)
+    return out, time.perf_counter() - start
+
+
+def run_once(problem: Problem, call: Call) -> torch.Tensor:
+    """The timed region: a forward, and a backward where the cell trains."""
+    with torch.set_grad_enabled(problem.cell.mode != "forward"):
+        out = call(problem.tokens, problem.expert_ids, problem.weights)
+    if problem.cell.trains:
+        out.backward(problem.out_grad)
+    return out
+
+
+def _entrant(problem: Problem, name: str, call: Call) -> Entrant:
+    def run() -> torch.Tensor:
+        return run_once(problem, call)
+
+    def forget() -> None:
+        problem.forget_gradients(weights_too=problem.cell.mode != "fwd+bwd-accumulate")
+
+    return Entrant(name, _before(problem.cell, run, forget), run)
+
+
+def _bound(problem: Problem) -> Entrant:
+    run = Matmuls(problem)
+    return Entrant(GEMM_ONLY, _before(problem.cell, run, lambda: None), run)
+
+
+def _before(cell: Cell, run: Callable[[], object], forget: Callable[[], None]) -> Callable[[], None]:
+    """What comes before the clock: the same call for a warm cache, a read of something else for a cold one."""
+    if cell.cache == "warm":
+
+        def prepare() -> None:
+            forget()
+            run()
+            forget()
+
+    elif cell.cache == "cold":
+        other = torch.ones(l3_bytes() // 2)  # float32: twice the cache
+
+        def prepare() -> None:
+            forget()
+            other.sum()
+
+    else:
+        prepare = forget
+    return prepare
+
+
+def _seconds_of_one(run: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def _fill(result: Result, seconds: dict[str, list[float]], problem: Problem) -> None:
+    work = work_of(problem)
+    assert result.least_ms is not None
+    for row in result.rows:
+        if row.name not in seconds:
+            continue
+        measured = spread(seconds[row.name])
+        row.median_ms, row.p10_ms, row.p90_ms = (1e3 * value for value in measured[:3])
+        row.rounds = measured.rounds
+        row.gflops, row.gbytes = (1e-9 * value / measured.median for value in work)
+        row.of_ceiling = result.least_ms / row.median_ms
+    compare(result)
+
+
+def compare(result: Result) -> None:
+    """Fill in what relates rows to each other: our ratio to the best peer, everybody's to the matmuls alone."""
+    peers = [(row.median_ms, row.name) for row in result.rows if row.kind == "peer" and row.median_ms is not None]
+    bound = result.row(GEMM_ONLY)
+    for row in result.rows:
+        if row.median_ms is None:
+            continue
+        if bound is not None and bound.median_ms is not None and row is not bound:
+            row.of_matmuls = bound.median_ms / row.median_ms
+        if row.kind == "ours" and peers:
+            best, row.best_peer = min(peers)
+            row.ratio = best / row.median_ms

@@ -10,12 +10,16 @@ from typing import Any
 import torch
 
 from moesaic.bench.ceiling import Ceiling, measure_ceiling
-from moesaic.bench.contenders import Contender, our_engines
+from moesaic.bench.contenders import our_engines, peers_named
 from moesaic.bench.gate import Truth
+from moesaic.bench.gating import refuses_router, run_router_cell
 from moesaic.bench.machine import machine
+from moesaic.bench.memory import run_memory_cell
 from moesaic.bench.problem import make_experts
 from moesaic.bench.runner import Result, does_not_fit, run_cell
-from moesaic.bench.shapes import Cell
+from moesaic.bench.shapes import SHAPES, Cell
+from moesaic.bench.timing import CELL_SECONDS
+from moesaic.types import ExpertWeights
 
 RESULTS = "results.jsonl"
 SAME = ("cpu", "cores", "isa", "onednn_isa", "versions", "commit")  # of the machine, for two runs to be one table
@@ -93,57 +97,100 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 @dataclass
 class Campaign:
-    """Runs cells into a journal. `report(cell)` hears of each cell before it is run."""
+    """Runs cells into a journal. Raises ValueError for engines and peers that there are not."""
 
     engines: Sequence[str]
-    peers: Sequence[Contender]
+    peers: Sequence[str]
     rounds: int
-    journal: Journal
     budget_seconds: float | None = None
-    report: Callable[[Cell], object] = lambda _cell: None
+    journal: Journal = field(default_factory=Journal)
 
-    def run(self, cells: Iterable[Cell]) -> list[Cell]:
-        """Measure what is not in the journal yet; returns the cells that the budget left out."""
+    def __post_init__(self) -> None:
+        our_engines(self.engines, "float32")
+        self._contenders = peers_named(self.peers)
+        self._ceilings: dict[tuple[str, int], Ceiling] = {}
+
+    def run(self, cells: Iterable[Cell], report: Callable[[Cell], object] = lambda _cell: None) -> list[Cell]:
+        """Measure what is not in the journal yet; returns the cells that the budget left out.
+
+        `report` hears of each cell before it is measured.
+        """
         start, left_out = time.perf_counter(), []
         done = {result.cell for result in self.journal.results}
-        ceilings: dict[tuple[str, int], Ceiling] = {}
+        threads_before = torch.get_num_threads()
         try:
-            for shape, dtype, group in _by_weights(cell for cell in cells if cell not in done):
-                experts, truths = None, {}
+            for group in _by_weights(cell for cell in cells if cell not in done):
+                weights = _Weights(group[0])
                 for cell in group:
                     if self.budget_seconds is not None and time.perf_counter() - start > self.budget_seconds:
                         left_out.append(cell)
                         continue
-                    self.report(cell)
+                    report(cell)
                     torch.set_num_threads(cell.threads)
-                    if experts is None and (reason := does_not_fit(cell)):
-                        self.journal.add(Result(cell, skipped=reason).to_dict())
-                        continue
-                    if (dtype, cell.threads) not in ceilings:
-                        ceilings[dtype, cell.threads] = self._ceiling(dtype, cell.threads, "begin")
-                    experts = make_experts(shape, dtype) if experts is None else experts
-                    self._measure(cell, experts, ceilings[dtype, cell.threads], truths)
+                    self.journal.add(self._measure(cell, weights).to_dict())
         finally:
-            for dtype, threads in ceilings:
-                self._ceiling(dtype, threads, "end")
+            for dtype, threads in self._ceilings:
+                self._measure_ceiling(dtype, threads, "end")
+            torch.set_num_threads(threads_before)
         return left_out
 
-    def _measure(self, cell: Cell, experts: Any, ceiling: Ceiling, truths: dict[Any, Truth]) -> None:
-        contenders = [*our_engines(self.engines, cell.dtype), *self.peers]
-        result = run_cell(cell, experts, contenders, ceiling, rounds=self.rounds, truths=truths)
-        self.journal.add(result.to_dict())
+    def _measure(self, cell: Cell, weights: "_Weights") -> Result:
+        if reason := weights.refusal(cell):
+            return Result(cell, skipped=reason)
+        if cell.mode == "memory":
+            weights.forget()  # every process makes its own
+            return run_memory_cell(cell, self.engines, self.peers)
+        if cell.mode == "router":
+            return run_router_cell(cell, weights.get(), self.engines[0], rounds=self.rounds)
+        key = (cell.dtype, cell.threads)
+        if key not in self._ceilings:
+            self._ceilings[key] = self._measure_ceiling(*key, "begin")
+        contenders = [*our_engines(self.engines, cell.dtype), *self._contenders]
+        return run_cell(cell, weights.get(), contenders, self._ceilings[key], rounds=self.rounds, truths=weights.truths)
 
-    def _ceiling(self, dtype: str, threads: int, when: str) -> Ceiling:
+    def _measure_ceiling(self, dtype: str, threads: int, when: str) -> Ceiling:
         torch.set_num_threads(threads)
         ceiling = measure_ceiling(dtype)
         self.journal.add({"kind": "ceiling", "when": when, "dtype": dtype, "threads": threads, **ceiling._asdict()})
         return ceiling
 
 
-def _by_weights(cells: Iterable[Cell]) -> Iterator[tuple[str, str, list[Cell]]]:
+class _Weights:
+    """The weights of a shape and dtype, made when first asked for, and the float64 results that belong to them."""
+
+    def __init__(self, cell: Cell) -> None:
+        self._shape, self._dtype = cell.shape, cell.dtype
+        self._experts: ExpertWeights | None = None
+        self.truths: dict[Any, Truth] = {}
+
+    def get(self) -> ExpertWeights:
+        if self._experts is None:
+            self._experts = make_experts(self._shape, self._dtype)
+        return self._experts
+
+    def forget(self) -> None:
+        self._experts = None
+
+    def refusal(self, cell: Cell) -> str:
+        """Why a cell cannot be measured, or nothing."""
+        held = 0 if self._experts is None else sum(w.nbytes for w in self._experts if w is not None)
+        return (refuses_router(cell) if cell.mode == "router" else "") or does_not_fit(cell, held)
+
+
+def _by_weights(cells: Iterable[Cell]) -> Iterator[list[Cell]]:
     """Cells that share weights, together, in the order in which those first appear."""
     groups: dict[tuple[str, str], list[Cell]] = {}
     for cell in cells:
         groups.setdefault((cell.shape, cell.dtype), []).append(cell)
-    for (shape, dtype), group in groups.items():
-        yield shape, dtype, group
+    yield from groups.values()
+
+
+def expected_seconds(cell: Cell, rounds: int) -> float:
+    """A guess, for the time left: what a cell costs apart from its rounds, and those at an ordinary machine's speed."""
+    shape = SHAPES[cell.shape]
+    passes = 3 if cell.trains else 1
+    compute = 6 * cell.tokens * shape.k * shape.hidden_size * shape.width * passes / 5e10
+    active = min(shape.n_experts, cell.tokens * shape.k) / shape.n_experts
+    moved = 4 * active * shape.num_parameters * passes / 1e10
+    contenders = 6 if cell.mode != "memory" else 5 / rounds
+    return 3 + min(CELL_SECONDS, rounds * contenders * (compute + moved))

@@ -1,4 +1,4 @@
-"""Who computes a cell: our engines, the peers people use, and the matmuls alone as a bound."""
+"""Who computes a cell: our engines, and the peers that people use."""
 
 import importlib
 import importlib.util
@@ -11,25 +11,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moesaic.bench.machine import available_bytes
 from moesaic.bench.problem import Problem
 from moesaic.bench.shapes import SHAPES, Cell
 from moesaic.engine.select import ENGINES, best_engine
 
 Call = Callable[[Tensor, Tensor, Tensor], Tensor]  # (tokens, expert_ids, weights) -> out, on the problem's experts
+BATCHED_UP_TO = 64  # tokens
 
 
 @dataclass(frozen=True)
 class Contender:
     """`build` prepares outside the clock; `refuses` says why a cell is not for it, or nothing.
 
-    kind: "ours", "peer", or "bound" for what is no engine. `about` goes into the report: prepacking and its cost.
+    kind: "ours" or "peer". A call that keeps weights in a layout of its own has an attribute `prepacked_bytes`.
     """
 
     name: str
     kind: str
     build: Callable[[Problem], Call]
     refuses: Callable[[Cell], str | None] = lambda _cell: None
-    about: str = ""
 
 
 def our_engine(name: str) -> Contender:
@@ -84,16 +85,23 @@ def transformers_experts(problem: Problem, implementation: str, family: str) -> 
     return experts
 
 
-def transformers_peer(implementation: str, *, max_tokens: int | None = None) -> Contender:
+def transformers_peer(implementation: str, refuses: Callable[[Cell], str | None] = lambda _cell: None) -> Contender:
     def build(problem: Problem) -> Call:
         return transformers_experts(problem, implementation, SHAPES[problem.cell.shape].family)
 
-    def refuses(cell: Cell) -> str | None:
-        if max_tokens is not None and cell.tokens > max_tokens:
-            return f"copies the weights of every assignment: T <= {max_tokens} only"
-        return None
-
     return Contender(f"transformers {implementation}", "peer", build, refuses)
+
+
+def _copies_too_much(cell: Cell) -> str | None:
+    """batched_mm gathers a copy of the weights for every assignment."""
+    if cell.tokens > BATCHED_UP_TO:
+        return f"copies the weights of every assignment: T <= {BATCHED_UP_TO} only"
+    shape, item = SHAPES[cell.shape], 4 if cell.dtype == "float32" else 2
+    copied = item * cell.tokens * shape.k * shape.num_parameters // shape.n_experts * (3 if cell.trains else 1)
+    available = available_bytes()
+    if available is not None and copied > available // 2:
+        return f"would copy {copied / 2**30:.0f} GiB of weights"
+    return None
 
 
 def three_grouped_mm(problem: Problem) -> Call:
@@ -120,12 +128,12 @@ def three_grouped_mm(problem: Problem) -> Call:
 
 
 def _plain_silu_only(cell: Cell) -> str | None:
-    return "no biases, no clamped activation" if "gpt-oss" in cell.shape else None
+    return "no biases, no clamped activation" if SHAPES[cell.shape].config().expert_bias else None
 
 
 PEERS: dict[str, Contender] = {
     "eager": transformers_peer("eager"),
-    "batched_mm": transformers_peer("batched_mm", max_tokens=64),
+    "batched_mm": transformers_peer("batched_mm", _copies_too_much),
     "grouped_mm": transformers_peer("grouped_mm"),
     "torchtitan": Contender("torchtitan-style", "peer", three_grouped_mm, _plain_silu_only),
 }

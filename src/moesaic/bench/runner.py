@@ -29,7 +29,9 @@ class Row:
 
     Milliseconds; GF/s and GB/s count the work of the roofline, whatever the contender really moved.
     of_ceiling: least time by roofline over the median.  of_matmuls: the median of gemm-only over this one.
-    ratio: the best peer's median over this one, for our engines.
+    ratio: the best peer's median over this one, for our engines; of memory, the best peer's bytes over these.
+    extra_bytes: peak memory over weights and gradients.  of_layer: a router's share of router and experts together.
+    build_ms, prepacked_bytes: what came before the clock, and the copy of the weights that it made.
     """
 
     name: str
@@ -46,7 +48,15 @@ class Row:
     ratio: float | None = None
     best_peer: str | None = None
     extra_bytes: int | None = None
+    of_layer: float | None = None
+    build_ms: float = 0.0
+    prepacked_bytes: int = 0
     errors: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def cost(self) -> float | None:
+        """What is compared: milliseconds, or bytes in a memory cell."""
+        return self.median_ms if self.extra_bytes is None else max(self.extra_bytes, 1)
 
 
 @dataclass
@@ -87,10 +97,10 @@ def needed_bytes(cell: Cell) -> int:
     return copies * weights + activations
 
 
-def does_not_fit(cell: Cell) -> str:
-    """The reason to skip a cell on this machine, or nothing. To be asked before its weights are made."""
+def does_not_fit(cell: Cell, held: int = 0) -> str:
+    """The reason to skip a cell on this machine, or nothing. `held`: bytes of its weights that are there already."""
     available, needed = available_bytes(), needed_bytes(cell)
-    if available is None or needed < 0.9 * available:
+    if available is None or needed - held < 0.9 * available:
         return ""
     return f"needs about {needed / 2**30:.0f} GiB, {available / 2**30:.0f} GiB are free"
 
@@ -132,13 +142,16 @@ def _judge(problem: Problem, truth: Truth, contenders: Iterable[Contender]) -> l
     """Rows with errors, what is fit to be timed, and how long one run took. Eager first: its errors are the measure."""
     judged, eager = [], {}
     for contender in sorted(contenders, key=lambda c: c.name != EAGER):
-        row = Row(contender.name, contender.kind, contender.about)
+        row = Row(contender.name, contender.kind)
         refusal = contender.refuses(problem.cell)
         if refusal:
             row.note = refusal
             judged.append((row, None, math.nan))
             continue
+        start = time.perf_counter()
         call = contender.build(problem)
+        row.build_ms = 1e3 * (time.perf_counter() - start)
+        row.prepacked_bytes = getattr(call, "prepacked_bytes", 0)
         row.errors, seconds = _try(problem, truth, call)
         if contender.name == EAGER:
             eager = row.errors
@@ -233,13 +246,13 @@ def _fill(result: Result, seconds: dict[str, list[float]], problem: Problem) -> 
 
 def compare(result: Result) -> None:
     """Fill in what relates rows to each other: our ratio to the best peer, everybody's to the matmuls alone."""
-    peers = [(row.median_ms, row.name) for row in result.rows if row.kind == "peer" and row.median_ms is not None]
+    peers = [(cost, row.name) for row in result.rows if row.kind == "peer" and (cost := row.cost) is not None]
     bound = result.row(GEMM_ONLY)
     for row in result.rows:
-        if row.median_ms is None:
+        if row.cost is None:
             continue
-        if bound is not None and bound.median_ms is not None and row is not bound:
+        if bound is not None and bound.median_ms is not None and row.median_ms is not None and row is not bound:
             row.of_matmuls = bound.median_ms / row.median_ms
         if row.kind == "ours" and peers:
             best, row.best_peer = min(peers)
-            row.ratio = best / row.median_ms
+            row.ratio = best / row.cost

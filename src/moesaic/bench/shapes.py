@@ -41,6 +41,7 @@ SHAPES = {
     "mixtral": Shape("mixtral", "mixtral", 4096, 14336, 8, 2),
     "gpt-oss-20b": Shape("gpt-oss", "gpt_oss", 2880, 2880, 32, 4),
     "tiny": Shape("qwen3-moe", "qwen3_moe", 64, 32, 16, 4),
+    "tiny-dsv3": Shape("deepseek-v3", "deepseek_v3", 64, 32, 16, 4),
     "tiny-gpt-oss": Shape("gpt-oss", "gpt_oss", 64, 64, 8, 2),
 }
 
@@ -92,46 +93,48 @@ class Grid:
     def cells(self) -> Iterator[Cell]:
         axes = (self.shapes, self.dtypes, self.threads, self.modes, self.routings, self.tokens)
         for shape, dtype, threads, mode, routing, tokens in product(*axes):
+            if mode == "router" and routing != self.routings[0]:
+                continue  # a router decides by itself
             small = tokens <= COLD_UP_TO and mode not in ("memory", "router")
             for cache in ("cold", "warm") if small else ("any",):
                 yield Cell(shape, tokens, dtype, mode, routing, cache, threads)
 
 
-SMOKE = Grid(
-    shapes=("tiny", "tiny-gpt-oss"),
-    tokens=(1, 32),
-    modes=("forward", "fwd+bwd-fresh", "fwd+bwd-accumulate"),
-    routings=("balanced",),
-)
+TINY = ("tiny", "tiny-dsv3", "tiny-gpt-oss")  # to see that everything works: their times say nothing
+SMOKE = Grid(("tiny",), (1, 32), modes=("forward", "fwd+bwd-fresh"), routings=("balanced",))
+ROUNDS, SMOKE_ROUNDS = 10, 3
 
 
-CHOICES = {
-    "shapes": ("--shape", tuple(SHAPES)),
-    "dtypes": ("--dtype", DTYPES),
-    "modes": ("--mode", MODES),
-    "routings": ("--routing", ROUTINGS),
-}
+def smoke_cells(threads: int) -> list[Cell]:
+    """What a smoke run has beside its grid: the other modes, and the other kinds of experts."""
+    return [
+        Cell("tiny", 32, "bfloat16", "fwd+bwd-accumulate", "zipf", threads=threads),
+        Cell("tiny", 32, "float32", "memory", threads=threads),
+        Cell("tiny-gpt-oss", 32, "float32", "train-forward", "all-to-k", threads=threads),
+        Cell("tiny-dsv3", 32, "float32", "router", threads=threads),
+    ]
 
 
-def choose(grid: Grid, **given: str | None) -> Grid:
-    """`grid` with the axes that a user gave, as text with commas. Raises ValueError for what there is not."""
-    axes: dict[str, tuple] = {}
-    for axis, text in given.items():
-        if text is None:
-            continue
-        values = tuple(dict.fromkeys(part.strip() for part in text.split(",")))
-        if axis in CHOICES:
-            option, known = CHOICES[axis]
-            for value in values:
-                if value not in known:
-                    raise ValueError(f"{option} {value!r} is unknown: use {', '.join(known)}")
-            axes[axis] = values
+AXES = {
+    "shapes": "shape", "tokens": "tokens", "dtypes": "dtype", "modes": "mode", "routings": "routing",
+    "threads": "threads",
+}  # fmt: skip
+KNOWN = {"shapes": tuple(SHAPES), "dtypes": DTYPES, "modes": MODES, "routings": ROUTINGS}
+
+
+def choose(**given: str | None) -> dict[str, tuple]:
+    """The axes of a Grid that a user gave, as text with commas. Raises ValueError for what there is not."""
+    return {axis: tuple(_values(axis, text)) for axis, text in given.items() if text is not None}
+
+
+def _values(axis: str, text: str) -> Iterator[str | int]:
+    option = f"--{AXES[axis]}"
+    for value in dict.fromkeys(part.strip() for part in text.split(",")):
+        if axis in KNOWN:
+            if value not in KNOWN[axis]:
+                raise ValueError(f"{option} {value!r} is unknown: use {', '.join(KNOWN[axis])}")
+            yield value
+        elif value.isdecimal() and int(value) > 0:
+            yield int(value)
         else:
-            axes[axis] = tuple(_positive(axis, value) for value in values)
-    return dataclasses.replace(grid, **axes)
-
-
-def _positive(axis: str, text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise ValueError(f"--{axis} {text!r} is not a number from 1: use for example --{axis} 1,2")
-    return int(text)
+            raise ValueError(f"{option} {value!r} is not a number from 1: use for example {option} 1,2")

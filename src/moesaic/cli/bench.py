@@ -1,17 +1,15 @@
 """`moesaic bench`: engines and their peers side by side on this machine."""
 
 import json
-from dataclasses import replace
+import shlex
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from moesaic.bench.campaign import Campaign
-    from moesaic.bench.runner import Result
     from moesaic.bench.shapes import Cell
 
 
@@ -24,70 +22,94 @@ def bench(
         typer.Option(help="forward, train-forward, fwd+bwd-fresh, fwd+bwd-accumulate, memory, router."),
     ] = None,
     routing: Annotated[str | None, typer.Option(help="balanced, zipf, all-to-k.")] = None,
-    threads: Annotated[str | None, typer.Option(help="Numbers of threads; the machine's cores unless given.")] = None,
-    engine: Annotated[str, typer.Option(help="Our engines; auto is what the library takes.")] = "auto",
+    threads: Annotated[str | None, typer.Option(help="Numbers of threads; all cores unless given.")] = None,
+    engine: Annotated[str, typer.Option(help="Our engines, with commas; auto is what the library takes.")] = "auto",
     peers: Annotated[
-        str, typer.Option(help="eager, batched_mm, grouped_mm, torchtitan, none, or a .py file with a list PEERS.")
+        str, typer.Option(help="Whom to compare with: names, none, or .py files that define PEERS.")
     ] = "eager,batched_mm,grouped_mm,torchtitan",
-    rounds: Annotated[int, typer.Option(min=1, help="Rounds of a cell; fewer where one takes long.")] = 10,
+    rounds: Annotated[
+        int | None, typer.Option(min=1, help="Rounds of a cell, 10 unless given; fewer where one takes long.")
+    ] = None,
     budget: Annotated[float | None, typer.Option(min=0, help="Minutes after which no cell is begun.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for results.jsonl and report.md.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
     smoke: Annotated[bool, typer.Option("--smoke", help="A tiny grid, to see that everything works.")] = False,
+    targets: Annotated[bool, typer.Option("--targets", help="The cells that have a target of their own.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
 ) -> None:
     """Measure our engines against their peers: correctness first, rounds in turn, share of this machine's ceiling."""
-    from moesaic.bench.shapes import SMOKE, Grid, choose
+    from moesaic.bench.shapes import ROUNDS, SMOKE_ROUNDS, choose
 
-    grid = choose(
-        SMOKE if smoke else Grid(),
-        shapes=shape, tokens=tokens, dtypes=dtype, modes=mode, routings=routing, threads=threads,
-    )  # fmt: skip
+    given = choose(shapes=shape, tokens=tokens, dtypes=dtype, modes=mode, routings=routing, threads=threads)
+    if smoke and targets:
+        raise ValueError("--smoke and --targets are both given: use one")
     from moesaic.bench.campaign import Campaign, open_journal
-    from moesaic.bench.contenders import our_engines, peers_named
-    from moesaic.bench.machine import num_cores
     from moesaic.cli.output import make_ready
 
-    if threads is None:
-        grid = replace(grid, threads=(num_cores(),))
-    cells = list(grid.cells())
-
-    engines = engine.split(",")
-    our_engines(engines, cells[0].dtype)  # a mistake is told before any work
-    others = peers_named(peers.split(","))
+    cells = _cells(given, smoke=smoke, targets=targets)
+    rounds = rounds or (SMOKE_ROUNDS if smoke else ROUNDS)
+    campaign = Campaign(engine.split(","), peers.split(","), rounds, budget if budget is None else 60 * budget)
     if out is not None:
         make_ready(out)
-    journal = open_journal(out, resume=resume)
-    campaign = Campaign(engines, others, rounds, journal, None if budget is None else 60 * budget)
+    campaign.journal = open_journal(out, resume=resume)
     left_out = _run(campaign, cells)
-    results = journal.results
-    if as_json:
-        print(json.dumps({"lines": journal.lines, "left_out": [cell.key for cell in left_out]}))
-    else:
-        _show(results)
+    _tell(campaign, left_out, out, as_json=as_json)
+    if any(row.kind == "ours" and row.note == "wrong" for result in campaign.journal.results for row in result.rows):
+        raise typer.Exit(1)
 
 
-def _run(campaign: "Campaign", cells: "Sequence[Cell]") -> "list[Cell]":
-    """Run with a bar on stderr whose time left counts cells."""
+def _cells(given: dict, *, smoke: bool, targets: bool) -> "list[Cell]":
+    """The grid of the flag that is set, with the axes that were given; of the targets, those that fit them."""
+    from dataclasses import replace
+
+    from moesaic.bench.machine import num_cores
+    from moesaic.bench.shapes import AXES, SMOKE, Grid, smoke_cells
+    from moesaic.bench.targets import target_cells
+
+    given = {"threads": (num_cores(),), **given}
+    if not targets:
+        cells = list(replace(SMOKE if smoke else Grid(), **given).cells())
+        return cells + smoke_cells(given["threads"][0]) if smoke else cells
+    cells = [cell for threads in given["threads"] for cell in target_cells(threads)]
+    found = [cell for cell in cells if all(getattr(cell, AXES[axis]) in values for axis, values in given.items())]
+    if not found:
+        raise ValueError("--targets has no such cell: leave out --shape, --tokens, --dtype, --mode or --routing")
+    return found
+
+
+def _run(campaign: "Campaign", cells: "list[Cell]") -> "list[Cell]":
+    """Run with a bar on stderr; its time left goes by what the cells are expected to take."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = (TextColumn("{task.completed}/{task.total}"), BarColumn(20), TimeRemainingColumn())
+    from moesaic.bench.campaign import expected_seconds
+
+    expected = [expected_seconds(cell, campaign.rounds) for cell in cells]
+    columns = (TextColumn("{task.fields[number]}"), BarColumn(20), TimeRemainingColumn())
     with Progress(*columns, TextColumn("{task.description}"), console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("", total=len(cells))
+        task = bar.add_task("", total=sum(expected), number="")
 
         def report(cell: "Cell") -> None:
-            bar.update(task, description=cell.key, completed=cells.index(cell))
+            number = cells.index(cell)
+            bar.update(
+                task, description=cell.key, completed=sum(expected[:number]), number=f"{number + 1}/{len(cells)}"
+            )
 
-        campaign.report = report
-        return campaign.run(cells)
+        return campaign.run(cells, report)
 
 
-def _show(results: "Sequence[Result]") -> None:
-    from rich.console import Console
+def _tell(campaign: "Campaign", left_out: "list[Cell]", out: Path | None, *, as_json: bool) -> None:
+    from moesaic.bench.report import aligned, markdown, summary
 
-    from moesaic.bench.report import tables
-
-    console = Console()
-    for table in tables(results):
-        console.print(table)
+    command, journal = shlex.join(["moesaic", *sys.argv[1:]]), campaign.journal
+    if out is not None:
+        (out / "report.md").write_text(markdown(journal, command, left_out), encoding="utf-8")
+    if as_json:
+        print(json.dumps({"lines": journal.lines, "left_out": [cell.key for cell in left_out]}))
+        return
+    print(aligned(summary(journal.results)))
+    if left_out:
+        print(f"left out by the budget: {len(left_out)} cells")
+    if out is not None:
+        print(f"everybody's numbers: {out / 'report.md'}")
+    print(f"reproduce: {command}")

@@ -1,8 +1,9 @@
 """The CPU engine: expert by expert on reused scratch, forward and a backward of its own.
 
-Per active expert: gather its rows, up projection, activation times the routing weight (at the expert's width, half or
-less of the model's), down projection, add into the output. No [T*K, D] tensor exists; every token meets an expert at
-most once and experts run in ascending order, so the sum has one order and results repeat bit for bit.
+The assignments, sorted by expert, are walked in batches of some hundred rows. Per batch: gather the rows, up
+projection expert by expert, activation times routing weight (at the expert's width, half or less of the model's), down
+projection, add into the output. No [T*K, D] tensor exists whatever the skew. A token meets an expert at most once and
+experts run in ascending order, so every sum has one order and results repeat bit for bit.
 Kept for the backward: the tokens, the up projection's output H and the order of assignments; nothing else.
 """
 
@@ -14,28 +15,19 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from moesaic.engine.checks import check_ids
-from moesaic.engine.gemm import BLOCK_MAX_ROWS, Workspace, add_outer, linear, matmul_dtype
+from moesaic.engine.gemm import INVARIANT_ROWS, Workspace, add_outer, invariant_linear, linear, matmul_dtype
 from moesaic.engine.op import ACCUMULATING, run_experts
 from moesaic.engine.plan import group_by_expert
 from moesaic.engine.spec import ExpertSpec
 from moesaic.types import ExpertWeights
 
-CHUNK = 1024  # rows of one expert computed at a time: scratch stays bounded when all tokens go to one expert
-INVARIANT_ROWS = 32  # rows of every matmul in batch-invariant mode
+BATCH_ROWS = 512  # small experts share the cost of the operations between matmuls, in scratch that stays in cache
+PIECE_ROWS = 1024  # a hot expert is cut here: memory stays bounded when all tokens go to one
+SERIAL = 32768  # elements up to which torch runs an elementwise operation in one thread
 
 
-class Forward(NamedTuple):
-    """out: [T, O].  hidden: [S, U], rows in the order of `assignments`; empty unless it was asked for.
-    assignments, counts: the Plan."""
-
-    out: Tensor
-    hidden: Tensor
-    assignments: Tensor
-    counts: Tensor
-
-
-class Chunk(NamedTuple):
-    """Some rows of one expert: rows start..stop of the sorted assignments; `first` of its expert or not."""
+class Piece(NamedTuple):
+    """Rows start..stop of the sorted assignments, all of one expert; `first` where the expert begins."""
 
     expert: int
     start: int
@@ -43,14 +35,37 @@ class Chunk(NamedTuple):
     first: bool
 
 
-def chunks_of(counts: list[int], size: int = CHUNK) -> Iterator[Chunk]:
-    """The active experts in ascending order, each in pieces of at most `size` rows."""
-    start = 0
+class Batch(NamedTuple):
+    """Neighbouring pieces that are computed together. rows: [n] the token of each row."""
+
+    pieces: list[Piece]
+    rows: Tensor
+    here: slice
+
+    def expert_of_row(self) -> Int[Tensor, " n"]:
+        experts = torch.tensor([piece.expert for piece in self.pieces])
+        return experts.repeat_interleave(torch.tensor(self.sizes))
+
+    @property
+    def sizes(self) -> list[int]:
+        return [piece.stop - piece.start for piece in self.pieces]
+
+
+def batches(counts: list[int], token_of: Tensor, piece_rows: int = PIECE_ROWS) -> Iterator[Batch]:
+    """All assignments that `counts` covers, experts ascending."""
+    pieces: list[Piece] = []
+    start = begin = 0
     for expert, count in enumerate(counts):
         end = start + count
-        for piece in range(start, end, size):
-            yield Chunk(expert, piece, min(piece + size, end), first=piece == start)
+        for cut in range(start, end, piece_rows):
+            stop = min(cut + piece_rows, end)
+            if pieces and stop - begin > BATCH_ROWS:
+                yield Batch(pieces, token_of[begin:cut], slice(begin, cut))
+                pieces, begin = [], cut
+            pieces.append(Piece(expert, cut, stop, first=cut == start))
         start = end
+    if pieces:
+        yield Batch(pieces, token_of[begin:start], slice(begin, start))
 
 
 def forward(
@@ -62,66 +77,45 @@ def forward(
     *,
     save_hidden: bool,
     batch_invariant: bool,
-) -> Forward:
-    """The weighted sum of the chosen experts per token, and what the backward needs of it."""
-    n_tokens, k = expert_ids.shape
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(out [T, O], hidden, assignments [S], counts [E]): the weighted sum of the chosen experts, and what the backward
+    needs of it. hidden: [S, U] in the order of `assignments`, in the tokens' dtype; empty unless it is to be saved."""
     if expert_ids.numel():
         check_ids(int(expert_ids.min()), int(expert_ids.max()), len(experts.up))
     plan = group_by_expert(expert_ids, len(experts.up))
-    counts = plan.counts.tolist()
-    narrow = tokens.dtype
-    wide = torch.promote_types(narrow, torch.float32)
-    out = torch.zeros(n_tokens, spec.output_size(experts), dtype=wide)
-    hidden = torch.empty((n_tokens * k, spec.up_size(experts)) if save_hidden else 0, dtype=narrow)
-    scales = weights.flatten()[plan.assignments].to(wide)
-    token_of = plan.assignments // k
-    work = Workspace()
-    for chunk in chunks_of(counts, INVARIANT_ROWS if batch_invariant else CHUNK):
-        expert, here = chunk.expert, slice(chunk.start, chunk.stop)
-        count = INVARIANT_ROWS if batch_invariant else chunk.stop - chunk.start
-        dtype = matmul_dtype(count, tokens.dtype, experts.up.dtype)
-        up, down = _matrices(experts, spec, expert, count, dtype, work)
-        rows = token_of[here]
-        x = tokens if n_tokens == 1 else torch.index_select(tokens, 0, rows)
-        scale = scales[here, None]
-        if batch_invariant:
-            x, scale = _padded(x), _padded(scale)
-        projected = linear(x.to(dtype), up, work, "up").to(wide)
-        if experts.up_bias is not None:
-            projected = projected + experts.up_bias[expert]
-        if save_hidden:
-            hidden[here] = projected[: chunk.stop - chunk.start]
-        activated = spec.activate(projected).mul_(scale)
-        expert_out = linear(activated.to(dtype), down, work, "down").to(wide)
-        if experts.down_bias is not None:
-            expert_out = expert_out.addcmul(experts.down_bias[expert].to(wide), scale)
-        if n_tokens == 1:
-            out += expert_out[:1]
-        else:
-            out.index_add_(0, rows, expert_out[: len(rows)])
-    return Forward(out.to(tokens.dtype), hidden, plan.assignments, plan.counts)
+    dtype, wide = matmul_dtype(tokens.dtype), torch.promote_types(tokens.dtype, torch.float32)
+    up, down = _as_out_in(experts, spec)
+    out = torch.zeros(len(tokens), down.shape[1], dtype=wide)
+    hidden = tokens.new_empty((len(plan.assignments), up.shape[1]) if save_hidden else 0)
+    scales = weights.flatten()[plan.assignments].to(wide)[:, None]
+    multiply = Multiply(invariant_linear if batch_invariant else linear)
+    cut = INVARIANT_ROWS if batch_invariant else PIECE_ROWS
+    for batch in batches(plan.counts.tolist(), plan.assignments // expert_ids.shape[1], cut):
+        x = tokens.index_select(0, batch.rows).to(dtype)
+        projected = hidden[batch.here] if save_hidden and dtype == tokens.dtype else None
+        projected = multiply(batch, x, up, "projected", projected)
+        _add_bias(projected, experts.up_bias, batch)
+        if save_hidden and dtype != tokens.dtype:
+            hidden[batch.here] = projected
+        scale = scales[batch.here]
+        activate = _activate_by_row if batch_invariant else ExpertSpec.activate
+        activated = activate(spec, projected.to(wide)).mul_(scale)
+        expert_out = multiply(batch, activated.to(dtype), down, "expert out").to(wide)
+        _add_bias(expert_out, experts.down_bias, batch, scale)
+        out.index_add_(0, batch.rows, expert_out)
+    return out.to(tokens.dtype), hidden, plan.assignments, plan.counts
 
 
 class Gradients(NamedTuple):
-    """What `backward` returns, each None where nobody asked for it or where it went straight into `.grad`."""
+    """One entry for each differentiable input: as `backward` argument what is wanted of it, as its result the gradient,
+    None where it was not wanted or went straight into a gradient that existed."""
 
-    tokens: Tensor | None
-    weights: Tensor | None
-    up: Tensor | None
-    down: Tensor | None
-    up_bias: Tensor | None
-    down_bias: Tensor | None
-
-
-class Wanted(NamedTuple):
-    """Which gradients `backward` computes: frozen weights cost no matmul."""
-
-    tokens: bool = True
-    weights: bool = True
-    up: bool = True
-    down: bool = True
-    up_bias: bool = True
-    down_bias: bool = True
+    tokens: Any
+    weights: Any
+    up: Any
+    down: Any
+    up_bias: Any
+    down_bias: Any
 
 
 def backward(
@@ -133,115 +127,119 @@ def backward(
     assignments: Int[Tensor, " S"],
     counts: Int[Tensor, " E"],
     spec: ExpertSpec,
-    wanted: Wanted,
+    wanted: Gradients,
     up_into: Tensor | None = None,
     down_into: Tensor | None = None,
 ) -> Gradients:
-    """All gradients from one walk over the experts (SonicMoE's algebra, arXiv 2512.14080, with dS = rowsum(dA' * A)).
+    """All gradients in one walk over the experts. With A' = the gradient of A = act(H), s the routing weight:
+    A' = g W2, ds = rowsum(A' A), dW2 = g^T (s A), dH = act'(H) s A', dW1 = dH^T x, dx = dH W1
+    (SonicMoE, arXiv 2512.14080, sec. 3; frozen inputs cost nothing).
 
-    `hidden` empty means: compute it again from the tokens. `up_into` and `down_into` are gradients that exist already
-    and are added to in place; those are then not returned.
+    An empty `hidden` is computed again from the tokens. `up_into`, `down_into`: gradients that are added to in place.
     """
-    k = weights.shape[-1]
-    narrow = tokens.dtype
-    wide = torch.promote_types(narrow, torch.float32)
-    d_tokens = torch.zeros(tokens.shape, dtype=wide) if wanted.tokens else None
-    d_scales = torch.zeros(weights.numel(), dtype=wide) if wanted.weights else None
-    d_up = up_into if up_into is not None else _gradient_like(experts.up, wanted.up, counts)
-    d_down = down_into if down_into is not None else _gradient_like(experts.down, wanted.down, counts)
-    d_up_bias = _zeros_like(experts.up_bias, wanted.up_bias, wide)
-    d_down_bias = _zeros_like(experts.down_bias, wanted.down_bias, wide)
-    dtype = matmul_dtype(CHUNK, tokens.dtype, experts.up.dtype)
-    scales = weights.flatten()[assignments].to(wide)
-    token_of = assignments // k
-    needs_hidden = wanted.tokens or wanted.weights or wanted.up or wanted.up_bias
-    work = Workspace()
-    for chunk in chunks_of(counts.tolist()):
-        expert, here = chunk.expert, slice(chunk.start, chunk.stop)
-        up, down = _matrices(experts, spec, expert, CHUNK, dtype, work)
-        rows, scale = token_of[here], scales[here, None]
-        g = torch.index_select(grad_out, 0, rows)
-        x = torch.index_select(tokens, 0, rows).to(dtype)
-        projected = hidden[here] if hidden.numel() else _project(x, up, experts.up_bias, expert, work, wide)
-        projected = projected.to(wide)
-        if needs_hidden:
-            d_activated = linear(g.to(dtype), down.mT, work, "d_activated").to(wide)
-            activated, d_projected = spec.activate_backward(projected, d_activated * scale)
-            if d_scales is not None:
-                d_scale = (d_activated * activated).sum(dim=1)
-                if experts.down_bias is not None:
-                    d_scale += (g.to(wide) * experts.down_bias[expert]).sum(dim=1)
-                d_scales[assignments[here]] = d_scale
-            d_projected_narrow = d_projected.to(dtype)
-            if d_tokens is not None:
-                d_tokens.index_add_(0, rows, linear(d_projected_narrow, up.mT, work, "d_tokens").to(wide))
-            if d_up is not None:
-                accumulate = up_into is not None or not chunk.first
-                _add_weight_gradient(d_up[expert], d_projected_narrow, x, spec, work, accumulate)
-            if d_up_bias is not None:
-                d_up_bias[expert] += d_projected.sum(dim=0)
+    dtype, wide = matmul_dtype(tokens.dtype), torch.promote_types(tokens.dtype, torch.float32)
+    up, down = _as_out_in(experts, spec)
+    into = Gradients(
+        tokens=torch.zeros(tokens.shape, dtype=wide) if wanted.tokens else None,
+        weights=torch.zeros(weights.numel(), dtype=wide) if wanted.weights else None,
+        up=up_into if up_into is not None else _gradient_like(experts.up, counts) if wanted.up else None,
+        down=down_into if down_into is not None else _gradient_like(experts.down, counts) if wanted.down else None,
+        up_bias=torch.zeros(experts.up_bias.shape, dtype=wide) if wanted.up_bias else None,
+        down_bias=torch.zeros(experts.down_bias.shape, dtype=wide) if wanted.down_bias else None,
+    )
+    scales = weights.flatten()[assignments].to(wide)[:, None]
+    multiply = Multiply(linear)
+    for batch in batches(counts.tolist(), assignments // weights.shape[1]):
+        scale = scales[batch.here]
+        g, x = grad_out.index_select(0, batch.rows), tokens.index_select(0, batch.rows).to(dtype)
+        if hidden.numel():
+            projected = hidden[batch.here]
         else:
-            activated = spec.activate(projected)
-        if d_down is not None:
-            accumulate = down_into is not None or not chunk.first
-            _add_weight_gradient(d_down[expert], g.to(dtype), (activated * scale).to(dtype), spec, work, accumulate)
-        if d_down_bias is not None:
-            d_down_bias[expert] += (g.to(wide) * scale).sum(dim=0)
+            projected = multiply(batch, x, up, "projected")
+            _add_bias(projected, experts.up_bias, batch)
+        d_activated = multiply(batch, g.to(dtype), down.mT, "d_activated").to(wide)
+        activated, d_projected = spec.activate_backward(projected.to(wide), d_activated * scale)
+        d_projected = d_projected.to(dtype)
+        if into.weights is not None:
+            d_scale = (d_activated * activated).sum(dim=1)
+            if experts.down_bias is not None:
+                d_scale += (experts.down_bias[batch.expert_of_row()] * g).sum(dim=1, dtype=wide)
+            into.weights[assignments[batch.here]] = d_scale
+        if into.tokens is not None:
+            into.tokens.index_add_(0, batch.rows, multiply(batch, d_projected, up.mT, "d_tokens").to(wide))
+        if into.up is not None:
+            multiply.outer(batch, into.up, d_projected, x, spec, accumulate=up_into is not None)
+        if into.down is not None:
+            scaled = activated.mul_(scale).to(dtype)
+            multiply.outer(batch, into.down, g.to(dtype), scaled, spec, accumulate=down_into is not None)
+        _sum_rows(batch, into.up_bias, d_projected)
+        _sum_rows(batch, into.down_bias, g * scale)
     return Gradients(
-        None if d_tokens is None else d_tokens.to(tokens.dtype),
-        None if d_scales is None else d_scales.view(weights.shape).to(weights.dtype),
-        d_up if up_into is None else None,
-        d_down if down_into is None else None,
-        None if d_up_bias is None else d_up_bias.to(experts.up.dtype),
-        None if d_down_bias is None else d_down_bias.to(experts.down.dtype),
+        None if into.tokens is None else into.tokens.to(tokens.dtype),
+        None if into.weights is None else into.weights.view(weights.shape).to(weights.dtype),
+        into.up if up_into is None else None,
+        into.down if down_into is None else None,
+        None if into.up_bias is None else into.up_bias.to(experts.up.dtype),
+        None if into.down_bias is None else into.down_bias.to(experts.down.dtype),
     )
 
 
-def _matrices(
-    experts: ExpertWeights, spec: ExpertSpec, expert: int, rows: int, dtype: torch.dtype, work: Workspace
-) -> tuple[Tensor, Tensor]:
-    """One expert's matrices as [out, in], in `dtype` unless `linear` had better widen them block by block."""
-    up, down = experts.up[expert], experts.down[expert]
-    if spec.transposed:
-        up, down = up.mT, down.mT
-    elif rows <= BLOCK_MAX_ROWS:
-        return up, down
-    return work.widen("up weight", up, dtype), work.widen("down weight", down, dtype)
+class Multiply:
+    """Rows of a batch through the matrices of their experts, in scratch that the next batch uses again."""
+
+    def __init__(self, linear: Any) -> None:
+        self._linear = linear
+        self._work = Workspace()
+
+    def __call__(
+        self, batch: Batch, x: Float[Tensor, "n a"], stack: Float[Tensor, "E b a"], name: str, out: Tensor | None = None
+    ) -> Float[Tensor, "n b"]:
+        if out is None:
+            out = self._work.take(name, len(x), stack.shape[1], x.dtype)
+        sizes = batch.sizes
+        for piece, rows, result in zip(batch.pieces, x.split(sizes), out.split(sizes), strict=True):
+            self._linear(rows, stack[piece.expert], result, self._work)
+        return out
+
+    def outer(
+        self, batch: Batch, gradient: Tensor, g: Tensor, x: Tensor, spec: ExpertSpec, *, accumulate: bool
+    ) -> None:
+        """gradient[e] (+)= g_e^T x_e for every expert e of the batch, in the layout of the weights."""
+        left, right = (x, g) if spec.transposed else (g, x)
+        sizes = batch.sizes
+        for piece, a, b in zip(batch.pieces, left.split(sizes), right.split(sizes), strict=True):
+            add_outer(gradient[piece.expert], a, b, self._work, accumulate=accumulate or not piece.first)
 
 
-def _project(
-    x: Tensor, up: Tensor, up_bias: Tensor | None, expert: int, work: Workspace, wide: torch.dtype
-) -> Float[Tensor, "n U"]:
-    projected = linear(x, up, work, "up").to(wide)
-    return projected if up_bias is None else projected + up_bias[expert]
+def _as_out_in(experts: ExpertWeights, spec: ExpertSpec) -> tuple[Float[Tensor, "E U D"], Float[Tensor, "E O I"]]:
+    return (experts.up.mT, experts.down.mT) if spec.transposed else (experts.up, experts.down)
 
 
-def _padded(x: Tensor) -> Tensor:
-    """x with rows of zeros below it up to INVARIANT_ROWS, in memory of its own."""
-    padded = x.new_zeros(INVARIANT_ROWS, x.shape[1])
-    padded[: len(x)] = x
-    return padded
+def _add_bias(rows: Float[Tensor, "n b"], bias: Tensor | None, batch: Batch, scale: Tensor | None = None) -> None:
+    if bias is not None:
+        chosen = bias[batch.expert_of_row()]
+        rows += chosen if scale is None else chosen * scale
 
 
-def _add_weight_gradient(
-    gradient: Tensor, g: Tensor, x: Tensor, spec: ExpertSpec, work: Workspace, accumulate: bool
-) -> None:
-    out_side, in_side = (x, g) if spec.transposed else (g, x)
-    add_outer(gradient, out_side, in_side, work, accumulate=accumulate)
+def _sum_rows(batch: Batch, into: Tensor | None, rows: Float[Tensor, "n b"]) -> None:
+    if into is not None:
+        into.index_add_(0, batch.expert_of_row(), rows.to(into.dtype))
 
 
-def _gradient_like(weight: Tensor, wanted: bool, counts: Tensor) -> Tensor | None:
-    """Memory for a gradient; only experts without a token are zeroed, the others are written whole."""
-    if not wanted:
-        return None
+def _activate_by_row(spec: ExpertSpec, projected: Float[Tensor, "n U"]) -> Float[Tensor, "n I"]:
+    """`spec.activate` such that a value does not depend on its place: torch computes the last few of a run of numbers
+    with another exponential than the others, so every row has to be a run, and one thread's."""
+    apart = projected.new_empty(len(projected), projected.shape[1] + 1)[:, :-1].copy_(projected)
+    step = max(1, SERIAL // projected.shape[1])
+    return torch.cat([spec.activate(rows) for rows in apart.split(step)])
+
+
+def _gradient_like(weight: Tensor, counts: Tensor) -> Tensor:
+    """Memory for a gradient. Only experts without a token are zeroed here; the others will be written whole."""
     gradient = torch.empty_like(weight)
     for expert in (counts == 0).nonzero().flatten().tolist():
         gradient[expert].zero_()
     return gradient
-
-
-def _zeros_like(bias: Tensor | None, wanted: bool, wide: torch.dtype) -> Tensor | None:
-    return torch.zeros(bias.shape, dtype=wide) if bias is not None and wanted else None
 
 
 def cpu(
@@ -266,13 +264,13 @@ def cpu(
 
 
 @torch.library.impl("moesaic::experts", "CPU")
-def _experts(tokens: Tensor, expert_ids: Tensor, weights: Tensor, *rest: Any) -> Forward:
-    experts, fields, (save_hidden, batch_invariant) = rest[:4], rest[4:-2], rest[-2:]
+def _forward_kernel(tokens: Tensor, expert_ids: Tensor, weights: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    experts, fields, (save_hidden, batch_invariant) = ExpertWeights(*rest[:4]), rest[4:-2], rest[-2:]
     return forward(
         tokens,
         expert_ids,
         weights,
-        ExpertWeights(*experts),
+        experts,
         ExpertSpec(*fields),
         save_hidden=save_hidden,
         batch_invariant=batch_invariant,
@@ -280,26 +278,26 @@ def _experts(tokens: Tensor, expert_ids: Tensor, weights: Tensor, *rest: Any) ->
 
 
 @torch.library.impl("moesaic::experts_backward", "CPU")
-def _experts_backward(*args: Any) -> list[Tensor]:
+def _backward_kernel(*args: Any) -> list[Tensor]:
     tokens = args[1]
-    return [tokens.new_empty(0) if grad is None else grad for grad in _backward_in_place(*args)]
+    return [tokens.new_empty(0) if grad is None else grad for grad in _accumulating_backward(*args)]
 
 
-def _backward_in_place(grad_out: Tensor, tokens: Tensor, weights: Tensor, *rest: Any) -> Gradients:
-    experts, (hidden, assignments, counts), fields = rest[:4], rest[4:7], rest[7:14]
-    wanted, into = rest[14], rest[15:]
+def _accumulating_backward(grad_out: Tensor, tokens: Tensor, weights: Tensor, *rest: Any) -> Gradients:
+    experts, (hidden, assignments, counts), fields = ExpertWeights(*rest[:4]), rest[4:7], rest[7:14]
+    wanted, into = Gradients(*rest[14]), rest[15:]
     return backward(
         grad_out,
         tokens,
         weights,
-        ExpertWeights(*experts),
+        experts,
         hidden,
         assignments,
         counts,
         ExpertSpec(*fields),
-        Wanted(*wanted),
+        wanted,
         *into,
     )
 
 
-ACCUMULATING["cpu"] = _backward_in_place
+ACCUMULATING["cpu"] = _accumulating_backward

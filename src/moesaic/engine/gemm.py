@@ -1,9 +1,9 @@
 """One expert's matmul, called in the way this machine's BLAS is fastest at.
 
 What decides is measured (`moesaic doctor --measure` does it again): MKL streams a weight matrix at full bandwidth only
-for a few rows and packs it above that, twice the cost; `W @ x.T` stays flat where `x @ W.T` climbs; on AMD MKL leaves
-the AVX-512 units to oneDNN; a 16-bit matmul that the CPU has no instructions for runs five times slower than widening
-the weights to float32 first. The forms differ in the last bit, so the choice hangs on sizes and machine alone.
+for a few rows and packs it above that, twice the cost; `W @ x.T` stays flat where `x @ W.T` climbs; on AMD oneDNN uses
+the AVX-512 units and MKL does not; a 16-bit matmul that the CPU has no instructions for runs several times slower than
+widening the weights to float32 first. The forms differ in the last bit, so the choice hangs on sizes and machine alone.
 """
 
 import os
@@ -16,50 +16,45 @@ from torch import Tensor
 
 BLOCK = 256  # rows of a 16-bit weight widened at a time: 2 MB of float32 at D=2048, which stay in L2
 BLOCK_MAX_ROWS = 8  # up to here (rows of x) the matmul is over before a widened block leaves the cache
-WHOLE = 10**9
+INVARIANT_ROWS = 32  # rows of every matmul in batch-invariant mode
+ANY = 1 << 62
 
 
 class Workspace:
-    """Scratch memory that every expert of one call uses again: fresh pages would cost more than they hold."""
+    """Scratch memory that all experts of one call use in turn: fresh pages would cost more than what they hold."""
 
     def __init__(self) -> None:
         self._buffers: dict[str, Tensor] = {}
 
     def take(self, name: str, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-        """An uninitialised [rows, columns] matrix; it is overwritten when `name` is taken again."""
+        """An uninitialised [rows, columns] matrix; its memory is handed out again when `name` is taken again."""
         size = rows * columns
         buffer = self._buffers.get(name)
         if buffer is None or buffer.numel() < size or buffer.dtype != dtype:
             buffer = self._buffers[name] = torch.empty(size, dtype=dtype)
         return buffer[:size].view(rows, columns)
 
-    def widen(self, name: str, w: Tensor, dtype: torch.dtype) -> Tensor:
-        """`w` itself where it has the dtype, else a copy in scratch of the same memory layout."""
-        if w.dtype == dtype:
-            return w
-        if _row_major(w):
-            return self.take(name, *w.shape, dtype).copy_(w)
-        return self.take(name, *w.mT.shape, dtype).copy_(w.mT).mT
+
+def rows_form(x: Tensor, w: Tensor, out: Tensor, work: Workspace) -> None:
+    del work
+    torch.mm(x, w.mT, out=out)
 
 
-def rows_form(x: Tensor, w: Tensor, work: Workspace, name: str) -> Tensor:
-    return torch.mm(x, w.mT, out=work.take(name, len(x), len(w), x.dtype))
+def columns_form(x: Tensor, w: Tensor, out: Tensor, work: Workspace) -> None:
+    out.copy_(torch.mm(w, x.mT, out=work.take("columns", len(w), len(x), x.dtype)).mT)
 
 
-def columns_form(x: Tensor, w: Tensor, work: Workspace, name: str) -> Tensor:
-    return torch.mm(w, x.mT, out=work.take(name, len(w), len(x), x.dtype)).mT
+def vector_form(x: Tensor, w: Tensor, out: Tensor, work: Workspace) -> None:
+    del work
+    torch.mv(w, x[0], out=out[0])
 
 
-def vector_form(x: Tensor, w: Tensor, work: Workspace, name: str) -> Tensor:
-    return torch.mv(w, x[0], out=work.take(name, 1, len(w), x.dtype)[0])[None]
+def onednn_form(x: Tensor, w: Tensor, out: Tensor, work: Workspace) -> None:
+    del work
+    out.copy_(torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], ""))
 
 
-def onednn_form(x: Tensor, w: Tensor, work: Workspace, name: str) -> Tensor:
-    del work, name  # oneDNN brings its own output
-    return torch.ops.mkldnn._linear_pointwise(x.contiguous(), w, None, "none", [], "")
-
-
-Form = Callable[[Tensor, Tensor, Workspace, str], Tensor]
+Form = Callable[[Tensor, Tensor, Tensor, Workspace], None]
 Table = tuple[tuple[int, Form], ...]  # (up to so many rows of x, the form to take)
 
 # float32, microseconds for a 1536 x 2048 weight from memory, 2 threads, torch 2.13 (MKL 2024.2, oneDNN 3.12).
@@ -67,64 +62,87 @@ Table = tuple[tuple[int, Form], ...]  # (up to so many rows of x, the form to ta
 # AMD EPYC, AVX-512:     rows 885 | 1840 | 1730 | 5415 at 1 | 2 | 16 | 128 rows, columns 960 | 910 | 1180 | 5510,
 #                        oneDNN 440-600 | 780 | 1070 | 5230, and at 1024 rows 196 GF/s against MKL's 131
 ROW_MAJOR: dict[str, Table] = {
-    "intel": ((3, rows_form), (63, columns_form), (WHOLE, rows_form)),
-    "amd": ((WHOLE, onednn_form),),
-    "other": ((WHOLE, rows_form),),
+    "intel": ((3, rows_form), (63, columns_form), (ANY, rows_form)),
+    "amd": ((ANY, onednn_form),),
+    "other": ((ANY, rows_form),),
 }
 # the same for weights stored [in, out], and for the backward's products with W itself. AMD: rows 905 | 3670 | 6430 at
 # 1 | 8 | 64 rows, oneDNN 1310 | 1490 | 3270
 COLUMN_MAJOR: dict[str, Table] = {
-    "intel": ((WHOLE, rows_form),),
-    "amd": ((1, rows_form), (WHOLE, onednn_form)),
-    "other": ((WHOLE, rows_form),),
+    "intel": ((ANY, rows_form),),
+    "amd": ((1, rows_form), (ANY, onednn_form)),
+    "other": ((ANY, rows_form),),
 }
-# 16-bit with the instructions: the plain call is the best at every size. Without them one row alone is worth it.
-NATIVE: Table = ((WHOLE, rows_form),)
-EMULATED: Table = ((1, vector_form), (WHOLE, rows_form))
+PLAIN: Table = ((ANY, rows_form),)  # float64, and 16-bit with the instructions: the plain call is best at every size
 
 
-def linear(x: Tensor, w: Tensor, work: Workspace, name: str) -> Tensor:
-    """x [m, a] through w [b, a] of either layout: [m, b] in x's dtype, rows or columns contiguous.
+def linear(x: Tensor, w: Tensor, out: Tensor, work: Workspace) -> None:
+    """Write x [m, a] through w [b, a] of either layout into out [m, b], in the dtype of x and out.
 
-    `name` is the scratch that the result may live in. A 16-bit w under a wider x is widened block by block.
+    A 16-bit w under float32 x is widened: in blocks that stay in the cache for a few rows, whole for more. A single
+    bfloat16 row is multiplied as it is, since reading half the bytes then wins.
     """
     if w.dtype != x.dtype:
-        return _widened_by_block(x, w, work, name)
-    if w.dtype == torch.float32:
-        table = (ROW_MAJOR if _row_major(w) else COLUMN_MAJOR)[machine()]
+        if len(x) == 1 and w.dtype == torch.bfloat16 and w.stride(-1) == 1:
+            out.copy_(torch.mv(w, x[0].to(w.dtype)))
+            return
+        if len(x) <= BLOCK_MAX_ROWS and w.stride(-1) == 1:
+            _by_widened_blocks(x, w, out, work)
+            return
+        w = converted(w, x.dtype, work)
+    _form(x, w)(x, w, out, work)
+
+
+def invariant_linear(x: Tensor, w: Tensor, out: Tensor, work: Workspace) -> None:
+    """The same, always as one matmul of INVARIANT_ROWS rows in one place of memory: BLAS results hang on both."""
+    padded = work.take("padded", INVARIANT_ROWS, x.shape[1], x.dtype)
+    padded[: len(x)] = x
+    padded[len(x) :] = 0
+    whole = work.take("padded out", INVARIANT_ROWS, len(w), x.dtype)
+    rows_form(padded, converted(w, x.dtype, work), whole, work)
+    out.copy_(whole[: len(x)])
+
+
+def add_outer(out: Tensor, g: Tensor, x: Tensor, work: Workspace, *, accumulate: bool) -> None:
+    """out [b, a] (+)= g.T [b, m] @ x [m, a], in place; an `out` of another dtype is rounded once."""
+    if out.dtype == g.dtype:
+        torch.addmm(out, g.mT, x, beta=float(accumulate), out=out)
+        return
+    product = torch.mm(g.mT, x, out=work.take("outer", len(out), out.shape[1], g.dtype))
+    if accumulate:
+        out.add_(product)
     else:
-        table = NATIVE if w.dtype == torch.float64 or has_instructions(w.dtype) else EMULATED
-    return next(form for rows, form in table if len(x) <= rows)(x, w, work, name)
+        out.copy_(product)
 
 
-def _widened_by_block(x: Tensor, w: Tensor, work: Workspace, name: str) -> Tensor:
-    out = work.take(name, len(w), len(x), x.dtype)
+def converted(w: Tensor, dtype: torch.dtype, work: Workspace) -> Tensor:
+    """`w` itself where it has the dtype, else a copy in scratch of the same layout."""
+    if w.dtype == dtype:
+        return w
+    if w.stride(-1) == 1:
+        return work.take("converted", w.shape[0], w.shape[1], dtype).copy_(w)
+    return work.take("converted", w.shape[1], w.shape[0], dtype).copy_(w.mT).mT
+
+
+def _form(x: Tensor, w: Tensor) -> Form:
+    table = PLAIN if w.dtype != torch.float32 else (ROW_MAJOR if w.stride(-1) == 1 else COLUMN_MAJOR)[machine()]
+    rows = len(x)
+    return next(form for up_to, form in table if rows <= up_to)
+
+
+def _by_widened_blocks(x: Tensor, w: Tensor, out: Tensor, work: Workspace) -> None:
+    result = work.take("columns", len(w), len(x), x.dtype)
     xt = x.mT
     for start in range(0, len(w), BLOCK):
         stop = min(start + BLOCK, len(w))
         block = work.take("block", stop - start, w.shape[1], x.dtype).copy_(w[start:stop])
-        torch.mm(block, xt, out=out[start:stop])
-    return out.mT
+        torch.mm(block, xt, out=result[start:stop])
+    out.copy_(result.mT)
 
 
-def add_outer(out: Tensor, g: Tensor, x: Tensor, work: Workspace, *, accumulate: bool) -> None:
-    """out [b, a] (+)= g.T [b, m] @ x [m, a], in place; a 16-bit `out` under wider factors is rounded once."""
-    if out.dtype == g.dtype:
-        torch.addmm(out, g.mT, x, beta=float(accumulate), out=out)
-        return
-    wide = torch.mm(g.mT, x, out=work.take("outer", *out.shape, g.dtype))
-    if accumulate:
-        out.add_(wide)
-    else:
-        out.copy_(wide)
-
-
-def matmul_dtype(rows: int, tokens: torch.dtype, weights: torch.dtype) -> torch.dtype:
-    """The dtype in which an expert with `rows` tokens multiplies: that of the tokens, unless it is 16-bit without
-    instructions for it; then float32, except for a single bfloat16 row, where reading half the bytes wins."""
-    if tokens.itemsize > 2 or has_instructions(tokens) or (rows == 1 and tokens == weights == torch.bfloat16):
-        return tokens
-    return torch.float32
+def matmul_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which tokens of `dtype` are multiplied: their own, or float32 where this CPU would emulate it."""
+    return dtype if dtype.itemsize > 2 or has_instructions(dtype) else torch.float32
 
 
 @cache
@@ -162,7 +180,3 @@ def explain(dtype: torch.dtype) -> str:
 
 def _capabilities() -> Mapping[str, Any]:
     return getattr(torch.cpu, "get_capabilities", dict)()  # torch >= 2.12
-
-
-def _row_major(w: Tensor) -> bool:
-    return w.stride(-1) == 1

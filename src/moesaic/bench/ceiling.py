@@ -13,6 +13,7 @@ from torch import Tensor
 from moesaic.bench.problem import Problem
 
 SQUARE = 2048
+STREAM = 256 << 20  # bytes, or eight times the cache
 REPEATS = 5
 
 
@@ -93,7 +94,7 @@ def measure_ceiling(dtype: str) -> Ceiling:
 
 def read_speed() -> float:
     """Bytes per second of summing what no cache holds."""
-    stream = torch.ones(max(2**26, 2 * l3_bytes()))  # at least 256 MB, at least eight times the cache
+    stream = torch.ones(max(STREAM, 8 * l3_bytes()) // 4)
     return stream.nbytes / best_seconds(stream.sum)
 
 

@@ -1,0 +1,112 @@
+"""`moesaic bench`: cells measured one after the other, kept as they come, resumed where they ended."""
+
+import pytest
+import torch
+from bench_problems import CEILING, TIMED
+
+from moesaic.bench import campaign as campaigns
+from moesaic.bench.campaign import Campaign, Journal, open_journal, read_lines
+from moesaic.bench.contenders import PEERS, our_engine, our_engines, peers_named
+from moesaic.bench.problem import make_experts
+from moesaic.bench.runner import GEMM_ONLY, Result, run_cell
+from moesaic.bench.shapes import Cell, Grid
+
+
+@pytest.mark.parametrize("mode", TIMED)
+@pytest.mark.parametrize("cache", ["cold", "warm", "any"])
+def test_rows_are_related_to_the_best_peer_and_to_the_bounds(mode, cache):
+    cell = Cell("tiny", 8, "float32", mode, cache=cache)
+    contenders = [our_engine("grouped"), *peers_named(["eager", "grouped_mm"])]
+    result = run_cell(cell, make_experts("tiny", "float32"), contenders, CEILING, rounds=2)
+    ours, peers = result.ours, [row for row in result.rows if row.kind == "peer"]
+    best = min(peers, key=lambda row: row.median_ms)
+    bound = result.row(GEMM_ONLY)
+    assert (ours.best_peer, ours.ratio) == (best.name, pytest.approx(best.median_ms / ours.median_ms))
+    assert ours.of_matmuls == pytest.approx(bound.median_ms / ours.median_ms)
+    assert ours.of_ceiling == pytest.approx(result.least_ms / ours.median_ms)
+    assert all(row.p10_ms <= row.median_ms <= row.p90_ms and row.rounds >= 2 for row in result.rows)
+
+
+def test_a_refused_peer_is_named_with_its_reason():
+    cell = Cell("tiny", 65, "float32", "forward")
+    contenders = [our_engine("grouped"), PEERS["batched_mm"]]
+    result = run_cell(cell, make_experts("tiny", "float32"), contenders, CEILING, rounds=1)
+    assert result.row("transformers batched_mm").note == "copies the weights of every assignment: T <= 64 only"
+    assert result.ours.ratio is None
+
+
+def test_auto_is_what_the_library_takes():
+    from moesaic.engine.select import best_engine
+
+    name = best_engine("cpu", torch.float32)[0]
+    assert [c.name for c in our_engines(["auto", name, "grouped"], "float32")] == list(
+        dict.fromkeys([f"ours: {name}", "ours: grouped"])
+    )
+
+
+CELLS = tuple(Grid(("tiny",), (20, 24, 28), ("float32",), routings=("balanced",)).cells())
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch):
+    monkeypatch.setattr(campaigns, "measure_ceiling", lambda _dtype: CEILING)
+    monkeypatch.setattr(
+        campaigns, "machine", lambda: dict.fromkeys((*campaigns.SAME, "date"), "here") | {"versions": {}}
+    )
+
+
+def campaign_into(journal, **fields):
+    return Campaign(["grouped"], ["grouped_mm"], 1, journal=journal, **fields)
+
+
+def test_lines_are_written_as_they_come_and_ceilings_at_both_ends(tmp_path):
+    journal = open_journal(tmp_path, resume=False)
+    seen = []
+    left_out = campaign_into(journal).run(CELLS, lambda _cell: seen.append(len(read_lines(tmp_path / "results.jsonl"))))
+    assert left_out == []
+    assert [line["kind"] for line in read_lines(journal.path)] == ["machine", "ceiling", *["cell"] * 3, "ceiling"]
+    assert seen == [1, 3, 4], "the first cell is announced before its ceiling is measured"
+
+
+def test_an_interrupted_run_goes_on_where_it_was(tmp_path):
+    def interrupt(cell):
+        if cell == CELLS[1]:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        campaign_into(open_journal(tmp_path, resume=False)).run(CELLS, interrupt)
+    path = tmp_path / "results.jsonl"
+    with path.open("a") as file:
+        file.write('{"kind": "cell", "key": "cut off in the mid')
+    journal = open_journal(tmp_path, resume=True)
+    measured = []
+    campaign_into(journal).run(CELLS, measured.append)
+    assert measured == list(CELLS[1:])
+    assert [Result.of(line).cell for line in read_lines(path) if line["kind"] == "cell"] == list(CELLS)
+
+
+def test_a_budget_leaves_cells_out_and_says_which():
+    assert campaign_into(Journal(), budget_seconds=0.0).run(CELLS) == list(CELLS)
+
+
+def test_a_cell_that_does_not_fit_is_skipped_with_its_reason(monkeypatch):
+    monkeypatch.setattr("moesaic.bench.runner.available_bytes", lambda: 1 << 10)
+    journal = Journal()
+    campaign_into(journal).run(CELLS[:1])
+    assert journal.results[0].skipped.startswith("needs about 0 GiB")
+
+
+def test_what_cannot_be_resumed_is_refused(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match=r"results\.jsonl: cannot be read"):
+        open_journal(tmp_path, resume=True)
+    with pytest.raises(ValueError, match="--resume needs the folder to go on with"):
+        open_journal(None, resume=True)
+    open_journal(tmp_path, resume=False)
+    with pytest.raises(ValueError, match="is there already: add --resume"):
+        open_journal(tmp_path, resume=False)
+    monkeypatch.setattr(campaigns, "machine", lambda: dict.fromkeys((*campaigns.SAME, "date"), "elsewhere"))
+    with pytest.raises(ValueError, match="measured with cpu=here, here it is elsewhere: give another --out"):
+        open_journal(tmp_path, resume=True)
+    (tmp_path / "results.jsonl").write_text("[]\n")
+    with pytest.raises(ValueError, match="not a journal of `moesaic bench`"):
+        open_journal(tmp_path, resume=True)

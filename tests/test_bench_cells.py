@@ -1,0 +1,207 @@
+"""`moesaic bench`: the grid, the tasks in it, and the gate that refuses wrong results."""
+
+import json
+import math
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+import torch
+from bench_problems import CEILING, TIMED, problem_of
+
+from moesaic.bench.contenders import PEERS, Contender, our_engine
+from moesaic.bench.gate import errors_of, is_right, truth_of
+from moesaic.bench.problem import make_experts
+from moesaic.bench.routing import DRAWS
+from moesaic.bench.runner import Result, Row, does_not_fit, needed_bytes, run_cell, run_once
+from moesaic.bench.shapes import SHAPES, SMOKE, Cell, Grid, choose
+from moesaic.engine.reference import reference
+
+
+def test_weights_are_loaded_once_and_every_combination_is_there():
+    grid = Grid(("olmoe", "qwen3-30b"), (16, 128), ("float32", "bfloat16"), ("forward", "fwd+bwd-fresh"))
+    cells = list(grid.cells())
+    assert len(cells) == len(set(cells)) == 2 * 2 * 2 * 2 * 3, "16 tokens are cold and warm, 128 are neither"
+    loads = [(cell.shape, cell.dtype) for cell in cells]
+    changes = sum(a != b for a, b in pairwise(loads))
+    assert changes == len(set(loads)) - 1
+
+
+def test_cold_and_warm_are_for_few_tokens_that_are_timed():
+    def caches(tokens, mode):
+        return [cell.cache for cell in Grid(("tiny",), (tokens,), ("float32",), (mode,), ("zipf",)).cells()]
+
+    assert caches(16, "forward") == ["cold", "warm"]
+    assert caches(17, "forward") == caches(16, "memory") == caches(16, "router") == ["any"]
+
+
+def test_a_router_is_measured_once_whatever_the_routing():
+    assert [c.routing for c in Grid(("tiny-dsv3",), (32,), ("float32",), ("router",)).cells()] == ["balanced"]
+
+
+def test_keys_tell_cells_apart():
+    cells = list(Grid(threads=(1, 2)).cells())
+    assert len({cell.key for cell in cells}) == len(cells)
+
+
+def test_what_a_user_gives_with_commas():
+    assert choose(tokens="1, 16,1", dtypes="bfloat16", shapes=None) == {"tokens": (1, 16), "dtypes": ("bfloat16",)}
+    with pytest.raises(ValueError, match="--shape 'qwen9' is unknown: use qwen3-30b, olmoe"):
+        choose(shapes="olmoe,qwen9")
+    with pytest.raises(ValueError, match="--tokens '0' is not a number from 1"):
+        choose(tokens="8,0")
+
+
+def test_a_cell_survives_json():
+    cell = next(iter(SMOKE.cells()))
+    result = Result(cell, [Row("ours: x", "ours", median_ms=1.0)], least_ms=0.5, ceiling=CEILING)
+    assert Result.of(json.loads(json.dumps(result.to_dict()))) == result
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_shapes_are_what_the_family_calls_them(name):
+    shape, config = SHAPES[name], SHAPES[name].config()
+    assert (config.n_routed_experts, config.num_experts_per_tok) == (shape.n_experts, shape.k)
+    assert config.n_shared_experts == 0
+    assert config.transposed == ("gpt-oss" in name)
+
+
+@pytest.mark.parametrize("name", DRAWS)
+def test_a_token_goes_to_k_distinct_experts(name):
+    ids = DRAWS[name](200, 16, 4, torch.Generator().manual_seed(0))
+    assert ids.shape == (200, 4)
+    assert all(len(set(row)) == 4 for row in ids.tolist())
+
+
+def test_loads_of_the_routings():
+    def loads(name):
+        ids = DRAWS[name](4000, 16, 1, torch.Generator().manual_seed(0))
+        return ids.flatten().bincount(minlength=16).sort(descending=True).values / 4000
+
+    assert loads("balanced").max() < 0.09
+    harmonic = sum(1 / rank for rank in range(1, 17))
+    expected = torch.tensor([1 / rank / harmonic for rank in range(1, 17)])
+    assert torch.allclose(loads("zipf"), expected, atol=0.03)
+    assert loads("all-to-k")[0] == 1
+
+
+def test_the_same_cell_is_the_same_task_and_only_the_weights_are_shared():
+    one, other = problem_of(), problem_of(mode="fwd+bwd-fresh", threads=2)
+    assert torch.equal(one.tokens, other.tokens)
+    assert torch.equal(one.expert_ids, other.expert_ids)
+    assert not one.tokens.requires_grad
+    assert other.tokens.requires_grad
+
+
+@pytest.mark.parametrize(("shape", "expected"), [("tiny", torch.bfloat16), ("tiny-dsv3", torch.float32)])
+def test_routing_weights_have_the_dtype_that_the_family_gives_them(shape, expected):
+    assert problem_of(shape, dtype="bfloat16").weights.dtype == expected
+
+
+def test_a_cell_too_large_for_the_machine_says_so(monkeypatch):
+    cell = Cell("qwen3-30b", 2048, "float32", "fwd+bwd-fresh")
+    assert needed_bytes(cell) > 4 * SHAPES["qwen3-30b"].num_parameters * 4
+    monkeypatch.setattr("moesaic.bench.runner.available_bytes", lambda: 8 << 30)
+    assert does_not_fit(cell) == "needs about 10 GiB, 8 GiB are free"
+    assert not does_not_fit(cell, held=4 << 30)
+    assert not does_not_fit(replace(cell, mode="forward"))
+
+
+@pytest.mark.parametrize("shape", ["tiny", "tiny-dsv3", "tiny-gpt-oss"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", PEERS)
+def test_every_peer_holds_the_same_parameters_and_passes(shape, dtype, name):
+    problem = problem_of(shape, dtype=dtype, mode="fwd+bwd-fresh")
+    peer = PEERS[name]
+    if peer.refuses(problem.cell):
+        pytest.skip(peer.refuses(problem.cell))
+    out = run_once(problem, peer.build(problem))
+    assert is_right(errors_of(problem, truth_of(problem), out), {}, dtype)
+    assert all(parameter.grad is not None for parameter in problem.parameters())
+
+
+def test_truth_is_the_reference_in_float64():
+    problem = problem_of(tokens=6)
+    truth = truth_of(problem)
+    double = problem.experts._replace(up=problem.experts.up.double(), down=problem.experts.down.double())
+    expected = reference(problem.tokens.double(), problem.expert_ids, problem.weights.double(), double, problem.spec)
+    assert truth.rows.tolist() == list(range(6))
+    assert torch.allclose(truth.out, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("mode", TIMED)
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda ids, weights: (ids.roll(1, 1), weights),
+        lambda ids, weights: (ids, weights * 1.01),
+        lambda ids, weights: (ids, weights * math.nan),
+    ],
+    ids=["slots mixed up", "one percent off", "not a number"],
+)
+def test_a_wrong_engine_has_no_speed(mode, wrong):
+    right = our_engine("grouped")
+
+    def build(problem):
+        call = right.build(problem)
+        return lambda tokens, ids, weights: call(tokens, *wrong(ids, weights))
+
+    cell = Cell("tiny", 12, "float32", mode)
+    contenders = [PEERS["eager"], Contender("ours: wrong", "ours", build), right]
+    result = run_cell(cell, make_experts("tiny", "float32"), contenders, CEILING, rounds=1)
+    row = result.row("ours: wrong")
+    assert (row.note, row.median_ms, row.ratio) == ("wrong", None, None)
+    assert result.row("ours: grouped").median_ms > 0
+
+
+def test_a_gradient_that_is_missing_or_wrong_is_found():
+    right = our_engine("grouped")
+
+    def without_weights(problem):
+        experts = problem.experts
+        frozen = experts._replace(up=experts.up.detach(), down=experts.down.detach())
+        return right.build(replace(problem, experts=frozen))
+
+    class Doubled(torch.autograd.Function):
+        @staticmethod
+        def forward(_ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(_ctx, grad):
+            return 2 * grad
+
+    def doubled(problem):
+        call = right.build(problem)
+        return lambda tokens, ids, weights: call(Doubled.apply(tokens), ids, weights)
+
+    problem = problem_of(mode="fwd+bwd-fresh")
+    truth = truth_of(problem)
+    for build, what in ((without_weights, "expert_grad"), (doubled, "token_grad")):
+        problem.forget_gradients(weights_too=True)
+        errors = errors_of(problem, truth, run_once(problem, build(problem)))
+        assert [name for name, error in errors.items() if error > 1e-5] == [what]
+        assert not is_right(errors, {}, "float32")
+
+
+def test_accumulating_is_judged_by_two_passes():
+    def overwrites(problem):
+        call = our_engine("grouped").build(problem)
+
+        def run(tokens, ids, weights):
+            problem.forget_gradients(weights_too=True)
+            return call(tokens, ids, weights)
+
+        return run
+
+    cell = Cell("tiny", 12, "float32", "fwd+bwd-accumulate")
+    contenders = [our_engine("grouped"), Contender("ours: overwrites", "ours", overwrites)]
+    result = run_cell(cell, make_experts("tiny", "float32"), contenders, CEILING, rounds=1)
+    assert result.row("ours: grouped").note == ""
+    assert result.row("ours: overwrites").note == "wrong"
+
+
+def test_eager_may_be_as_wrong_as_it_is_and_half_as_much_again():
+    assert is_right({"out": 0.14}, {"out": 0.1}, "bfloat16")
+    assert not is_right({"out": 0.16}, {"out": 0.1}, "bfloat16")
+    assert not is_right({"out": math.nan}, {"out": 0.1}, "bfloat16")

@@ -1,0 +1,199 @@
+"""`moesaic bench`: rounds, roofline, the matmuls alone. Nothing here asserts a speed."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from bench_problems import CEILING, TIMED, problem_of
+
+from moesaic.bench.ceiling import Ceiling, Phase, least_seconds, measure_ceiling, phases_of, work_of
+from moesaic.bench.machine import cache_bytes
+from moesaic.bench.matmuls import Matmuls, bucket, fastest, forms_for
+from moesaic.bench.routing import DRAWS
+from moesaic.bench.shapes import SHAPES, Cell
+from moesaic.bench.timing import FEW, Entrant, interleave, plan_rounds, spread
+
+
+def test_everybody_has_a_turn_at_every_place():
+    order, now = [], iter(range(1000))
+    entrants = [Entrant(name, lambda: None, lambda name=name: order.append(name)) for name in "abc"]
+    seconds = interleave(entrants, {"a": 3, "b": 3, "c": 1}, clock=lambda: next(now))
+    assert "".join(order) == "abc" + "ba" + "ab"
+    assert seconds == {"a": [1, 1, 1], "b": [1, 1, 1], "c": [1]}
+
+
+def test_preparing_is_not_timed_and_results_die_after_the_clock_stops():
+    events = []
+
+    class Loud:
+        def __del__(_self):
+            events.append("freed")
+
+    def run():
+        events.append("run")
+        return Loud()
+
+    interleave(
+        [Entrant("a", lambda: events.append("prepare"), run)],
+        {"a": 1},
+        clock=lambda: float(events.append("clock") or 0),
+    )
+    assert events == ["prepare", "clock", "run", "clock", "freed"]
+
+
+def test_quick_cells_have_more_rounds_and_long_ones_fewer_first_for_those_behind():
+    assert plan_rounds({"a": 1e-3, "b": 1e-3}, 10) == {"a": 50, "b": 50}
+    assert plan_rounds({"a": 1.0, "b": 1.0}, 10) == {"a": 10, "b": 10}
+    assert plan_rounds({"a": 2.0, "b": 2.0, "c": 9.0}, 10, allowed=60) == {"a": 8, "b": 8, "c": FEW}
+    assert plan_rounds({"a": 30.0, "b": 300.0}, 10, allowed=60) == {"a": FEW, "b": FEW}
+
+
+def test_spread():
+    assert spread([4.0, 1.0, 2.0, 3.0, 5.0]) == pytest.approx((3.0, 1.4, 4.6, 5))
+
+
+def test_a_cold_run_comes_after_a_read_of_twice_the_cache_and_a_warm_one_after_itself(monkeypatch):
+    monkeypatch.setattr("moesaic.bench.runner.l3_bytes", lambda: 1000)
+    read, calls = [], []
+    monkeypatch.setattr(torch.Tensor, "sum", lambda x, *_: read.append(x.nbytes) or x, raising=True)
+    from moesaic.bench.runner import _before
+
+    cell = Cell("tiny", 1, "float32", "forward")
+    for cache in ("cold", "warm", "any"):
+        _before(replace(cell, cache=cache), lambda: calls.append("run"), lambda: calls.append("forget"))()
+        calls.append(cache)
+    assert read == [2000]
+    assert calls == ["forget", "cold", "forget", "run", "forget", "warm", "forget", "any"]
+
+
+def test_roofline_is_the_sum_of_the_larger_limits():
+    phases = [Phase(2e12, 1e9), Phase(1e11, 3e10)]
+    assert least_seconds(phases, CEILING) == pytest.approx(2.0 + 3.0)
+
+
+def test_a_token_of_qwen3_reads_its_experts():
+    """151 MB at 26 GB/s and 320 GF/s: 5.8 ms; one of 512 tokens is bound by compute, 121 ms."""
+    machine = Ceiling(320e9, 26e9)
+    config = SHAPES["qwen3-30b"].config()
+    weights = torch.empty(128, 1, 1, device="meta")
+    for tokens, milliseconds in ((1, 5.8), (512, 121)):
+        cell = Cell("qwen3-30b", tokens, "float32", "forward")
+        problem = problem_of(tokens=4)
+        generator = torch.Generator().manual_seed(0)
+        full = replace(
+            problem,
+            cell=cell,
+            config=config,
+            experts=problem.experts._replace(up=weights.expand(128, 1536, 2048), down=weights.expand(128, 2048, 768)),
+            tokens=torch.empty(tokens, 2048),
+            expert_ids=DRAWS["balanced"](tokens, 128, 8, generator),
+        )
+        assert 1e3 * least_seconds(phases_of(full), machine) == pytest.approx(milliseconds, rel=0.02)
+
+
+def test_phases_by_hand():
+    """T=2, K=4, D=64, I=32: 8 assignments, all to the same 4 experts of 16."""
+    for mode, grads in (("fwd+bwd-fresh", 16), ("fwd+bwd-accumulate", 2 * 4)):
+        problem = problem_of(tokens=2, mode=mode, routing="all-to-k")
+        up, down, tokens, hidden = 64 * 64, 64 * 32, 4 * 2 * 64, 4 * 8 * 32
+        assert phases_of(problem) == [
+            Phase(2 * 8 * up, 4 * 4 * up + tokens + 2 * hidden),
+            Phase(2 * 8 * down, 4 * 4 * down + hidden + tokens),
+            Phase(2 * 8 * down, 4 * 4 * down + hidden + tokens),
+            Phase(2 * 8 * down, 4 * grads * down + hidden + tokens),
+            Phase(2 * 8 * up, 4 * 4 * up + tokens + 2 * hidden),
+            Phase(2 * 8 * up, 4 * grads * up + tokens + 2 * hidden),
+        ]
+        assert work_of(problem).flops == 3 * 6 * 2 * 4 * 64 * 32, "a step is three times 6 T K D I"
+
+
+def test_measured_ceilings_are_numbers(monkeypatch):
+    monkeypatch.setattr("moesaic.bench.ceiling.SQUARE", 64)
+    monkeypatch.setattr("moesaic.bench.ceiling.STREAM", 1 << 20)
+    for dtype in ("float32", "bfloat16"):
+        ceiling = measure_ceiling(dtype)
+        assert 0 < ceiling.flops < 1e15
+        assert 0 < ceiling.bytes < 1e13
+
+
+def test_the_cache_is_read_as_the_system_writes_it(tmp_path):
+    for number, (level, kind, size) in enumerate(
+        [("1", "Data", "32K"), ("3", "Instruction", "9K"), ("3", "Unified", "260M")]
+    ):
+        folder = tmp_path / f"index{number}"
+        folder.mkdir()
+        for name, text in (("level", level), ("type", kind), ("size", size)):
+            (folder / name).write_text(text + "\n")
+    assert cache_bytes(3, tmp_path) == 260 << 20
+    assert cache_bytes(2, tmp_path) is None
+
+
+@pytest.mark.parametrize("shape", ["tiny", "tiny-gpt-oss"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_every_form_multiplies(shape, dtype):
+    matmuls = Matmuls(problem_of(shape, dtype=dtype, tokens=40))
+    weight = matmuls.weights["up"][0]
+    rows = matmuls.rows[weight.shape[0]].first(3)
+    expected = rows.own.double() @ weight.double()
+    for name, form in forms_for(weight.dtype).items():
+        for scratch in matmuls.scratch:
+            scratch.fill_(math.nan)
+        result = form(rows, weight, matmuls.scratch)
+        if result is None:  # block by block, into the buffer
+            result = matmuls.scratch.wide_result[: expected.numel()].view(expected.shape[::-1])
+        found = result.T if result.shape != expected.shape else result
+        assert torch.allclose(found.double(), expected, atol=0.1 if dtype == "bfloat16" else 1e-4), name
+
+
+@pytest.mark.parametrize("mode", TIMED)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_it_runs_as_many_matmuls_as_the_cell_has(mode, dtype, monkeypatch):
+    problem = problem_of(dtype=dtype, mode=mode)
+    matmuls = Matmuls(problem)
+    done = []
+    for name in ("_multiply", "_gradient"):
+        real = getattr(matmuls, name)
+        monkeypatch.setattr(
+            matmuls, name, lambda *args, real=real, name=name, **more: done.append(name) or real(*args, **more)
+        )
+    matmuls()
+    active = sum(count > 0 for count in problem.counts)
+    trains = problem.cell.trains
+    assert done.count("_multiply") == active * (4 if trains else 2)
+    assert done.count("_gradient") == active * (2 if trains else 0)
+
+
+def test_gradients_are_added_only_where_they_accumulate():
+    problem = problem_of(mode="fwd+bwd-accumulate")
+    matmuls = Matmuls(problem)
+    assert problem.experts.up.grad is None
+    matmuls()
+    once = problem.experts.up.grad.clone()
+    matmuls()
+    assert torch.allclose(problem.experts.up.grad, 2 * once, rtol=1e-4, atol=1e-3)
+    fresh = problem_of(mode="fwd+bwd-fresh")
+    Matmuls(fresh)()
+    assert fresh.experts.up.grad is None
+
+
+def test_buckets_are_at_most_a_quarter_wide():
+    assert [bucket(n) for n in (1, 7, 8, 9, 10, 15, 16, 17, 127, 128, 130)] == [
+        1, 7, 8, 8, 10, 14, 16, 16, 112, 128, 128,
+    ]  # fmt: skip
+
+
+def test_a_form_that_is_not_there_drops_out_and_the_fastest_is_taken(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+
+    def costs(seconds):
+        def run(_sample):
+            now[0] += seconds
+
+        return run
+
+    def missing(_sample):
+        raise RuntimeError("not in this build")
+
+    assert fastest({"slow": costs(3.0), "missing": missing, "quick": costs(1.0), "near": costs(1.5)}) == "quick"

@@ -1,7 +1,11 @@
 """Tiny random Hugging Face models, one a family."""
 
+import pytest
 import torch
 import transformers as hf
+from torch import nn
+
+from moesaic.hf.experts import is_on_seam
 
 COMMON = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 2,
@@ -28,10 +32,59 @@ FAMILIES = {
     "gpt_oss": (hf.GptOssConfig, hf.GptOssForCausalLM, {"num_local_experts": 8, "head_dim": 16}),
 }
 
+# more families on transformers' experts interface, each for something of its own; skipped where transformers lacks it
+MORE_FAMILIES = {
+    "aria": ("AriaTextConfig", "AriaTextForCausalLM", {"moe_num_experts": 8, "moe_topk": 2}),  # transposed
+    "beam": (  # gate times up in float32
+        "BeamConfig",
+        "BeamForCausalLM",
+        {**NARROW, "n_group": 2, "topk_group": 1, "mlp_layer_types": ["dense", "sparse", "sparse"]},
+    ),
+    "deepseek_v4": (  # a limit
+        "DeepseekV4Config",
+        "DeepseekV4ForCausalLM",
+        {**LATENT, "n_routed_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "num_hash_layers": 0},
+    ),
+    "gemma4": (  # GELU
+        "Gemma4TextConfig",
+        "Gemma4ForCausalLM",
+        {
+            **NARROW, "enable_moe_block": True, "top_k_experts": 2, "head_dim": 16, "global_head_dim": 16,
+            "hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 64,
+        },
+    ),
+    "granitemoe": ("GraniteMoeConfig", "GraniteMoeForCausalLM", {"num_local_experts": 8, "num_experts_per_tok": 2}),
+    "lfm2_moe": (  # a plain function as activation
+        "Lfm2MoeConfig",
+        "Lfm2MoeForCausalLM",
+        {**NARROW, "num_dense_layers": 1, "layer_types": ["conv", "full_attention", "conv"]},
+    ),
+    "minimax_m2": (
+        "MiniMaxM2Config",
+        "MiniMaxM2ForCausalLM",
+        {"num_local_experts": 8, "num_experts_per_tok": 2, "head_dim": 16, "rotary_dim": 8},
+    ),
+    "nemotron_h": (  # no gate, relu2, experts narrower than the model
+        "NemotronHConfig",
+        "NemotronHForCausalLM",
+        {
+            "n_routed_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "head_dim": 16, "n_group": 1,
+            "topk_group": 1, "moe_latent_size": 16, "moe_shared_expert_intermediate_size": 24,
+            "layers_block_type": ["attention", "moe", "moe"],
+        },
+    ),
+    "openai_privacy_filter": (  # gpt-oss's gate, not interleaved
+        "OpenAIPrivacyFilterConfig",
+        "OpenAIPrivacyFilterForTokenClassification",
+        {"num_local_experts": 8, "num_experts_per_tok": 2, "head_dim": 16},
+    ),
+    "phimoe": ("PhimoeConfig", "PhimoeForCausalLM", {"num_local_experts": 8}),
+}  # fmt: skip
+
 
 def tiny(family: str = "deepseek_v3", **fields) -> torch.nn.Module:
     """A random model in eval mode whose correction bias, where it has one, is not zero."""
-    config_class, model_class, own = FAMILIES[family]
+    config_class, model_class, own = FAMILIES.get(family) or _named(*MORE_FAMILIES[family])
     model = model_class(config_class(**{**COMMON, **own, **fields})).eval()
     for name, buffer in model.named_buffers():
         if name.endswith("e_score_correction_bias"):
@@ -42,5 +95,33 @@ def tiny(family: str = "deepseek_v3", **fields) -> torch.nn.Module:
     return model
 
 
+def _named(config_class: str, model_class: str, own: dict) -> tuple:
+    if not hasattr(hf, model_class):
+        pytest.skip(f"transformers {hf.__version__} has no {model_class}")
+    return getattr(hf, config_class), getattr(hf, model_class), own
+
+
 def token_ids(rows: int = 2, length: int = 10) -> torch.Tensor:
     return torch.randint(3, 64, (rows, length))
+
+
+def loud(family="deepseek_v3", **fields):
+    """A tiny model whose experts matter: with the usual small weights their share of the logits is lost in rounding."""
+    model = tiny(family, **fields)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            nn.init.normal_(parameter, std=0.25)
+    return model
+
+
+def eager(model):
+    model.set_experts_implementation("eager")
+    return model
+
+
+def experts_of(model):
+    return [module for module in model.modules() if is_on_seam(module)]
+
+
+def relative(result, expected):
+    return ((result - expected).abs().max() / expected.abs().max()).item()

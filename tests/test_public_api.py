@@ -4,7 +4,7 @@ import moesaic
 
 PUBLIC = [
     "BiasBalance", "DeepseekV3MoE", "ExpertSpec", "ExpertWeights", "Experts", "MoE", "MoEConfig", "MoEGate", "Router",
-    "Routing", "load", "record", "route", "steps",
+    "Routing", "attach", "load", "record", "route", "steps",
 ]  # fmt: skip
 
 

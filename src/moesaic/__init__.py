@@ -17,6 +17,7 @@ _HOMES = {
     "MoEGate": "moesaic.article",
     "Router": "moesaic.layer.router",
     "Routing": "moesaic.types",
+    "attach": "moesaic.hf.experts",
     "load": "moesaic.trace.store",
     "record": "moesaic.trace.record",
     "route": "moesaic.rules",

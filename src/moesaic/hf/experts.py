@@ -1,0 +1,191 @@
+"""The experts of Hugging Face models on our engines: the implementation "moesaic", and `attach`.
+
+transformers hands every experts implementation (experts module, hidden_states, top_k_index, top_k_weights), and the
+module says how its weights lie and what it puts between the two projections. What it says is read once and checked by
+numbers; a module that computes anything else is refused.
+"""
+
+from collections.abc import Iterator
+from itertools import product
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
+
+from moesaic.engine.select import check_engine, select_engine
+from moesaic.engine.spec import ACTIVATIONS, ExpertSpec
+from moesaic.layer.experts import Experts
+from moesaic.types import ExpertWeights
+
+M = TypeVar("M", bound=nn.Module)
+NAME = "moesaic"  # experts_implementation="moesaic"
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+SEAM = ("_apply_gate", "has_gate", "has_bias", "is_transposed", "config")  # what a module on transformers' seam has
+# where activations differ: near 0, in the tails, and far out; the limits of a module are added
+PROBE = (0.0, 1e-3, 0.03, 0.1, 0.3, 0.7, 1.0, 1.5, 2.0, 3.0, 4.0, 5.5, 7.5, 10.5, 15.0, 25.0, 60.0, 250.0)
+
+
+class Served(NamedTuple):
+    """How one experts module is computed; kept on the module, so that it is copied and pickled with it."""
+
+    spec: ExpertSpec
+    has_bias: bool
+    engine: str = "auto"
+    batch_invariant: bool = False
+    recompute: bool = False
+
+
+def attach(model: M, *, engine: str = "auto", batch_invariant: bool = False, recompute: bool = False) -> M:
+    """Let our engines compute the experts of `model`, in place; returns it.
+
+    Takes transformers models whose experts go through its experts interface, and models that hold our layers. Weights
+    stay where they are, and `model.set_experts_implementation("grouped_mm")` is the way back. batch_invariant: the
+    result for a token does not depend on the tokens beside it. recompute: keep less for the backward, compute it again
+    there.
+
+    Raises ValueError, and changes nothing, where there are no such experts or one of them cannot be served.
+    """
+    check_engine(engine, batch_invariant=batch_invariant, recompute=recompute)
+    ours = [module for module in model.modules() if isinstance(module, Experts)]
+    theirs: list[Any] = [module for module in model.modules() if is_on_seam(module)]
+    if not ours and not theirs:
+        raise ValueError(_nothing_to_attach(model))
+    options = {"engine": engine, "batch_invariant": batch_invariant, "recompute": recompute}
+    served = [serve(module)._replace(**options) for module in theirs]
+    for module in ours:
+        for name, value in options.items():
+            setattr(module, name, value)
+    for module, how in zip(theirs, served, strict=True):
+        module._moesaic = how
+    if theirs and (switch := getattr(model, "set_experts_implementation", None)):
+        switch(NAME)
+    for module in theirs:  # where the model is a bare block, or lies inside a wrapper
+        if module.config._experts_implementation != NAME:
+            module.config._experts_implementation = NAME
+    return model
+
+
+def experts_forward(
+    self: Any,
+    hidden_states: Float[Tensor, "T D"],
+    top_k_index: Int[Tensor, "T K"],
+    top_k_weights: Float[Tensor, "T K"],
+) -> Float[Tensor, "T D"]:
+    """The experts implementation "moesaic". `self` is the model's experts module.
+
+    Raises ValueError for a module that cannot be served.
+    """
+    if torch.compiler.is_compiling() or "_moesaic" not in self.__dict__:
+        _prepare(self)
+    served = self._moesaic
+    up = self.gate_up_proj if served.spec.gated else self.up_proj
+    up_bias = down_bias = None
+    if served.has_bias:
+        up_bias = self.gate_up_proj_bias if served.spec.gated else self.up_proj_bias
+        down_bias = self.down_proj_bias
+    weights = ExpertWeights(up, self.down_proj, up_bias, down_bias)
+    engine = select_engine(
+        served.engine,
+        hidden_states.device,
+        hidden_states.dtype,
+        batch_invariant=served.batch_invariant,
+        recompute=served.recompute,
+    )
+    return engine(hidden_states, top_k_index, top_k_weights, weights, served.spec)
+
+
+@torch.compiler.assume_constant_result  # dynamo runs it while tracing, on the module itself
+def _prepare(module: Any) -> bool:
+    if "_moesaic" not in module.__dict__:
+        module._moesaic = serve(module)
+    return True
+
+
+def is_on_seam(module: nn.Module) -> bool:
+    """True for an experts module that takes its implementation from its config by name."""
+    return all(hasattr(module, name) for name in SEAM)
+
+
+def serve(module: Any) -> Served:
+    """How our engines compute this experts module of transformers. ValueError, with the reason, where they cannot."""
+    if getattr(module, "has_post_expert_norm", False):
+        raise _refusal(module, "normalises the output of every expert before it is weighted")
+    up_name = "gate_up_proj" if module.has_gate else "up_proj"
+    names = [up_name, "down_proj"]
+    if module.has_bias:
+        names += [up_name + "_bias", "down_proj_bias"]
+    for name in names:
+        if not isinstance(weight := getattr(module, name, None), Tensor):
+            raise _refusal(module, f"has no {name}")
+        if weight.dtype not in DTYPES:
+            raise _refusal(module, f"holds {name} in {weight.dtype}")
+    held = [name for name, _ in [*module.named_parameters(), *module.named_buffers()]]
+    if unknown := [name for name in held if name.removeprefix("parametrizations.").split(".")[0] not in names]:
+        raise _refusal(module, f"holds {', '.join(unknown)} beside the usual weights")
+    return Served(understand(module), module.has_bias)
+
+
+def understand(module: Any) -> ExpertSpec:
+    """The ExpertSpec whose `activate` is this module's own activation, compared on a grid in float64.
+
+    ValueError where none is.
+    """
+    limits = _numbers(module, "limit", "swiglu_limit")
+    near = [factor * limit for limit in limits for factor in (0.9, 1.1, 3.0)]
+    interleaved = not getattr(module, "is_concatenated", True)
+    with _disable_current_modes(), torch.no_grad():  # real numbers also while a graph is traced
+        points = torch.tensor([*PROBE, *near], dtype=torch.float64, device="cpu")
+        projected = torch.cat([-points, points])
+        if module.has_gate:
+            gate, up = torch.meshgrid(projected, projected, indexing="ij")
+            projected = torch.stack([gate, up], -1).flatten(-2) if interleaved else torch.cat([gate, up], -1)
+        try:
+            wanted = (module._apply_gate if module.has_gate else module.act_fn)(projected)
+        except Exception as error:  # whatever a family's own code raises
+            raise _refusal(module, f"has an activation that fails on plain numbers ({error})") from None
+        for spec in _candidates(module, limits, interleaved):
+            activated = spec.activate(projected)
+            if activated.shape == wanted.shape and torch.allclose(activated, wanted.double(), rtol=1e-5, atol=1e-6):
+                return spec
+    parts = [module._apply_gate.__qualname__] if module.has_gate else []
+    if hasattr(module, "act_fn"):
+        parts.append(getattr(module.act_fn, "__name__", type(module.act_fn).__name__))
+    raise _refusal(module, f"has an activation that is none of ours ({', '.join(parts)})")
+
+
+def _candidates(module: Any, limits: tuple[float, ...], interleaved: bool) -> Iterator[ExpertSpec]:
+    """The likely ones first."""
+    alphas = _numbers(module, "alpha", "swiglu_alpha")
+    for activation, limit, alpha, offset in product(ACTIVATIONS, (None, *limits), (1.0, *alphas), (0.0, 1.0)):
+        yield ExpertSpec(
+            activation=activation,
+            gated=module.has_gate,
+            limit=limit,
+            alpha=alpha,
+            up_offset=offset,
+            interleaved=interleaved,
+            transposed=module.is_transposed,
+        )
+
+
+def _numbers(module: Any, *names: str) -> tuple[float, ...]:
+    found = (getattr(module, name, None) for name in names)
+    return tuple(dict.fromkeys(float(x) for x in found if isinstance(x, int | float)))
+
+
+def _refusal(module: nn.Module, reason: str) -> ValueError:
+    return ValueError(
+        f"{type(module).__name__} {reason}: moesaic cannot serve it, use experts_implementation='grouped_mm' or 'eager'"
+    )
+
+
+def _nothing_to_attach(model: nn.Module) -> str:
+    experts = {type(e).__name__ for m in model.modules() if isinstance(e := getattr(m, "experts", None), nn.Module)}
+    if not experts:
+        return f"nothing to attach to: {type(model).__name__} has no experts"
+    return (
+        f"nothing to attach to: {type(model).__name__} computes its experts ({', '.join(sorted(experts))}) itself, "
+        "not through transformers' experts interface"
+    )

@@ -1,0 +1,160 @@
+"""`attach`, the name "moesaic" in transformers, and what is refused."""
+
+import copy
+import json
+import pickle
+import subprocess
+import sys
+
+import pytest
+import torch
+import transformers as hf
+from hf_models import COMMON, NARROW, eager, experts_of, loud, relative, token_ids
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+import moesaic as ms
+from moesaic.engine.spec import ExpertSpec
+from moesaic.hf.experts import Served, serve
+
+
+def test_from_pretrained_takes_the_name_and_a_saved_model_does_not_carry_it(tmp_path):
+    model, ids = eager(loud("qwen3_moe")), token_ids()
+    expected = model(ids).logits
+    model.save_pretrained(tmp_path / "a")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "a", experts_implementation="moesaic")
+    assert relative(loaded(ids).logits, expected) < 1e-5
+    assert all("_moesaic" in vars(experts) for experts in experts_of(loaded))
+    loaded.save_pretrained(tmp_path / "b")
+    assert "moesaic" not in (tmp_path / "b" / "config.json").read_text()
+    assert json.loads((tmp_path / "b" / "config.json").read_text()).get("model_type") == "qwen3_moe"
+    without = "import sys, transformers as t; m = t.AutoModelForCausalLM.from_pretrained(sys.argv[1]); print(m.dtype)"
+    subprocess.run([sys.executable, "-c", without, str(tmp_path / "b")], check=True, capture_output=True)
+
+
+@pytest.mark.parametrize("first", ["moesaic.hf", "transformers.integrations.moe"])
+def test_importing_the_room_registers_whenever_transformers_comes(first):
+    code = (
+        f"import sys, {first}\n"
+        "if 'transformers' not in sys.modules: print('light')\n"
+        "import moesaic.hf\n"
+        "from transformers.integrations.finegrained_fp8 import ALL_FP8_EXPERTS_FUNCTIONS as fp8\n"
+        "from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS as table\n"
+        "print(table['moesaic'].__module__, fp8['moesaic'].__module__)"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    light = ["light"] if first == "moesaic.hf" else []
+    assert run.stdout.split() == [*light, "moesaic.hf.experts", "moesaic.hf.experts"]
+
+
+def test_a_recording_of_an_attached_model_holds_the_same_picks():
+    model, ids = eager(loud("deepseek_v3")), token_ids()
+    picks = []
+    for _ in range(2):
+        with ms.record(model) as recording, torch.no_grad():
+            model(ids)
+        picks.append(recording.trace.to_arrays()["picks"])
+        ms.attach(model)
+    assert (picks[0] == picks[1]).all()
+
+
+def test_a_model_inside_a_model_is_reached():
+    text = {
+        **COMMON, **NARROW, "head_dim": 16, "rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3]},
+    }  # fmt: skip
+    vision = {
+        "depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 32,
+        "deepstack_visual_indexes": [0], "num_position_embeddings": 16,
+    }  # fmt: skip
+    config = hf.Qwen3VLMoeConfig(text_config=text, vision_config=vision)
+    model = eager(hf.Qwen3VLMoeForConditionalGeneration(config).eval())
+    ids = token_ids()
+    expected = model(ids).logits.detach()
+    ms.attach(model)
+    assert model.config.text_config._experts_implementation == "moesaic"
+    assert relative(model(ids).logits.detach(), expected) < 1e-5
+    assert len([e for e in experts_of(model) if "_moesaic" in vars(e)]) == 3
+
+
+def test_bare_blocks_and_wrapped_models_and_own_layers_are_reached():
+    model = eager(loud("qwen3_moe"))
+    block = model.model.layers[0].mlp
+    ms.attach(block)
+    assert model.config._experts_implementation == "moesaic"
+    ms.attach(nn.ModuleDict({"student": eager(model)}))
+    assert model.config._experts_implementation == "moesaic"
+    config = ms.MoEConfig(hidden_size=16, moe_intermediate_size=8, n_routed_experts=4, num_experts_per_tok=2)
+    own = ms.MoE(config)
+    assert ms.attach(own, engine="reference", batch_invariant=True) is own
+    assert (own.experts.engine, own.experts.batch_invariant, own.experts.recompute) == ("reference", True, False)
+
+
+def test_options_reach_the_engine_and_survive_copies():
+    model, ids = ms.attach(eager(loud("qwen3_moe")), engine="reference", batch_invariant=True), token_ids(rows=2)
+    whole = model(ids).logits
+    copies = [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
+    for other in copies:
+        assert torch.equal(other(ids).logits, whole)
+        assert {vars(e)["_moesaic"] for e in experts_of(other)} == {
+            Served(ExpertSpec(), has_bias=False, engine="reference", batch_invariant=True)
+        }
+    experts = experts_of(model)[0]
+    tokens, picks, weights = torch.randn(9, 32), torch.randint(8, (9, 2)), torch.rand(9, 2)
+    alone = torch.cat(
+        [experts(t, p, w) for t, p, w in zip(tokens.split(1), picks.split(1), weights.split(1), strict=True)]
+    )
+    assert torch.equal(experts(tokens, picks, weights), alone)
+
+
+def test_the_way_back_is_transformers_own():
+    model, ids = eager(loud("qwen3_moe")), token_ids()
+    expected = model(ids).logits
+    assert not torch.equal(ms.attach(model)(ids).logits, expected)  # last bits: another engine did run
+    assert torch.equal(eager(model)(ids).logits, expected)
+
+
+def changed(family="qwen3_moe", **attributes):
+    experts = experts_of(loud(family))[0]
+    for name, value in attributes.items():
+        setattr(experts, name, value)
+    return experts
+
+
+GELU, GELU_TANH = ExpertSpec("gelu"), ExpertSpec("gelu_pytorch_tanh")
+
+
+@pytest.mark.parametrize(
+    ("experts", "spec"),
+    [
+        (lambda: changed(act_fn=nn.GELU()), GELU),
+        (lambda: changed(act_fn=nn.GELU("tanh")), GELU_TANH),
+        (lambda: changed(act_fn=hf.activations.ACT2FN["gelu_new"]), GELU_TANH),
+        (lambda: changed(act_fn=nn.ReLU()), ExpertSpec("relu")),
+        (lambda: changed("gpt_oss", limit=3, alpha=1.25), ExpertSpec("silu", True, 3.0, 1.25, 1.0, True, True)),
+    ],
+)
+def test_what_a_module_computes_is_read_from_the_module(experts, spec):
+    assert serve(experts()).spec == spec
+
+
+@pytest.mark.parametrize(
+    ("experts", "reason"),
+    [
+        (lambda: changed(act_fn=nn.Mish()), r"has an activation that is none of ours \(_default_apply_gate, Mish\)"),
+        (lambda: changed(act_fn=nn.LeakyReLU(1e-4)), "none of ours"),
+        (lambda: changed(_apply_gate=lambda x: nn.functional.silu(x.chunk(2, -1)[0])), "none of ours"),
+        (lambda: changed(_apply_gate=lambda x: x.no_such_thing), "fails on plain numbers .*no_such_thing"),
+        (lambda: changed("gpt_oss", is_concatenated=True), "none of ours"),
+        (lambda: changed(has_post_expert_norm=True), "normalises the output of every expert"),
+        (lambda: changed(has_bias=True), "has no gate_up_proj_bias"),
+        (lambda: changed(down_proj_scale=nn.Parameter(torch.ones(8))), "holds down_proj_scale beside the usual"),
+        (lambda: changed().to(torch.float8_e4m3fn), "holds gate_up_proj in torch.float8_e4m3fn"),
+    ],
+)
+def test_a_module_that_computes_something_else_is_refused_with_the_reason(experts, reason):
+    module = experts()
+    with pytest.raises(ValueError, match=rf"^\w+Experts .*{reason}") as caught:
+        ms.attach(module)
+    assert "use experts_implementation='grouped_mm' or 'eager'" in str(caught.value)
+    assert "_moesaic" not in vars(module)
+    assert module.config._experts_implementation != "moesaic"

@@ -1,0 +1,140 @@
+"""The experts implementation "moesaic" against transformers' own."""
+
+import copy
+
+import pytest
+import torch
+from hf_models import FAMILIES, MORE_FAMILIES, eager, experts_of, loud, relative, token_ids
+from torch import nn
+
+import moesaic as ms
+from moesaic.hf.experts import experts_forward
+
+ALL = [*FAMILIES, *MORE_FAMILIES]
+GENERATING = [family for family in ALL if family != "openai_privacy_filter"]
+
+
+def gradients(model, ids, call=None):
+    """(logits, gradient of every parameter that has one) of one forward and backward of `call`, else of the model."""
+    model.zero_grad()
+    logits = (model if call is None else call)(ids).logits
+    torch.manual_seed(0)
+    (logits * torch.randn_like(logits)).sum().backward()
+    return logits.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same_gradients(ours, theirs, tolerance=2e-5):
+    assert ours.keys() == theirs.keys()
+    # a gradient that cancels to nothing is judged on the scale of the others
+    least = 1e-3 * max(grad.abs().max() for grad in theirs.values())
+    worst = {n: float((ours[n] - theirs[n]).abs().max() / theirs[n].abs().max().clamp(min=least)) for n in theirs}
+    assert max(worst.values()) < tolerance, sorted(worst.items(), key=lambda item: -item[1])[:3]
+
+
+@pytest.mark.parametrize("family", ALL)
+def test_logits_and_every_gradient_equal_eager(family):
+    model, ids = eager(loud(family)), token_ids()
+    logits, grads = gradients(model, ids)
+    assert ms.attach(model) is model
+    assert all("_moesaic" in vars(experts) for experts in experts_of(model))
+    assert any(".experts." in name for name in grads)
+    ours, our_grads = gradients(model, ids)
+    assert relative(ours, logits) < 1e-5
+    assert_same_gradients(our_grads, grads)
+
+
+@pytest.mark.parametrize("family", GENERATING)
+def test_greedy_tokens_equal_eager(family):
+    model, ids = eager(loud(family)), token_ids(length=5)
+    options = {"max_new_tokens": 8, "do_sample": False, "attention_mask": torch.ones_like(ids)}
+    expected = model.generate(ids, **options)
+    assert torch.equal(ms.attach(model).generate(ids, **options), expected)
+
+
+@pytest.mark.parametrize("family", ALL)
+def test_bf16_experts_are_as_near_to_the_truth_as_eager(family):
+    model = eager(loud(family)).bfloat16()
+    calls, handles = [], []
+    for experts in experts_of(model):
+        handles.append(experts.register_forward_hook(lambda *call: calls.append(call)))
+    with torch.no_grad():
+        model(token_ids())
+        for handle in handles:
+            handle.remove()
+        ours = theirs = 0.0
+        for experts, (tokens, ids, weights), out in calls:
+            truth = copy.deepcopy(experts).double()(tokens.double(), ids, weights.double())
+            ours = max(ours, relative(experts_forward(experts, tokens, ids, weights), truth))
+            experts.config._experts_implementation = "grouped_mm"  # a family's eager form may run in float32
+            theirs = max(theirs, relative(out, truth), relative(experts(tokens, ids, weights), truth))
+            experts.config._experts_implementation = "eager"
+    assert 0 < ours <= 1.2 * theirs
+
+
+@pytest.mark.compile
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch's own, while its compiler is imported
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("family", "layers", "backend"),
+    # a second or two of C++ compilation goes into every kernel, so inductor sees one layer
+    [("qwen3_moe", 1, "inductor"), ("qwen3_moe", 3, "aot_eager"), ("gpt_oss", 3, "aot_eager")],
+)
+def test_a_whole_model_compiles_to_one_graph(family, layers, backend, dtype):
+    torch.compiler.reset()
+    model, ids = loud(family, num_hidden_layers=layers).to(dtype), token_ids()
+    model.set_experts_implementation("moesaic")  # by name alone: what the experts are is found out while tracing
+    logits, grads = gradients(model, ids, torch.compile(model, fullgraph=True, backend=backend))
+    assert all("_moesaic" in vars(experts) for experts in experts_of(model))
+    expected, expected_grads = gradients(model, ids)
+    ours = torch.cat([part.flatten() for part in (logits, *grads.values())])
+    theirs = torch.cat([part.flatten() for part in (expected, *expected_grads.values())])
+    assert (ours - theirs).norm() <= (2e-6 if dtype == torch.float32 else 0.03) * theirs.norm()
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing_changes_no_gradient(reentrant):
+    model, ids = ms.attach(loud("qwen3_moe")).train(), token_ids()
+    _, expected = gradients(model, ids)
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": reentrant})
+    model.enable_input_require_grads()  # reentrant checkpointing needs an input that wants a gradient
+    assert_same_gradients(gradients(model, ids)[1], expected, tolerance=1e-6)
+
+
+def test_autocast_is_as_near_to_float32_as_eager_is():
+    model, ids = eager(loud("mixtral")), token_ids()
+    exact, _ = gradients(model, ids)
+    with torch.autocast("cpu", torch.bfloat16):
+        theirs, their_grads = gradients(model, ids)
+        ours, our_grads = gradients(ms.attach(model), ids)
+    assert ours.dtype == theirs.dtype
+    assert {name: grad.dtype for name, grad in our_grads.items()} == {n: g.dtype for n, g in their_grads.items()}
+    assert 0 < relative(ours.float(), exact) < 1.5 * relative(theirs.float(), exact)
+
+
+def test_the_id_past_the_last_expert_means_no_expert():
+    experts = experts_of(loud("gpt_oss"))[0]
+    tokens, weights = torch.randn(5, 32), torch.rand(5, 2)
+    ids = torch.randint(8, (5, 2))
+    ids[:, 1] = 8  # what expert parallelism gives for experts of another rank
+    ours = experts_forward(experts, tokens, ids, weights)
+    assert relative(ours.detach(), experts_forward(experts, tokens, ids[:, :1], weights[:, :1]).detach()) < 1e-6
+
+
+def test_weights_under_a_parametrization_are_read_and_trained():
+    class Low(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.full((8, 1, 1), 1.5))
+
+        def forward(self, weight):
+            return weight * self.scale
+
+    model, ids = eager(loud("mixtral")), token_ids()
+    for experts in experts_of(model):
+        nn.utils.parametrize.register_parametrization(experts, "down_proj", Low())
+    logits, grads = gradients(model, ids)
+    ours, our_grads = gradients(ms.attach(model), ids)
+    assert relative(ours, logits) < 1e-5
+    assert any(name.endswith("scale") for name in grads)
+    assert_same_gradients(our_grads, grads)

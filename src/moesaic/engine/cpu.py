@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -24,6 +25,7 @@ from moesaic.types import ExpertWeights
 BATCH_ROWS = 512  # small experts share the cost of the operations between matmuls, in scratch that stays in cache
 PIECE_ROWS = 1024  # a hot expert is cut here: memory stays bounded when all tokens go to one
 SERIAL = 32768  # elements up to which torch runs an elementwise operation in one thread
+VECTORS = 64  # elements: a multiple of what torch's vectorised loops take at a time, on every CPU
 
 
 class Piece(NamedTuple):
@@ -227,11 +229,16 @@ def _sum_rows(batch: Batch, into: Tensor | None, rows: Float[Tensor, "n b"]) -> 
 
 
 def _activate_by_row(spec: ExpertSpec, projected: Float[Tensor, "n U"]) -> Float[Tensor, "n I"]:
-    """`spec.activate` such that a value does not depend on its place: torch computes the last few of a run of numbers
-    with another exponential than the others, so every row has to be a run, and one thread's."""
-    apart = projected.new_empty(len(projected), projected.shape[1] + 1)[:, :-1].copy_(projected)
-    step = max(1, SERIAL // projected.shape[1])
-    return torch.cat([spec.activate(rows) for rows in apart.split(step)])
+    """`spec.activate` such that a value does not depend on its place: torch computes the last few numbers of a run with
+    another exponential than the others, so runs are made whole multiples of its vectors, in one thread."""
+    width = projected.shape[1] // (2 if spec.gated else 1)
+    more = -width % VECTORS
+    if spec.gated and not spec.interleaved:
+        padded = F.pad(projected.unflatten(1, (2, width)), (0, more)).flatten(1)
+    else:
+        padded = F.pad(projected, (0, 2 * more if spec.gated else more))
+    rows = max(1, SERIAL // (width + more))
+    return torch.cat([spec.activate(some) for some in padded.split(rows)])[:, :width]
 
 
 def _gradient_like(weight: Tensor, counts: Tensor) -> Tensor:

@@ -1,0 +1,490 @@
+"""The CPU engine: what it keeps, what it repeats, how it adds to gradients, what it refuses."""
+
+import gc
+import math
+import weakref
+
+import pytest
+import torch
+from oracles import moe_by_token
+from test_engines import VARIANTS, K, ids_of, weights_like
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from moesaic.engine import cpu as engine
+from moesaic.engine import gemm
+from moesaic.engine.cpu import cpu
+from moesaic.engine.reference import reference
+from moesaic.engine.spec import ExpertSpec
+from moesaic.types import ExpertWeights
+
+SIZES = [(1, 64, 32), (3, 33, 17), (40, 64, 32), (200, 48, 24)]  # tokens, D, I
+
+
+def problem(tokens=20, d=16, width=8, n_experts=6, k=3, dtype=torch.float32, skew=None):
+    """(x, ids, weights, experts) with leaves that want gradients; `skew` sends that share of slots to expert 2."""
+    x = torch.randn(tokens, d, dtype=dtype, requires_grad=True)
+    ids = torch.stack([torch.randperm(n_experts)[:k] for _ in range(tokens)])
+    if skew is not None:
+        ids = torch.full((tokens, k), n_experts)
+        ids[: math.ceil(tokens * skew), 0] = 2
+    weights = torch.rand(tokens, k, dtype=dtype, requires_grad=True)
+    up = nn.Parameter(torch.randn(n_experts, 2 * width, d, dtype=dtype) / d**0.5)
+    down = nn.Parameter(torch.randn(n_experts, d, width, dtype=dtype) / width**0.5)
+    return x, ids, weights, ExpertWeights(up, down)
+
+
+def leaves_of(x, weights, experts):
+    return [x, weights, *(w for w in experts if w is not None)]
+
+
+# -- exactness ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("tokens", "d", "width"), SIZES)
+@pytest.mark.parametrize("threads", [1, 2])
+def test_float32_equals_the_reference_forward_and_backward(tokens, d, width, threads):
+    x, ids, weights, experts = problem(tokens, d, width)
+    upstream = torch.randn(tokens, d)
+    torch.set_num_threads(threads)
+    try:
+        out = cpu(x, ids, weights, experts, ExpertSpec())
+        grads = torch.autograd.grad(out, leaves_of(x, weights, experts), upstream)
+    finally:
+        torch.set_num_threads(1)
+    wide = [t.detach().double().requires_grad_() for t in leaves_of(x, weights, experts)]
+    expected = reference(wide[0], ids, wide[1], ExpertWeights(*wide[2:]), ExpertSpec())
+    wanted = torch.autograd.grad(expected, wide, upstream.double())
+    for got, true in zip((out, *grads), (expected, *wanted), strict=True):
+        torch.testing.assert_close(got.double(), true, rtol=1e-5, atol=1e-5 * float(true.detach().abs().max()))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("tokens", [1, 5, 60, 300])
+def test_16_bit_is_no_worse_than_plain_torch_in_that_dtype(monkeypatch, dtype, native, tokens):
+    """Both ways of multiplying, whatever this machine has; the yardstick is the plain formula in the same dtype."""
+    monkeypatch.setattr(gemm, "has_instructions", lambda _: native)
+    ours, plain = torch.zeros(5), torch.zeros(5)
+    for _ in range(math.ceil(60 / tokens)):  # the error of a few numbers alone is luck
+        x, ids, weights, experts = problem(tokens, 96, 48, dtype=dtype)
+        upstream = torch.randn(tokens, 96).to(dtype)
+        wide = [t.detach().double().requires_grad_() for t in leaves_of(x, weights, experts)]
+        exact = reference(wide[0], ids, wide[1], ExpertWeights(*wide[2:]), ExpertSpec())
+        truth = [exact, *torch.autograd.grad(exact, wide, upstream.double())]
+        for run, total in ((cpu, ours), (reference, plain)):
+            out = run(x, ids, weights, experts, ExpertSpec())
+            got = [out, *torch.autograd.grad(out, leaves_of(x, weights, experts), upstream)]
+            pairs = zip(got, truth, strict=True)
+            total += torch.tensor([float((a.detach() - b.detach()).norm() / b.detach().norm()) for a, b in pairs])
+    assert (ours <= 1.1 * plain).all()
+
+
+@pytest.mark.parametrize("kind", ["float32", "bfloat16 widened", "transposed"])
+@pytest.mark.parametrize("habit", ["intel", "amd", "other"])
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 8, 9, 63, 64, 100])
+def test_every_form_of_matmul_computes_the_same(monkeypatch, kind, habit, rows):
+    if habit == "amd" and not torch.backends.mkldnn.is_available():
+        pytest.skip("this build of torch has no oneDNN")
+    monkeypatch.setattr(gemm, "machine", lambda: habit)
+    x, w = torch.randn(rows, 40), torch.randn(300, 40)
+    if kind == "bfloat16 widened":
+        w = w.bfloat16()
+    if kind == "transposed":
+        w = w.mT.contiguous().mT
+    out = torch.full((rows, 300), math.nan)
+    gemm.linear(x, w, out, gemm.Workspace())
+    tolerance = 2e-2 if kind == "bfloat16 widened" and rows == 1 else 1e-5  # one row is multiplied in bfloat16
+    torch.testing.assert_close(out.double(), x.double() @ w.double().mT, rtol=tolerance, atol=20 * tolerance)
+
+
+def test_the_tables_of_forms_reach_every_number_of_rows():
+    for table in (*gemm.ROW_MAJOR.values(), *gemm.COLUMN_MAJOR.values(), gemm.PLAIN):
+        bounds = [rows for rows, _ in table]
+        assert bounds == sorted(bounds)
+        assert bounds[-1] == gemm.ANY
+
+
+# -- repeating ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_results_repeat_bit_for_bit(dtype):
+    x, ids, weights, experts = problem(300, 64, 32, dtype=dtype)
+    upstream = torch.randn(300, 64).to(dtype)
+    runs = []
+    for _ in range(3):
+        out = cpu(x, ids, weights, experts, ExpertSpec())
+        runs.append([out, *torch.autograd.grad(out, leaves_of(x, weights, experts), upstream)])
+    for again in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(runs[0], again, strict=True))
+
+
+@pytest.mark.parametrize("variant", ["swiglu", "geglu", "plain mlp", "gpt-oss"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("native", [True, False])
+def test_batch_invariant_rows_do_not_depend_on_their_companions(monkeypatch, variant, dtype, threads, native):
+    monkeypatch.setattr(gemm, "has_instructions", lambda _: native)
+    spec, layout = VARIANTS[variant]
+    experts = weights_like(dtype, **layout)
+    ids, weights = ids_of("an empty expert", 150), torch.rand(150, K).to(dtype)
+    x = torch.randn(150, experts.up.shape[1 if spec.transposed else 2]).to(dtype)
+    torch.set_num_threads(threads)
+    try:
+        whole = cpu(x, ids, weights, experts, spec, batch_invariant=True)
+        for rows in (torch.randperm(150), torch.arange(7, 40), torch.tensor([149]), torch.arange(0, 150, 3)):
+            part = cpu(x[rows], ids[rows], weights[rows], experts, spec, batch_invariant=True)
+            assert torch.equal(part, whole[rows])
+    finally:
+        torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize(("d", "width"), [(256, 768), (100, 1500), (64, 33)])
+def test_batch_invariance_holds_at_widths_where_torch_splits_the_work(d, width):
+    torch.set_num_threads(2)
+    try:
+        x, ids, weights, experts = problem(90, d, width, k=2)
+        whole = cpu(x, ids, weights, experts, ExpertSpec(), batch_invariant=True)
+        for rows in (torch.randperm(90), torch.arange(3), torch.tensor([41])):
+            part = cpu(x[rows], ids[rows], weights[rows], experts, ExpertSpec(), batch_invariant=True)
+            assert torch.equal(part, whole[rows])
+    finally:
+        torch.set_num_threads(1)
+
+
+# -- memory ------------------------------------------------------------------------------------------------------------
+
+
+class Largest(TorchDispatchMode):
+    """Notes the largest tensor that any operation makes."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor) and "view" not in str(func) and not out._is_view():
+            self.elements = max(self.elements, out.numel())
+        return out
+
+
+@pytest.mark.parametrize("skew", [None, 1.0])
+def test_no_tensor_is_as_large_as_all_rows_of_the_model_width(skew):
+    tokens, d, width, k = 3000, 64, 8, 3
+    x, ids, weights, experts = problem(tokens, d, width, k=k, skew=skew)
+    with torch.no_grad(), Largest() as largest:
+        out, hidden, order, counts = engine.forward(
+            x, ids, weights, experts, ExpertSpec(), save_hidden=True, batch_invariant=False
+        )
+        engine.backward(
+            out, x, weights, experts, hidden, order, counts, ExpertSpec(), engine.Gradients(1, 1, 1, 1, 0, 0)
+        )
+    assert largest.elements <= max(tokens * d, tokens * k * 2 * width)  # the output, or H
+
+
+def test_a_hot_expert_is_cut_so_that_scratch_does_not_grow_with_it():
+    rows = [
+        piece.stop - piece.start for batch in engine.batches([0, 5000, 3], torch.arange(5003)) for piece in batch.pieces
+    ]
+    assert sum(rows) == 5003
+    assert max(rows) == engine.PIECE_ROWS
+    assert all(len(b.rows) <= engine.PIECE_ROWS for b in engine.batches([400] * 20, torch.arange(8000)))
+
+
+@pytest.mark.parametrize(("recompute", "kept"), [(False, "hidden"), (True, "nothing else")])
+def test_only_tokens_hidden_and_metadata_are_kept(recompute, kept):
+    tokens, d, width, k, n = 50, 32, 16, 3, 6
+    x, ids, weights, experts = problem(tokens, d, width)
+    saved = {}
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.setdefault(t.data_ptr(), t), lambda t: t):
+        cpu(x, ids, weights, experts, ExpertSpec(), recompute=recompute)
+    given = {t.data_ptr() for t in (x, ids, weights, *experts[:2])}
+    sizes = sorted(t.numel() for pointer, t in saved.items() if pointer not in given and t.numel())
+    assert sizes == sorted([n, tokens * k, *([tokens * k * 2 * width] if kept == "hidden" else [])])
+
+
+def test_nothing_is_kept_where_nothing_needs_a_gradient():
+    x, ids, weights, experts = problem()
+    with torch.no_grad():
+        assert cpu(x, ids, weights, experts, ExpertSpec()).grad_fn is None
+    _, hidden, _, _ = engine.forward(
+        x.detach(), ids, weights.detach(), ExpertWeights(*(w.detach() for w in experts[:2])), ExpertSpec(),
+        save_hidden=False, batch_invariant=False,
+    )  # fmt: skip
+    assert hidden.numel() == 0
+
+
+def test_memory_returns_to_the_baseline():
+    alive = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            for t in out if isinstance(out, (tuple, list)) else (out,):
+                if isinstance(t, torch.Tensor):
+                    alive.append(weakref.ref(t))
+            return out
+
+    x, ids, weights, experts = problem(100, 32, 16)
+    with torch.no_grad(), Watch():
+        out, *rest = engine.forward(x, ids, weights, experts, ExpertSpec(), save_hidden=True, batch_invariant=False)
+        engine.backward(out, x, weights, experts, *rest, ExpertSpec(), engine.Gradients(1, 1, 1, 1, 0, 0))
+    assert len(alive) > 20
+    del out, rest
+    gc.collect()
+    assert not [ref for ref in alive if ref() is not None]
+
+
+# -- gradients ---------------------------------------------------------------------------------------------------------
+
+
+def test_recomputing_gives_the_same_gradients():
+    x, ids, weights, experts = problem(60, 32, 16)
+    upstream = torch.randn(60, 32)
+    kept, again = (
+        torch.autograd.grad(
+            cpu(x, ids, weights, experts, ExpertSpec(), recompute=recompute), leaves_of(x, weights, experts), upstream
+        )
+        for recompute in (False, True)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(kept, again, strict=True))
+
+
+@pytest.mark.parametrize("frozen", ["x", "weights", "up", "down", "up and down"])
+def test_what_is_frozen_gets_no_gradient_and_costs_no_matmul(monkeypatch, frozen):
+    x, ids, weights, experts = problem(40, 32, 16)
+    named = {"x": x, "weights": weights, "up": experts.up, "down": experts.down}
+    expected = dict(zip(named, torch.autograd.grad(
+        cpu(x, ids, weights, experts, ExpertSpec()).square().sum(), list(named.values())), strict=True))  # fmt: skip
+    outer_products = []
+    real = engine.add_outer
+    monkeypatch.setattr(engine, "add_outer", lambda out, *a, **k: (outer_products.append(out), real(out, *a, **k)))
+    for name in frozen.split(" and "):
+        named[name].requires_grad_(False)
+    cpu(x, ids, weights, experts, ExpertSpec()).square().sum().backward()
+    for name, tensor in named.items():
+        if tensor.requires_grad:
+            torch.testing.assert_close(tensor.grad, expected[name])
+        else:
+            assert tensor.grad is None
+    trained = sum(named[name].requires_grad for name in ("up", "down"))
+    assert len(outer_products) == trained * len(ids.unique())
+
+
+def accumulated(prepare, steps=2, **options):
+    """Gradients of up and down after `steps` backwards of the engine and of the reference, and whether `.grad` was
+    added to by the engine itself. `prepare(experts)` may put hooks or strange gradients there."""
+    torch.manual_seed(0)
+    x, ids, weights, experts = problem(30, 16, 8)
+    plain = ExpertWeights(*(nn.Parameter(w.detach().clone()) for w in experts[:2]))
+    finish = prepare(experts) or (lambda: None)
+    own = []
+    real = engine.add_outer
+
+    def spy(out, *args, accumulate, **kwargs):
+        own.append(any(w.grad is not None and out.untyped_storage().data_ptr() == w.grad.untyped_storage().data_ptr()
+                       for w in experts[:2]))  # fmt: skip
+        return real(out, *args, accumulate=accumulate, **kwargs)
+
+    engine.add_outer = spy
+    try:
+        for step in range(steps):
+            cpu(x, ids, weights, experts, ExpertSpec(), **options).square().sum().backward()
+            reference(x.detach(), ids, weights.detach(), plain, ExpertSpec()).square().sum().backward()
+            if step == 0:
+                own.clear()
+    finally:
+        engine.add_outer = real
+        finish()
+    for ours, theirs in zip(experts[:2], plain[:2], strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-5)
+    return all(own)
+
+
+def test_an_existing_gradient_is_added_to_in_place():
+    assert accumulated(lambda _: None)
+
+
+def test_a_gradient_hook_is_called_with_the_whole_gradient():
+    seen = []
+
+    def prepare(experts):
+        experts.up.register_hook(lambda grad: seen.append(grad.clone()))
+        experts.down.register_hook(lambda grad: seen.append(grad.clone()))
+
+    assert not accumulated(prepare)
+    assert len(seen) == 4
+    torch.testing.assert_close(seen[0].norm(), seen[2].norm())
+
+
+def test_a_post_accumulate_hook_is_called():
+    seen = []
+
+    def prepare(experts):
+        for w in experts[:2]:
+            w.register_post_accumulate_grad_hook(lambda p: seen.append(p.grad.clone()))
+
+    assert not accumulated(prepare)
+    assert len(seen) == 4
+
+
+@pytest.mark.filterwarnings("ignore:Anomaly Detection")
+def test_anomaly_mode_sees_every_gradient():
+    with torch.autograd.set_detect_anomaly(True):
+        assert not accumulated(lambda _: None)
+
+
+@pytest.mark.filterwarnings("ignore:grad and param do not obey the gradient layout")
+def test_a_strided_gradient_is_left_to_autograd():
+    def prepare(experts):
+        for w in experts[:2]:
+            w.grad = torch.zeros_like(w).mT.contiguous().mT
+
+    assert not accumulated(prepare)
+
+
+def test_weights_that_are_no_leaves_get_their_gradient_through_autograd():
+    """LoRA: the expert matrices are computed from others."""
+    x, ids, weights, experts = problem(30, 16, 8)
+    low = nn.Parameter(torch.randn(6, 16, 2) * 0.1)
+    for _ in range(2):
+        up = experts.up + low @ low.mT[..., :16]
+        cpu(x, ids, weights, ExpertWeights(up, experts.down), ExpertSpec()).square().sum().backward()
+    ours, base = low.grad.clone(), experts.up.grad.clone()
+    low.grad = experts.up.grad = None
+    for _ in range(2):
+        up = experts.up + low @ low.mT[..., :16]
+        reference(x, ids, weights, ExpertWeights(up, experts.down), ExpertSpec()).square().sum().backward()
+    torch.testing.assert_close(ours, low.grad, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(base, experts.up.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_weights_used_twice_in_one_graph_get_both_gradients():
+    x, ids, weights, experts = problem(30, 16, 8)
+    experts.up.grad, experts.down.grad = torch.ones_like(experts.up), torch.ones_like(experts.down)
+
+    def twice(run):
+        return run(run(x, ids, weights, experts, ExpertSpec()), ids, weights, experts, ExpertSpec()).square().sum()
+
+    expected = torch.autograd.grad(twice(reference), experts[:2])
+    twice(cpu).backward()
+    for w, grad in zip(experts[:2], expected, strict=True):
+        torch.testing.assert_close(w.grad - 1, grad, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("chosen", ["x", "up"])
+def test_backward_to_some_inputs_leaves_other_gradients_alone(chosen):
+    x, ids, weights, experts = problem(30, 16, 8)
+    cpu(x, ids, weights, experts, ExpertSpec()).square().sum().backward()
+    before = {name: t.grad.clone() for name, t in {"x": x, "up": experts.up, "down": experts.down}.items()}
+    loss = cpu(x, ids, weights, experts, ExpertSpec()).square().sum()
+    loss.backward(inputs=[x if chosen == "x" else experts.up])
+    for name, tensor in {"x": x, "up": experts.up, "down": experts.down}.items():
+        torch.testing.assert_close(tensor.grad, before[name] * (2 if name == chosen else 1), rtol=1e-4, atol=1e-5)
+
+
+def test_autograd_grad_leaves_gradients_alone():
+    x, ids, weights, experts = problem(30, 16, 8)
+    cpu(x, ids, weights, experts, ExpertSpec()).square().sum().backward()
+    before = experts.up.grad.clone()
+    (grad,) = torch.autograd.grad(cpu(x, ids, weights, experts, ExpertSpec()).square().sum(), experts.up)
+    assert torch.equal(experts.up.grad, before)
+    torch.testing.assert_close(grad, before)
+
+
+@pytest.mark.parametrize("variant", ["swiglu", "gpt-oss"])
+def test_gradients_of_gradients(variant):
+    spec, layout = VARIANTS[variant]
+    experts, ids = weights_like(torch.float64, **layout), ids_of("sentinels", 4)
+    x = torch.randn(4, 10, dtype=torch.float64, requires_grad=True)
+    weights = torch.rand(4, K, dtype=torch.float64, requires_grad=True)
+    given_weights = [w for w in experts if w is not None]
+
+    def run(x, weights, *given_weights):
+        return cpu(x, ids, weights, ExpertWeights(*given_weights), spec)
+
+    assert torch.autograd.gradgradcheck(run, (x, weights, *given_weights))
+
+
+@pytest.mark.filterwarnings("ignore:Using backward.. with create_graph")
+def test_a_gradient_that_was_made_with_a_graph_is_left_to_autograd():
+    x, ids, weights, experts = problem(10, 16, 8, dtype=torch.float64)
+    cpu(x, ids, weights, experts, ExpertSpec()).square().sum().backward(create_graph=True)
+    assert experts.up.grad.requires_grad
+    first = experts.up.grad.detach().clone()
+    cpu(x, ids, weights, experts, ExpertSpec()).square().sum().backward()
+    torch.testing.assert_close(experts.up.grad.detach(), 2 * first)
+
+
+def test_bfloat16_gradients_accumulate_in_place_too():
+    x, ids, weights, experts = problem(200, 32, 16, dtype=torch.bfloat16)
+    pointers = []
+    for _ in range(3):
+        cpu(x, ids, weights, experts, ExpertSpec()).float().square().sum().backward()
+        pointers.append(experts.up.grad.data_ptr())
+    assert len(set(pointers[0:])) == 1
+    single = nn.Parameter(experts.up.detach().clone())
+    cpu(x, ids, weights, experts._replace(up=single), ExpertSpec()).float().square().sum().backward()
+    torch.testing.assert_close(experts.up.grad.float(), 3 * single.grad.float(), rtol=2e-2, atol=2e-2)
+
+
+# -- refusing ----------------------------------------------------------------------------------------------------------
+
+
+def wrong(**changes):
+    x, ids, weights, experts = problem(5)
+    given = {"x": x, "ids": ids, "weights": weights, "up": experts.up, "down": experts.down, "spec": ExpertSpec()}
+    given.update({name: change(given[name]) for name, change in changes.items()})
+    return lambda: cpu(given["x"], given["ids"], given["weights"], ExpertWeights(given["up"], given["down"]),
+                       given["spec"])  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"x": lambda x: x[None]}, r"tokens \(1, 5, 16\).*flatten leading axes"),
+        ({"x": lambda x: x[:4]}, r"do not fit tokens \(4, 16\)"),
+        ({"weights": lambda w: w[:, :2]}, r"expert_ids \(5, 3\) and weights \(5, 2\)"),
+        ({"x": lambda x: x[:, :15]}, r"tokens have width 15, up \(6, 16, 16\) takes 16"),
+        ({"ids": lambda ids: ids.float()}, r"expert_ids are torch.float32: give integers"),
+        ({"x": lambda x: x.long()}, r"tokens are torch.int64"),
+        ({"x": lambda x: x.bfloat16()}, r"tokens are torch.bfloat16, up is torch.float32.*autocast"),
+        ({"ids": lambda ids: ids * 0 + 7}, r"expert_ids reach from 7 to 7: there are 6 experts, 0 to 5, and 6 means"),
+        ({"ids": lambda ids: ids * 0 - 6}, r"expert_ids reach from -6"),
+        ({"down": lambda d: d[:5]}, r"up \(6, 16, 16\) and down \(5, 16, 8\)"),
+        ({"down": lambda d: d[:, :, :7]}, r"gives 16, down \(6, 16, 7\) takes 7: gated experts give twice"),
+        ({"up": lambda u: u[0]}, r"one matrix an expert"),
+        ({"x": lambda x: x.detach().to("meta")}, r"engine='cpu' was given tokens on meta"),
+        ({"up": lambda u: u.detach().to("meta")}, r"tokens are on cpu, up on meta"),
+        ({"spec": lambda _: ExpertSpec(gated=False)}, r"give as many"),
+    ],
+)
+def test_inputs_that_do_not_fit_are_named(changes, message):
+    with pytest.raises(ValueError, match=message):
+        wrong(**changes)()
+
+
+def test_a_bias_of_the_wrong_size_is_named():
+    x, ids, weights, experts = problem(5)
+    with pytest.raises(ValueError, match=r"down_bias is \(6, 15\): give \[6, 16\]"):
+        cpu(x, ids, weights, experts._replace(down_bias=torch.zeros(6, 15)), ExpertSpec())
+
+
+def test_vmap_is_refused_with_a_way_out():
+    x, ids, weights, experts = problem(5)
+    with pytest.raises(ValueError, match="vmap over experts is not supported: flatten the mapped axis"):
+        torch.func.vmap(lambda row: cpu(row, ids, weights, experts, ExpertSpec()))(torch.stack([x, x]))
+
+
+def test_functional_gradients_work():
+    x, ids, weights, experts = problem(5)
+    by_func = torch.func.grad(lambda up: cpu(x, ids, weights, experts._replace(up=up), ExpertSpec()).square().sum())
+    (expected,) = torch.autograd.grad(cpu(x, ids, weights, experts, ExpertSpec()).square().sum(), experts.up)
+    torch.testing.assert_close(by_func(experts.up.detach()), expected)
+
+
+def test_the_check_sees_the_oracle():
+    """The yardstick of this file against the numpy definition."""
+    x, ids, weights, experts = problem(7, dtype=torch.float64)
+    out = cpu(x, ids, weights, experts, ExpertSpec()).detach()
+    assert abs(out.numpy() - moe_by_token(x, ids, weights, *experts[:2])).max() < 1e-12

@@ -108,6 +108,8 @@ def token_ids(rows: int = 2, length: int = 10) -> torch.Tensor:
 def loud(family="deepseek_v3", **fields):
     """A tiny model whose experts matter: with the usual small weights their share of the logits is lost in rounding."""
     model = tiny(family, **fields)
+    if not experts_of(model):
+        pytest.skip(f"{family} of transformers {hf.__version__} computes its experts itself")
     for parameter in model.parameters():
         if parameter.dim() > 1:
             nn.init.normal_(parameter, std=0.25)

@@ -158,3 +158,37 @@ def test_a_module_that_computes_something_else_is_refused_with_the_reason(expert
     assert "use experts_implementation='grouped_mm' or 'eager'" in str(caught.value)
     assert "_moesaic" not in vars(module)
     assert module.config._experts_implementation != "moesaic"
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        (lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**COMMON)), "LlamaForCausalLM has no experts"),
+        (
+            lambda: hf.Llama4ForCausalLM(hf.Llama4TextConfig(**COMMON, head_dim=16, num_local_experts=4)),
+            r"Llama4ForCausalLM computes its experts \(Llama4TextExperts\) itself",
+        ),
+    ],
+)
+def test_where_there_is_nothing_to_attach_to_attach_says_so(model, reason):
+    with pytest.raises(ValueError, match=f"nothing to attach to: {reason}"):
+        ms.attach(model())
+
+
+def test_one_module_that_cannot_be_served_leaves_the_whole_model_as_it_was():
+    model = eager(loud("qwen3_moe"))
+    experts_of(model)[-1].act_fn = nn.Mish()
+    with pytest.raises(ValueError, match="Mish"):
+        ms.attach(model)
+    assert not any("_moesaic" in vars(experts) for experts in experts_of(model))
+    assert model.config._experts_implementation == "eager"
+    with pytest.raises(ValueError, match="engine='fastest' is unknown"):
+        ms.attach(model, engine="fastest")
+
+
+def test_by_name_alone_a_refusal_comes_with_the_first_forward():
+    model = loud("qwen3_moe")
+    model.set_experts_implementation("moesaic")
+    experts_of(model)[0].act_fn = nn.Mish()
+    with pytest.raises(ValueError, match=r"Qwen3MoeExperts has an activation that is none of ours"):
+        model(token_ids())

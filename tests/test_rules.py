@@ -1,10 +1,11 @@
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from cases import GRID, configs, v3
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from oracles import densify, pick, route_one
@@ -12,7 +13,7 @@ from oracles import densify, pick, route_one
 from moesaic.config import MoEConfig
 from moesaic.families import CONVENTIONS
 from moesaic.layer.balance import expert_load
-from moesaic.rules import group_scores, kept_groups, largest, route
+from moesaic.rules import few, group_scores, kept_groups, largest, route, select, weigh
 from moesaic.types import check_routing
 
 
@@ -81,6 +82,66 @@ def test_load_sums_to_the_assignments(case):
     load = expert_load(routing.expert_ids, config.n_routed_experts)
     assert load.sum() == routing.expert_ids.numel()
     assert load.tolist() == [(routing.expert_ids == e).sum() for e in range(config.n_routed_experts)]
+
+
+def many(rows: torch.Tensor) -> torch.Tensor:
+    """The rows over and over, until there are too many values for `few`."""
+    copies = rows.repeat(4096 // rows.numel() + 1, 1)
+    assert few(rows)
+    assert not few(copies)
+    return copies
+
+
+@pytest.mark.parametrize("group_score", ["top2_sum", "max", "k_over_m_sum"])
+@pytest.mark.parametrize("mask", ["-inf", "zero"])
+@given(case=routing_cases())
+def test_a_row_is_selected_for_the_same_alone_and_among_many(case, group_score, mask):
+    config, logits, bias = case
+    assume(len(logits))
+    k_over_m = config.num_experts_per_tok // config.topk_group
+    assume(group_score != "k_over_m_sum" or config.n_group == 1 or 1 <= k_over_m <= config.experts_per_group)
+    config = replace(config, group_score=group_score, group_mask=mask)
+    choice = logits.sigmoid() + bias  # not route: sigmoid itself may differ in the last bit with the place in memory
+    assert torch.equal(select(many(choice), config)[-len(choice) :], select(choice, config))
+    if config.n_group > 1:
+        assert torch.equal(group_scores(many(choice), config)[-len(choice) :], group_scores(choice, config))
+
+
+def test_experts_masked_out_by_a_bias_do_not_open_other_groups():
+    """Fewer than K experts of the kept groups have a chance: the rest are still taken from those groups."""
+    bias = torch.full((32,), -math.inf)
+    bias[[9, 10, 17, 18]] = 0.0
+    for logits in (torch.randn(7, 32), torch.randn(300, 32)):
+        ids = check_routing(route(logits, bias, v3(32, 4, 2, 6)), 32).expert_ids
+        assert ids[:, :4].sort().values.eq(torch.tensor([9, 10, 17, 18])).all()
+        assert ids[:, 4:].eq(torch.tensor([8, 11])).all()
+
+
+@pytest.mark.compile
+def test_one_graph_serves_every_number_of_tokens():
+    graphs = []
+
+    def count(graph, _inputs):
+        graphs.append(graph)
+        return graph
+
+    config, bias = v3(32, 4, 2, 6), torch.randn(32)
+    compiled = torch.compile(lambda logits: route(logits, bias, config), fullgraph=True, dynamic=True, backend=count)
+    for n_tokens in (3, 40, 500):
+        logits = torch.randn(n_tokens, 32).round(decimals=1)
+        expected = route(logits, bias, config)
+        assert all(torch.equal(a, b) for a, b in zip(compiled(logits), expected, strict=True))
+    assert len(graphs) == 1
+
+
+@pytest.mark.parametrize("n_tokens", [3, 300])
+def test_vmap_over_layers_routes_each_as_alone(n_tokens):
+    config, logits, bias = v3(32, 4, 2, 6), torch.randn(4, n_tokens, 32), torch.randn(4, 32)
+    together = torch.func.vmap(lambda logits, bias: route(logits, bias, config))(logits, bias)
+    for layer in range(4):
+        alone = route(logits[layer], bias[layer], config)
+        assert torch.equal(together.expert_ids[layer], alone.expert_ids)
+        assert torch.equal(together.weights[layer], alone.weights)
 
 
 @pytest.mark.parametrize(("experts", "groups", "kept", "k"), GRID)
@@ -177,8 +238,9 @@ def test_largest_breaks_ties_to_the_lower_index(values, data):
     k = data.draw(st.integers(1, values.shape[1]))
     for dtype in (torch.float32, torch.float64, torch.bfloat16):
         given_values = torch.from_numpy(values).to(dtype)
-        got = largest(given_values, k)
-        assert got.tolist() == [pick(row, k) for row in given_values.tolist()]
+        expected = [pick(row, k) for row in given_values.tolist()]
+        assert largest(given_values, k).tolist() == expected
+        assert largest(many(given_values), k)[-len(expected) :].tolist() == expected
 
 
 def test_largest_takes_any_nan_for_the_largest():
@@ -186,6 +248,7 @@ def test_largest_takes_any_nan_for_the_largest():
     values = bits.to(torch.int32).view(torch.float32)
     assert values.isnan().tolist() == [[False, False, True, True]]
     assert largest(values, 4).tolist() == [[1, 2, 3, 0]]
+    assert largest(many(values), 4).eq(torch.tensor([1, 2, 3, 0])).all()
 
 
 @pytest.mark.parametrize("poison", [math.nan, -math.nan, math.inf, -math.inf])
@@ -242,6 +305,13 @@ def test_the_sentinel_weighs_nothing_and_takes_no_part_in_the_sum(after):
     routing.weights.sum().backward()
     assert logits.grad.isfinite().all()
     assert logits.grad[1].eq(0).all()
+
+
+@given(routing_cases())
+def test_looking_for_sentinels_changes_no_bit_where_there_are_none(case):
+    config, logits, bias = case
+    routing = route(logits, bias, config)
+    assert torch.equal(routing.weights, weigh(logits.sigmoid(), routing.expert_ids, config))
 
 
 @pytest.mark.parametrize("convention", CONVENTIONS)

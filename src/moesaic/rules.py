@@ -3,6 +3,8 @@
 There is one `weigh` for all rules and it never sees the bias: the bias can steer a choice, it cannot reach a weight.
 """
 
+from functools import reduce
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
@@ -38,7 +40,8 @@ def route(
         if replay.shape != expected:
             raise ValueError(f"replay has shape {tuple(replay.shape)}, not [T, K] = {expected}: give one row a token")
         expert_ids = replay.long()
-    return Routing(logits, weigh(scores, expert_ids, config), expert_ids)
+    weights = weigh(scores, expert_ids, config, sentinels=replay is not None)
+    return Routing(logits, weights, expert_ids)
 
 
 def score(logits: Float[Tensor, "T E"], config: MoEConfig) -> Float[Tensor, "T E"]:
@@ -46,8 +49,8 @@ def score(logits: Float[Tensor, "T E"], config: MoEConfig) -> Float[Tensor, "T E
 
     Where scoring comes after top-k the logits themselves are ranked, and `weigh` scores the K kept ones.
     """
-    if config.score_dtype == "float32":
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if config.score_dtype == "float32" and logits.dtype.itemsize < 4:
+        logits = logits.float()
     return logits if config.score_after_topk else SCORING[config.scoring_func](logits)
 
 
@@ -64,22 +67,31 @@ def select(choice: Float[Tensor, "T E"], config: MoEConfig) -> Int[Tensor, "T K"
     return SELECTION[config.topk_method](choice, config)
 
 
-def weigh(scores: Float[Tensor, "T E"], expert_ids: Int[Tensor, "T K"], config: MoEConfig) -> Float[Tensor, "T K"]:
+def weigh(
+    scores: Float[Tensor, "T E"], expert_ids: Int[Tensor, "T K"], config: MoEConfig, *, sentinels: bool = True
+) -> Float[Tensor, "T K"]:
     """Combine weights of the chosen experts: gather unbiased scores, normalise, then scale.
 
-    The sentinel id E weighs 0 and takes no part in the sum.
+    The sentinel id E weighs 0 and takes no part in the sum. sentinels=False says that there is none, as after `select`,
+    and saves the operations that look for it: half of the time of a single token.
     """
     n_experts = scores.shape[-1]
-    absent = expert_ids >= n_experts
-    weights = scores.gather(-1, expert_ids.clamp(max=n_experts - 1))
+    absent = expert_ids >= n_experts if sentinels else None
+    weights = scores.gather(-1, expert_ids if absent is None else expert_ids.clamp(max=n_experts - 1))
     if config.score_after_topk:
-        weights = SCORING[config.scoring_func](weights.masked_fill(absent, torch.finfo(weights.dtype).min))
-    weights = torch.where(absent, 0.0, weights)
+        if absent is not None:
+            weights = weights.masked_fill(absent, torch.finfo(weights.dtype).min)
+        weights = SCORING[config.scoring_func](weights)
+    if absent is not None:
+        weights = torch.where(absent, 0.0, weights)
     if config.norm_topk_prob and (expert_ids.shape[-1] > 1 or config.norm_single_expert):
-        total = weights.sum(dim=-1, keepdim=True) + config.norm_eps
-        nobody = absent.all(dim=-1, keepdim=True)  # 0 / 0 where the eps is none, or rounds to none
-        weights = weights / total.masked_fill(nobody, 1.0)
-    return weights * config.routed_scaling_factor
+        total = weights.sum(dim=-1, keepdim=True)
+        if config.norm_eps:
+            total = total + config.norm_eps
+        if absent is not None:  # nobody present: 0 / 0 where the eps is none, or rounds to none
+            total = total.masked_fill(absent.all(dim=-1, keepdim=True), 1.0)
+        weights = weights / total
+    return weights if config.routed_scaling_factor == 1.0 else weights * config.routed_scaling_factor
 
 
 def greedy_topk(choice: Float[Tensor, "T E"], config: MoEConfig) -> Int[Tensor, "T K"]:
@@ -89,10 +101,15 @@ def greedy_topk(choice: Float[Tensor, "T E"], config: MoEConfig) -> Int[Tensor, 
 
 def group_limited_topk(choice: Float[Tensor, "T E"], config: MoEConfig) -> Int[Tensor, "T K"]:
     """The K best experts inside the M best groups: node-limited routing. With one group, the plain top-k."""
-    if config.n_group > 1:
-        open_to_token = expand_groups(kept_groups(group_scores(choice, config), config), config)
-        choice = choice.masked_fill(~open_to_token, config.mask_fill)
-    return largest(choice, config.num_experts_per_tok)
+    k = config.num_experts_per_tok
+    if config.n_group == 1:
+        return largest(choice, k)
+    scores = group_scores(choice, config)
+    if config.group_mask == "zero":  # the old bug: an expert outside the kept groups can still win
+        return largest(choice.masked_fill(~expand_groups(kept_groups(scores, config), config), 0.0), k)
+    groups = largest(scores, config.topk_group).sort(dim=-1).values
+    candidates = experts_of(groups, config)  # ascending, so that a tie goes to the lower index here too
+    return candidates.gather(-1, largest(choice.gather(-1, candidates), k))
 
 
 def balanced_topk(choice: Float[Tensor, "T E"], config: MoEConfig) -> Int[Tensor, "T K"]:
@@ -115,9 +132,26 @@ def group_scores(choice: Float[Tensor, "T E"], config: MoEConfig) -> Float[Tenso
 
     Two of them in DeepSeek-V3's code, the best one in V2, K/M of them in the V3 paper and in Megatron-Core.
     """
-    by_group = choice.unflatten(-1, (config.n_group, config.experts_per_group))
     counted = {"max": 1, "top2_sum": 2, "k_over_m_sum": config.num_experts_per_tok // config.topk_group}
-    return by_group.topk(counted[config.group_score_rule], dim=-1).values.sum(dim=-1)
+    by_group = choice.reshape(choice.shape[0], config.n_group, config.experts_per_group)
+    return sum_of_best(by_group, counted[config.group_score_rule])
+
+
+def sum_of_best(values: Float[Tensor, "*rows n"], count: int) -> Float[Tensor, "*rows"]:
+    """The sum of the `count` largest values of each row, added best first however many rows there are.
+
+    The largest is taken out `count` - 1 times: for two of 32, `topk` takes 4x as long on a CPU.
+    """
+    if few(values):
+        best = list(values.topk(count, dim=-1).values.unbind(-1))
+    else:
+        best = []
+        for _ in range(count - 1):
+            largest_value, where = values.max(dim=-1, keepdim=True)
+            best.append(largest_value.squeeze(-1))
+            values = values.scatter(-1, where, -torch.inf)
+        best.append(values.amax(dim=-1))
+    return reduce(torch.add, best)
 
 
 def kept_groups(scores: Float[Tensor, "T G"], config: MoEConfig) -> Bool[Tensor, "T G"]:
@@ -131,17 +165,34 @@ def expand_groups(kept: Bool[Tensor, "T G"], config: MoEConfig) -> Bool[Tensor, 
     return kept.repeat_interleave(config.experts_per_group, dim=-1)
 
 
+def experts_of(groups: Int[Tensor, "T M"], config: MoEConfig) -> Int[Tensor, "T candidates"]:
+    """The experts of some groups of each token: group g holds g * E/G and those that follow it."""
+    size = config.experts_per_group
+    return (groups.unsqueeze(-1) * size + torch.arange(size, device=groups.device)).flatten(-2)
+
+
 def largest(values: Float[Tensor, "T n"], k: int) -> Int[Tensor, "T k"]:
     """Indices of the k largest values of each row, best first; equal values go to the lower index, NaN counts as +inf.
 
-    `torch.topk` leaves the order of ties open, and a stable sort costs 4x. So each float32 becomes an int64 whose
-    high half orders like the float and whose low half counts down over the index: then no two are equal.
+    `torch.topk` leaves the order of ties open, and a stable sort costs 5x as soon as there is more than a handful of
+    rows. So each float32 becomes an int64 whose high half orders like the float and whose low half counts down over the
+    index: then no two are equal. A compiled graph takes one way for every number of rows.
     """
     values = values.detach().nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
-    if values.dtype == torch.float64:
-        return torch.sort(values, dim=-1, descending=True, stable=True).indices[..., :k]
-    bits = (values.float() + 0.0).view(torch.int32)  # + 0.0 turns -0.0 into 0.0, which must tie with it
-    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # negative floats order backwards as integers: flip their bits
     n = values.shape[-1]
+    if values.dtype == torch.float64 or few(values):
+        return values.sort(dim=-1, descending=True, stable=True).indices.narrow(-1, 0, k)
+    bits = values.float().add_(0.0).view(torch.int32)  # + 0.0 turns -0.0 into 0.0, which must tie with it
+    flip = (bits >> 31).bitwise_and_(0x7FFFFFFF)  # negative floats order backwards as integers: flip their bits
     tie_break = torch.arange(n - 1, -1, -1, device=values.device)
-    return ((ordered.long() << 32) | tie_break).topk(k, dim=-1).indices
+    keys = flip.bitwise_xor_(bits).long().bitwise_left_shift_(32).bitwise_or_(tie_break)
+    return keys.topk(k, dim=-1).indices
+
+
+def few(values: Tensor) -> bool:
+    """So few values on a CPU that the number of operations decides, not what they do.
+
+    Up to about 2048 one sort is as quick as the ten small operations that make keys and rank them (two cores, torch
+    2.13). Never in a compiled graph, which would be tied to a number of tokens.
+    """
+    return not torch.compiler.is_compiling() and values.is_cpu and values.numel() <= 2048

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
@@ -134,9 +135,11 @@ def test_the_cache_is_read_as_the_system_writes_it(tmp_path):
 def test_every_form_multiplies(shape, dtype):
     matmuls = Matmuls(problem_of(shape, dtype=dtype, tokens=40))
     weight = matmuls.weights["up"][0]
-    rows = matmuls.rows[weight.shape[0]].first(3)
-    expected = rows.own.double() @ weight.double()
-    for name, form in forms_for(weight.dtype).items():
+    for (name, form), n in product(forms_for(weight.dtype).items(), (1, 3)):
+        if name == "W' @ x[0]" and n > 1:
+            continue
+        rows = matmuls.rows[weight.shape[0]].first(n)
+        expected = rows.own.double() @ weight.double()
         for scratch in matmuls.scratch:
             scratch.fill_(math.nan)
         result = form(rows, weight, matmuls.scratch)

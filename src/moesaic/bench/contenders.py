@@ -140,14 +140,15 @@ PEERS: dict[str, Contender] = {
 
 
 def peers_named(names: Iterable[str]) -> list[Contender]:
-    """Built-in peers by name, and those of files: a Python file with a list `PEERS` of Contenders.
+    """Built-in peers by name, and those of files: FILE.py, which has a list `PEERS` of Contenders, or FILE.py:NAME.
 
     Raises ValueError where a name is unknown, a file is not there or says that it cannot run.
     """
     found: list[Contender] = []
     for name in names:
-        if name.endswith(".py"):
-            found += _peers_of(Path(name))
+        path, is_file, only = name.partition(".py")
+        if is_file:
+            found += _peers_of(Path(path + ".py"), only.removeprefix(":"))
         elif name in PEERS:
             found.append(PEERS[name])
         elif name != "none":
@@ -155,7 +156,7 @@ def peers_named(names: Iterable[str]) -> list[Contender]:
     return found
 
 
-def _peers_of(path: Path) -> list[Contender]:
+def _peers_of(path: Path, only: str) -> list[Contender]:
     spec = importlib.util.spec_from_file_location(path.stem, path)
     if spec is None or spec.loader is None or not path.is_file():
         raise ValueError(f"--peers {path}: no such file")
@@ -167,4 +168,7 @@ def _peers_of(path: Path) -> list[Contender]:
     peers = getattr(module, "PEERS", None)
     if not isinstance(peers, list) or not all(isinstance(peer, Contender) for peer in peers):
         raise ValueError(f"--peers {path}: it has no list PEERS of moesaic.bench.contenders.Contender")
-    return peers
+    chosen = [peer for peer in peers if only in ("", peer.name)]
+    if not chosen:
+        raise ValueError(f"--peers {path}:{only}: it has {', '.join(peer.name for peer in peers) or 'nobody'}")
+    return chosen

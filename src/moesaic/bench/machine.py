@@ -31,7 +31,7 @@ def machine() -> dict[str, Any]:
     return {
         "cpu": _cpu_field("model name") or platform.processor() or platform.machine(),
         "cores": num_cores(),
-        "isa": [flag for flag in ISA_FLAGS if flag in _cpu_field("flags").split()],
+        "isa": machine_flags(),
         "torch_isa": torch.backends.cpu.get_cpu_capability(),
         "onednn_isa": onednn_isa(),
         "l2_bytes": cache_bytes(2),
@@ -45,6 +45,12 @@ def machine() -> dict[str, Any]:
         "commit": commit(),
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
     }
+
+
+def machine_flags() -> list[str]:
+    """Those of ISA_FLAGS that the CPU has."""
+    has = _cpu_field("flags").split()
+    return [flag for flag in ISA_FLAGS if flag in has]
 
 
 def num_cores() -> int:

@@ -46,7 +46,8 @@ def test_preparing_is_not_timed_and_results_die_after_the_clock_stops():
 def test_quick_cells_have_more_rounds_and_long_ones_fewer_first_for_those_behind():
     assert plan_rounds({"a": 1e-3, "b": 1e-3}, 10) == {"a": 50, "b": 50}
     assert plan_rounds({"a": 1.0, "b": 1.0}, 10) == {"a": 10, "b": 10}
-    assert plan_rounds({"a": 2.0, "b": 2.0, "c": 9.0}, 10, allowed=60) == {"a": 8, "b": 8, "c": FEW}
+    assert plan_rounds({"a": 2.0, "b": 2.0, "c": 9.0}, 10, allowed=60) == {"a": 10, "b": 10, "c": FEW}
+    assert plan_rounds({"a": 3.0, "b": 4.0, "c": 13.0}, 10, allowed=60) == {"a": 8, "b": 8, "c": FEW}
     assert plan_rounds({"a": 30.0, "b": 300.0}, 10, allowed=60) == {"a": FEW, "b": FEW}
 
 

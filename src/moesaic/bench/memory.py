@@ -42,7 +42,7 @@ class Request:
 
 def run_memory_cell(cell: Cell, engines: Sequence[str], peers: Sequence[str]) -> Result:
     """Measure everybody, eager first: its errors are the measure of correctness."""
-    result, eager = Result(cell), {}
+    start, result, eager = time.perf_counter(), Result(cell), {}
     contenders = [*our_engines(engines, cell.dtype), *peers_named(peers)]
     for contender in sorted(contenders, key=lambda c: c.name != EAGER):
         row = Row(contender.name, contender.kind)
@@ -61,6 +61,7 @@ def run_memory_cell(cell: Cell, engines: Sequence[str], peers: Sequence[str]) ->
         else:
             row.note = "wrong"
     compare(result)
+    result.seconds = time.perf_counter() - start
     return result
 
 

@@ -12,7 +12,7 @@ FEW = 3  # rounds of those that are far behind, and the least anybody gets
 FAR_BEHIND = 3.0  # times the fastest
 MANY = 5  # times the wanted rounds, where that costs little
 LITTLE = 3.0  # seconds
-CELL_SECONDS = 60.0  # after which a cell has fewer rounds than wanted
+CELL_SECONDS = 60.0  # for the rounds of those that are not far behind
 
 
 class Entrant(NamedTuple):
@@ -40,8 +40,7 @@ def plan_rounds(seconds: Mapping[str, float], wanted: int, allowed: float = CELL
         return dict.fromkeys(seconds, max(wanted, min(MANY * wanted, int(LITTLE / a_round))))
     fastest = min(seconds.values())
     slow = {name for name, took in seconds.items() if took > FAR_BEHIND * fastest}
-    left = allowed - FEW * sum(seconds[name] for name in slow)
-    rounds = min(wanted, max(FEW, int(left / sum(took for name, took in seconds.items() if name not in slow))))
+    rounds = min(wanted, max(FEW, int(allowed / sum(took for name, took in seconds.items() if name not in slow))))
     return {name: min(FEW, wanted) if name in slow else rounds for name in seconds}
 
 

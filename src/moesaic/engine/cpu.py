@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from moesaic.engine.checks import check_ids
-from moesaic.engine.gemm import INVARIANT_ROWS, Workspace, add_outer, invariant_linear, linear, matmul_dtype
+from moesaic.engine.gemm import INVARIANT, INVARIANT_ROWS, Workspace, add_outer, form_for, matmul_dtype, table_for
 from moesaic.engine.op import ACCUMULATING, run_experts
 from moesaic.engine.plan import group_by_expert
 from moesaic.engine.spec import ExpertSpec
@@ -86,11 +86,11 @@ def forward(
         check_ids(int(expert_ids.min()), int(expert_ids.max()), len(experts.up))
     plan = group_by_expert(expert_ids, len(experts.up))
     dtype, wide = matmul_dtype(tokens.dtype), torch.promote_types(tokens.dtype, torch.float32)
-    up, down = _as_out_in(experts, spec)
-    out = torch.zeros(len(tokens), down.shape[1], dtype=wide)
-    hidden = tokens.new_empty((len(plan.assignments), up.shape[1]) if save_hidden else 0)
+    up, down = _as_in_out(experts, spec)
+    out = torch.zeros(len(tokens), down.shape[2], dtype=wide)
+    hidden = tokens.new_empty((len(plan.assignments), up.shape[2]) if save_hidden else 0)
     scales = weights.flatten()[plan.assignments].to(wide)[:, None]
-    multiply = Multiply(invariant_linear if batch_invariant else linear)
+    multiply = Multiply(batch_invariant=batch_invariant)
     cut = INVARIANT_ROWS if batch_invariant else PIECE_ROWS
     for batch in batches(plan.counts.tolist(), plan.assignments // expert_ids.shape[1], cut):
         x = tokens.index_select(0, batch.rows).to(dtype)
@@ -140,7 +140,7 @@ def backward(
     An empty `hidden` is computed again from the tokens. `up_into`, `down_into`: gradients that are added to in place.
     """
     dtype, wide = matmul_dtype(tokens.dtype), torch.promote_types(tokens.dtype, torch.float32)
-    up, down = _as_out_in(experts, spec)
+    up, down = _as_in_out(experts, spec)
     into = Gradients(
         tokens=torch.zeros(tokens.shape, dtype=wide) if wanted.tokens else None,
         weights=torch.zeros(weights.numel(), dtype=wide) if wanted.weights else None,
@@ -150,7 +150,7 @@ def backward(
         down_bias=torch.zeros(experts.down_bias.shape, dtype=wide) if wanted.down_bias else None,
     )
     scales = weights.flatten()[assignments].to(wide)[:, None]
-    multiply = Multiply(linear)
+    multiply = Multiply()
     for batch in batches(counts.tolist(), assignments // weights.shape[1]):
         scale = scales[batch.here]
         g, x = grad_out.index_select(0, batch.rows), tokens.index_select(0, batch.rows).to(dtype)
@@ -189,18 +189,20 @@ def backward(
 class Multiply:
     """Rows of a batch through the matrices of their experts, in scratch that the next batch uses again."""
 
-    def __init__(self, linear: Any) -> None:
-        self._linear = linear
+    def __init__(self, *, batch_invariant: bool = False) -> None:
+        self._batch_invariant = batch_invariant
         self._work = Workspace()
 
     def __call__(
-        self, batch: Batch, x: Float[Tensor, "n a"], stack: Float[Tensor, "E b a"], name: str, out: Tensor | None = None
+        self, batch: Batch, x: Float[Tensor, "n a"], stack: Float[Tensor, "E a b"], name: str, out: Tensor | None = None
     ) -> Float[Tensor, "n b"]:
+        """x_e @ stack[e] for every expert e of the batch, in x's dtype; into `out` or into scratch called `name`."""
         if out is None:
-            out = self._work.take(name, len(x), stack.shape[1], x.dtype)
+            out = self._work.take(name, len(x), stack.shape[2], x.dtype)
+        table = INVARIANT if self._batch_invariant else table_for(x.dtype, stack)
         sizes = batch.sizes
         for piece, rows, result in zip(batch.pieces, x.split(sizes), out.split(sizes), strict=True):
-            self._linear(rows, stack[piece.expert], result, self._work)
+            form_for(table, len(rows))(rows, stack[piece.expert], result, self._work)
         return out
 
     def outer(
@@ -213,8 +215,8 @@ class Multiply:
             add_outer(gradient[piece.expert], a, b, self._work, accumulate=accumulate or not piece.first)
 
 
-def _as_out_in(experts: ExpertWeights, spec: ExpertSpec) -> tuple[Float[Tensor, "E U D"], Float[Tensor, "E O I"]]:
-    return (experts.up.mT, experts.down.mT) if spec.transposed else (experts.up, experts.down)
+def _as_in_out(experts: ExpertWeights, spec: ExpertSpec) -> tuple[Float[Tensor, "E D U"], Float[Tensor, "E I O"]]:
+    return (experts.up, experts.down) if spec.transposed else (experts.up.mT, experts.down.mT)
 
 
 def _add_bias(rows: Float[Tensor, "n b"], bias: Tensor | None, batch: Batch, scale: Tensor | None = None) -> None:

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 BLOCK = 256  # rows of a 16-bit weight widened at a time: 2 MB of float32 at D=2048, which stay in L2
-BLOCK_MAX_ROWS = 8  # up to here (rows of x) the matmul is over before a widened block leaves the cache
 INVARIANT_ROWS = 32  # rows of every matmul in batch-invariant mode
 ANY = 1 << 62
 
@@ -35,23 +34,27 @@ class Workspace:
         return buffer[:size].view(rows, columns)
 
 
+# A form writes x [m, a] @ w [a, b] into out [m, b]. W, as weights are stored, is w.T: [b, a].
+# (w comes transposed because a view costs a microsecond, and an engine can take it of all experts at once.)
+
+
 def rows_form(x: Tensor, w: Tensor, out: Tensor, work: Workspace) -> None:
     del work
-    torch.mm(x, w.mT, out=out)
+    torch.mm(x, w, out=out)
 
 
 def columns_form(x: Tensor, w: Tensor, out: Tensor, work: Workspace) -> None:
-    out.copy_(torch.mm(w, x.mT, out=work.take("columns", len(w), len(x), x.dtype)).mT)
+    out.copy_(torch.mm(w.mT, x.mT, out=work.take("columns", w.shape[1], len(x), x.dtype)).mT)
 
 
 def vector_form(x: Tensor, w: Tensor, out: Tensor, work: Workspace) -> None:
     del work
-    torch.mv(w, x[0], out=out[0])
+    torch.mv(w.mT, x[0], out=out[0])
 
 
 def onednn_form(x: Tensor, w: Tensor, out: Tensor, work: Workspace) -> None:
     del work
-    out.copy_(torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], ""))
+    out.copy_(torch.ops.mkldnn._linear_pointwise(x, w.mT, None, "none", [], ""))
 
 
 Form = Callable[[Tensor, Tensor, Tensor, Workspace], None]
@@ -76,25 +79,35 @@ COLUMN_MAJOR: dict[str, Table] = {
 PLAIN: Table = ((ANY, rows_form),)  # float64, and 16-bit with the instructions: the plain call is best at every size
 
 
-def linear(x: Tensor, w: Tensor, out: Tensor, work: Workspace) -> None:
-    """Write x [m, a] through w [b, a] of either layout into out [m, b], in the dtype of x and out.
+def as_it_is(form: Form) -> Form:
+    """The form in the dtype of the weight, whatever that of x is."""
 
-    A 16-bit w under float32 x is widened: in blocks that stay in the cache for a few rows, whole for more. A single
-    bfloat16 row is multiplied as it is, since reading half the bytes then wins.
-    """
-    if w.dtype != x.dtype:
-        if len(x) == 1 and w.dtype == torch.bfloat16 and w.stride(-1) == 1:
-            out.copy_(torch.mv(w, x[0].to(w.dtype)))
-            return
-        if len(x) <= BLOCK_MAX_ROWS and w.stride(-1) == 1:
-            _by_widened_blocks(x, w, out, work)
-            return
-        w = converted(w, x.dtype, work)
-    _form(x, w)(x, w, out, work)
+    def narrow(x: Tensor, w: Tensor, out: Tensor, work: Workspace) -> None:
+        result = work.take("narrow", len(x), w.shape[1], w.dtype)
+        form(x.to(w.dtype), w, result, work)
+        out.copy_(result)
+
+    return narrow
 
 
-def invariant_linear(x: Tensor, w: Tensor, out: Tensor, work: Workspace) -> None:
-    """The same, always as one matmul of INVARIANT_ROWS rows at one place in memory: BLAS results hang on both.
+def by_blocks(x: Tensor, w: Tensor, out: Tensor, work: Workspace) -> None:
+    """Widen some rows of W, multiply, go on: the widened block never leaves the cache."""
+    result, weight, xt = work.take("columns", w.shape[1], len(x), x.dtype), w.mT, x.mT
+    for start in range(0, len(weight), BLOCK):
+        stop = min(start + BLOCK, len(weight))
+        block = work.take("block", stop - start, weight.shape[1], x.dtype).copy_(weight[start:stop])
+        torch.mm(block, xt, out=result[start:stop])
+    out.copy_(result.mT)
+
+
+def as_a_whole(x: Tensor, w: Tensor, out: Tensor, work: Workspace) -> None:
+    """Widen all of W into scratch, then multiply in float32."""
+    w = converted(w, x.dtype, work)
+    form_for(table_for(x.dtype, w), len(x))(x, w, out, work)
+
+
+def invariant_form(x: Tensor, w: Tensor, out: Tensor, work: Workspace) -> None:
+    """Always one matmul of INVARIANT_ROWS rows at one place in memory: BLAS results hang on both.
 
     As `W @ x.T`, where the rows lie side by side in vector registers: no row's sum then differs from another's (in 600
     random shapes; of `x @ W.T` 29 of 300 had rows that did). In float64 neither holds, so there one row at a time.
@@ -105,7 +118,41 @@ def invariant_linear(x: Tensor, w: Tensor, out: Tensor, work: Workspace) -> None
     for some, result in zip(x.split(rows), out.split(rows), strict=True):
         padded[: len(some)] = some
         padded[len(some) :] = 0
-        result.copy_(torch.mm(w, padded.mT, out=work.take("columns", len(w), rows, x.dtype)).mT[: len(some)])
+        columns_form(padded, w, work.take("invariant", rows, w.shape[1], x.dtype), work)
+        result.copy_(work.take("invariant", rows, w.shape[1], x.dtype)[: len(some)])
+
+
+# 16-bit without the instructions. Reading half the bytes wins while a few rows hide how slow the multiplying is.
+# Intel, bfloat16: as it is 328 | 790 at 1 | 3 rows, 27000 at 256; by blocks 625 | 560 | 711 | 1340 at 1 | 3 | 8 | 16;
+#                  as a whole 1010 | 1080 | 6370 at 8 | 16 | 256
+# AMD, told to ignore its instructions: as it is 290 | 420 | 1600 at 1 | 2 | 4, by oneDNN 1160 | 1510 at 4 | 8;
+#                  by blocks 890 | 1160 | 1460 at 2 | 4 | 8; as a whole 1450 | 1630 | 2500 at 4 | 8 | 32
+WIDENING: dict[str, Table] = {
+    "intel": ((1, as_it_is(vector_form)), (8, by_blocks), (ANY, as_a_whole)),
+    "amd": ((2, as_it_is(rows_form)), (8, as_it_is(onednn_form)), (ANY, as_a_whole)),
+    "other": ((1, as_it_is(rows_form)), (ANY, as_a_whole)),
+}
+WHOLE: Table = ((ANY, as_a_whole),)  # weights stored [in, out], and float16, which nothing multiplies as it is
+
+
+INVARIANT: Table = ((ANY, invariant_form),)
+
+
+def table_for(dtype: torch.dtype, w: Tensor) -> Table:
+    """The forms for x of `dtype` and w [..., a, b], one matrix or all experts'.
+
+    A 16-bit w under float32 x is one that this CPU would emulate: it is widened, or taken as it is for a few rows.
+    """
+    row_major = w.stride(-2) == 1  # of W = w.T
+    if w.dtype != dtype:
+        return WIDENING[machine()] if row_major and w.dtype == torch.bfloat16 else WHOLE
+    if dtype == torch.float32:
+        return (ROW_MAJOR if row_major else COLUMN_MAJOR)[machine()]
+    return PLAIN
+
+
+def form_for(table: Table, rows: int) -> Form:
+    return next(form for up_to, form in table if rows <= up_to)
 
 
 def add_outer(out: Tensor, g: Tensor, x: Tensor, work: Workspace, *, accumulate: bool) -> None:
@@ -121,28 +168,12 @@ def add_outer(out: Tensor, g: Tensor, x: Tensor, work: Workspace, *, accumulate:
 
 
 def converted(w: Tensor, dtype: torch.dtype, work: Workspace) -> Tensor:
-    """`w` itself where it has the dtype, else a copy in scratch of the same layout."""
+    """`w` itself where it has the dtype, else a copy in scratch, in the same memory order."""
     if w.dtype == dtype:
         return w
-    if w.stride(-1) == 1:
-        return work.take("converted", w.shape[0], w.shape[1], dtype).copy_(w)
-    return work.take("converted", w.shape[1], w.shape[0], dtype).copy_(w.mT).mT
-
-
-def _form(x: Tensor, w: Tensor) -> Form:
-    table = PLAIN if w.dtype != torch.float32 else (ROW_MAJOR if w.stride(-1) == 1 else COLUMN_MAJOR)[machine()]
-    rows = len(x)
-    return next(form for up_to, form in table if rows <= up_to)
-
-
-def _by_widened_blocks(x: Tensor, w: Tensor, out: Tensor, work: Workspace) -> None:
-    result = work.take("columns", len(w), len(x), x.dtype)
-    xt = x.mT
-    for start in range(0, len(w), BLOCK):
-        stop = min(start + BLOCK, len(w))
-        block = work.take("block", stop - start, w.shape[1], x.dtype).copy_(w[start:stop])
-        torch.mm(block, xt, out=result[start:stop])
-    out.copy_(result.mT)
+    if w.stride(0) == 1:
+        return work.take("converted", w.shape[1], w.shape[0], dtype).copy_(w.mT).mT
+    return work.take("converted", w.shape[0], w.shape[1], dtype).copy_(w)
 
 
 def matmul_dtype(dtype: torch.dtype) -> torch.dtype:

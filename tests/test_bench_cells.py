@@ -100,10 +100,10 @@ def test_routing_weights_have_the_dtype_that_the_family_gives_them(shape, expect
 
 def test_a_cell_too_large_for_the_machine_says_so(monkeypatch):
     cell = Cell("qwen3-30b", 2048, "float32", "fwd+bwd-fresh")
-    assert needed_bytes(cell) > 4 * SHAPES["qwen3-30b"].num_parameters * 4
+    assert needed_bytes(cell) > 5 * SHAPES["qwen3-30b"].num_parameters * 4
     monkeypatch.setattr("moesaic.bench.runner.available_bytes", lambda: 8 << 30)
-    assert does_not_fit(cell) == "needs about 10 GiB, 8 GiB are free"
-    assert not does_not_fit(cell, held=4 << 30)
+    assert does_not_fit(cell) == "needs about 12 GiB, 8 GiB are free"
+    assert not does_not_fit(cell, held=6 << 30)
     assert not does_not_fit(replace(cell, mode="forward"))
 
 
@@ -115,9 +115,13 @@ def test_every_peer_holds_the_same_parameters_and_passes(shape, dtype, name):
     peer = PEERS[name]
     if peer.refuses(problem.cell):
         pytest.skip(peer.refuses(problem.cell))
-    out = run_once(problem, peer.build(problem))
-    assert is_right(errors_of(problem, truth_of(problem), out), {}, dtype)
-    assert all(parameter.grad is not None for parameter in problem.parameters())
+    call = peer.build(problem)
+    out = run_once(problem, call)
+    grads_of = getattr(call, "expert_grads", problem.expert_grads)
+    assert is_right(errors_of(problem, truth_of(problem), out, grads_of=grads_of), {}, dtype)
+    memory = {parameter.untyped_storage().data_ptr() for parameter in problem.parameters()}
+    leaves = [*getattr(call, "leaves", []), *(p for p in problem.parameters() if p.grad is not None)]
+    assert {leaf.untyped_storage().data_ptr() for leaf in leaves} == memory, "nobody has a copy"
 
 
 def test_truth_is_the_reference_in_float64():

@@ -9,9 +9,11 @@ import torch
 from bench_problems import CEILING, TIMED, problem_of
 
 from moesaic.bench.ceiling import Ceiling, Phase, least_seconds, measure_ceiling, phases_of, work_of
+from moesaic.bench.contenders import PEERS
 from moesaic.bench.machine import cache_bytes
 from moesaic.bench.matmuls import Matmuls, bucket, fastest, forms_for
 from moesaic.bench.routing import DRAWS
+from moesaic.bench.runner import _before, run_once
 from moesaic.bench.shapes import SHAPES, Cell
 from moesaic.bench.timing import FEW, Entrant, interleave, plan_rounds, spread
 
@@ -48,6 +50,7 @@ def test_quick_cells_have_more_rounds_and_long_ones_fewer_first_for_those_behind
     assert plan_rounds({"a": 1.0, "b": 1.0}, 10) == {"a": 10, "b": 10}
     assert plan_rounds({"a": 2.0, "b": 2.0, "c": 9.0}, 10, allowed=60) == {"a": 10, "b": 10, "c": FEW}
     assert plan_rounds({"a": 3.0, "b": 4.0, "c": 13.0}, 10, allowed=60) == {"a": 8, "b": 8, "c": FEW}
+    assert plan_rounds({"a": 3.0, "b": 4.0, "c": 13.0}, 10, never_few=["c"], allowed=60) == {"a": 3, "b": 3, "c": 3}
     assert plan_rounds({"a": 30.0, "b": 300.0}, 10, allowed=60) == {"a": FEW, "b": FEW}
 
 
@@ -55,18 +58,26 @@ def test_spread():
     assert spread([4.0, 1.0, 2.0, 3.0, 5.0]) == pytest.approx((3.0, 1.4, 4.6, 5))
 
 
-def test_a_cold_run_comes_after_a_read_of_twice_the_cache_and_a_warm_one_after_itself(monkeypatch):
+@pytest.mark.parametrize("cache", ["cold", "warm", "any"])
+def test_a_cold_run_comes_after_a_read_of_twice_the_cache_and_a_warm_one_after_itself(cache, monkeypatch):
+    problem, read, calls = problem_of(cache=cache), [], []
     monkeypatch.setattr("moesaic.bench.runner.l3_bytes", lambda: 1000)
-    read, calls = [], []
-    monkeypatch.setattr(torch.Tensor, "sum", lambda x, *_: read.append(x.nbytes) or x, raising=True)
-    from moesaic.bench.runner import _before
+    monkeypatch.setattr(torch.Tensor, "sum", lambda x, *_: read.append(x.nbytes) or x)
+    _before(problem, lambda: calls.append("run"))()
+    assert read == ([2000] if cache == "cold" else [])
+    assert calls == (["run"] if cache == "warm" else [])
 
-    cell = Cell("tiny", 1, "float32", "forward")
-    for cache in ("cold", "warm", "any"):
-        _before(replace(cell, cache=cache), lambda: calls.append("run"), lambda: calls.append("forget"))()
-        calls.append(cache)
-    assert read == [2000]
-    assert calls == ["forget", "cold", "forget", "run", "forget", "warm", "forget", "any"]
+
+@pytest.mark.parametrize(("mode", "kept"), [("fwd+bwd-fresh", False), ("fwd+bwd-accumulate", True)])
+def test_nobody_starts_beside_the_gradients_of_another_unless_they_accumulate(mode, kept):
+    problem = problem_of(mode=mode)
+    titan = PEERS["torchtitan"].build(problem)
+    run_once(problem, titan)
+    _before(problem, lambda: None)()
+    assert (problem.experts.down.grad is not None) == kept
+    assert problem.tokens.grad is None
+    _before(problem, lambda: None, titan)()
+    assert [leaf.grad is not None for leaf in titan.leaves] == [kept, kept]
 
 
 def test_roofline_is_the_sum_of_the_larger_limits():

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from moesaic.bench.machine import available_bytes
 from moesaic.bench.problem import Problem
@@ -24,7 +24,8 @@ BATCHED_UP_TO = 64  # tokens
 class Contender:
     """`build` prepares outside the clock; `refuses` says why a cell is not for it, or nothing.
 
-    kind: "ours" or "peer". A call that keeps weights in a layout of its own has an attribute `prepacked_bytes`.
+    kind: "ours" or "peer". A call that keeps weights in a layout of its own has an attribute `prepacked_bytes`; one
+    that does not train the problem's Parameters has `leaves` and `expert_grads(expert)`.
     """
 
     name: str
@@ -104,27 +105,36 @@ def _copies_too_much(cell: Cell) -> str | None:
     return None
 
 
-def three_grouped_mm(problem: Problem) -> Call:
+class ThreeGroupedMM:
     """Sort by expert, F.grouped_mm for gate, up and down, weights in float32, a sum over slots: as torchtitan does it.
 
-    Gate and up are two products there because its checkpoints keep two matrices; here they are views of the fused one.
+    Gate and up are two parameters there, hence leaves of their own here, in the memory of the fused one: as views of it
+    their gradients would be padded with zeros and added up.
     """
-    experts, spec, n_experts = problem.experts, problem.spec, problem.config.n_routed_experts
-    up, down = (w if spec.transposed else w.mT for w in (experts.up, experts.down))  # [E, in, out]
-    gate, up = up.chunk(2, dim=-1)
 
-    def call(tokens: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+    def __init__(self, problem: Problem) -> None:
+        gate, up = problem.experts.up.detach().chunk(2, dim=1)
+        self.gate, self.up = nn.Parameter(gate), nn.Parameter(up)
+        self.leaves = (self.gate, self.up)
+        self.down, self.n_experts = problem.experts.down, problem.config.n_routed_experts
+
+    def __call__(self, tokens: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         k = ids.shape[-1]
         order = ids.flatten().argsort(stable=True)
-        ends = ids.flatten().bincount(minlength=n_experts).cumsum(0).to(torch.int32)
+        ends = ids.flatten().bincount(minlength=self.n_experts).cumsum(0).to(torch.int32)
         rows = tokens[order // k]
-        hidden = F.silu(F.grouped_mm(rows, gate, offs=ends)) * F.grouped_mm(rows, up, offs=ends)
-        out = F.grouped_mm(hidden, down, offs=ends)
+        gate, up = (F.grouped_mm(rows, weight.mT, offs=ends) for weight in self.leaves)
+        out = F.grouped_mm(F.silu(gate) * up, self.down.mT, offs=ends)
         out = (out.float() * weights.flatten()[order, None].float()).to(tokens.dtype)
         unsorted = torch.empty_like(out).index_copy(0, order, out)
         return unsorted.unflatten(0, (-1, k)).sum(1)
 
-    return call
+    def expert_grads(self, expert: int) -> list[Tensor | None]:
+        grads = [leaf.grad for leaf in (*self.leaves, self.down)]
+        if any(grad is None for grad in grads):
+            return [None, None]
+        gate, up, down = (grad[expert] for grad in grads if grad is not None)
+        return [torch.cat([gate, up]), down]
 
 
 def _plain_silu_only(cell: Cell) -> str | None:
@@ -135,7 +145,7 @@ PEERS: dict[str, Contender] = {
     "eager": transformers_peer("eager"),
     "batched_mm": transformers_peer("batched_mm", _copies_too_much),
     "grouped_mm": transformers_peer("grouped_mm"),
-    "torchtitan": Contender("torchtitan-style", "peer", three_grouped_mm, _plain_silu_only),
+    "torchtitan": Contender("torchtitan-style", "peer", ThreeGroupedMM, _plain_silu_only),
 }
 
 

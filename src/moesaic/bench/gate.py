@@ -1,6 +1,7 @@
 """Correct first: a contender against float64 on a sample of rows and experts. A wrong row has no speed."""
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -15,6 +16,9 @@ EXPERTS = 2
 # largest difference over the largest value. float32: sums of thousands of products; 16 bits: a few roundings.
 BOUNDS = {"float32": 1e-5, "bfloat16": 2e-2, "float16": 3e-3}
 TIMES_EAGER = 1.5  # or no worse than this times the error of transformers' eager, whichever allows more
+
+
+GradsOf = Callable[[int], list[Tensor | None]]
 
 
 class Truth(NamedTuple):
@@ -48,8 +52,14 @@ def truth_of(problem: Problem) -> Truth:
     return Truth(rows, out, token_grad, weight_grad, expert_grads)
 
 
-def errors_of(problem: Problem, truth: Truth, out: Tensor, *, passes: int = 1) -> dict[str, float]:
-    """Largest difference over largest value, by what was compared. `passes`: how often gradients were accumulated."""
+def errors_of(
+    problem: Problem, truth: Truth, out: Tensor, *, passes: int = 1, grads_of: GradsOf | None = None
+) -> dict[str, float]:
+    """Largest difference over largest value, by what was compared. `passes`: how often gradients were accumulated.
+
+    grads_of: where an expert's gradients lie, for calls whose leaves are not the problem's Parameters.
+    """
+    grads_of = grads_of or problem.expert_grads
     errors = {"out": _error(out.detach()[truth.rows], truth.out)}
     if not problem.cell.trains:
         return errors
@@ -57,9 +67,9 @@ def errors_of(problem: Problem, truth: Truth, out: Tensor, *, passes: int = 1) -
     errors["token_grad"] = math.inf if token_grad is None else _error(token_grad[truth.rows], truth.token_grad)
     errors["weight_grad"] = math.inf if weight_grad is None else _error(weight_grad[truth.rows], truth.weight_grad)
     worst = 0.0
-    for expert, grads in truth.expert_grads.items():
-        for parameter, grad in zip(problem.parameters(), grads, strict=True):
-            found = math.inf if parameter.grad is None else _error(parameter.grad[expert], passes * grad)
+    for expert, truths in truth.expert_grads.items():
+        for grad, expected in zip(grads_of(expert), truths, strict=True):
+            found = math.inf if grad is None else _error(grad, passes * expected)
             worst = found if math.isnan(found) else max(worst, found)
     errors["expert_grad"] = worst
     return errors

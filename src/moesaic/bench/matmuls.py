@@ -137,19 +137,19 @@ class Matmuls:
         self._choose_all()
 
     @torch.no_grad()
-    def __call__(self) -> None:
+    def __call__(self) -> list[Tensor]:
+        """The gradients, fresh or added to; nothing where the cell does not train."""
         for expert, n in self.loads:
             for name in ("up", "down"):
                 self._multiply(name, expert, n, backward=False)
-        if self.problem.cell.trains:
-            self._backward()
+        return [self._backward(name) for name in ("down", "up")] if self.problem.cell.trains else []
 
-    def _backward(self) -> None:
-        for name in ("down", "up"):
-            grad = self._grad(name)
-            for expert, n in self.loads:
-                self._multiply(name, expert, n, backward=True)
-                self._gradient(name, grad[expert], n)
+    def _backward(self, name: str) -> Tensor:
+        grad = self._grad(name)
+        for expert, n in self.loads:
+            self._multiply(name, expert, n, backward=True)
+            self._gradient(name, grad[expert], n)
+        return grad
 
     def _grad(self, name: str) -> Tensor:
         if not self.adds:

@@ -17,7 +17,7 @@ import torch
 from moesaic.bench.contenders import Contender, our_engines, peers_named
 from moesaic.bench.gate import errors_of, is_right, truth_of
 from moesaic.bench.problem import make_experts, make_problem
-from moesaic.bench.runner import EAGER, Result, Row, compare, run_once
+from moesaic.bench.runner import EAGER, Result, Row, compare, forget_gradients, run_once
 from moesaic.bench.shapes import Cell
 
 STATUS, CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
@@ -82,13 +82,15 @@ def _probe(request: Request) -> tuple[int, dict[str, float]]:
     contender = next(c for c in everybody if c.name == request.contender)
     experts = make_experts(cell.shape, cell.dtype)
     warm = make_problem(replace(cell, tokens=min(WARM_TOKENS, cell.tokens)), experts)
-    run_once(warm, contender.build(warm))
-    warm.forget_gradients(weights_too=True)
+    warm_call = contender.build(warm)
+    run_once(warm, warm_call)
+    forget_gradients(warm, warm_call, weights_too=True)
     problem = make_problem(cell, experts)
     call = contender.build(problem)
     gradients = sum(parameter.nbytes for parameter in problem.parameters())
     out, extra = peak_of(lambda: run_once(problem, call))
-    return extra - gradients, errors_of(problem, truth_of(problem), out)
+    grads_of = getattr(call, "expert_grads", problem.expert_grads)
+    return extra - gradients, errors_of(problem, truth_of(problem), out, grads_of=grads_of)
 
 
 def peak_of(run: Callable[[], T]) -> tuple[T, int]:

@@ -33,6 +33,10 @@ class Problem:
     def parameters(self) -> list[Tensor]:
         return [weight for weight in self.experts if weight is not None]
 
+    def expert_grads(self, expert: int) -> list[Tensor | None]:
+        """Gradients of one expert's weights, in the order of `parameters`."""
+        return [None if parameter.grad is None else parameter.grad[expert] for parameter in self.parameters()]
+
     def forget_gradients(self, *, weights_too: bool) -> None:
         self.tokens.grad = self.weights.grad = None
         if weights_too:

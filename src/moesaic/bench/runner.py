@@ -89,11 +89,11 @@ class Result:
 
 
 def needed_bytes(cell: Cell) -> int:
-    """What a cell takes at its peak with the hungriest contender: weights, three gradients as large, activations."""
+    """What a cell takes at its peak with the hungriest contender: weights, four gradients as large, activations."""
     shape, item = SHAPES[cell.shape], 4 if cell.dtype == "float32" else 2
     weights = item * shape.num_parameters
     activations = 4 * cell.tokens * shape.k * (6 * shape.hidden_size + 8 * shape.width)
-    copies = 4 if cell.trains else 1
+    copies = 5 if cell.trains else 1
     return copies * weights + activations
 
 
@@ -130,7 +130,8 @@ def run_cell(
         rows.append(Row(GEMM_ONLY, "bound"))
         entrants.append(_bound(problem))
         once[GEMM_ONLY] = _seconds_of_one(entrants[-1].run)
-    seconds = interleave(entrants, plan_rounds(once, rounds)) if entrants else {}
+    not_peers = [row.name for row in rows if row.kind != "peer"]
+    seconds = interleave(entrants, plan_rounds(once, rounds, never_few=not_peers)) if entrants else {}
     problem.forget_gradients(weights_too=True)
     result = Result(cell, rows, ceiling=ceiling, least_ms=1e3 * least_seconds(phases_of(problem), ceiling))
     _fill(result, seconds, problem)
@@ -164,13 +165,16 @@ def _judge(problem: Problem, truth: Truth, contenders: Iterable[Contender]) -> l
 
 def _try(problem: Problem, truth: Truth, call: Call) -> tuple[dict[str, float], float]:
     """Errors of a contender, and the seconds of its last run."""
-    problem.forget_gradients(weights_too=True)
+    forget_gradients(problem, call, weights_too=True)
     out, seconds = _timed_once(problem, call)
     accumulates = problem.cell.mode == "fwd+bwd-accumulate"
     if accumulates or seconds < QUICK:  # the first run of a quick one is mostly its start
-        problem.forget_gradients(weights_too=not accumulates)
+        forget_gradients(problem, call, weights_too=not accumulates)
         out, seconds = _timed_once(problem, call)
-    return errors_of(problem, truth, out, passes=2 if accumulates else 1), seconds
+    grads_of = getattr(call, "expert_grads", problem.expert_grads)
+    errors = errors_of(problem, truth, out, passes=2 if accumulates else 1, grads_of=grads_of)
+    forget_gradients(problem, call, weights_too=not accumulates)
+    return errors, seconds
 
 
 def _timed_once(problem: Problem, call: Call) -> tuple[torch.Tensor, float]:
@@ -192,36 +196,39 @@ def _entrant(problem: Problem, name: str, call: Call) -> Entrant:
     def run() -> torch.Tensor:
         return run_once(problem, call)
 
-    def forget() -> None:
-        problem.forget_gradients(weights_too=problem.cell.mode != "fwd+bwd-accumulate")
-
-    return Entrant(name, _before(problem.cell, run, forget), run)
+    return Entrant(name, _before(problem, run, call), run)
 
 
 def _bound(problem: Problem) -> Entrant:
     run = Matmuls(problem)
-    return Entrant(GEMM_ONLY, _before(problem.cell, run, lambda: None), run)
+    return Entrant(GEMM_ONLY, _before(problem, run), run)
 
 
-def _before(cell: Cell, run: Callable[[], object], forget: Callable[[], None]) -> Callable[[], None]:
-    """What comes before the clock: the same call for a warm cache, a read of something else for a cold one."""
-    if cell.cache == "warm":
+def _before(problem: Problem, run: Callable[[], object], call: Call | None = None) -> Callable[[], None]:
+    """What comes before the clock: the same call for a warm cache, a read of something else for a cold one.
 
-        def prepare() -> None:
-            forget()
+    Nobody starts beside the gradients of another: fresh ones are given back first, so that all take the same pages.
+    """
+    keeps, cache = problem.cell.mode == "fwd+bwd-accumulate", problem.cell.cache
+    other = torch.ones(l3_bytes() // 2 if cache == "cold" else 0)  # float32: twice the cache
+
+    def prepare() -> None:
+        forget_gradients(problem, call, weights_too=not keeps)
+        if cache == "warm":
             run()
-            forget()
-
-    elif cell.cache == "cold":
-        other = torch.ones(l3_bytes() // 2)  # float32: twice the cache
-
-        def prepare() -> None:
-            forget()
+            forget_gradients(problem, call, weights_too=not keeps)
+        elif cache == "cold":
             other.sum()
 
-    else:
-        prepare = forget
     return prepare
+
+
+def forget_gradients(problem: Problem, call: Call | None, *, weights_too: bool) -> None:
+    """Those of the problem, and of what leaves a call has of its own."""
+    problem.forget_gradients(weights_too=weights_too)
+    for leaf in getattr(call, "leaves", ()):
+        if weights_too:
+            leaf.grad = None
 
 
 def _seconds_of_one(run: Callable[[], object]) -> float:

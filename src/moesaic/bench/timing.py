@@ -2,7 +2,7 @@
 
 import gc
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -32,14 +32,16 @@ class Spread(NamedTuple):
     rounds: int
 
 
-def plan_rounds(seconds: Mapping[str, float], wanted: int, allowed: float = CELL_SECONDS) -> dict[str, int]:
+def plan_rounds(
+    seconds: Mapping[str, float], wanted: int, *, never_few: Collection[str] = (), allowed: float = CELL_SECONDS
+) -> dict[str, int]:
     """Rounds for each, by how long one took: more than wanted where that costs little; in a long cell few for those far
-    behind, and where that is not enough fewer for all."""
+    behind, unless named in `never_few`, and where that is not enough fewer for all."""
     a_round = sum(seconds.values())
     if wanted * a_round <= allowed:
         return dict.fromkeys(seconds, max(wanted, min(MANY * wanted, int(LITTLE / a_round))))
     fastest = min(seconds.values())
-    slow = {name for name, took in seconds.items() if took > FAR_BEHIND * fastest}
+    slow = {name for name, took in seconds.items() if took > FAR_BEHIND * fastest and name not in never_few}
     rounds = min(wanted, max(FEW, int(allowed / sum(took for name, took in seconds.items() if name not in slow))))
     return {name: min(FEW, wanted) if name in slow else rounds for name in seconds}
 

@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 
 import pytest
@@ -122,6 +123,19 @@ def test_every_peer_holds_the_same_parameters_and_passes(shape, dtype, name):
     memory = {parameter.untyped_storage().data_ptr() for parameter in problem.parameters()}
     leaves = [*getattr(call, "leaves", []), *(p for p in problem.parameters() if p.grad is not None)]
     assert {leaf.untyped_storage().data_ptr() for leaf in leaves} == memory, "nobody has a copy"
+
+
+@pytest.mark.parametrize("name", ["eager", "batched_mm", "grouped_mm"])
+def test_transformers_runs_the_implementation_that_the_peer_is_called_after(name, monkeypatch):
+    from transformers.integrations.moe import ExpertsInterface
+
+    ran = []
+    for other, forward in list(ExpertsInterface._global_mapping.items()):
+        spy = partial(lambda *args, other, forward: ran.append(other) or forward(*args), other=other, forward=forward)
+        monkeypatch.setitem(ExpertsInterface._global_mapping, other, spy)
+    problem = problem_of()
+    run_once(problem, PEERS[name].build(problem))
+    assert ran == ([] if name == "eager" else [name])
 
 
 def test_truth_is_the_reference_in_float64():

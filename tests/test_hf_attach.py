@@ -14,6 +14,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import moesaic as ms
+from moesaic.engine.select import select_engine
 from moesaic.engine.spec import ExpertSpec
 from moesaic.hf.experts import Served, serve
 
@@ -89,21 +90,21 @@ def test_bare_blocks_and_wrapped_models_and_own_layers_are_reached():
     assert (own.experts.engine, own.experts.batch_invariant, own.experts.recompute) == ("reference", True, False)
 
 
-def test_options_reach_the_engine_and_survive_copies():
-    model, ids = ms.attach(eager(loud("qwen3_moe")), engine="reference", batch_invariant=True), token_ids(rows=2)
-    whole = model(ids).logits
-    copies = [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
-    for other in copies:
-        assert torch.equal(other(ids).logits, whole)
-        assert {vars(e)["_moesaic"] for e in experts_of(other)} == {
-            Served(ExpertSpec(), has_bias=False, engine="reference", batch_invariant=True)
-        }
-    experts = experts_of(model)[0]
-    tokens, picks, weights = torch.randn(9, 32), torch.randint(8, (9, 2)), torch.rand(9, 2)
-    alone = torch.cat(
-        [experts(t, p, w) for t, p, w in zip(tokens.split(1), picks.split(1), weights.split(1), strict=True)]
-    )
-    assert torch.equal(experts(tokens, picks, weights), alone)
+def test_options_reach_the_engine_and_survive_copies(monkeypatch):
+    options = {"engine": "cpu", "batch_invariant": True, "recompute": True}
+    model, ids = ms.attach(eager(loud("qwen3_moe")), **options), token_ids()
+    expected = model(ids).logits
+    asked = []
+
+    def select(engine, device, dtype, **rest):
+        asked.append({"engine": engine, **rest})
+        return select_engine(engine, device, dtype, **rest)
+
+    monkeypatch.setattr("moesaic.hf.experts.select_engine", select)
+    for other in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(other(ids).logits, expected)
+        assert all(vars(experts)["_moesaic"] == Served(ExpertSpec(), False, **options) for experts in experts_of(other))
+    assert asked == 3 * 3 * [options]
 
 
 def test_the_way_back_is_transformers_own():
@@ -120,6 +121,11 @@ def changed(family="qwen3_moe", **attributes):
     return experts
 
 
+def silu_gate(gate_up):
+    gate, up = gate_up.chunk(2, dim=-1)
+    return nn.functional.silu(gate) * up
+
+
 GELU, GELU_TANH = ExpertSpec("gelu"), ExpertSpec("gelu_pytorch_tanh")
 
 
@@ -131,6 +137,7 @@ GELU, GELU_TANH = ExpertSpec("gelu"), ExpertSpec("gelu_pytorch_tanh")
         (lambda: changed(act_fn=hf.activations.ACT2FN["gelu_new"]), GELU_TANH),
         (lambda: changed(act_fn=nn.ReLU()), ExpertSpec("relu")),
         (lambda: changed("gpt_oss", limit=3, alpha=1.25), ExpertSpec("silu", True, 3.0, 1.25, 1.0, True, True)),
+        (lambda: changed("gpt_oss", limit=900.0), ExpertSpec("silu", True, 900.0, 1.702, 1.0, True, True)),
     ],
 )
 def test_what_a_module_computes_is_read_from_the_module(experts, spec):
@@ -142,6 +149,7 @@ def test_what_a_module_computes_is_read_from_the_module(experts, spec):
     [
         (lambda: changed(act_fn=nn.Mish()), r"has an activation that is none of ours \(_default_apply_gate, Mish\)"),
         (lambda: changed(act_fn=nn.LeakyReLU(1e-4)), "none of ours"),
+        (lambda: changed(_apply_gate=lambda x: 1.001 * silu_gate(x)), "none of ours"),
         (lambda: changed(_apply_gate=lambda x: nn.functional.silu(x.chunk(2, -1)[0])), "none of ours"),
         (lambda: changed(_apply_gate=lambda x: x.no_such_thing), "fails on plain numbers .*no_such_thing"),
         (lambda: changed("gpt_oss", is_concatenated=True), "none of ours"),

@@ -83,12 +83,27 @@ def test_a_whole_model_compiles_to_one_graph(family, layers, backend, dtype):
     torch.compiler.reset()
     model, ids = loud(family, num_hidden_layers=layers).to(dtype), token_ids()
     model.set_experts_implementation("moesaic")  # by name alone: what the experts are is found out while tracing
-    logits, grads = gradients(model, ids, torch.compile(model, fullgraph=True, backend=backend))
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    logits, grads = gradients(model, ids, compiled)
+    with torch.compiler.set_stance("fail_on_recompile"):  # what was found out while tracing is no guard that fails
+        compiled(ids)
     assert all("_moesaic" in vars(experts) for experts in experts_of(model))
     expected, expected_grads = gradients(model, ids)
     ours = torch.cat([part.flatten() for part in (logits, *grads.values())])
     theirs = torch.cat([part.flatten() for part in (expected, *expected_grads.values())])
     assert (ours - theirs).norm() <= (2e-6 if dtype == torch.float32 else 0.03) * theirs.norm()
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("strict", [True, False])
+def test_experts_that_never_ran_are_exported_by_name(strict):
+    model = loud("gpt_oss")
+    model.set_experts_implementation("moesaic")
+    experts = experts_of(model)[0]
+    call = torch.randn(6, 32), torch.randint(8, (6, 2)), torch.rand(6, 2)
+    program = torch.export.export(experts, call, strict=strict)
+    assert "moesaic.experts" in program.graph_module.code
+    assert torch.equal(program.module()(*call), experts(*call))
 
 
 @pytest.mark.parametrize("reentrant", [True, False])

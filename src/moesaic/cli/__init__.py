@@ -10,6 +10,7 @@ import typer
 from moesaic import __version__
 from moesaic.cli.bench import bench
 from moesaic.cli.demo import demo
+from moesaic.cli.doctor import doctor
 from moesaic.cli.steps import steps
 from moesaic.cli.train import train
 
@@ -22,6 +23,7 @@ app = typer.Typer(
 )
 app.command()(bench)
 app.command()(demo)
+app.command()(doctor)
 app.command()(steps)
 app.command()(train)
 

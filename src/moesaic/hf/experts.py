@@ -77,6 +77,7 @@ def experts_forward(
 
     Raises ValueError for a module that cannot be served.
     """
+    # asked first: a graph must not be guarded by the absence of what tracing it adds
     if torch.compiler.is_compiling() or "_moesaic" not in self.__dict__:
         _prepare(self)
     served = self._moesaic

@@ -42,6 +42,7 @@ def imported_rooms(tree: ast.AST) -> set[str]:
             rooms |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("moesaic.")}
     return rooms
 
+
 # what oneDNN was told by the environment decides how fast it is, and it can be asked nowhere else
 ONEDNN_LIMIT_IN = "engine/gemm.py"
 

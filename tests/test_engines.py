@@ -206,7 +206,9 @@ def test_every_assignment_reaches_exactly_one_expert(config, tokens, seed):
 
 
 def test_engines_are_chosen_by_name_once():
-    with pytest.raises(ValueError, match="engine='fastest' is unknown: use 'auto' or one of 'reference', 'grouped', 'cpu'"):
+    with pytest.raises(
+        ValueError, match="engine='fastest' is unknown: use 'auto' or one of 'reference', 'grouped', 'cpu'"
+    ):
         check_engine("fastest")
     assert select_engine("reference", torch.device("cpu"), torch.float32) is ENGINES["reference"]
     name, reason = best_engine("cpu", torch.bfloat16)

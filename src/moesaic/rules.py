@@ -36,7 +36,7 @@ def route(
         choice = scores.detach() if bias is None else scores.detach() + bias
         expert_ids = select(choice, config)
     else:
-        expected = (len(logits), config.num_experts_per_tok)
+        expected = (logits.shape[0], config.num_experts_per_tok)
         if replay.shape != expected:
             raise ValueError(f"replay has shape {tuple(replay.shape)}, not [T, K] = {expected}: give one row a token")
         expert_ids = replay.long()

@@ -14,10 +14,10 @@ def check_inputs(tokens: Tensor, expert_ids: Tensor, weights: Tensor, experts: E
             f"tokens {_shape(tokens)}, expert_ids {_shape(expert_ids)}, weights {_shape(weights)}: "
             "give [T, D], [T, K] and [T, K] (flatten leading axes first)"
         )
-    if expert_ids.shape != weights.shape or len(tokens) != len(expert_ids):
+    if expert_ids.shape != weights.shape or tokens.shape[0] != expert_ids.shape[0]:
         raise ValueError(
             f"expert_ids {_shape(expert_ids)} and weights {_shape(weights)} do not fit tokens {_shape(tokens)}: "
-            f"give [{len(tokens)}, K] of both"
+            f"give [{tokens.shape[0]}, K] of both"
         )
     if expert_ids.dtype not in (torch.int64, torch.int32, torch.int16, torch.uint8):
         raise ValueError(f"expert_ids are {expert_ids.dtype}: give integers, the ids that the router chose")

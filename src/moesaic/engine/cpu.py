@@ -157,8 +157,8 @@ def backward(
         weights=torch.zeros(weights.numel(), dtype=wide) if wanted.weights else None,
         up=up_into if up_into is not None else _gradient_like(experts.up, counts) if wanted.up else None,
         down=down_into if down_into is not None else _gradient_like(experts.down, counts) if wanted.down else None,
-        up_bias=torch.zeros(experts.up_bias.shape, dtype=wide) if wanted.up_bias else None,
-        down_bias=torch.zeros(experts.down_bias.shape, dtype=wide) if wanted.down_bias else None,
+        up_bias=_zeros_like(experts.up_bias, wide) if wanted.up_bias else None,
+        down_bias=_zeros_like(experts.down_bias, wide) if wanted.down_bias else None,
     )
     scales = weights.flatten()[assignments].to(wide)[:, None]
     multiply = Multiply()
@@ -264,6 +264,10 @@ def _activate_by_row(spec: ExpertSpec, projected: Float[Tensor, "n U"]) -> Float
         padded = F.pad(projected, (0, 2 * more if spec.gated else more))
     rows = max(1, SERIAL // (width + more))
     return torch.cat([spec.activate(some) for some in padded.split(rows)])[:, :width]
+
+
+def _zeros_like(bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if bias is None else torch.zeros(bias.shape, dtype=dtype)
 
 
 def _gradient_like(weight: Tensor, counts: Tensor) -> Tensor:

@@ -132,7 +132,9 @@ WIDENING: dict[str, Table] = {
     "amd": ((2, as_it_is(rows_form)), (8, as_it_is(onednn_form)), (ANY, as_a_whole)),
     "other": ((1, as_it_is(rows_form)), (ANY, as_a_whole)),
 }
-WHOLE: Table = ((ANY, as_a_whole),)  # weights stored [in, out], and float16, which nothing multiplies as it is
+WHOLE: Table = ((ANY, as_a_whole),)  # weights stored [in, out]
+# float16. AMD: as it is 217 | 441 at 1 | 2 rows, as a whole 694 | 1437
+WIDENING_HALF: dict[str, Table] = {"intel": WHOLE, "amd": ((2, as_it_is(rows_form)), (ANY, as_a_whole)), "other": WHOLE}
 
 
 INVARIANT: Table = ((ANY, invariant_form),)
@@ -145,7 +147,8 @@ def table_for(dtype: torch.dtype, w: Tensor) -> Table:
     """
     row_major = w.stride(-2) == 1  # of W = w.T
     if w.dtype != dtype:
-        return WIDENING[machine()] if row_major and w.dtype == torch.bfloat16 else WHOLE
+        tables = WIDENING if w.dtype == torch.bfloat16 else WIDENING_HALF
+        return tables[machine()] if row_major else WHOLE
     if dtype == torch.float32:
         return (ROW_MAJOR if row_major else COLUMN_MAJOR)[machine()]
     return PLAIN

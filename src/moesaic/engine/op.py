@@ -75,10 +75,10 @@ def _fake_experts(tokens: Tensor, expert_ids: Tensor, weights: Tensor, up: Tenso
     spec, experts = ExpertSpec(*fields), ExpertWeights(up, down)
     n_assignments = expert_ids.numel()
     return (
-        tokens.new_empty(len(tokens), spec.output_size(experts)),
+        tokens.new_empty(tokens.shape[0], spec.output_size(experts)),
         tokens.new_empty((n_assignments, spec.up_size(experts)) if save_hidden else 0),
         expert_ids.new_empty(n_assignments, dtype=torch.int64),
-        expert_ids.new_empty(len(up), dtype=torch.int64),
+        expert_ids.new_empty(up.shape[0], dtype=torch.int64),
     )
 
 

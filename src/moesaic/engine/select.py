@@ -10,10 +10,9 @@ from moesaic.engine.cpu import cpu
 from moesaic.engine.gemm import explain
 from moesaic.engine.grouped import grouped
 from moesaic.engine.reference import reference
-from moesaic.engine.spec import ExpertSpec
-from moesaic.types import ExpertWeights
 
-Engine = Callable[[Tensor, Tensor, Tensor, ExpertWeights, ExpertSpec], Tensor]
+# (tokens [T, D], expert_ids [T, K], weights [T, K], ExpertWeights, ExpertSpec, **options) -> [T, O]
+Engine = Callable[..., Tensor]
 
 ENGINES: dict[str, Engine] = {"reference": reference, "grouped": grouped, "cpu": cpu}
 AUTO = {"cpu": "cpu"}  # device type -> what "auto" takes there; "grouped" elsewhere

@@ -1,0 +1,180 @@
+"""`moesaic::experts` as one opaque operator: compiled, exported, under autocast, checkpointed, opcheck'ed."""
+
+import pytest
+import torch
+from test_cpu_engine import problem
+from torch.utils.checkpoint import checkpoint
+
+import moesaic as ms
+from moesaic.engine.cpu import cpu
+from moesaic.engine.reference import reference
+from moesaic.engine.spec import ExpertSpec
+from moesaic.types import ExpertWeights
+
+
+def layer(dtype=torch.float32, **options):
+    config = ms.MoEConfig(
+        hidden_size=32, moe_intermediate_size=16, n_routed_experts=8, num_experts_per_tok=2, n_group=4, topk_group=2,
+        n_shared_experts=1,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return ms.DeepseekV3MoE(config, dtype=dtype, **options)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_dynamo():
+    torch._dynamo.reset()
+
+
+def gradients(module, run, x, steps=1):
+    """(output, gradients of x and of every parameter) after `steps` backwards through `run`."""
+    module.zero_grad()
+    x = x.clone().requires_grad_()
+    for _ in range(steps):
+        out = run(x)
+        out.float().square().sum().backward()
+    return out.detach(), [x.grad, *(p.grad.clone() for p in module.parameters())]
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("options", [{}, {"recompute": True}, {"batch_invariant": True}], ids=str)
+def test_the_layer_compiles_whole_forward_and_backward(dtype, options):
+    module = layer(dtype, **options)
+    x = torch.randn(2, 9, 32).to(dtype)
+    out, grads = gradients(module, module, x, steps=2)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    again, compiled_grads = gradients(module, compiled, x, steps=2)
+    tolerance = 1e-5 if dtype == torch.float32 else 4e-2
+    torch.testing.assert_close(again, out, rtol=tolerance, atol=tolerance)
+    for ours, eager in zip(compiled_grads, grads, strict=True):
+        torch.testing.assert_close(ours, eager, rtol=tolerance, atol=tolerance * float(eager.abs().max()))
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), out, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.compile
+def test_another_number_of_tokens_needs_one_more_graph_at_most():
+    module, graphs = layer().eval(), []
+
+    def counting(graph, _inputs):
+        graphs.append(graph)
+        return graph
+
+    compiled = torch.compile(module, fullgraph=True, backend=counting)
+    for tokens in (5, 9, 17, 33):
+        x = torch.randn(tokens, 32)
+        torch.testing.assert_close(compiled(x), module(x))
+    assert len(graphs) <= 2
+    assert any("moesaic.experts" in str(node.target) for node in graphs[-1].graph.nodes)
+
+
+@pytest.mark.compile
+def test_the_layer_exports_with_the_operator_inside():
+    module, x = layer().eval(), torch.randn(6, 32)
+    program = torch.export.export(module, (x,), dynamic_shapes=({0: torch.export.Dim("tokens", min=2)},))
+    assert any(node.target is torch.ops.moesaic.experts.default for node in program.graph.nodes)
+    for tokens in (2, 6, 31):
+        x = torch.randn(tokens, 32)
+        torch.testing.assert_close(program.module()(x), module(x))
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("save_hidden", [False, True])
+def test_what_graphs_are_told_about_the_operator_is_so(dtype, save_hidden):
+    """torch.library.opcheck: the schema, the fake's shapes, dtypes and strides, autograd's registration."""
+    x, ids, weights, experts = problem(7, dtype=dtype)
+    args = (x, ids, weights, *experts, "silu", True, None, 1.0, 0.0, False, False, save_hidden, False)
+    torch.library.opcheck(torch.ops.moesaic.experts.default, args)
+    with torch.no_grad():
+        out, hidden, order, counts = torch.ops.moesaic.experts(*args[:-2], True, False)
+        given = [t.detach() if isinstance(t, torch.Tensor) else t for t in args]
+    back = (
+        out,
+        given[0],
+        given[2],
+        *given[3:7],
+        hidden,
+        order,
+        counts,
+        *args[7:14],
+        [True, True, True, False, *[False] * 2],
+    )
+    torch.library.opcheck(torch.ops.moesaic.experts_backward.default, back)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointing_gives_the_same_gradients_also_where_they_exist(reentrant):
+    module, x = layer(), torch.randn(11, 32)
+    _, plain = gradients(module, module, x, steps=2)
+    _, checkpointed = gradients(module, lambda x: checkpoint(module, x, use_reentrant=reentrant), x, steps=2)
+    for ours, expected in zip(checkpointed, plain, strict=True):
+        torch.testing.assert_close(ours, expected)
+
+
+def test_autocast_keeps_the_dtype_of_tokens_and_of_gradients():
+    x, ids, weights, experts = problem(40, 64, 32)
+    exact = reference(x, ids, weights, experts, ExpertSpec())
+    with torch.autocast("cpu", torch.bfloat16):
+        out = cpu(x, ids, weights, experts, ExpertSpec())
+    out.square().sum().backward()
+    assert out.dtype == x.grad.dtype == experts.up.grad.dtype == torch.float32
+    expected = torch.autograd.grad(exact.square().sum(), experts.up)[0]
+    assert 0 < float((out - exact).detach().norm() / exact.detach().norm()) < 1e-2
+    assert float((experts.up.grad - expected).norm() / expected.norm()) < 2e-2
+
+
+def test_autocast_takes_bfloat16_tokens_to_float32_experts_which_else_is_refused():
+    x, ids, weights, experts = problem(10)
+    narrow = x.detach().bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        out = cpu(narrow, ids, weights, experts, ExpertSpec())
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out.float(), reference(x, ids, weights, experts, ExpertSpec()), rtol=0.1, atol=0.1)
+    with pytest.raises(ValueError, match=r"cast one, or use torch\.autocast"):
+        cpu(narrow, ids, weights, experts, ExpertSpec())
+
+
+class Only(torch.nn.Module):
+    def __init__(self, experts):
+        super().__init__()
+        self.up, self.down = (torch.nn.Parameter(w.detach().clone()) for w in experts[:2])
+
+    def forward(self, x, ids, weights):
+        return cpu(x, ids, weights, ExpertWeights(self.up, self.down), ExpertSpec())
+
+
+def one_rank(rank: int, rendezvous: str, as_view: bool, results) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
+    torch.manual_seed(0)
+    _, _, _, experts = problem()
+    wrapped = torch.nn.parallel.DistributedDataParallel(Only(experts), gradient_as_bucket_view=as_view)
+    torch.manual_seed(rank)
+    for step in range(3):  # two micro-batches without an exchange, then one with it
+        x, ids, weights, _ = problem()
+        with wrapped.no_sync() if step < 2 else torch.enable_grad():
+            wrapped(x, ids, weights).square().sum().backward()
+    results[rank] = wrapped.module.up.grad.tolist()
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("as_view", [False, True])
+def test_two_ranks_get_the_mean_of_their_accumulated_gradients(tmp_path, as_view):
+    """Adding into `.grad` beside the hooks of DistributedDataParallel, which live where Python cannot see them."""
+    with torch.multiprocessing.get_context("spawn").Manager() as manager:
+        results = manager.dict()
+        torch.multiprocessing.spawn(one_rank, (str(tmp_path / "rendezvous"), as_view, results), nprocs=2)
+        first, second = (torch.tensor(results[rank]) for rank in range(2))
+    torch.manual_seed(0)
+    _, _, _, experts = problem()
+    total = torch.zeros_like(experts.up)
+    for rank in range(2):
+        torch.manual_seed(rank)
+        for _ in range(3):
+            x, ids, weights, _ = problem()
+            loss = reference(x, ids, weights, experts, ExpertSpec()).square().sum()
+            total += torch.autograd.grad(loss, experts.up)[0]
+    torch.testing.assert_close(first, second)
+    torch.testing.assert_close(first, total / 2, rtol=1e-4, atol=1e-5)

@@ -1,5 +1,6 @@
 """Every engine against the definition in oracles.py, forward and backward."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -203,6 +204,13 @@ def test_every_assignment_reaches_exactly_one_expert(config, tokens, seed):
         assert mine.tolist() == sorted(mine.tolist())
         start += count
     assert ids.flatten()[plan.assignments[start:]].eq(n).all()
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_spec_is_made_again_from_its_fields(variant):
+    spec = VARIANTS[variant][0]
+    assert ExpertSpec(*spec.fields) == spec
+    assert len(spec.fields) == len(dataclasses.fields(spec))
 
 
 def test_engines_are_chosen_by_name_once():

@@ -215,8 +215,9 @@ class Multiply:
             out = self._work.take(name, len(x), stack.shape[2], x.dtype)
         table = INVARIANT if self._batch_invariant else table_for(x.dtype, stack)
         sizes = batch.sizes
-        for piece, rows, result in zip(batch.pieces, x.split(sizes), out.split(sizes), strict=True):
-            form_for(table, len(rows))(rows, stack[piece.expert], result, self._work)
+        parts = zip(batch.pieces, x.split_with_sizes(sizes), out.split_with_sizes(sizes), strict=True)
+        for piece, rows, result in parts:
+            form_for(table, rows.shape[0])(rows, stack[piece.expert], result, self._work)
         return out
 
     def outer(

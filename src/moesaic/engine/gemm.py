@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 BLOCK = 256  # rows of a 16-bit weight widened at a time: 2 MB of float32 at D=2048, which stay in L2
+SMALL = 1 << 17  # elements of a weight: below, oneDNN's 20 µs a call are as much as the matmul (384 x 384: 30 | 15 MKL)
 INVARIANT_ROWS = 32  # rows of every matmul in batch-invariant mode
 ANY = 1 << 62
 
@@ -149,7 +150,7 @@ def table_for(dtype: torch.dtype, w: Tensor) -> Table:
     if w.dtype != dtype:
         tables = WIDENING if w.dtype == torch.bfloat16 else WIDENING_HALF
         return tables[machine()] if row_major else WHOLE
-    if dtype == torch.float32:
+    if dtype == torch.float32 and w.shape[-2] * w.shape[-1] > SMALL:
         return (ROW_MAJOR if row_major else COLUMN_MAJOR)[machine()]
     return PLAIN
 

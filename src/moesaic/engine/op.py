@@ -4,7 +4,6 @@ Every output has a shape that follows from the inputs' shapes, so a graph holds 
 kernels are put in with `torch.library.impl`; this file knows none of them.
 """
 
-from dataclasses import astuple
 from typing import Any, NoReturn
 
 import torch
@@ -56,7 +55,7 @@ def run_experts(
     needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in differentiable)
     save_hidden = needs_grad and not recompute
     out, *_ = torch.ops.moesaic.experts(
-        tokens, expert_ids, weights, *experts, *astuple(spec), save_hidden, batch_invariant
+        tokens, expert_ids, weights, *experts, *spec.fields, save_hidden, batch_invariant
     )
     return out.to(dtype)
 
@@ -119,9 +118,9 @@ def _backward(ctx: Any, grad_out: Tensor | None, *_: Any) -> tuple:
         args = (grad_out, tokens, weights, up, down, up_bias, down_bias, hidden, assignments, counts)
         into = accumulation_targets(ctx, grad_out, up, down)
         if into == (None, None):
-            returned = torch.ops.moesaic.experts_backward(*args, *astuple(ctx.spec), wanted)
+            returned = torch.ops.moesaic.experts_backward(*args, *ctx.spec.fields, wanted)
         else:
-            returned = ACCUMULATING[grad_out.device.type](*args, *astuple(ctx.spec), wanted, *into)
+            returned = ACCUMULATING[grad_out.device.type](*args, *ctx.spec.fields, wanted, *into)
             wanted = [w and target is None for w, target in zip(wanted, (None, None, *into, None, None), strict=True)]
         grads = [g if want else None for g, want in zip(returned, wanted, strict=True)]
     return (grads[0], None, *grads[1:], *rest)

@@ -11,9 +11,11 @@ from test_engines import VARIANTS, K, ids_of, weights_like
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import moesaic as ms
+from moesaic.engine import batches, gemm
 from moesaic.engine import cpu as engine
-from moesaic.engine import gemm
 from moesaic.engine.cpu import cpu
+from moesaic.engine.grouped import grouped
 from moesaic.engine.reference import reference
 from moesaic.engine.spec import ExpertSpec
 from moesaic.types import ExpertWeights
@@ -185,11 +187,13 @@ def test_no_tensor_is_as_large_as_all_rows_of_the_model_width(skew):
 
 def test_a_hot_expert_is_cut_so_that_scratch_does_not_grow_with_it():
     rows = [
-        piece.stop - piece.start for batch in engine.batches([0, 5000, 3], torch.arange(5003)) for piece in batch.pieces
+        piece.stop - piece.start
+        for batch in batches.batches([0, 5000, 3], torch.arange(5003))
+        for piece in batch.pieces
     ]
     assert sum(rows) == 5003
-    assert max(rows) == engine.PIECE_ROWS
-    assert all(len(b.rows) <= engine.PIECE_ROWS for b in engine.batches([400] * 20, torch.arange(8000)))
+    assert max(rows) == batches.PIECE_ROWS
+    assert all(len(b.rows) <= batches.PIECE_ROWS for b in batches.batches([400] * 20, torch.arange(8000)))
 
 
 @pytest.mark.parametrize(("recompute", "kept"), [(False, "hidden"), (True, "nothing else")])
@@ -407,6 +411,78 @@ def test_gradients_of_gradients(variant):
     assert torch.autograd.gradgradcheck(run, (x, weights, *given_weights))
 
 
+@pytest.mark.parametrize("leaf", [True, False])
+def test_gradients_with_a_graph_go_through_the_gate_once(leaf):
+    """Routing weights are made from the tokens: their path must not be counted twice."""
+    config = ms.MoEConfig(hidden_size=16, moe_intermediate_size=8, n_routed_experts=6, num_experts_per_tok=2)
+    x = torch.randn(7, 16, dtype=torch.float64, requires_grad=True)
+    found = []
+    for name in ("cpu", "reference"):
+        torch.manual_seed(0)
+        layer = ms.MoE(config, engine=name).double()
+        tokens = x if leaf else 2 * x
+        (first,) = torch.autograd.grad(layer(tokens).square().sum(), tokens, create_graph=True)
+        found.append((first, torch.autograd.grad(first.square().sum(), x)[0]))
+    for ours, true in zip(*found, strict=True):
+        torch.testing.assert_close(ours, true, rtol=1e-10, atol=1e-10)
+
+
+def test_gradients_with_a_graph_of_an_autocast_forward():
+    x, ids, weights, experts = problem(9)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = cpu(x, ids, weights, experts, ExpertSpec()).square().sum()
+    (first,) = torch.autograd.grad(loss, experts.up, create_graph=True)
+    (plain,) = torch.autograd.grad(cpu(x, ids, weights, experts, ExpertSpec()).square().sum(), experts.up)
+    assert float((first - plain).detach().norm() / plain.norm()) < 5e-2
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_a_16_bit_gradient_of_a_hot_expert_is_rounded_once(monkeypatch, native):
+    monkeypatch.setattr(gemm, "has_instructions", lambda _: native)
+    tokens = 32 * batches.PIECE_ROWS
+    x, weights = torch.rand(tokens, 8).bfloat16(), torch.rand(tokens, 1).bfloat16()
+    ids = torch.zeros(tokens, 1, dtype=torch.long)
+    experts = ExpertWeights(*(nn.Parameter(torch.rand(1, *shape).bfloat16()) for shape in ((8, 8), (8, 4))))
+    cpu(x, ids, weights, experts, ExpertSpec()).sum().backward()
+    plain, true = ([nn.Parameter(w.detach().to(dtype)) for w in experts[:2]] for dtype in (x.dtype, torch.float64))
+    grouped(x, ids, weights, ExpertWeights(*plain), ExpertSpec()).sum().backward()
+    grouped(x.double(), ids, weights.double(), ExpertWeights(*true), ExpertSpec()).sum().backward()
+    for given, straight, exact in zip(experts[:2], plain, true, strict=True):
+        ours, theirs = (float((w.grad.double() - exact.grad).norm() / exact.grad.norm()) for w in (given, straight))
+        assert ours <= 1.2 * theirs + 1e-3
+
+
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("how", ["odd stride", "every other", "offset", "expanded"])
+def test_strided_16_bit_weights_compute_as_their_copies(monkeypatch, native, how):
+    monkeypatch.setattr(gemm, "has_instructions", lambda _: native)
+    x, ids, weights, experts = problem(40, 16, 8, dtype=torch.bfloat16)
+    up = experts.up.detach()
+    strided = {
+        "odd stride": torch.cat([up, up[..., :1]], dim=2)[..., :16],
+        "every other": up.repeat_interleave(2, dim=2)[..., ::2],
+        "offset": torch.cat([up[:, :1], up], dim=1)[:, 1:],
+        "expanded": up[:1].expand(6, -1, -1),
+    }[how]
+    out = cpu(x, ids, weights, ExpertWeights(strided, experts.down), ExpertSpec())
+    copy = cpu(x, ids, weights, ExpertWeights(strided.contiguous(), experts.down), ExpertSpec())
+    torch.testing.assert_close(out.float(), copy.float(), rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
+def test_forward_mode_has_its_tangent():
+    x, ids, weights, experts = problem(9, dtype=torch.float64)
+    tangent = torch.randn(9, 16, dtype=torch.float64)
+    frozen = ExpertWeights(*(w.detach() for w in experts[:2]))
+    both = []
+    for engine_of in (cpu, reference):
+        with torch.autograd.forward_ad.dual_level():
+            dual = torch.autograd.forward_ad.make_dual(x.detach(), tangent)
+            out = engine_of(dual, ids, weights.detach(), frozen, ExpertSpec())
+            both.append(torch.autograd.forward_ad.unpack_dual(out).tangent)
+    torch.testing.assert_close(*both)
+
+
 @pytest.mark.filterwarnings("ignore:Using backward.. with create_graph")
 def test_a_gradient_that_was_made_with_a_graph_is_left_to_autograd():
     x, ids, weights, experts = problem(10, 16, 8, dtype=torch.float64)
@@ -448,7 +524,7 @@ def wrong(**changes):
         ({"weights": lambda w: w[:, :2]}, r"expert_ids \(5, 3\) and weights \(5, 2\)"),
         ({"x": lambda x: x[:, :15]}, r"tokens have width 15, up \(6, 16, 16\) takes 16"),
         ({"ids": lambda ids: ids.float()}, r"expert_ids are torch.float32: give integers"),
-        ({"x": lambda x: x.long()}, r"tokens are torch.int64"),
+        ({"x": lambda x: x.long()}, r"tokens are torch.int64: give one of torch.float32"),
         ({"x": lambda x: x.bfloat16()}, r"tokens are torch.bfloat16, up is torch.float32.*autocast"),
         ({"ids": lambda ids: ids * 0 + 7}, r"expert_ids reach from 7 to 7: there are 6 experts, 0 to 5, and 6 means"),
         ({"ids": lambda ids: ids * 0 - 6}, r"expert_ids reach from -6"),
@@ -458,11 +534,17 @@ def wrong(**changes):
         ({"x": lambda x: x.detach().to("meta")}, r"engine='cpu' was given tokens on meta"),
         ({"up": lambda u: u.detach().to("meta")}, r"tokens are on cpu, up on meta"),
         ({"spec": lambda _: ExpertSpec(gated=False)}, r"give as many"),
+        ({"x": lambda x: x.detach().to(torch.float8_e4m3fn)}, r"tokens are torch.float8_e4m3fn: give one of"),
     ],
 )
 def test_inputs_that_do_not_fit_are_named(changes, message):
     with pytest.raises(ValueError, match=message):
         wrong(**changes)()
+
+
+def test_an_unknown_activation_is_refused():
+    with pytest.raises(ValueError, match="activation='swish' is unknown: use one of silu, gelu"):
+        ExpertSpec(activation="swish")
 
 
 def test_a_bias_of_the_wrong_size_is_named():

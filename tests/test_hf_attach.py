@@ -200,3 +200,11 @@ def test_by_name_alone_a_refusal_comes_with_the_first_forward():
     experts_of(model)[0].act_fn = nn.Mish()
     with pytest.raises(ValueError, match=r"Qwen3MoeExperts has an activation that is none of ours"):
         model(token_ids())
+
+
+def test_a_search_without_an_import_does_not_cost_the_registration():
+    code = (
+        "import importlib.util, moesaic.hf; importlib.util.find_spec('transformers.integrations.moe');"
+        "from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS; assert 'moesaic' in ALL_EXPERTS_FUNCTIONS"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -6,6 +6,8 @@ from torch import Tensor
 from moesaic.engine.spec import ExpertSpec
 from moesaic.types import ExpertWeights
 
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # of tokens, weights and experts
+
 
 def check_inputs(tokens: Tensor, expert_ids: Tensor, weights: Tensor, experts: ExpertWeights, spec: ExpertSpec) -> None:
     """Raise ValueError for shapes, dtypes or devices that do not fit together. Reads no values, hence no waiting."""
@@ -21,8 +23,9 @@ def check_inputs(tokens: Tensor, expert_ids: Tensor, weights: Tensor, experts: E
         )
     if expert_ids.dtype not in (torch.int64, torch.int32, torch.int16, torch.uint8):
         raise ValueError(f"expert_ids are {expert_ids.dtype}: give integers, the ids that the router chose")
-    if not tokens.is_floating_point() or not weights.is_floating_point():
-        raise ValueError(f"tokens are {tokens.dtype}, weights {weights.dtype}: give floating point numbers")
+    for name, tensor in (("tokens", tokens), ("weights", weights)):
+        if tensor.dtype not in DTYPES:
+            raise ValueError(f"{name} are {tensor.dtype}: give one of {', '.join(map(str, DTYPES))}")
     _check_matrices(tokens, experts, spec)
     for name, tensor in (("expert_ids", expert_ids), ("weights", weights), *experts._asdict().items()):
         if tensor is not None and tensor.device != tokens.device:

@@ -7,7 +7,6 @@ experts run in ascending order, so every sum has one order and results repeat bi
 Kept for the backward: the tokens, the up projection's output H and the order of assignments; nothing else.
 """
 
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +14,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from moesaic.engine.batches import PIECE_ROWS, Batch, batches
 from moesaic.engine.checks import check_ids
 from moesaic.engine.gemm import INVARIANT, INVARIANT_ROWS, Workspace, add_outer, form_for, matmul_dtype, table_for
 from moesaic.engine.op import ACCUMULATING, run_experts
@@ -22,63 +22,8 @@ from moesaic.engine.plan import group_by_expert
 from moesaic.engine.spec import ExpertSpec
 from moesaic.types import ExpertWeights
 
-BATCH_ROWS = 512  # small experts share the cost of the operations between matmuls, in scratch that stays in cache
-PIECE_ROWS = 1024  # a hot expert is cut here: memory stays bounded when all tokens go to one
 SERIAL = 32768  # elements up to which torch runs an elementwise operation in one thread
 VECTORS = 64  # elements: a multiple of what torch's vectorised loops take at a time, on every CPU
-
-
-class Piece(NamedTuple):
-    """Rows start..stop of the sorted assignments, all of one expert; `first` where the expert begins."""
-
-    expert: int
-    start: int
-    stop: int
-    first: bool
-
-
-class Batch(NamedTuple):
-    """Neighbouring pieces that are computed together. rows: [n] the token of each row."""
-
-    pieces: list[Piece]
-    rows: Tensor
-    here: slice
-
-    def expert_of_row(self) -> Int[Tensor, " n"]:
-        experts = torch.tensor([piece.expert for piece in self.pieces])
-        return experts.repeat_interleave(torch.tensor(self.sizes))
-
-    @property
-    def span(self) -> slice:
-        """Every expert from the first of the batch to the last."""
-        return slice(self.pieces[0].expert, self.pieces[-1].expert + 1)
-
-    def offsets(self) -> Int[Tensor, " e"]:
-        """Where the rows of every expert in `span` end."""
-        counts = torch.zeros(self.span.stop - self.span.start, dtype=torch.int32)
-        counts[[piece.expert - self.span.start for piece in self.pieces]] = torch.tensor(self.sizes, dtype=torch.int32)
-        return counts.cumsum(0, dtype=torch.int32)
-
-    @property
-    def sizes(self) -> list[int]:
-        return [piece.stop - piece.start for piece in self.pieces]
-
-
-def batches(counts: list[int], token_of: Tensor, piece_rows: int = PIECE_ROWS) -> Iterator[Batch]:
-    """All assignments that `counts` covers, experts ascending."""
-    pieces: list[Piece] = []
-    start = begin = 0
-    for expert, count in enumerate(counts):
-        end = start + count
-        for cut in range(start, end, piece_rows):
-            stop = min(cut + piece_rows, end)
-            if pieces and stop - begin > BATCH_ROWS:
-                yield Batch(pieces, token_of[begin:cut], slice(begin, cut))
-                pieces, begin = [], cut
-            pieces.append(Piece(expert, cut, stop, first=cut == start))
-        start = end
-    if pieces:
-        yield Batch(pieces, token_of[begin:start], slice(begin, start))
 
 
 def forward(
@@ -181,19 +126,20 @@ def backward(
         if into.tokens is not None:
             into.tokens.index_add_(0, batch.rows, multiply(batch, d_projected, up.mT, "d_tokens").to(wide))
         if into.up is not None:
-            multiply.outer(batch, into.up, d_projected, x, spec, accumulate=up_into is not None)
+            multiply.outer(batch, into.up, d_projected, x, spec, "up total", accumulate=up_into is not None)
         if into.down is not None:
             scaled = activated.mul_(scale).to(dtype)
-            multiply.outer(batch, into.down, g.to(dtype), scaled, spec, accumulate=down_into is not None)
+            multiply.outer(batch, into.down, g.to(dtype), scaled, spec, "down total", accumulate=down_into is not None)
         _sum_rows(batch, into.up_bias, d_projected)
-        _sum_rows(batch, into.down_bias, g * scale)
+        if into.down_bias is not None:
+            _sum_rows(batch, into.down_bias, g * scale)
     return Gradients(
         None if into.tokens is None else into.tokens.to(tokens.dtype),
         None if into.weights is None else into.weights.view(weights.shape).to(weights.dtype),
         into.up if up_into is None else None,
         into.down if down_into is None else None,
-        None if into.up_bias is None else into.up_bias.to(experts.up.dtype),
-        None if into.down_bias is None else into.down_bias.to(experts.down.dtype),
+        _narrowed(into.up_bias, experts.up_bias),
+        _narrowed(into.down_bias, experts.down_bias),
     )
 
 
@@ -221,22 +167,35 @@ class Multiply:
         return out
 
     def outer(
-        self, batch: Batch, gradient: Tensor, g: Tensor, x: Tensor, spec: ExpertSpec, *, accumulate: bool
+        self, batch: Batch, gradient: Tensor, g: Tensor, x: Tensor, spec: ExpertSpec, name: str, *, accumulate: bool
     ) -> None:
-        """gradient[e] (+)= g_e^T x_e for every expert e of the batch, in the layout of the weights."""
+        """gradient[e] (+)= g_e^T x_e for every expert e of the batch, in the layout of the weights.
+
+        An expert in several pieces is summed in scratch called `name`, in float32, and reaches a 16-bit gradient once.
+        """
         left, right = (x, g) if spec.transposed else (g, x)
         sizes = batch.sizes
-        for piece, a, b in zip(batch.pieces, left.split(sizes), right.split(sizes), strict=True):
-            add_outer(gradient[piece.expert], a, b, self._work, accumulate=accumulate or not piece.first)
+        parts = zip(batch.pieces, left.split_with_sizes(sizes), right.split_with_sizes(sizes), strict=True)
+        for piece, a, b in parts:
+            into = gradient[piece.expert]
+            if into.dtype.itemsize > 2 or (piece.first and piece.last):
+                add_outer(into, a, b, self._work, accumulate=accumulate or not piece.first)
+                continue
+            total = self._work.take(name, into.shape[0], into.shape[1], torch.float32)
+            add_outer(total, a, b, self._work, accumulate=not piece.first)
+            if piece.last:
+                into.copy_(into + total if accumulate else total)
 
 
 def grouped_mm_is_better(batch: Batch, x: Tensor, stack: Tensor) -> bool:
     """Whether torch's own loop over the experts serves: it calls the same matmul as ours without Python between them,
-    3 to 11 % of the time at a few 16-bit rows an expert; empty experts cost it something, and rows of odd size, on the
-    CPU too, an error."""
+    3 to 11 % of the time at a few 16-bit rows an expert. Empty experts cost it something; rows that are no multiples
+    of 16 bytes are an error, on the CPU too."""
     if x.dtype.itemsize != 2 or stack.dtype != x.dtype or x.shape[1] % 8 or stack.shape[2] % 8:
         return False
-    return batch.span.stop - batch.span.start <= 4 * len(batch.pieces)
+    strides = sorted(stack.stride())
+    even = strides[0] == 1 and not any(stride % 8 for stride in strides[1:]) and 1 in stack.stride()[1:]
+    return even and batch.span.stop - batch.span.start <= 4 * len(batch.pieces)
 
 
 def _as_in_out(experts: ExpertWeights, spec: ExpertSpec) -> tuple[Float[Tensor, "E D U"], Float[Tensor, "E I O"]]:
@@ -269,6 +228,10 @@ def _activate_by_row(spec: ExpertSpec, projected: Float[Tensor, "n U"]) -> Float
 
 def _zeros_like(bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return None if bias is None else torch.zeros(bias.shape, dtype=dtype)
+
+
+def _narrowed(gradient: Tensor | None, bias: Tensor | None) -> Tensor | None:
+    return None if gradient is None or bias is None else gradient.to(bias.dtype)
 
 
 def _gradient_like(weight: Tensor, counts: Tensor) -> Tensor:

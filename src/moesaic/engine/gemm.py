@@ -219,4 +219,4 @@ def explain(dtype: torch.dtype) -> str:
 
 
 def _capabilities() -> Mapping[str, Any]:
-    return getattr(torch.cpu, "get_capabilities", dict)()  # torch >= 2.12
+    return getattr(torch.cpu, "get_capabilities", dict)()

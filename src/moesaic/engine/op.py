@@ -4,6 +4,7 @@ Every output has a shape that follows from the inputs' shapes, so a graph holds 
 kernels are put in with `torch.library.impl`; this file knows none of them.
 """
 
+import threading
 from typing import Any, NoReturn
 
 import torch
@@ -49,7 +50,7 @@ def run_experts(
         tokens = tokens.to(torch.get_autocast_dtype(device_type))
     else:
         check_dtypes(tokens, experts)
-    if _func_transform_without_rule():
+    if _needs_plain_torch():
         return grouped(tokens, expert_ids, weights, experts, spec).to(dtype)
     differentiable = (tokens, weights, *experts)
     needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in differentiable)
@@ -60,12 +61,20 @@ def run_experts(
     return out.to(dtype)
 
 
-def _func_transform_without_rule() -> bool:
-    """True inside torch.func.grad and its kin, which library operators do not support; vmap has a rule of its own."""
+def _needs_plain_torch() -> bool:
+    """True inside torch.func.grad and its kin and under forward-mode AD, which library operators do not support.
+
+    Raises ValueError where vmap lies around such a transform; by itself it has a rule, which does the same.
+    """
     if torch.compiler.is_compiling():
         return False
-    interpreter = torch._C._functorch.peek_interpreter_stack()
-    return interpreter is not None and interpreter.key() != torch._C._functorch.TransformType.Vmap
+    if torch.autograd.forward_ad._current_level >= 0:
+        return True
+    vmap = torch._C._functorch.TransformType.Vmap
+    levels = [level.key() for level in torch._C._functorch.get_interpreter_stack() or ()]
+    if vmap in levels[:-1]:
+        _refuse_vmap()
+    return bool(levels) and levels[-1] != vmap
 
 
 def _fake_experts(tokens: Tensor, expert_ids: Tensor, weights: Tensor, up: Tensor, down: Tensor, *rest: Any) -> Any:
@@ -85,7 +94,11 @@ def _fake_backward(grad_out: Tensor, tokens: Tensor, weights: Tensor, *rest: Any
     del grad_out
     experts, wanted = rest[:4], rest[-1]
     inputs = (tokens, weights, *experts)
-    return [torch.empty_like(t) if want else tokens.new_empty(0) for t, want in zip(inputs, wanted, strict=True)]
+    keeps_layout = (False, False, True, True, False, False)
+    return [
+        tokens.new_empty(0) if not want else torch.empty_like(t) if keeps else t.new_empty(t.shape)
+        for t, want, keeps in zip(inputs, wanted, keeps_layout, strict=True)
+    ]
 
 
 def _refuse_vmap(*_: Any) -> NoReturn:
@@ -120,7 +133,8 @@ def _backward(ctx: Any, grad_out: Tensor | None, *_: Any) -> tuple:
         if into == (None, None):
             returned = torch.ops.moesaic.experts_backward(*args, *ctx.spec.fields, wanted)
         else:
-            returned = ACCUMULATING[grad_out.device.type](*args, *ctx.spec.fields, wanted, *into)
+            with _ADDING:
+                returned = ACCUMULATING[grad_out.device.type](*args, *ctx.spec.fields, wanted, *into)
             wanted = [w and target is None for w, target in zip(wanted, (None, None, *into, None, None), strict=True)]
         grads = [g if want else None for g, want in zip(returned, wanted, strict=True)]
     return (grads[0], None, *grads[1:], *rest)
@@ -129,13 +143,19 @@ def _backward(ctx: Any, grad_out: Tensor | None, *_: Any) -> tuple:
 def _differentiable_backward(
     grad_out: Tensor, expert_ids: Tensor, inputs: tuple, wanted: list[bool], spec: ExpertSpec
 ) -> list[Tensor | None]:
-    tokens, weights, *experts = inputs
-    out = grouped(tokens, expert_ids, weights, ExpertWeights(*experts), spec)
-    chosen = [t for t, want in zip(inputs, wanted, strict=True) if want]
+    # as views, or what one input owes to another (routing weights come from the tokens) would be counted here already
+    views: list[Any] = [None if t is None else t.view_as(t) for t in inputs]
+    tokens, weights = views[:2]
+    matrices: list[Any] = [None if w is None else w.to(tokens.dtype) for w in views[2:]]  # they differ under autocast
+    experts = ExpertWeights(*matrices)
+    with torch.autocast(tokens.device.type, enabled=False):
+        out = grouped(tokens, expert_ids, weights, experts, spec)
+    chosen = [t for t, want in zip(views, wanted, strict=True) if want]
     grads = iter(torch.autograd.grad(out, chosen, grad_out, create_graph=True, allow_unused=True))
     return [next(grads) if want else None for want in wanted]
 
 
+_ADDING = threading.Lock()  # two backwards in two threads may share weights, as AccumulateGrad's own lock allows
 ACCUMULATING: dict[str, Any] = {}  # device type -> backward kernel that can add into gradients that exist
 
 
@@ -144,7 +164,7 @@ def accumulation_targets(ctx: Any, grad_out: Tensor, *weights: Tensor) -> tuple[
 
     That is so for a leaf with a dense gradient of its dtype and no hooks, whose AccumulateGrad node this very backward
     is going to run: node and weight are checked by identity. Adding saves a gradient-sized tensor of zeros and three
-    passes over it.
+    passes over it. Prehooks put on that node itself cannot be seen from here: they get None.
     """
     nobody = (None,) * len(weights)
     if type(grad_out) is not Tensor or grad_out.device.type not in ACCUMULATING or torch.is_anomaly_enabled():
@@ -174,4 +194,5 @@ def _target(weight: Tensor, node: Any) -> Tensor | None:
 torch.library.register_fake("moesaic::experts", _fake_experts)
 torch.library.register_fake("moesaic::experts_backward", _fake_backward)
 torch.library.register_autograd("moesaic::experts", _backward, setup_context=_setup_context)
-torch.library.register_vmap("moesaic::experts", _refuse_vmap)
+for _name in ("moesaic::experts", "moesaic::experts_backward"):
+    torch.library.register_vmap(_name, _refuse_vmap)

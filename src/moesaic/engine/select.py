@@ -48,6 +48,7 @@ def select_engine(
 
 def best_engine(device_type: str, dtype: torch.dtype) -> tuple[str, str]:
     """What "auto" takes for (device type, dtype), and why: (name, reason)."""
-    if device_type != "cpu":
-        return "grouped", f"plain torch, two matmuls per active expert: runs on every device, {device_type} included"
-    return "cpu", f"kernels for the cpu with a backward of their own; {explain(dtype)}"
+    name = AUTO.get(device_type, "grouped")
+    if name == "grouped":
+        return name, f"plain torch, two matmuls per active expert: runs on every device, {device_type} included"
+    return name, f"kernels for the cpu with a backward of their own; {explain(dtype)}"

@@ -37,6 +37,10 @@ class ExpertSpec:
     interleaved: bool = False
     transposed: bool = False
 
+    def __post_init__(self) -> None:
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(f"activation={self.activation!r} is unknown: use one of {', '.join(ACTIVATIONS)}")
+
     @classmethod
     def of(cls, config: MoEConfig) -> "ExpertSpec":
         return cls(

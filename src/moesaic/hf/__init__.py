@@ -8,9 +8,9 @@ module of experts takes 2.7 s to import on top of torch (two cores, 2026-11), an
 of it.
 """
 
-import importlib.util
 import sys
 from importlib.abc import MetaPathFinder
+from importlib.machinery import PathFinder
 from types import ModuleType
 from typing import Any
 
@@ -34,11 +34,9 @@ class _RegisterOnImport(MetaPathFinder):
         self._waiting = set(_TABLES) - sys.modules.keys()
 
     def find_spec(self, name: str, path: Any, target: ModuleType | None = None) -> Any:
-        del path, target
         if name not in self._waiting:
             return None
-        self._waiting.remove(name)  # so that the search below does not come here again
-        spec = importlib.util.find_spec(name)
+        spec = PathFinder.find_spec(name, path, target)
         if spec is None or spec.loader is None:
             return spec
         execute = spec.loader.exec_module
@@ -46,6 +44,7 @@ class _RegisterOnImport(MetaPathFinder):
         def execute_and_register(module: ModuleType) -> None:
             execute(module)
             _register(module)
+            self._waiting.discard(name)  # not before: a search may go without an import, and an import fail
 
         spec.loader.exec_module = execute_and_register
         return spec

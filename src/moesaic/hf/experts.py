@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
+from moesaic.engine.checks import DTYPES
 from moesaic.engine.select import check_engine, select_engine
 from moesaic.engine.spec import ACTIVATIONS, ExpertSpec
 from moesaic.layer.experts import Experts
@@ -21,7 +22,6 @@ from moesaic.types import ExpertWeights
 
 M = TypeVar("M", bound=nn.Module)
 NAME = "moesaic"  # experts_implementation="moesaic"
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 SEAM = ("_apply_gate", "has_gate", "has_bias", "is_transposed", "config")  # what a module on transformers' seam has
 # where activations differ: near 0, in the tails, and far out; the limits of a module are added
 PROBE = (0.0, 1e-3, 0.03, 0.1, 0.3, 0.7, 1.0, 1.5, 2.0, 3.0, 4.0, 5.5, 7.5, 10.5, 15.0, 25.0, 60.0, 250.0)

@@ -54,6 +54,22 @@ def test_the_layer_compiles_whole_forward_and_backward(dtype, options):
 
 
 @pytest.mark.compile
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_inductor_takes_column_major_tokens():
+    x, ids, weights, experts = problem(9)
+    x = x.detach().T.contiguous().T.requires_grad_()
+
+    def loss(x, weights, up, down):
+        return cpu(x, ids, weights, ExpertWeights(up, down), ExpertSpec()).square().sum()
+
+    given = (x, weights, *experts[:2])
+    expected = torch.autograd.grad(loss(*given), given)
+    got = torch.autograd.grad(torch.compile(loss, fullgraph=True)(*given), given)
+    for ours, eager in zip(got, expected, strict=True):
+        torch.testing.assert_close(ours, eager, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.compile
 def test_another_number_of_tokens_needs_one_more_graph_at_most():
     module, graphs = layer().eval(), []
 

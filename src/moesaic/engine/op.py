@@ -50,6 +50,8 @@ def run_experts(
         tokens = tokens.to(torch.get_autocast_dtype(device_type))
     else:
         check_dtypes(tokens, experts)
+    # rows are gathered, so a column-major x would be copied row by row; and inductor lays its gradient out as x
+    tokens, weights = tokens.contiguous(), weights.contiguous()
     if _needs_plain_torch():
         return grouped(tokens, expert_ids, weights, experts, spec).to(dtype)
     differentiable = (tokens, weights, *experts)

@@ -255,14 +255,15 @@ def test_recomputing_gives_the_same_gradients():
     assert all(torch.equal(a, b) for a, b in zip(kept, again, strict=True))
 
 
-@pytest.mark.parametrize("frozen", ["x", "weights", "up", "down", "up and down"])
+@pytest.mark.parametrize("frozen", ["x", "weights", "up", "down", "up and down", "x and weights and up"])
 def test_what_is_frozen_gets_no_gradient_and_costs_no_matmul(monkeypatch, frozen):
     x, ids, weights, experts = problem(40, 32, 16)
     named = {"x": x, "weights": weights, "up": experts.up, "down": experts.down}
     expected = dict(zip(named, torch.autograd.grad(
         cpu(x, ids, weights, experts, ExpertSpec()).square().sum(), list(named.values())), strict=True))  # fmt: skip
-    outer_products = []
-    real = engine.add_outer
+    outer_products, through = [], []
+    real, real_backward = engine.add_outer, ExpertSpec.activate_backward
+    monkeypatch.setattr(ExpertSpec, "activate_backward", lambda *a: (through.append(a), real_backward(*a))[1])
     monkeypatch.setattr(engine, "add_outer", lambda out, *a, **k: (outer_products.append(out), real(out, *a, **k)))
     for name in frozen.split(" and "):
         named[name].requires_grad_(False)
@@ -272,6 +273,7 @@ def test_what_is_frozen_gets_no_gradient_and_costs_no_matmul(monkeypatch, frozen
             torch.testing.assert_close(tensor.grad, expected[name])
         else:
             assert tensor.grad is None
+    assert bool(through) == any(named[name].requires_grad for name in ("x", "weights", "up"))
     trained = sum(named[name].requires_grad for name in ("up", "down"))
     assert len(outer_products) == trained * len(ids.unique())
 

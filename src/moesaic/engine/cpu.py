@@ -91,7 +91,8 @@ def backward(
 ) -> Gradients:
     """All gradients in one walk over the experts. With A' = the gradient of A = act(H), s the routing weight:
     A' = g W2, ds = rowsum(A' A), dW2 = g^T (s A), dH = act'(H) s A', dW1 = dH^T x, dx = dH W1
-    (SonicMoE, arXiv 2512.14080, sec. 3; frozen inputs cost nothing).
+    (SonicMoE, arXiv 2512.14080, sec. 3). A frozen matrix costs no product of its own; where `down` alone is trained
+    there is no A'.
 
     An empty `hidden` is computed again from the tokens. `up_into`, `down_into`: gradients that are added to in place.
     """
@@ -107,6 +108,7 @@ def backward(
     )
     scales = weights.flatten()[assignments].to(wide)[:, None]
     multiply = Multiply()
+    beyond_down = wanted.tokens or wanted.weights or wanted.up or wanted.up_bias
     for batch in batches(counts.tolist(), assignments // weights.shape[1]):
         scale = scales[batch.here]
         g, x = grad_out.index_select(0, batch.rows), tokens.index_select(0, batch.rows).to(dtype)
@@ -115,22 +117,25 @@ def backward(
         else:
             projected = multiply(batch, x, up, "projected")
             _add_bias(projected, experts.up_bias, batch)
-        d_activated = multiply(batch, g.to(dtype), down.mT, "d_activated").to(wide)
-        activated, d_projected = spec.activate_backward(projected.to(wide), d_activated * scale)
-        d_projected = d_projected.to(dtype)
-        if into.weights is not None:
-            d_scale = (d_activated * activated).sum(dim=1)
-            if experts.down_bias is not None:
-                d_scale += (experts.down_bias[batch.expert_of_row()] * g).sum(dim=1, dtype=wide)
-            into.weights[assignments[batch.here]] = d_scale
-        if into.tokens is not None:
-            into.tokens.index_add_(0, batch.rows, multiply(batch, d_projected, up.mT, "d_tokens").to(wide))
-        if into.up is not None:
-            multiply.outer(batch, into.up, d_projected, x, spec, "up total", accumulate=up_into is not None)
+        if beyond_down:
+            d_activated = multiply(batch, g.to(dtype), down.mT, "d_activated").to(wide)
+            activated, d_projected = spec.activate_backward(projected.to(wide), d_activated * scale)
+            d_projected = d_projected.to(dtype)
+            if into.weights is not None:
+                d_scale = (d_activated * activated).sum(dim=1)
+                if experts.down_bias is not None:
+                    d_scale += (experts.down_bias[batch.expert_of_row()] * g).sum(dim=1, dtype=wide)
+                into.weights[assignments[batch.here]] = d_scale
+            if into.tokens is not None:
+                into.tokens.index_add_(0, batch.rows, multiply(batch, d_projected, up.mT, "d_tokens").to(wide))
+            if into.up is not None:
+                multiply.outer(batch, into.up, d_projected, x, spec, "up total", accumulate=up_into is not None)
+            _sum_rows(batch, into.up_bias, d_projected)
+        else:
+            activated = spec.activate(projected.to(wide))
         if into.down is not None:
             scaled = activated.mul_(scale).to(dtype)
             multiply.outer(batch, into.down, g.to(dtype), scaled, spec, "down total", accumulate=down_into is not None)
-        _sum_rows(batch, into.up_bias, d_projected)
         if into.down_bias is not None:
             _sum_rows(batch, into.down_bias, g * scale)
     return Gradients(

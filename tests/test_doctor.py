@@ -12,8 +12,6 @@ from moesaic.cli import main
 from moesaic.cli.doctor import SWITCH_ON, WORDS, held_back, transformers_seam, try_engine, wrong
 from moesaic.engine import gemm
 from moesaic.engine.select import ENGINES, best_engine
-from moesaic.engine.spec import ExpertSpec
-from moesaic.types import ExpertWeights
 
 
 @pytest.fixture
@@ -158,7 +156,7 @@ def test_measures_name_the_fastest_form_and_the_engine_s(run):
         assert row["us"][row["fastest"]] == min(row["us"].values())
         assert row["slower"] == pytest.approx(row["engine_us"] / row["us"][row["fastest"]])
         assert row["engine"] in {*forms.OWN, *forms.WIDE}
-        assert (forms.VECTOR in row["us"]) == (row["rows"] == 1)
+        assert forms.VECTOR in row["us"]
         assert (forms.WHOLE in row["us"]) == (row["dtype"] != "float32")
 
 
@@ -182,42 +180,25 @@ def test_a_slow_engine_is_pointed_out(lang, run, monkeypatch):
 def test_every_form_computes_the_same(rows):
     w, x = torch.randn(700, 64, dtype=torch.bfloat16).mT, torch.randn(rows, 64)
     for label, form in {**forms.OWN, **forms.WIDE}.items():
-        if label != forms.VECTOR or rows == 1:
-            out = torch.full((rows, 700), torch.nan)
-            form(x, w if label in forms.WIDE else w.float(), out, gemm.Workspace())
-            torch.testing.assert_close(out.double(), x.double() @ w.double(), rtol=0, atol=1e-4)
+        out = torch.full((rows, 700), torch.nan)
+        form(x, w if label in forms.WIDE else w.float(), out, gemm.Workspace())
+        torch.testing.assert_close(out.double(), x.double() @ w.double(), rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("label", [*forms.OWN, *forms.WIDE])
 def test_the_engine_s_form_is_seen_from_what_it_runs(label, monkeypatch):
     """Whatever the engine's tables say, now or later, is named rightly, in the weight's own dtype and in another."""
-    form, w = {**forms.OWN, **forms.WIDE}[label], torch.randn(700, 64, dtype=torch.bfloat16).mT
-    if label in forms.WIDE:
-        monkeypatch.setattr(forms, "take_engine_form", form)
-        assert engine_form(torch.randn(1, 64), w) == label
-    else:
-        monkeypatch.setattr(gemm, "table_for", lambda _dtype, _w: ((gemm.ANY, form),))
-        assert engine_form(torch.randn(1, 64), w.float()) == label
-        monkeypatch.setattr(forms, "take_engine_form", gemm.as_it_is(form))
-        assert engine_form(torch.randn(1, 64), w) == label
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_the_cpu_engine_takes_the_form_that_is_timed_as_its_own(dtype, monkeypatch):
-    up, down = torch.randn(1, 1400, 64).to(dtype), torch.randn(1, 64, 700).to(dtype)
-    for rows in (1, 2, 3, 8, 9, 70):
-        taken, x = [], torch.randn(rows, 64).to(dtype)
-
-        def note(table, rows, taken=taken):
-            taken.append(gemm.form_for(table, rows))
-            return taken[-1]
-
-        with monkeypatch.context() as patch:
-            patch.setattr("moesaic.engine.cpu.form_for", note)
-            ids, ones = torch.zeros(rows, 1, dtype=torch.long), torch.ones(rows, 1)
-            ENGINES["cpu"](x, ids, ones, ExpertWeights(up, down), ExpertSpec())
-        table = gemm.table_for(gemm.matmul_dtype(dtype), up[0].mT)  # as take_engine_form has it
-        assert taken[0] is gemm.form_for(table, rows)
+    form, x = {**forms.OWN, **forms.WIDE}[label], torch.randn(2, 1024)
+    w = torch.randn(2100, 1024).bfloat16().mT
+    if label in forms.OWN:
+        w = w.float()
+    monkeypatch.setattr(gemm, "matmul_dtype", lambda _dtype: torch.float32)
+    monkeypatch.setattr("moesaic.engine.cpu.narrow_table", lambda _w: ())
+    monkeypatch.setattr("moesaic.engine.cpu.table_for", lambda _dtype, _w: ((gemm.ANY, form),))
+    assert engine_form(x, w) == label
+    if label in forms.OWN:
+        monkeypatch.setattr("moesaic.engine.cpu.narrow_table", lambda _w: ((gemm.ANY, form),))
+        assert engine_form(x, w.bfloat16()) == label
 
 
 @pytest.mark.usefixtures("small")

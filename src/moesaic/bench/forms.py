@@ -14,20 +14,23 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from moesaic.bench.ceiling import best_seconds, l3_bytes
 from moesaic.bench.machine import available_bytes
 from moesaic.engine import gemm
+from moesaic.engine.batches import batches
+from moesaic.engine.cpu import Multiply
 from moesaic.engine.gemm import Workspace
 
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)  # tokens of one expert
 OUT, IN = 1536, 2048  # the up projection of one Qwen3-30B-A3B expert
 SQUARE = 1024
+FEW = 16  # more rows are never best one by one
 ROUNDS = 7
 ENGINE = "engine"
 
 
 # W is the weight as it is stored, [OUT, IN]
-STRAIGHT, TURNED, VECTOR, ONEDNN = "x @ W.T", "W @ x.T", "W @ x[0]", "oneDNN"
-WHOLE, BLOCKS = "widen W", f"widen {gemm.BLOCK} rows"
+STRAIGHT, TURNED, VECTOR, ONEDNN = "x @ W.T", "W @ x.T", "W @ each x", "oneDNN"
+WHOLE, BLOCKS = "widen W", "widen parts of W"
 OWN = {STRAIGHT: gemm.rows_form, TURNED: gemm.columns_form, VECTOR: gemm.vector_form, ONEDNN: gemm.onednn_form}
-WIDE = {WHOLE: gemm.as_a_whole, BLOCKS: gemm.by_blocks}  # 16-bit weights for x in float32
+WIDE = {WHOLE: gemm.widening(gemm.ANY), BLOCKS: gemm.widening(1 << 20)}  # 16-bit weights for x in float32
 
 
 class FormTimes(NamedTuple):
@@ -67,22 +70,24 @@ def time_forms(dtype: torch.dtype, row_counts: tuple[int, ...] = ROWS) -> list[F
     return [_time_rows(rows, dtype, weights) for rows in row_counts]
 
 
+def engine_run(x: Tensor) -> Callable[[Tensor], Tensor]:
+    """What the cpu engine does with the rows x [m, IN] of one expert, as a function of its w [IN, OUT]."""
+    multiply = Multiply(gemm.matmul_dtype(x.dtype))
+    (batch,) = batches([len(x)], torch.arange(len(x)))
+    return lambda w: multiply(batch, x, w[None], "engine")
+
+
 def engine_form(x: Tensor, w: Tensor) -> str:
-    """The label of what the cpu engine does with x [m, IN] and w [IN, OUT], seen from the matmuls it runs."""
+    """The label of that, seen from the matmuls it runs."""
+    run = engine_run(x)
     with _Matmuls() as seen:
-        take_engine_form(x, w, x.new_empty(len(x), w.shape[1]), Workspace())
+        run(w)
     name, left = seen.calls[0]
-    if len(seen.calls) > 1:
-        return BLOCKS
     if name == "mv":
         return VECTOR
     if left.dtype != w.dtype:
-        return WHOLE
-    return ONEDNN if name == "_linear_pointwise" else STRAIGHT if left.shape == x.shape else TURNED
-
-
-def take_engine_form(x: Tensor, w: Tensor, out: Tensor, work: Workspace) -> None:
-    gemm.form_for(gemm.table_for(x.dtype, w), len(x))(x, w, out, work)
+        return WHOLE if len(seen.calls) == 1 else BLOCKS
+    return ONEDNN if name == "_linear_pointwise" else TURNED if len(left) == w.shape[1] else STRAIGHT
 
 
 class _Matmuls(TorchDispatchMode):
@@ -95,7 +100,7 @@ class _Matmuls(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         del types
         name = func.overloadpacket.__name__
-        if name in ("mm", "mv", "_linear_pointwise"):
+        if name in ("mm", "mv", "_linear_pointwise", "_grouped_mm"):
             self.calls.append((name, args[0]))
         return func(*args, **(kwargs or {}))
 
@@ -109,14 +114,12 @@ def _weights(dtype: torch.dtype) -> Tensor:
 
 def _time_rows(rows: int, dtype: torch.dtype, weights: Tensor) -> FormTimes:
     own, work = torch.randn(rows, IN).to(dtype), Workspace()
-    wide, multiplied = own.float(), own.to(gemm.matmul_dtype(dtype))
     forms: dict[str, tuple[gemm.Form, Tensor]] = {label: (form, own) for label, form in OWN.items()}
-    if rows > 1:
+    if rows > FEW:
         del forms[VECTOR]
     if dtype.itemsize < 4:
-        forms |= {label: (form, wide) for label, form in WIDE.items()}
-    forms[ENGINE] = (take_engine_form, multiplied)
-    runs: dict[str, Callable[[Tensor], None]] = {}
+        forms |= {label: (form, own.float()) for label, form in WIDE.items()}
+    runs: dict[str, Callable[[Tensor], object]] = {ENGINE: engine_run(own)}
     for label, (form, x) in forms.items():
         out = x.new_empty(rows, OUT)
         try:
@@ -126,12 +129,10 @@ def _time_rows(rows: int, dtype: torch.dtype, weights: Tensor) -> FormTimes:
         runs[label] = lambda w, form=form, x=x, out=out: form(x, w, out, work)
     seconds = _best_of_rounds(runs, weights)
     engine_seconds = seconds.pop(ENGINE)
-    return FormTimes(
-        str(dtype).removeprefix("torch."), rows, seconds, engine_seconds, engine_form(multiplied, weights[-1])
-    )
+    return FormTimes(str(dtype).removeprefix("torch."), rows, seconds, engine_seconds, engine_form(own, weights[-1]))
 
 
-def _best_of_rounds(runs: dict[str, Callable[[Tensor], None]], weights: Tensor) -> dict[str, float]:
+def _best_of_rounds(runs: dict[str, Callable[[Tensor], object]], weights: Tensor) -> dict[str, float]:
     best, order, next_weight = dict.fromkeys(runs, math.inf), random.Random(0), cycle(weights)
     for _ in range(ROUNDS):
         for label in order.sample(list(runs), len(runs)):  # in no order, since each leaves its own things in the cache

@@ -6,6 +6,7 @@ in the same run, per number of rows, on the cell's own weights.
 
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from moesaic.bench.ceiling import onednn_linear
 from moesaic.bench.problem import Problem
 
-BLOCK = 256  # rows of a weight widened at a time: 2 MB of float32 at D=2048, which a core's own cache holds
+BLOCKS = (1 << 19, 1 << 20)  # elements of a weight widened at a time: 2 MB of float32 fit one core's own cache
 LEAST, MOST, ENOUGH = 4, 20, 0.02  # runs of a form, each on another expert; seconds after which LEAST will do
 HOPELESS = 2.0  # a form this much slower than another in its first run is not run again
 
@@ -51,9 +52,11 @@ def _turned(x: Tensor, w: Tensor, result: Tensor) -> Tensor:
 
 
 def _vector(x: Tensor, w: Tensor, result: Tensor) -> Tensor:
-    if len(x) != 1:
-        raise NotImplementedError("a matrix times a vector is for one row")
-    return torch.mv(w.T, x[0], out=result[: w.shape[1]])[None]
+    columns = w.shape[1]
+    results = result[: len(x) * columns].view(len(x), columns)
+    for row, out in zip(x, results, strict=True):
+        torch.mv(w.T, row, out=out)
+    return results
 
 
 def _widened(w: Tensor, scratch: Tensor) -> Tensor:
@@ -64,26 +67,29 @@ def _widened(w: Tensor, scratch: Tensor) -> Tensor:
     return wide.view(w.T.shape).copy_(w.T).T
 
 
-def _blockwise(rows: Rows, w: Tensor, scratch: Scratch) -> None:
+def _blockwise(rows: Rows, w: Tensor, scratch: Scratch, *, elements: int, onednn: bool) -> Tensor:
     n, columns = len(rows.wide), w.shape[1]
-    result = scratch.wide_result[: n * columns].view(columns, n)
-    for start in range(0, columns, BLOCK):
-        block = _widened(w[:, start : start + BLOCK], scratch.wide_weight)
-        torch.mm(block.T, rows.wide.T, out=result[start : start + BLOCK])
+    result, step = scratch.wide_result[: n * columns].view(columns, n), max(1, elements // len(w))
+    for some, out in zip(w.split(step, dim=1), result.split(step), strict=True):
+        block = _widened(some, scratch.wide_weight).T
+        out.copy_(onednn_linear(rows.wide, block).T) if onednn else torch.mm(block, rows.wide.T, out=out)
+    return result
 
 
 OWN: dict[str, Form] = {
     "x @ W": lambda rows, w, s: _straight(rows.own, w, s.result),
     "W' @ x'": lambda rows, w, s: _turned(rows.own, w, s.result),
-    "W' @ x[0]": lambda rows, w, s: _vector(rows.own, w, s.result),
+    "W' @ each x": lambda rows, w, s: _vector(rows.own, w, s.result),
     "oneDNN": lambda rows, w, _s: onednn_linear(rows.own, w.T),
 }
 WIDE: dict[str, Form] = {
     "wide x @ W": lambda rows, w, s: _straight(rows.wide, _widened(w, s.wide_weight), s.wide_result),
     "wide W' @ x'": lambda rows, w, s: _turned(rows.wide, _widened(w, s.wide_weight), s.wide_result),
     "wide oneDNN": lambda rows, w, s: onednn_linear(rows.wide, _widened(w, s.wide_weight).T),
-    "wide blocks": _blockwise,
 }
+for _elements in BLOCKS:
+    WIDE[f"wide W' @ x' by {_elements}"] = partial(_blockwise, elements=_elements, onednn=False)
+    WIDE[f"wide oneDNN by {_elements}"] = partial(_blockwise, elements=_elements, onednn=True)
 
 
 def forms_for(dtype: torch.dtype) -> dict[str, Form]:

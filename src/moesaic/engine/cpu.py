@@ -16,7 +16,19 @@ from torch import Tensor
 
 from moesaic.engine.batches import PIECE_ROWS, Batch, batches
 from moesaic.engine.checks import check_ids
-from moesaic.engine.gemm import INVARIANT, INVARIANT_ROWS, Workspace, add_outer, form_for, matmul_dtype, table_for
+from moesaic.engine.gemm import (
+    INVARIANT,
+    INVARIANT_ROWS,
+    Table,
+    Workspace,
+    add_outer,
+    form_for,
+    matmul_dtype,
+    most_rows,
+    narrow_table,
+    plain_rows,
+    table_for,
+)
 from moesaic.engine.op import ACCUMULATING, run_experts
 from moesaic.engine.plan import group_by_expert
 from moesaic.engine.spec import ExpertSpec
@@ -46,10 +58,10 @@ def forward(
     out = torch.zeros(len(tokens), down.shape[2], dtype=wide)
     hidden = tokens.new_empty((len(plan.assignments), up.shape[2]) if save_hidden else 0)
     scales = weights.flatten()[plan.assignments].to(wide)[:, None]
-    multiply = Multiply(batch_invariant=batch_invariant)
+    multiply = Multiply(dtype, batch_invariant=batch_invariant)
     cut = INVARIANT_ROWS if batch_invariant else PIECE_ROWS
     for batch in batches(plan.counts.tolist(), plan.assignments // expert_ids.shape[1], cut):
-        x = tokens.index_select(0, batch.rows).to(dtype)
+        x = tokens.index_select(0, batch.rows)
         projected = hidden[batch.here] if save_hidden and dtype == tokens.dtype else None
         projected = multiply(batch, x, up, "projected", projected)
         _add_bias(projected, experts.up_bias, batch)
@@ -58,7 +70,7 @@ def forward(
         scale = scales[batch.here]
         activate = _activate_by_row if batch_invariant else ExpertSpec.activate
         activated = activate(spec, projected.to(wide)).mul_(scale)
-        expert_out = multiply(batch, activated.to(dtype), down, "expert out").to(wide)
+        expert_out = multiply(batch, activated, down, "expert out").to(wide)
         _add_bias(expert_out, experts.down_bias, batch, scale)
         out.index_add_(0, batch.rows, expert_out)
     return out.to(tokens.dtype), hidden, plan.assignments, plan.counts
@@ -107,7 +119,7 @@ def backward(
         down_bias=_zeros_like(experts.down_bias, wide) if wanted.down_bias else None,
     )
     scales = weights.flatten()[assignments].to(wide)[:, None]
-    multiply = Multiply()
+    multiply = Multiply(dtype)
     beyond_down = wanted.tokens or wanted.weights or wanted.up or wanted.up_bias
     for batch in batches(counts.tolist(), assignments // weights.shape[1]):
         scale = scales[batch.here]
@@ -118,7 +130,7 @@ def backward(
             projected = multiply(batch, x, up, "projected")
             _add_bias(projected, experts.up_bias, batch)
         if beyond_down:
-            d_activated = multiply(batch, g.to(dtype), down.mT, "d_activated").to(wide)
+            d_activated = multiply(batch, g, down.mT, "d_activated").to(wide)
             activated, d_projected = spec.activate_backward(projected.to(wide), d_activated * scale)
             d_projected = d_projected.to(dtype)
             if into.weights is not None:
@@ -151,24 +163,42 @@ def backward(
 class Multiply:
     """Rows of a batch through the matrices of their experts, in scratch that the next batch uses again."""
 
-    def __init__(self, *, batch_invariant: bool = False) -> None:
+    def __init__(self, dtype: torch.dtype, *, batch_invariant: bool = False) -> None:
+        self._dtype = dtype
         self._batch_invariant = batch_invariant
         self._work = Workspace()
 
     def __call__(
         self, batch: Batch, x: Float[Tensor, "n a"], stack: Float[Tensor, "E a b"], name: str, out: Tensor | None = None
     ) -> Float[Tensor, "n b"]:
-        """x_e @ stack[e] for every expert e of the batch, in x's dtype; into `out` or into scratch called `name`."""
-        if not self._batch_invariant and grouped_mm_is_better(batch, x, stack):
+        """x_e @ stack[e] for every expert e of the batch, in this object's dtype; into `out` or into scratch called
+        `name`. Where the weights are widened for that, experts of few rows are multiplied in theirs."""
+        if self._batch_invariant:
+            return self._product(batch, x.to(self._dtype), stack, INVARIANT, name, out)
+        few = narrow_table(stack) if stack.dtype != self._dtype else ()
+        if min(batch.sizes) <= most_rows(few):
+            narrow = self._product(batch, x.to(stack.dtype), stack, few, "narrow")
+            out = self._work.take(name, *narrow.shape, self._dtype) if out is None else out
+            out.copy_(narrow)
+        if max(batch.sizes) > most_rows(few):
+            table = table_for(self._dtype, stack)
+            out = self._product(batch, x.to(self._dtype), stack, table, name, out, over=most_rows(few))
+        return out
+
+    def _product(
+        self, batch: Batch, x: Tensor, stack: Tensor, table: Table, name: str, out: Tensor | None = None, over: int = 0
+    ) -> Tensor:
+        """The experts of more than `over` rows that the table has forms for; the others' rows are left as they are."""
+        if grouped_mm_is_better(batch, stack, table):
             result = F.grouped_mm(x, stack[batch.span], offs=batch.offsets())
             return result if out is None else out.copy_(result)
         if out is None:
             out = self._work.take(name, len(x), stack.shape[2], x.dtype)
-        table = INVARIANT if self._batch_invariant else table_for(x.dtype, stack)
-        sizes = batch.sizes
+        sizes, most = batch.sizes, most_rows(table)
         parts = zip(batch.pieces, x.split_with_sizes(sizes), out.split_with_sizes(sizes), strict=True)
         for piece, rows, result in parts:
-            form_for(table, rows.shape[0])(rows, stack[piece.expert], result, self._work)
+            if over < rows.shape[0] <= most:
+                form_for(table, rows.shape[0])(rows, stack[piece.expert], result, self._work)
         return out
 
     def outer(
@@ -192,11 +222,11 @@ class Multiply:
                 into.copy_(into + total if accumulate else total)
 
 
-def grouped_mm_is_better(batch: Batch, x: Tensor, stack: Tensor) -> bool:
-    """Whether torch's own loop over the experts serves: it calls the same matmul as ours without Python between them,
-    3 to 11 % of the time at a few 16-bit rows an expert. Empty experts cost it something; rows that are no multiples
-    of 16 bytes are an error, on the CPU too."""
-    if x.dtype.itemsize != 2 or stack.dtype != x.dtype or x.shape[1] % 8 or stack.shape[2] % 8:
+def grouped_mm_is_better(batch: Batch, stack: Tensor, table: Table) -> bool:
+    """Whether torch's own loop over the experts serves: it calls the plain matmul without Python between them, 3 to
+    11 % of the time at a few 16-bit rows an expert. Empty experts cost it something; rows that are no multiples of
+    16 bytes are an error, on the CPU too."""
+    if stack.dtype.itemsize != 2 or max(batch.sizes) > plain_rows(table) or stack.shape[1] % 8 or stack.shape[2] % 8:
         return False
     strides = sorted(stack.stride())
     even = strides[0] == 1 and not any(stride % 8 for stride in strides[1:]) and 1 in stack.stride()[1:]

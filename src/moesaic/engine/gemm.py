@@ -50,7 +50,8 @@ def columns_form(x: Tensor, w: Tensor, out: Tensor, work: Workspace) -> None:
 
 def vector_form(x: Tensor, w: Tensor, out: Tensor, work: Workspace) -> None:
     del work
-    torch.mv(w.mT, x[0], out=out[0])
+    for row, result in zip(x, out, strict=True):
+        torch.mv(w.mT, row, out=result)
 
 
 def onednn_form(x: Tensor, w: Tensor, out: Tensor, work: Workspace) -> None:
@@ -80,31 +81,16 @@ COLUMN_MAJOR: dict[str, Table] = {
 PLAIN: Table = ((ANY, rows_form),)  # float64, and 16-bit with the instructions: the plain call is best at every size
 
 
-def as_it_is(form: Form) -> Form:
-    """The form in the dtype of the weight, whatever that of x is."""
+def widening(elements: int) -> Form:
+    """The form that widens about so many elements of W at a time, and multiplies while they are in the cache."""
 
-    def narrow(x: Tensor, w: Tensor, out: Tensor, work: Workspace) -> None:
-        result = work.take("narrow", len(x), w.shape[1], w.dtype)
-        form(x.to(w.dtype), w, result, work)
-        out.copy_(result)
+    def form(x: Tensor, w: Tensor, out: Tensor, work: Workspace) -> None:
+        parts = max(1, w.numel() // elements)
+        for columns, result in zip(w.tensor_split(parts, 1), out.tensor_split(parts, 1), strict=True):
+            wide = converted(columns, x.dtype, work)
+            form_for(table_for(x.dtype, wide), len(x))(x, wide, result, work)
 
-    return narrow
-
-
-def by_blocks(x: Tensor, w: Tensor, out: Tensor, work: Workspace) -> None:
-    """Widen some rows of W, multiply, go on: the widened block never leaves the cache."""
-    result, weight, xt = work.take("columns", w.shape[1], len(x), x.dtype), w.mT, x.mT
-    for start in range(0, len(weight), BLOCK):
-        stop = min(start + BLOCK, len(weight))
-        block = work.take("block", stop - start, weight.shape[1], x.dtype).copy_(weight[start:stop])
-        torch.mm(block, xt, out=result[start:stop])
-    out.copy_(result.mT)
-
-
-def as_a_whole(x: Tensor, w: Tensor, out: Tensor, work: Workspace) -> None:
-    """Widen all of W into scratch, then multiply in float32."""
-    w = converted(w, x.dtype, work)
-    form_for(table_for(x.dtype, w), len(x))(x, w, out, work)
+    return form
 
 
 def invariant_form(x: Tensor, w: Tensor, out: Tensor, work: Workspace) -> None:
@@ -124,39 +110,65 @@ def invariant_form(x: Tensor, w: Tensor, out: Tensor, work: Workspace) -> None:
 
 
 # 16-bit without the instructions. Reading half the bytes wins while a few rows hide how slow the multiplying is.
-# Intel, bfloat16: as it is 328 | 790 at 1 | 3 rows, 27000 at 256; by blocks 625 | 560 | 711 | 1340 at 1 | 3 | 8 | 16;
-#                  as a whole 1010 | 1080 | 6370 at 8 | 16 | 256
-# AMD, told to ignore its instructions: as it is 290 | 420 | 1600 at 1 | 2 | 4, by oneDNN 1160 | 1510 at 4 | 8;
-#                  by blocks 890 | 1160 | 1460 at 2 | 4 | 8; as a whole 1450 | 1630 | 2500 at 4 | 8 | 32
-WIDENING: dict[str, Table] = {
-    "intel": ((1, as_it_is(vector_form)), (8, by_blocks), (ANY, as_a_whole)),
-    "amd": ((2, as_it_is(rows_form)), (8, as_it_is(onednn_form)), (ANY, as_a_whole)),
-    "other": ((1, as_it_is(rows_form)), (ANY, as_a_whole)),
+# Intel, bfloat16: as it is 328 | 790 at 1 | 3 rows, 27000 at 256;
+#                  256 rows of W widened at a time 625 | 560 | 711 | 1340 at 1 | 3 | 8 | 16,
+#                  the whole of it 1010 | 1080 | 6370 at 8 | 16 | 256
+# AMD, told to ignore its instructions: as it is 325 | 430 | 580 | 1600 at 1 | 2 | 3 | 4 rows,
+#                  row by row 345 | 550 | 670 | 800 | 1000 at 1 | 2 | 3 | 4 | 5,
+#                  2^20 elements widened at a time 920 | 910 | 1230 | 2670 | 4940 at 4 | 8 | 16 | 64 | 128,
+#                  2^19 elements 995 | 1090 | 1350 | 2810 | 5075, the whole of it 1220 | 1320 | 1580 | 3230 | 5255;
+#                  stored [in, out]: as it is 701 | 1146 | 1918 at 1 | 3 | 4, the whole widened 1127 | 2613 | 2218
+NARROW: dict[str, Table] = {  # in the dtype of W
+    "intel": ((1, rows_form),),
+    "amd": ((3, rows_form), (4, vector_form)),
+    "other": ((1, rows_form),),
 }
-WHOLE: Table = ((ANY, as_a_whole),)  # weights stored [in, out]
-# float16. AMD: as it is 217 | 441 at 1 | 2 rows, as a whole 694 | 1437
-WIDENING_HALF: dict[str, Table] = {"intel": WHOLE, "amd": ((2, as_it_is(rows_form)), (ANY, as_a_whole)), "other": WHOLE}
+NARROW_COLUMN_MAJOR: dict[str, Table] = {"intel": (), "amd": ((3, rows_form),), "other": ()}
+NARROW_HALF: dict[str, Table] = {"intel": (), "amd": ((2, rows_form),), "other": ()}  # 274 | 616 | 823, widened 700 up
+WIDE: dict[str, Table] = {  # more rows than that, in float32
+    "intel": ((8, widening(1 << 19)), (ANY, widening(ANY))),
+    "amd": ((ANY, widening(1 << 20)),),
+    "other": ((ANY, widening(ANY)),),
+}
+WIDE_COLUMN_MAJOR: Table = ((ANY, widening(ANY)),)
 
 
 INVARIANT: Table = ((ANY, invariant_form),)
 
 
 def table_for(dtype: torch.dtype, w: Tensor) -> Table:
-    """The forms for x of `dtype` and w [..., a, b], one matrix or all experts'.
-
-    A 16-bit w under float32 x is one that this CPU would emulate: it is widened, or taken as it is for a few rows.
-    """
-    row_major = w.stride(-2) == 1  # of W = w.T
+    """The forms for x of `dtype` and w [..., a, b], one matrix or all experts'; a w of fewer bits is widened."""
     if w.dtype != dtype:
-        tables = WIDENING if w.dtype == torch.bfloat16 else WIDENING_HALF
-        return tables[machine()] if row_major else WHOLE
+        return WIDE[machine()] if _is_row_major(w) else WIDE_COLUMN_MAJOR
     if dtype == torch.float32 and w.shape[-2] * w.shape[-1] > SMALL:
-        return (ROW_MAJOR if row_major else COLUMN_MAJOR)[machine()]
+        return (ROW_MAJOR if _is_row_major(w) else COLUMN_MAJOR)[machine()]
     return PLAIN
+
+
+def narrow_table(w: Tensor) -> Table:
+    """The forms for the few rows that are better multiplied in the 16-bit dtype of w than widened."""
+    if w.dtype == torch.bfloat16:
+        return (NARROW if _is_row_major(w) else NARROW_COLUMN_MAJOR)[machine()]
+    return NARROW_HALF[machine()] if _is_row_major(w) else ()
+
+
+def _is_row_major(w: Tensor) -> bool:
+    """Of W = w.T."""
+    return w.stride(-2) == 1
 
 
 def form_for(table: Table, rows: int) -> Form:
     return next(form for up_to, form in table if rows <= up_to)
+
+
+def most_rows(table: Table) -> int:
+    """Up to how many rows the table has a form."""
+    return table[-1][0] if table else 0
+
+
+def plain_rows(table: Table) -> int:
+    """Up to how many rows it is the plain call."""
+    return table[0][0] if table and table[0][1] is rows_form else 0
 
 
 def add_outer(out: Tensor, g: Tensor, x: Tensor, work: Workspace, *, accumulate: bool) -> None:

@@ -4,6 +4,7 @@ No gather, no activation, no combine; rows come from a buffer that is already th
 in the same run, per number of rows, on the cell's own weights.
 """
 
+import statistics
 import time
 from collections.abc import Callable
 from functools import partial
@@ -239,4 +240,4 @@ def fastest(forms: dict[str, Callable[[int], object]]) -> str:
             start = time.perf_counter()
             forms[name](1 + sample * len(seconds) + number)
             took.append(time.perf_counter() - start)
-    return min(seconds, key=lambda name: min(seconds[name]))
+    return min(seconds, key=lambda name: statistics.median(seconds[name]))

@@ -1,6 +1,7 @@
 """The sorted assignments in batches: what the CPU engine computes at a time."""
 
 from collections.abc import Iterator
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -42,9 +43,10 @@ class Batch(NamedTuple):
 
     def offsets(self) -> Int[Tensor, " e"]:
         """Where the rows of every expert in `span` end."""
-        counts = torch.zeros(self.span.stop - self.span.start, dtype=torch.int32)
-        counts[[piece.expert - self.span.start for piece in self.pieces]] = torch.tensor(self.sizes, dtype=torch.int32)
-        return counts.cumsum(0, dtype=torch.int32)
+        counts = [0] * (self.span.stop - self.span.start)
+        for piece in self.pieces:
+            counts[piece.expert - self.span.start] += piece.stop - piece.start
+        return torch.tensor(list(accumulate(counts)), dtype=torch.int32)
 
     @property
     def sizes(self) -> list[int]:

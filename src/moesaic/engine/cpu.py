@@ -51,7 +51,8 @@ def forward(
     """(out [T, O], hidden, assignments [S], counts [E]): the weighted sum of the chosen experts, and what the backward
     needs of it. hidden: [S, U] in the order of `assignments`, in the tokens' dtype; empty unless it is to be saved."""
     if expert_ids.numel():
-        check_ids(int(expert_ids.min()), int(expert_ids.max()), len(experts.up))
+        lowest, highest = torch.aminmax(expert_ids)
+        check_ids(int(lowest), int(highest), len(experts.up))
     plan = group_by_expert(expert_ids, len(experts.up))
     dtype, wide = matmul_dtype(tokens.dtype), torch.promote_types(tokens.dtype, torch.float32)
     up, down = _as_in_out(experts, spec)
@@ -175,12 +176,12 @@ class Multiply:
         `name`. Where the weights are widened for that, experts of few rows are multiplied in theirs."""
         if self._batch_invariant:
             return self._product(batch, x.to(self._dtype), stack, INVARIANT, name, out)
-        few = narrow_table(stack) if stack.dtype != self._dtype else ()
-        if min(batch.sizes) <= most_rows(few):
+        few, sizes = narrow_table(stack) if stack.dtype != self._dtype else (), batch.sizes
+        if min(sizes) <= most_rows(few):
             narrow = self._product(batch, x.to(stack.dtype), stack, few, "narrow")
             out = self._work.take(name, *narrow.shape, self._dtype) if out is None else out
             out.copy_(narrow)
-        if max(batch.sizes) > most_rows(few):
+        if max(sizes) > most_rows(few):
             table = table_for(self._dtype, stack)
             out = self._product(batch, x.to(self._dtype), stack, table, name, out, over=most_rows(few))
         return out

@@ -104,9 +104,12 @@ def test_what_cannot_be_resumed_is_refused(tmp_path, monkeypatch):
     open_journal(tmp_path, resume=False)
     with pytest.raises(ValueError, match="is there already: add --resume"):
         open_journal(tmp_path, resume=False)
-    monkeypatch.setattr(campaigns, "machine", lambda: dict.fromkeys((*campaigns.SAME, "date"), "elsewhere"))
-    with pytest.raises(ValueError, match="measured with cpu=here, here it is elsewhere: give another --out"):
-        open_journal(tmp_path, resume=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(campaigns, "machine", lambda: dict.fromkeys((*campaigns.SAME, "date"), "elsewhere"))
+        with pytest.raises(ValueError, match="measured with cpu=here, here it is elsewhere: give another --out"):
+            open_journal(tmp_path, resume=True)
+    with pytest.raises(ValueError, match=r"measured with peers=here, here it is \['eager'\]: give another --out"):
+        open_journal(tmp_path, resume=True, settings={"peers": ["eager"]})
     (tmp_path / "results.jsonl").write_text("[]\n")
     with pytest.raises(ValueError, match="not a journal of `moesaic bench`"):
         open_journal(tmp_path, resume=True)

@@ -219,6 +219,53 @@ def test_accumulating_is_judged_by_two_passes():
     assert result.row("ours: overwrites").note == "wrong"
 
 
+def test_an_eager_that_is_wrong_has_no_speed_and_is_no_measure_for_others():
+    right = our_engine("grouped")
+
+    def off_by(factor):
+        def build(problem):
+            call = right.build(problem)
+            return lambda tokens, ids, weights: factor * call(tokens, ids, weights)
+
+        return build
+
+    eager = Contender(PEERS["eager"].name, "peer", off_by(1.5))
+    contenders = [Contender("ours: wrong", "ours", off_by(1.01)), right, eager]
+    result = run_cell(
+        Cell("tiny", 12, "float32", "forward"), make_experts("tiny", "float32"), contenders, CEILING, rounds=1
+    )
+    assert [(row.name, row.note) for row in result.rows[:3]] == [
+        (eager.name, "wrong"),
+        ("ours: wrong", "wrong"),
+        ("ours: grouped", ""),
+    ]
+
+
+@pytest.mark.parametrize("where", ["build", "call"])
+def test_who_raises_says_so_and_the_others_are_measured(where):
+    def boom(*_):
+        raise RuntimeError("no kernel for that\nand a long story")
+
+    contenders = [
+        Contender("breaks", "peer", boom if where == "build" else lambda _problem: boom),
+        our_engine("grouped"),
+    ]
+    result = run_cell(
+        Cell("tiny", 12, "float32", "forward"), make_experts("tiny", "float32"), contenders, CEILING, rounds=1
+    )
+    assert result.row("breaks").note == "failed: RuntimeError: no kernel for that"
+    assert result.row("ours: grouped").median_ms > 0
+
+
+def test_the_gradient_of_the_most_loaded_expert_is_looked_at():
+    problem = problem_of(mode="fwd+bwd-fresh", routing="zipf", tokens=40)
+    truth = truth_of(problem)
+    hot = max(range(len(problem.counts)), key=problem.counts.__getitem__)
+    out = run_once(problem, our_engine("grouped").build(problem))
+    problem.experts.down.grad[hot] *= 1.01
+    assert errors_of(problem, truth, out)["expert_grad"] > 1e-3
+
+
 def test_eager_may_be_as_wrong_as_it_is_and_half_as_much_again():
     assert is_right({"out": 0.14}, {"out": 0.1}, "bfloat16")
     assert not is_right({"out": 0.16}, {"out": 0.1}, "bfloat16")

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from bench_problems import CEILING
 
+from moesaic.bench.campaign import Campaign
 from moesaic.bench.runner import Result
 from moesaic.cli import main
 
@@ -66,8 +67,36 @@ def test_a_run_is_resumed_without_measuring_again_and_json_is_json(run):
 
 def test_a_budget_of_nothing_leaves_everything_to_resume(run):
     code, out, _ = run(*ONE_CELL, "--budget", "0", "--out", "out")
-    assert (code, "left out by the budget: 1 cells" in out) == (0, True)
+    assert (code, "not measured: 1 cells" in out) == (0, True)
     assert "`--resume` goes on with them" in Path("out/report.md").read_text()
+
+
+def test_an_interrupted_run_leaves_a_report_of_what_it_has(run, monkeypatch):
+    measured = []
+
+    def interrupt(campaign, cell, weights):
+        if measured:
+            raise KeyboardInterrupt
+        measured.append(cell)
+        return real(campaign, cell, weights)
+
+    real = Campaign._measure
+    monkeypatch.setattr(Campaign, "_measure", interrupt)
+    code, _, err = run(*ONE_CELL[:2], "--tokens", "24,25", *ONE_CELL[4:], "--peers", "none", "--out", "out")
+    assert code != 0
+    assert "interrupted: --resume goes on" in err
+    assert "Not measured: 1 cells" in Path("out/report.md").read_text()
+
+
+def test_the_command_is_one_that_gives_the_same_from_nothing(run, monkeypatch):
+    monkeypatch.setenv("OMP_WAIT_POLICY", "passive")
+    once = (*ONE_CELL, "--peers", "none", "--rounds", "1")
+    code, out, err = run(*once, "--budget", "9", "--out", "deep/out")
+    assert code == 0, err
+    expected = "reproduce: OMP_WAIT_POLICY=passive moesaic bench " + " ".join(once) + " --out out"
+    assert expected in out
+    assert expected in run(*once, "--budget=9", "--out=deep/out", "--resume")[1]
+    assert "- Environment: OMP_WAIT_POLICY=passive" in Path("deep/out/report.md").read_text()
 
 
 def test_a_peer_from_a_file_is_measured_and_a_wrong_engine_ends_in_1(run):
@@ -113,6 +142,7 @@ MISTAKES = {
     "a file without peers": (["--peers", "empty.py"], "--peers empty.py: it has no list PEERS"),
     "a peer that is not there": (["--peers", "mine.py:his"], "--peers mine.py:his: it has nobody"),
     "a peer that is not installed": (["--peers", "broken.py"], "--peers broken.py: No module named 'rivals'"),
+    "one peer twice": (["--peers", "grouped_mm, grouped_mm"], "--peers has 'transformers grouped_mm' 2 times"),
     "nothing to resume": (["--resume", "--out", "new"], "results.jsonl: cannot be read"),
     "resume where": (["--resume"], "--resume needs the folder to go on with: give --out"),
     "something to overwrite": (["--out", "done"], "is there already: add --resume"),

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import replace
-from itertools import product
+from itertools import pairwise, permutations, product
 
 import pytest
 import torch
@@ -11,19 +11,28 @@ from bench_problems import CEILING, TIMED, problem_of
 from moesaic.bench.ceiling import Ceiling, Phase, least_seconds, measure_ceiling, phases_of, work_of
 from moesaic.bench.contenders import PEERS
 from moesaic.bench.machine import cache_bytes
-from moesaic.bench.matmuls import Matmuls, bucket, fastest, forms_for
+from moesaic.bench.matmuls import GRADS, OWN, WIDE, Matmuls, bucket, fastest, forms_for
 from moesaic.bench.routing import DRAWS
 from moesaic.bench.runner import _before, run_once
 from moesaic.bench.shapes import SHAPES, Cell
 from moesaic.bench.timing import FEW, Entrant, interleave, plan_rounds, spread
 
 
-def test_everybody_has_a_turn_at_every_place():
+def test_everybody_has_one_turn_a_round_and_follows_everybody():
     order, now = [], iter(range(1000))
     entrants = [Entrant(name, lambda: None, lambda name=name: order.append(name)) for name in "abc"]
-    seconds = interleave(entrants, {"a": 3, "b": 3, "c": 1}, clock=lambda: next(now))
-    assert "".join(order) == "abc" + "ba" + "ab"
-    assert seconds == {"a": [1, 1, 1], "b": [1, 1, 1], "c": [1]}
+    seconds = interleave(entrants, {"a": 20, "b": 20, "c": 20}, clock=lambda: next(now))
+    assert all(sorted(order[start : start + 3]) == ["a", "b", "c"] for start in range(0, 60, 3))
+    assert {pair for pair in pairwise(order) if pair[0] != pair[1]} == set(permutations("abc", 2))
+    assert seconds == dict.fromkeys("abc", [1] * 20)
+
+
+def test_who_has_fewer_rounds_stops_early_or_never_starts():
+    order, now = [], iter(range(1000))
+    entrants = [Entrant(name, lambda: None, lambda name=name: order.append(name)) for name in "abc"]
+    assert interleave(entrants, {"a": 2, "b": 1, "c": 0}, clock=lambda: next(now)) == {"a": [1, 1], "b": [1], "c": []}
+    assert sorted(order[:2]) == ["a", "b"]
+    assert order[2:] == ["a"]
 
 
 def test_preparing_is_not_timed_and_results_die_after_the_clock_stops():
@@ -51,7 +60,8 @@ def test_quick_cells_have_more_rounds_and_long_ones_fewer_first_for_those_behind
     assert plan_rounds({"a": 2.0, "b": 2.0, "c": 9.0}, 10, allowed=60) == {"a": 10, "b": 10, "c": FEW}
     assert plan_rounds({"a": 3.0, "b": 4.0, "c": 13.0}, 10, allowed=60) == {"a": 8, "b": 8, "c": FEW}
     assert plan_rounds({"a": 3.0, "b": 4.0, "c": 13.0}, 10, never_few=["c"], allowed=60) == {"a": 3, "b": 3, "c": 3}
-    assert plan_rounds({"a": 30.0, "b": 300.0}, 10, allowed=60) == {"a": FEW, "b": FEW}
+    assert plan_rounds({"a": 30.0, "b": 50.0}, 10, allowed=60) == {"a": FEW, "b": FEW}
+    assert plan_rounds({"a": 10.0, "b": 59.0, "c": 61.0}, 10, allowed=60) == {"a": 6, "b": FEW, "c": 0}
 
 
 def test_spread():
@@ -161,18 +171,33 @@ def test_every_form_multiplies(shape, dtype):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_it_runs_as_many_matmuls_as_the_cell_has(mode, dtype, monkeypatch):
     problem = problem_of(dtype=dtype, mode=mode)
-    matmuls = Matmuls(problem)
     done = []
-    for name in ("_multiply", "_gradient"):
-        real = getattr(matmuls, name)
-        monkeypatch.setattr(
-            matmuls, name, lambda *args, real=real, name=name, **more: done.append(name) or real(*args, **more)
-        )
+    multiply = {name: lambda *args, form=form: done.append("multiply") or form(*args) for name, form in WIDE.items()}
+    gradients = {name: lambda *args, form=form: done.append("gradient") or form(*args) for name, form in GRADS.items()}
+    own = {name: lambda *args, form=form: done.append("multiply") or form(*args) for name, form in OWN.items()}
+    monkeypatch.setattr("moesaic.bench.matmuls.forms_for", lambda _dtype: own | multiply)
+    monkeypatch.setattr("moesaic.bench.matmuls.GRADS", gradients)
+    matmuls = Matmuls(problem)
+    done.clear()
     matmuls()
     active = sum(count > 0 for count in problem.counts)
     trains = problem.cell.trains
-    assert done.count("_multiply") == active * (4 if trains else 2)
-    assert done.count("_gradient") == active * (2 if trains else 0)
+    assert done.count("multiply") == active * (4 if trains else 2)
+    assert done.count("gradient") == active * (2 if trains else 0)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("adds", [False, True])
+def test_every_form_of_a_gradient_computes_the_same(dtype, adds):
+    matmuls = Matmuls(problem_of("tiny", dtype=dtype, tokens=40, mode="fwd+bwd-fresh"))
+    _, rows, columns = matmuls.stored["up"].shape
+    left, right = matmuls.rows[rows].first(3), matmuls.rows[columns].first(3)
+    before = torch.randn(rows, columns).to(getattr(torch, dtype))
+    for name, form in GRADS.items():
+        grad = before.clone()
+        form(left, right, grad, matmuls.scratch, adds)
+        expected = left.own.double().T @ right.own.double() + (before.double() if adds else 0)
+        assert torch.allclose(grad.double(), expected, atol=0.1 if dtype == "bfloat16" else 1e-4), name
 
 
 def test_gradients_are_added_only_where_they_accumulate():
@@ -181,6 +206,7 @@ def test_gradients_are_added_only_where_they_accumulate():
     assert problem.experts.up.grad is None
     matmuls()
     once = problem.experts.up.grad.clone()
+    assert once.any()
     matmuls()
     assert torch.allclose(problem.experts.up.grad, 2 * once, rtol=1e-4, atol=1e-3)
     fresh = problem_of(mode="fwd+bwd-fresh")

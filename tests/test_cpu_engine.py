@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import moesaic as ms
-from moesaic.engine import batches, gemm
+from moesaic.engine import batches, gemm, multiply
 from moesaic.engine import cpu as engine
 from moesaic.engine.cpu import cpu
 from moesaic.engine.grouped import grouped
@@ -82,6 +82,51 @@ def test_16_bit_is_no_worse_than_plain_torch_in_that_dtype(monkeypatch, dtype, n
     assert (ours <= 1.1 * plain).all()
 
 
+@pytest.mark.parametrize("habit", ["intel", "amd", "other"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("transposed", [False, True])
+def test_16_bit_without_the_instructions_is_right_under_every_habit(monkeypatch, habit, dtype, transposed):
+    """Experts of one to forty rows, forward and backward: narrow and widened matmuls beside each other."""
+    if habit == "amd" and not torch.backends.mkldnn.is_available():
+        pytest.skip("this build of torch has no oneDNN")
+    monkeypatch.setattr(gemm, "has_instructions", lambda _: False)
+    monkeypatch.setattr(gemm, "machine", lambda: habit)
+    monkeypatch.setattr(gemm, "SMALL", 0)
+    x, _, _, experts = problem(63, 32, 16, dtype=dtype)
+    ids = torch.repeat_interleave(torch.arange(6), torch.tensor([1, 40, 2, 9, 8, 3]))[:, None]
+    weights = torch.rand(63, 1).to(dtype).requires_grad_()
+    if transposed:
+        experts = ExpertWeights(*(nn.Parameter(w.detach().mT.contiguous()) for w in experts[:2]))
+    leaves, upstream, spec = (
+        leaves_of(x, weights, experts),
+        torch.randn(63, 32).to(dtype),
+        ExpertSpec(transposed=transposed),
+    )
+    out = cpu(x, ids, weights, experts, spec)
+    got = [out, *torch.autograd.grad(out, leaves, upstream)]
+    wide = [t.detach().double().requires_grad_() for t in leaves]
+    exact = reference(wide[0], ids, wide[1], ExpertWeights(*wide[2:]), spec)
+    for found, true in zip(got, [exact, *torch.autograd.grad(exact, wide, upstream.double())], strict=True):
+        error = (found.detach().double() - true.detach()).norm() / true.detach().norm()
+        assert error < (6e-3 if dtype == torch.bfloat16 else 8e-4)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("habit", ["intel", "amd", "other"])
+@pytest.mark.parametrize("rows", [1, 2, 3, 5, 8, 9, 70])
+def test_widening_by_parts_computes_the_same(monkeypatch, habit, rows, transposed):
+    if habit == "amd" and not torch.backends.mkldnn.is_available():
+        pytest.skip("this build of torch has no oneDNN")
+    monkeypatch.setattr(gemm, "machine", lambda: habit)
+    monkeypatch.setattr(gemm, "SMALL", 0)
+    x, w = torch.randn(rows, 40), torch.randn(301, 40).bfloat16().mT
+    w = w.contiguous() if transposed else w
+    for elements in (1500, 5000, gemm.ANY):  # 8 parts of uneven width, 2, and the whole
+        out = torch.full((rows, 301), math.nan)
+        gemm.widening(elements)(x, w, out, gemm.Workspace())
+        torch.testing.assert_close(out.double(), x.double() @ w.double(), rtol=1e-5, atol=2e-4)
+
+
 @pytest.mark.parametrize("kind", ["float32", "bfloat16 widened", "transposed"])
 @pytest.mark.parametrize("habit", ["intel", "amd", "other"])
 @pytest.mark.parametrize("rows", [1, 2, 3, 4, 8, 9, 63, 64, 100])
@@ -102,45 +147,103 @@ def test_every_form_of_matmul_computes_the_same(monkeypatch, kind, habit, rows):
 
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("habit", ["intel", "amd", "other"])
-def test_experts_of_few_and_of_many_rows_in_one_batch(monkeypatch, habit, transposed):
-    """On a CPU without the instructions the few are multiplied in bfloat16, the many in float32, none left out."""
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_experts_of_few_and_of_many_rows_in_one_batch(monkeypatch, habit, dtype, transposed):
+    """On a CPU without the instructions the few are multiplied in 16 bits, the many in float32, none left out."""
     if habit == "amd" and not torch.backends.mkldnn.is_available():
         pytest.skip("this build of torch has no oneDNN")
     monkeypatch.setattr(gemm, "machine", lambda: habit)
-    monkeypatch.setattr("moesaic.engine.cpu.matmul_dtype", lambda _dtype: torch.float32)
+    monkeypatch.setattr(gemm, "has_instructions", lambda _: False)
     for sizes in ([1, 2, 1], [1, 40, 3, 2, 9, 0, 4, 5, 1], [30, 20], [2, 2, 4]):
         (batch,) = batches.batches(sizes, torch.arange(sum(sizes)))
-        x, stack = torch.randn(sum(sizes), 40), torch.randn(len(sizes), 40, 24).bfloat16()
+        x, stack = torch.randn(sum(sizes), 40), torch.randn(len(sizes), 40, 24).to(dtype)
         stack = stack if transposed else stack.mT.contiguous().mT
-        got = engine.Multiply(torch.float32)(batch, x, stack, "out", torch.full((len(x), 24), math.nan))
+        got = multiply.Multiply(dtype)(batch, x, stack, "out", torch.full((len(x), 24), math.nan))
         expert = batch.expert_of_row()
-        exact = torch.einsum("na,nab->nb", x.double(), stack[expert].double())
-        few = gemm.most_rows(gemm.narrow_table(stack))
-        error = (got.double() - exact).abs().amax(1)
-        narrow = torch.tensor(sizes)[expert] <= few
+        narrow = torch.tensor(sizes)[expert] <= gemm.most_rows(gemm.narrow_table(stack))
+        rows = torch.where(narrow[:, None], x.to(dtype).double(), x.double())
+        exact = torch.einsum("na,nab->nb", rows, stack[expert].double())
+        error = (got.double() - exact).abs()
         assert (error[~narrow] < 1e-4).all()
-        assert (error[narrow] < 0.3).all()
-        assert not narrow.any() or error[narrow].max() > 1e-4, "the few rows were not multiplied in bfloat16"
+        assert (error[narrow] <= torch.finfo(dtype).eps * exact[narrow].abs() + 1e-3).all(), "rounded once"
+        assert not narrow.any() or error[narrow].max() > 1e-4, "the few rows were not multiplied in 16 bits"
 
 
 def test_the_tables_of_forms_reach_every_number_of_rows():
-    for table in (*gemm.ROW_MAJOR.values(), *gemm.COLUMN_MAJOR.values(), *gemm.WIDE.values(), gemm.PLAIN):
+    whole = (gemm.ROW_MAJOR, gemm.COLUMN_MAJOR, gemm.WIDE)
+    for table in (*(t for tables in whole for t in tables.values()), gemm.PLAIN, gemm.WIDE_COLUMN_MAJOR):
         bounds = [rows for rows, _ in table]
-        assert bounds == sorted(bounds)
+        assert bounds == sorted(set(bounds))
         assert bounds[-1] == gemm.ANY
+    for tables in (gemm.NARROW, gemm.NARROW_COLUMN_MAJOR, gemm.NARROW_HALF):
+        for table in tables.values():
+            bounds = [rows for rows, _ in table]
+            assert bounds == sorted(set(bounds))
+            assert not bounds or bounds[-1] < 32
+            assert all(form is not gemm.rows_form for _, form in table[1:]), "plain_rows looks at the first alone"
+
+
+@pytest.mark.parametrize(
+    ("limit", "bfloat16", "float16"),
+    [
+        ("", True, True),
+        ("ALL", True, True),
+        ("avx512_core_vnni", False, False),
+        ("AVX2", False, False),
+        ("AVX512_CORE_BF16", True, False),
+        ("AVX512_CORE_FP16", True, True),
+        ("AVX10_1_512", True, True),
+        ("AVX512_CORE_AMX", True, True),
+    ],
+)
+def test_instructions_are_there_if_the_cpu_has_them_and_onednn_may_use_them(monkeypatch, limit, bfloat16, float16):
+    has = {"avx512_bf16": True, "avx512_fp16": True}
+    monkeypatch.setattr(gemm, "_capabilities", lambda: has)
+    monkeypatch.delenv("DNNL_MAX_CPU_ISA", raising=False)
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
+    if limit:
+        monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
+    for dtype, expected in ((torch.bfloat16, bfloat16), (torch.float16, float16)):
+        assert gemm.has_instructions.__wrapped__(dtype) == expected
+    has.clear()
+    assert not gemm.has_instructions.__wrapped__(torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "habit"),
+    [
+        ({"cpu_name": "AMD EPYC", "avx512_f": True}, "amd"),
+        ({"cpu_name": "AMD Ryzen 5 3600"}, "other"),
+        ({"cpu_name": "Intel(R) Xeon(R) Processor", "avx512_f": True}, "intel"),
+        ({"cpu_name": "Neoverse-V2"}, "other"),
+        ({}, "other"),
+    ],
+)
+def test_whose_habits_are_expected(monkeypatch, capabilities, habit):
+    monkeypatch.setattr(gemm, "_capabilities", lambda: capabilities)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
+    assert gemm.machine.__wrapped__() == habit
 
 
 # -- repeating ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_results_repeat_bit_for_bit(dtype):
-    x, ids, weights, experts = problem(300, 64, 32, dtype=dtype)
-    upstream = torch.randn(300, 64).to(dtype)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("tokens", [9, 300])
+def test_results_repeat_bit_for_bit(monkeypatch, dtype, native, tokens):
+    monkeypatch.setattr(gemm, "has_instructions", lambda _: native)
+    x, ids, weights, experts = problem(tokens, 256, 96, dtype=dtype)
+    upstream = torch.randn(tokens, 256).to(dtype)
     runs = []
-    for _ in range(3):
-        out = cpu(x, ids, weights, experts, ExpertSpec())
-        runs.append([out, *torch.autograd.grad(out, leaves_of(x, weights, experts), upstream)])
+    torch.set_num_threads(2)
+    try:
+        for _ in range(3):
+            out = cpu(x, ids, weights, experts, ExpertSpec())
+            runs.append([out, *torch.autograd.grad(out, leaves_of(x, weights, experts), upstream)])
+    finally:
+        torch.set_num_threads(1)
     for again in runs[1:]:
         assert all(torch.equal(a, b) for a, b in zip(runs[0], again, strict=True))
 
@@ -230,15 +333,20 @@ def test_only_tokens_hidden_and_metadata_are_kept(recompute, kept):
     assert sizes == sorted([n, tokens * k, *([tokens * k * 2 * width] if kept == "hidden" else [])])
 
 
-def test_nothing_is_kept_where_nothing_needs_a_gradient():
+@pytest.mark.parametrize(("how", "kept"), [("no_grad", False), ("frozen", False), ("trained", True)])
+def test_nothing_is_kept_where_nothing_needs_a_gradient(monkeypatch, how, kept):
     x, ids, weights, experts = problem()
+    real, asked = engine.forward, []
+    monkeypatch.setattr(engine, "forward", lambda *a, **k: (asked.append(k["save_hidden"]), real(*a, **k))[1])
+    if how == "frozen":
+        x, weights, experts = x.detach(), weights.detach(), ExpertWeights(*(w.detach() for w in experts[:2]))
+    with torch.set_grad_enabled(how != "no_grad"):
+        out = cpu(x, ids, weights, experts, ExpertSpec())
+    assert (out.grad_fn is not None) == kept
+    assert asked == [kept]
     with torch.no_grad():
-        assert cpu(x, ids, weights, experts, ExpertSpec()).grad_fn is None
-    _, hidden, _, _ = engine.forward(
-        x.detach(), ids, weights.detach(), ExpertWeights(*(w.detach() for w in experts[:2])), ExpertSpec(),
-        save_hidden=False, batch_invariant=False,
-    )  # fmt: skip
-    assert hidden.numel() == 0
+        _, hidden, _, _ = real(x, ids, weights, experts, ExpertSpec(), save_hidden=kept, batch_invariant=False)
+    assert (hidden.numel() > 0) == kept
 
 
 def test_memory_returns_to_the_baseline():
@@ -256,8 +364,13 @@ def test_memory_returns_to_the_baseline():
     with torch.no_grad(), Watch():
         out, *rest = engine.forward(x, ids, weights, experts, ExpertSpec(), save_hidden=True, batch_invariant=False)
         engine.backward(out, x, weights, experts, *rest, ExpertSpec(), engine.Gradients(1, 1, 1, 1, 0, 0))
-    assert len(alive) > 20
-    del out, rest
+        del out, rest
+        with torch.enable_grad():
+            for _ in range(2):  # the second adds to the gradients of the first
+                cpu(x, ids, weights, experts, ExpertSpec()).square().sum().backward()
+    assert len(alive) > 40
+    for leaf in leaves_of(x, weights, experts):
+        leaf.grad = None
     gc.collect()
     assert not [ref for ref in alive if ref() is not None]
 
@@ -265,16 +378,28 @@ def test_memory_returns_to_the_baseline():
 # -- gradients ---------------------------------------------------------------------------------------------------------
 
 
-def test_recomputing_gives_the_same_gradients():
-    x, ids, weights, experts = problem(60, 32, 16)
-    upstream = torch.randn(60, 32)
+@pytest.mark.parametrize("variant", ["swiglu", "gpt-oss"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("native", [True, False])
+def test_recomputing_gives_the_same_gradients(monkeypatch, variant, dtype, native):
+    monkeypatch.setattr(gemm, "has_instructions", lambda _: native)
+    spec, layout = VARIANTS[variant]
+    experts = ExpertWeights(*(None if w is None else nn.Parameter(w) for w in weights_like(dtype, **layout)))
+    ids = ids_of("an empty expert", 60)
+    weights = torch.rand(60, K).to(dtype).requires_grad_()
+    x = torch.randn(60, experts.up.shape[1 if spec.transposed else 2]).to(dtype).requires_grad_()
+    upstream = torch.randn_like(cpu(x, ids, weights, experts, spec))
     kept, again = (
         torch.autograd.grad(
-            cpu(x, ids, weights, experts, ExpertSpec(), recompute=recompute), leaves_of(x, weights, experts), upstream
+            cpu(x, ids, weights, experts, spec, recompute=recompute), leaves_of(x, weights, experts), upstream
         )
         for recompute in (False, True)
     )
-    assert all(torch.equal(a, b) for a, b in zip(kept, again, strict=True))
+    for a, b in zip(kept, again, strict=True):
+        if dtype == torch.float32 or native:
+            assert torch.equal(a, b)
+        else:  # what is kept is rounded to bfloat16, what is computed again is not, and may lie beyond a clamp's edge
+            assert (a - b).norm() < 0.1 * b.norm()
 
 
 @pytest.mark.parametrize("frozen", ["x", "weights", "up", "down", "up and down", "x and weights and up"])
@@ -284,9 +409,9 @@ def test_what_is_frozen_gets_no_gradient_and_costs_no_matmul(monkeypatch, frozen
     expected = dict(zip(named, torch.autograd.grad(
         cpu(x, ids, weights, experts, ExpertSpec()).square().sum(), list(named.values())), strict=True))  # fmt: skip
     outer_products, through = [], []
-    real, real_backward = engine.add_outer, ExpertSpec.activate_backward
+    real, real_backward = multiply.add_outer, ExpertSpec.activate_backward
     monkeypatch.setattr(ExpertSpec, "activate_backward", lambda *a: (through.append(a), real_backward(*a))[1])
-    monkeypatch.setattr(engine, "add_outer", lambda out, *a, **k: (outer_products.append(out), real(out, *a, **k)))
+    monkeypatch.setattr(multiply, "add_outer", lambda out, *a, **k: (outer_products.append(out), real(out, *a, **k)))
     for name in frozen.split(" and "):
         named[name].requires_grad_(False)
     cpu(x, ids, weights, experts, ExpertSpec()).square().sum().backward()
@@ -300,22 +425,22 @@ def test_what_is_frozen_gets_no_gradient_and_costs_no_matmul(monkeypatch, frozen
     assert len(outer_products) == trained * len(ids.unique())
 
 
-def accumulated(prepare, steps=2, **options):
+def accumulated(prepare, steps=2, dtype=torch.float32, **options):
     """Gradients of up and down after `steps` backwards of the engine and of the reference, and whether `.grad` was
     added to by the engine itself. `prepare(experts)` may put hooks or strange gradients there."""
     torch.manual_seed(0)
-    x, ids, weights, experts = problem(30, 16, 8)
+    x, ids, weights, experts = problem(30, 16, 8, dtype=dtype)
     plain = ExpertWeights(*(nn.Parameter(w.detach().clone()) for w in experts[:2]))
     finish = prepare(experts) or (lambda: None)
     own = []
-    real = engine.add_outer
+    real = multiply.add_outer
 
     def spy(out, *args, accumulate, **kwargs):
         own.append(any(w.grad is not None and out.untyped_storage().data_ptr() == w.grad.untyped_storage().data_ptr()
                        for w in experts[:2]))  # fmt: skip
         return real(out, *args, accumulate=accumulate, **kwargs)
 
-    engine.add_outer = spy
+    multiply.add_outer = spy
     try:
         for step in range(steps):
             cpu(x, ids, weights, experts, ExpertSpec(), **options).square().sum().backward()
@@ -323,10 +448,13 @@ def accumulated(prepare, steps=2, **options):
             if step == 0:
                 own.clear()
     finally:
-        engine.add_outer = real
+        multiply.add_outer = real
         finish()
     for ours, theirs in zip(experts[:2], plain[:2], strict=True):
-        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-5)
+        loose = 1 if dtype == torch.float32 else 500
+        torch.testing.assert_close(
+            ours.grad, theirs.grad, rtol=loose * 1e-4, atol=loose * 1e-5 * float(theirs.grad.abs().max())
+        )
     return all(own)
 
 
@@ -517,16 +645,23 @@ def test_a_gradient_that_was_made_with_a_graph_is_left_to_autograd():
     torch.testing.assert_close(experts.up.grad.detach(), 2 * first)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_hot_expert_in_pieces_is_added_to_gradients_that_exist(dtype):
+    tokens = 2 * batches.PIECE_ROWS + 300
+    x, weights, ids = torch.randn(tokens, 8).to(dtype), torch.rand(tokens, 1).to(dtype), torch.zeros(tokens, 1).long()
+    ids[::3] = 1
+    experts = ExpertWeights(*(nn.Parameter(torch.randn(2, *shape).to(dtype)) for shape in ((8, 8), (8, 4))))
+    true = ExpertWeights(*(nn.Parameter(w.detach().double()) for w in experts[:2]))
+    for times in (1, 2):
+        cpu(x, ids, weights, experts, ExpertSpec()).sum().backward()
+        grouped(x.double(), ids, weights.double(), true, ExpertSpec()).sum().backward()
+        for ours, exact in zip(experts[:2], true[:2], strict=True):
+            error = (ours.grad.double() - exact.grad).norm() / exact.grad.norm()
+            assert error < times * (1e-5 if dtype == torch.float32 else 1e-2)
+
+
 def test_bfloat16_gradients_accumulate_in_place_too():
-    x, ids, weights, experts = problem(200, 32, 16, dtype=torch.bfloat16)
-    pointers = []
-    for _ in range(3):
-        cpu(x, ids, weights, experts, ExpertSpec()).float().square().sum().backward()
-        pointers.append(experts.up.grad.data_ptr())
-    assert len(set(pointers[0:])) == 1
-    single = nn.Parameter(experts.up.detach().clone())
-    cpu(x, ids, weights, experts._replace(up=single), ExpertSpec()).float().square().sum().backward()
-    torch.testing.assert_close(experts.up.grad.float(), 3 * single.grad.float(), rtol=2e-2, atol=2e-2)
+    assert accumulated(lambda _: None, dtype=torch.bfloat16)
 
 
 # -- refusing ----------------------------------------------------------------------------------------------------------
@@ -547,7 +682,7 @@ def wrong(**changes):
         ({"x": lambda x: x[:4]}, r"do not fit tokens \(4, 16\)"),
         ({"weights": lambda w: w[:, :2]}, r"expert_ids \(5, 3\) and weights \(5, 2\)"),
         ({"x": lambda x: x[:, :15]}, r"tokens have width 15, up \(6, 16, 16\) takes 16"),
-        ({"ids": lambda ids: ids.float()}, r"expert_ids are torch.float32: give integers"),
+        ({"ids": lambda ids: ids.float()}, r"expert_ids are torch.float32: give int64"),
         ({"x": lambda x: x.long()}, r"tokens are torch.int64: give one of torch.float32"),
         ({"x": lambda x: x.bfloat16()}, r"tokens are torch.bfloat16, up is torch.float32.*autocast"),
         ({"ids": lambda ids: ids * 0 + 7}, r"expert_ids reach from 7 to 7: there are 6 experts, 0 to 5, and 6 means"),
@@ -564,6 +699,34 @@ def wrong(**changes):
 def test_inputs_that_do_not_fit_are_named(changes, message):
     with pytest.raises(ValueError, match=message):
         wrong(**changes)()
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8], ids=str)
+def test_experts_of_a_dtype_that_needs_scales_are_refused_under_autocast_too(dtype):
+    x, ids, weights, experts = problem(5)
+    packed = ExpertWeights(*(w.detach().to(dtype) for w in experts[:2]))
+    message = f"up are {dtype}: give one of torch.float32"
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match=message):
+        cpu(x, ids, weights, packed, ExpertSpec())
+
+
+def test_half_weights_under_bfloat16_autocast_do_not_overflow(monkeypatch):
+    """bfloat16 rows reach further than float16: they are not to be rounded to the weights' dtype."""
+    for native in (True, False):
+        monkeypatch.setattr(gemm, "has_instructions", lambda _, native=native: native)
+        x, ids, weights, experts = problem(2)
+        half = ExpertWeights(*(w.detach().half() for w in experts[:2]))
+        with torch.autocast("cpu", torch.bfloat16):
+            out = cpu(1e5 * x.detach(), ids, weights.detach(), half, ExpertSpec(activation="relu", gated=True))
+        assert out.isfinite().all()
+
+
+def test_ids_out_of_range_are_named_in_functional_transforms_too():
+    x, ids, weights, experts = problem(5)
+    with pytest.raises(ValueError, match="expert_ids reach from 7 to 7"):
+        torch.func.grad(lambda up: cpu(x, ids * 0 + 7, weights, experts._replace(up=up), ExpertSpec()).sum())(
+            experts.up
+        )
 
 
 def test_an_unknown_activation_is_refused():

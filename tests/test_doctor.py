@@ -188,16 +188,16 @@ def test_every_form_computes_the_same(rows):
 @pytest.mark.parametrize("label", [*forms.OWN, *forms.WIDE])
 def test_the_engine_s_form_is_seen_from_what_it_runs(label, monkeypatch):
     """Whatever the engine's tables say, now or later, is named rightly, in the weight's own dtype and in another."""
-    form, x = {**forms.OWN, **forms.WIDE}[label], torch.randn(2, 1024)
+    form, x = {**forms.OWN, **forms.WIDE}[label], torch.randn(2, 1024).bfloat16()
     w = torch.randn(2100, 1024).bfloat16().mT
     if label in forms.OWN:
         w = w.float()
-    monkeypatch.setattr(gemm, "matmul_dtype", lambda _dtype: torch.float32)
-    monkeypatch.setattr("moesaic.engine.cpu.narrow_table", lambda _w: ())
-    monkeypatch.setattr("moesaic.engine.cpu.table_for", lambda _dtype, _w: ((gemm.ANY, form),))
+    monkeypatch.setattr("moesaic.engine.multiply.matmul_dtype", lambda _dtype: torch.float32)
+    monkeypatch.setattr("moesaic.engine.multiply.narrow_table", lambda _w: ())
+    monkeypatch.setattr("moesaic.engine.multiply.table_for", lambda _dtype, _w: ((gemm.ANY, form),))
     assert engine_form(x, w) == label
     if label in forms.OWN:
-        monkeypatch.setattr("moesaic.engine.cpu.narrow_table", lambda _w: ((gemm.ANY, form),))
+        monkeypatch.setattr("moesaic.engine.multiply.narrow_table", lambda _w: ((gemm.ANY, form),))
         assert engine_form(x, w.bfloat16()) == label
 
 

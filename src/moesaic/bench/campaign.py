@@ -22,7 +22,8 @@ from moesaic.bench.timing import CELL_SECONDS
 from moesaic.types import ExpertWeights
 
 RESULTS = "results.jsonl"
-SAME = ("cpu", "cores", "isa", "onednn_isa", "versions", "commit")  # of the machine, for two runs to be one table
+# of the machine and the run, for two runs to be one table
+SAME = ("cpu", "cores", "isa", "onednn_isa", "environment", "versions", "commit", "engines", "peers", "rounds")
 
 
 @dataclass
@@ -51,12 +52,13 @@ class Journal:
         return [line for line in self.lines if line["kind"] == "ceiling"]
 
 
-def open_journal(out: Path | None, *, resume: bool) -> Journal:
-    """A new journal, or the one of an interrupted run on the same machine with the same versions.
+def open_journal(out: Path | None, *, resume: bool, settings: dict[str, Any] | None = None) -> Journal:
+    """A new journal, or the one of an interrupted run on the same machine with the same versions and `settings`
+    (engines, peers, rounds, and the command, which may differ).
 
     Raises ValueError where there is nothing to resume, something to overwrite, or another machine.
     """
-    here = {"kind": "machine", **machine()}
+    here = {"kind": "machine", **machine(), **(settings or {})}
     if out is None:
         if resume:
             raise ValueError("--resume needs the folder to go on with: give --out")
@@ -70,10 +72,9 @@ def open_journal(out: Path | None, *, resume: bool) -> Journal:
         return journal
     journal = Journal(path, read_lines(path))
     for name in SAME:
-        if journal.machine[name] != here[name]:
-            raise ValueError(
-                f"{path}: measured with {name}={journal.machine[name]}, here it is {here[name]}: give another --out"
-            )
+        then, now = journal.machine.get(name), here.get(name)
+        if then != now:
+            raise ValueError(f"{path}: measured with {name}={then}, here it is {now}: give another --out")
     return journal
 
 

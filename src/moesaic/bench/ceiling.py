@@ -88,6 +88,7 @@ def measure_ceiling(dtype: str) -> Ceiling:
         forms = [lambda: narrow @ narrow.T, lambda: narrow @ narrow, lambda: narrow.float() @ narrow.float().T]
         forms.append(lambda: onednn_linear(narrow, narrow))
     forms.append(lambda: onednn_linear(a, a))
+    forms = [form for form in forms if can_run(form)]
     flops = 2.0 * SQUARE**3 / min(best_seconds(form) for form in forms)
     return Ceiling(flops, read_speed())
 
@@ -106,6 +107,15 @@ def best_seconds(run: Callable[[], object]) -> float:
         run()
         seconds.append(time.perf_counter() - start)
     return min(seconds)
+
+
+def can_run(form: Callable[[], object]) -> bool:
+    """Whether this build of torch has it, for this dtype on this CPU."""
+    try:
+        form()
+    except (RuntimeError, AttributeError, NotImplementedError):
+        return False
+    return True
 
 
 def onednn_linear(x: Tensor, weight: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 import importlib
 import importlib.util
 import inspect
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -126,7 +127,7 @@ class ThreeGroupedMM:
         gate, up = (F.grouped_mm(rows, weight.mT, offs=ends) for weight in self.leaves)
         out = F.grouped_mm(F.silu(gate) * up, self.down.mT, offs=ends)
         out = (out.float() * weights.flatten()[order, None].float()).to(tokens.dtype)
-        unsorted = torch.empty_like(out).index_copy(0, order, out)
+        unsorted = torch.empty_like(out).index_copy_(0, order, out)
         return unsorted.unflatten(0, (-1, k)).sum(1)
 
     def expert_grads(self, expert: int) -> list[Tensor | None]:
@@ -156,13 +157,16 @@ def peers_named(names: Iterable[str]) -> list[Contender]:
     """
     found: list[Contender] = []
     for name in names:
-        path, is_file, only = name.partition(".py")
-        if is_file:
-            found += _peers_of(Path(path + ".py"), only.removeprefix(":"))
+        path, _, only = name.rpartition(":") if name.rpartition(":")[0].endswith(".py") else (name, "", "")
+        if path.endswith(".py"):
+            found += _peers_of(Path(path), only)
         elif name in PEERS:
             found.append(PEERS[name])
         elif name != "none":
             raise ValueError(f"--peers {name} is unknown: use {', '.join(PEERS)}, none, or a .py file")
+    for name, times in Counter(peer.name for peer in found).items():
+        if times > 1:
+            raise ValueError(f"--peers has {name!r} {times} times: give each a name of its own")
     return found
 
 
@@ -175,6 +179,8 @@ def _peers_of(path: Path, only: str) -> list[Contender]:
         spec.loader.exec_module(module)
     except (ImportError, SyntaxError) as error:
         raise ValueError(f"--peers {path}: {error}") from None
+    except Exception as error:  # a file of the user's may raise anything
+        raise ValueError(f"--peers {path}: {type(error).__name__}: {error}") from None
     peers = getattr(module, "PEERS", None)
     if not isinstance(peers, list) or not all(isinstance(peer, Contender) for peer in peers):
         raise ValueError(f"--peers {path}: it has no list PEERS of moesaic.bench.contenders.Contender")

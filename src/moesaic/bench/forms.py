@@ -15,8 +15,8 @@ from moesaic.bench.ceiling import best_seconds, l3_bytes
 from moesaic.bench.machine import available_bytes
 from moesaic.engine import gemm
 from moesaic.engine.batches import batches
-from moesaic.engine.cpu import Multiply
 from moesaic.engine.gemm import Workspace
+from moesaic.engine.multiply import Multiply
 
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)  # tokens of one expert
 OUT, IN = 1536, 2048  # the up projection of one Qwen3-30B-A3B expert
@@ -72,7 +72,7 @@ def time_forms(dtype: torch.dtype, row_counts: tuple[int, ...] = ROWS) -> list[F
 
 def engine_run(x: Tensor) -> Callable[[Tensor], Tensor]:
     """What the cpu engine does with the rows x [m, IN] of one expert, as a function of its w [IN, OUT]."""
-    multiply = Multiply(gemm.matmul_dtype(x.dtype))
+    multiply = Multiply(x.dtype)
     (batch,) = batches([len(x)], torch.arange(len(x)))
     return lambda w: multiply(batch, x, w[None], "engine")
 

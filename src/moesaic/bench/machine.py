@@ -15,7 +15,11 @@ from moesaic import __version__
 CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 # what decides how fast a matmul of each dtype can be
-ISA_FLAGS = ("avx2", "avx512f", "avx512bw", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_tile")
+ISA_FLAGS = (
+    *("avx2", "avx512f", "avx512bw", "avx512_vnni", "avx512_bf16", "avx512_fp16"),
+    *("amx_tile", "amx_int8", "amx_bf16", "amx_fp16"),
+)
+TUNING = ("ONEDNN_", "DNNL_", "MKL_", "OMP_", "KMP_", "GOMP_", "ATEN_CPU_")  # variables that change what is fast
 ASK_ONEDNN = """
 import torch
 x = torch.ones(64, 64, dtype=torch.bfloat16)
@@ -42,6 +46,7 @@ def machine() -> dict[str, Any]:
             **{name: importlib.metadata.version(name) for name in ("torch", "transformers")},
             "python": platform.python_version(),
         },
+        "environment": {name: value for name, value in sorted(os.environ.items()) if name.startswith(TUNING)},
         "commit": commit(),
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
     }

@@ -13,12 +13,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from moesaic.bench.ceiling import onednn_linear
+from moesaic.bench.ceiling import can_run, onednn_linear
 from moesaic.bench.problem import Problem
 
 BLOCKS = (1 << 19, 1 << 20)  # elements of a weight widened at a time: 2 MB of float32 fit one core's own cache
 LEAST, MOST, ENOUGH = 4, 20, 0.02  # runs of a form, each on another expert; seconds after which LEAST will do
-HOPELESS = 2.0  # a form this much slower than another in its first run is not run again
+HOPELESS = 2.0  # a form this much slower than another in its first two runs is not run again
 
 
 class Rows(NamedTuple):
@@ -68,12 +68,19 @@ def _widened(w: Tensor, scratch: Tensor) -> Tensor:
     return wide.view(w.T.shape).copy_(w.T).T
 
 
-def _blockwise(rows: Rows, w: Tensor, scratch: Scratch, *, elements: int, onednn: bool) -> Tensor:
+def _blockwise(rows: Rows, w: Tensor, scratch: Scratch, *, elements: int) -> Tensor:
     n, columns = len(rows.wide), w.shape[1]
     result, step = scratch.wide_result[: n * columns].view(columns, n), max(1, elements // len(w))
     for some, out in zip(w.split(step, dim=1), result.split(step), strict=True):
-        block = _widened(some, scratch.wide_weight).T
-        out.copy_(onednn_linear(rows.wide, block).T) if onednn else torch.mm(block, rows.wide.T, out=out)
+        torch.mm(_widened(some, scratch.wide_weight).T, rows.wide.T, out=out)
+    return result
+
+
+def _blockwise_onednn(rows: Rows, w: Tensor, scratch: Scratch, *, elements: int) -> Tensor:
+    n, columns = len(rows.wide), w.shape[1]
+    result, step = scratch.wide_result[: n * columns].view(n, columns), max(1, elements // len(w))
+    for some, out in zip(w.split(step, dim=1), result.split(step, dim=1), strict=True):
+        out.copy_(onednn_linear(rows.wide, _widened(some, scratch.wide_weight).T))
     return result
 
 
@@ -89,18 +96,16 @@ WIDE: dict[str, Form] = {
     "wide oneDNN": lambda rows, w, s: onednn_linear(rows.wide, _widened(w, s.wide_weight).T),
 }
 for _elements in BLOCKS:
-    WIDE[f"wide W' @ x' by {_elements}"] = partial(_blockwise, elements=_elements, onednn=False)
-    WIDE[f"wide oneDNN by {_elements}"] = partial(_blockwise, elements=_elements, onednn=True)
+    WIDE[f"wide W' @ x' by {_elements}"] = partial(_blockwise, elements=_elements)
+    WIDE[f"wide oneDNN by {_elements}"] = partial(_blockwise_onednn, elements=_elements)
 
 
 def forms_for(dtype: torch.dtype) -> dict[str, Form]:
     return OWN if dtype == torch.float32 else OWN | WIDE
 
 
-class GradForm(NamedTuple):
-    """A weight's gradient [K, N] = left' @ right, over n rows: written into `grad`, or added where it accumulates."""
-
-    run: Callable[[Rows, Rows, Tensor, Scratch, bool], object]
+# a weight's gradient [K, N] = left' @ right, over n rows: written into `grad`, or added where it accumulates
+GradForm = Callable[[Rows, Rows, Tensor, Scratch, bool], object]
 
 
 def _grad_own(left: Rows, right: Rows, grad: Tensor, _scratch: Scratch, adds: bool) -> None:
@@ -117,7 +122,7 @@ def _grad_onednn(left: Rows, right: Rows, grad: Tensor, _scratch: Scratch, adds:
     grad.add_(result) if adds else grad.copy_(result)
 
 
-GRADS = {"own": GradForm(_grad_own), "wide": GradForm(_grad_wide), "oneDNN": GradForm(_grad_onednn)}
+GRADS: dict[str, GradForm] = {"own": _grad_own, "oneDNN": _grad_onednn, "wide": _grad_wide}
 
 
 class Matmuls:
@@ -142,20 +147,24 @@ class Matmuls:
         self.adds = problem.cell.mode == "fwd+bwd-accumulate"
         self.chosen: dict[tuple[str, int], str] = {}
         self._choose_all()
+        self._forward = [self._multiply(name, e, n, backward=False) for e, n in self.loads for name in ("up", "down")]
+        self._back = {
+            name: [(self._multiply(name, e, n, backward=True), e, *self._gradient(name, n)) for e, n in self.loads]
+            for name in (("down", "up") if problem.cell.trains else ())
+        }
 
     @torch.no_grad()
     def __call__(self) -> list[Tensor]:
         """The gradients, fresh or added to; nothing where the cell does not train."""
-        for expert, n in self.loads:
-            for name in ("up", "down"):
-                self._multiply(name, expert, n, backward=False)
-        return [self._backward(name) for name in ("down", "up")] if self.problem.cell.trains else []
+        for multiply in self._forward:
+            multiply()
+        return [self._backward(name) for name in self._back]
 
     def _backward(self, name: str) -> Tensor:
         grad = self._grad(name)
-        for expert, n in self.loads:
-            self._multiply(name, expert, n, backward=True)
-            self._gradient(name, grad[expert], n)
+        for multiply, expert, form, left, right in self._back[name]:
+            multiply()
+            form(left, right, grad[expert], self.scratch, self.adds)
         return grad
 
     def _grad(self, name: str) -> Tensor:
@@ -166,16 +175,16 @@ class Matmuls:
             parameter.grad = torch.zeros_like(parameter)
         return parameter.grad
 
-    def _multiply(self, name: str, expert: int, n: int, *, backward: bool) -> None:
+    def _multiply(self, name: str, expert: int, n: int, *, backward: bool) -> Callable[[], object]:
         weight = self.weights[name][expert]
         weight = weight.T if backward else weight
         form = forms_for(self.dtype)[self.chosen[name + " backward" * backward, bucket(n)]]
-        form(self.rows[weight.shape[0]].first(n), weight, self.scratch)
+        return partial(form, self.rows[weight.shape[0]].first(n), weight, self.scratch)
 
-    def _gradient(self, name: str, grad: Tensor, n: int) -> None:
-        rows, columns = grad.shape
+    def _gradient(self, name: str, n: int) -> tuple[GradForm, Rows, Rows]:
+        _, rows, columns = self.stored[name].shape
         form = GRADS[self.chosen[name + " gradient", bucket(n)]]
-        form.run(self.rows[rows].first(n), self.rows[columns].first(n), grad, self.scratch, self.adds)
+        return form, self.rows[rows].first(n), self.rows[columns].first(n)
 
     def _draw(self, n: int, size: int) -> Rows:
         wide = torch.randn(n, size)
@@ -205,10 +214,10 @@ class Matmuls:
     def _fastest_gradient(self, name: str, n: int) -> str:
         grads = torch.zeros(2, *self.stored[name].shape[1:], dtype=self.dtype)
         left, right = (self.rows[size].first(n) for size in grads.shape[1:])
-        forms = {key: form for key, form in GRADS.items() if key == "own" or self.dtype != torch.float32}
+        forms = {key: form for key, form in GRADS.items() if key != "wide" or self.dtype != torch.float32}
         return fastest(
             {
-                key: lambda sample, form=form: form.run(left, right, grads[sample % 2], self.scratch, self.adds)
+                key: lambda sample, form=form: form(left, right, grads[sample % 2], self.scratch, self.adds)
                 for key, form in forms.items()
             }
         )
@@ -223,19 +232,12 @@ def bucket(n: int) -> int:
 
 
 def fastest(forms: dict[str, Callable[[int], object]]) -> str:
-    """The name of the form whose best run is the best: what else runs here only adds to a time. Forms that cannot do it
-    drop out."""
-    seconds: dict[str, list[float]] = {}
-    for name, form in forms.items():
-        try:
-            form(0)
-        except (RuntimeError, AttributeError, NotImplementedError):
-            continue
-        seconds[name] = []
+    """The name of the form whose median run is the best. Forms that cannot do it drop out."""
+    seconds: dict[str, list[float]] = {name: [] for name, form in forms.items() if can_run(lambda form=form: form(0))}
     for sample in range(MOST):
         best = min((min(took) for took in seconds.values() if took), default=float("inf"))
         for number, (name, took) in enumerate(seconds.items(), start=1):
-            if (sample and min(took) > HOPELESS * best) or (sample >= LEAST and sum(took) > ENOUGH):
+            if (sample > 1 and min(took) > HOPELESS * best) or (sample >= LEAST and sum(took) > ENOUGH):
                 continue
             start = time.perf_counter()
             forms[name](1 + sample * len(seconds) + number)

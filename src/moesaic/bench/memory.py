@@ -17,7 +17,7 @@ import torch
 from moesaic.bench.contenders import Contender, our_engines, peers_named
 from moesaic.bench.gate import errors_of, is_right, truth_of
 from moesaic.bench.problem import make_experts, make_problem
-from moesaic.bench.runner import EAGER, Result, Row, compare, forget_gradients, run_once
+from moesaic.bench.runner import EAGER, Result, Row, compare, failed, forget_gradients, run_once
 from moesaic.bench.shapes import Cell
 
 STATUS, CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
@@ -50,16 +50,20 @@ def run_memory_cell(cell: Cell, engines: Sequence[str], peers: Sequence[str]) ->
         row.note = contender.refuses(cell) or ""
         if row.note:
             continue
-        found = _in_a_process(Request(cell, engines, peers, contender.name))
+        try:
+            found = _in_a_process(Request(cell, engines, peers, contender.name))
+        except Exception as error:
+            row.note = failed(error)
+            continue
         if found is None:
             row.note = "its process died: out of memory?"
             continue
         extra, row.errors = found
-        eager = row.errors if contender.name == EAGER else eager
-        if is_right(row.errors, eager, cell.dtype):
-            row.extra_bytes = extra
-        else:
+        if not is_right(row.errors, None if contender.name == EAGER else eager, cell.dtype):
             row.note = "wrong"
+            continue
+        row.extra_bytes = extra
+        eager = row.errors if contender.name == EAGER else eager
     compare(result)
     result.seconds = time.perf_counter() - start
     return result

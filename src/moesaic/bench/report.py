@@ -1,5 +1,6 @@
 """Results as Markdown: the machine, what was asked and reached, and everybody's numbers."""
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 
@@ -17,7 +18,7 @@ def markdown(journal: Journal, command: str, left_out: Sequence[Cell] = ()) -> s
     parts = ["# Benchmark of MoE experts", _machine(journal), _ceilings(journal), _verdicts(journal.results)]
     parts += _cells(journal.results)
     if left_out:
-        parts.append(f"Left out by the budget: {len(left_out)} cells; `--resume` goes on with them.")
+        parts.append(f"Not measured: {len(left_out)} cells; `--resume` goes on with them.")
     parts += [_reading(journal.results), f"Reproduce: `{command}`"]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -73,8 +74,13 @@ def _machine(journal: Journal) -> str:
             f"- Instructions: {' '.join(m['isa']) or 'none of those that matter here'}; "
             f"torch uses {m['torch_isa']}, oneDNN {m['onednn_isa']}",
             f"- Versions: {versions}; commit {m['commit'] or 'not in a checkout'}",
+            *([f"- Environment: {_environment(m)}"] if _environment(m) else []),
         ]
     )
+
+
+def _environment(machine: dict) -> str:
+    return " ".join(f"{name}={value}" for name, value in machine.get("environment", {}).items())
 
 
 def _ceilings(journal: Journal) -> str:
@@ -85,12 +91,11 @@ def _ceilings(journal: Journal) -> str:
     if not pairs:
         return ""
     table: Table = [["ceiling", "threads", "P GF/s, first", "last", "drift", "B GB/s, first", "last", "drift"]]
-    for (dtype, threads), lines in pairs.items():
-        first, last = lines[0], lines[-1]
+    for (dtype, threads), (first, *later) in pairs.items():
         numbers = []
         for name in ("flops", "bytes"):
-            numbers += [f"{1e-9 * line[name]:.1f}" for line in (first, last)]
-            numbers.append(f"{last[name] / first[name] - 1:+.0%}")
+            last = [f"{1e-9 * later[-1][name]:.1f}", f"{later[-1][name] / first[name] - 1:+.0%}"] if later else ["", ""]
+            numbers += [f"{1e-9 * first[name]:.1f}", *last]
         table.append([dtype, str(threads), *numbers])
     return in_markdown(table)
 
@@ -104,7 +109,13 @@ def _verdicts(results: Sequence[Result]) -> str:
     for verdict in missed:
         bound = "≤ " if verdict.at_most else "≥ "
         lines.append([verdict.cell.key, verdict.what, bound + f"{verdict.asked:.2f}", f"{verdict.found:.2f}"])
-    said = f"## Targets\n\n{len(verdicts) - len(missed)} of {len(verdicts)} met."
+    kinds = Counter((verdict.what, verdict.met) for verdict in verdicts)
+    counts = [
+        f"{what}: {kinds[what, True]} of {kinds[what, True] + kinds[what, False]} met"
+        for what in dict.fromkeys(verdict.what for verdict in verdicts)
+    ]
+    ours = ", ".join(dict.fromkeys(result.ours.name for result in results if result.ours is not None))
+    said = f"## Targets\n\nSet for 2 cores with AVX-512 and without 16-bit matmuls; {ours}. {'; '.join(counts)}."
     return f"{said}\n\n{in_markdown(lines)}" if missed else said
 
 
@@ -162,11 +173,13 @@ def _reading(results: Sequence[Result]) -> str:
     lines = [
         "## How to read this",
         "The same weights, tokens and routing for everybody; routing is not in the times. Medians of rounds in turn "
-        "(A B C, B C A, ...) with the 10th and 90th percentile; who is far behind runs fewer rounds. A contender is "
+        "(each round in another order) with the 10th and 90th percentile; cells of minutes have fewer rounds, "
+        "and those far behind three, or only the run that they were judged by. A contender is "
         "timed after its result agreed with float64; error is its largest difference over the largest value. "
         "*Of ceiling*: the least time by roofline, the sum over matmuls of max(F/P, Q/B), over the median; warm cells "
         "read from the cache and can pass 100 %. *Of gemm-only*: the same matmuls in their fastest forms and nothing "
-        "else, over the median. *Ratio*: the best peer's median over ours. *Cold*: twice the last-level cache is read "
+        "else, over the median; where somebody is more than 5 % faster they are no bound and not judged by. "
+        "*Ratio*: the best peer's median over ours. *Cold*: twice the last-level cache is read "
         "before every run; *warm*: the same run comes before. *Fresh*: gradients are new memory in every run; "
         "*accumulate*: they are added to.",
     ]

@@ -4,7 +4,7 @@ import math
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -18,8 +18,11 @@ from moesaic.bench.shapes import SHAPES, Cell
 from moesaic.bench.timing import Entrant, interleave, plan_rounds, spread
 from moesaic.types import ExpertWeights
 
+T = TypeVar("T")
 GEMM_ONLY = "gemm-only"
+FAILED = "failed:"
 QUICK = 1.0  # seconds
+LEAST_BYTES = 1 << 20  # of memory that are told apart: pages come and go by themselves
 EAGER = PEERS["eager"].name
 
 
@@ -28,7 +31,8 @@ class Row:
     """One contender in one cell. Speeds are None where it is wrong or was refused; `note` says which and why.
 
     Milliseconds; GF/s and GB/s count the work of the roofline, whatever the contender really moved.
-    of_ceiling: least time by roofline over the median.  of_matmuls: the median of gemm-only over this one.
+    runs_ms: every run.  of_ceiling: least time by roofline over the median.
+    of_matmuls: the median of gemm-only over this one.
     ratio: the best peer's median over this one, for our engines; of memory, the best peer's bytes over these.
     extra_bytes: peak memory over weights and gradients.  of_layer: a router's share of router and experts together.
     build_ms, prepacked_bytes: what came before the clock, and the copy of the weights that it made.
@@ -41,6 +45,7 @@ class Row:
     p10_ms: float | None = None
     p90_ms: float | None = None
     rounds: int = 0
+    runs_ms: list[float] = field(default_factory=list)
     gflops: float | None = None
     gbytes: float | None = None
     of_ceiling: float | None = None
@@ -56,7 +61,7 @@ class Row:
     @property
     def cost(self) -> float | None:
         """What is compared: milliseconds, or bytes in a memory cell."""
-        return self.median_ms if self.extra_bytes is None else max(self.extra_bytes, 1)
+        return self.median_ms if self.extra_bytes is None else max(self.extra_bytes, LEAST_BYTES)
 
 
 @dataclass
@@ -112,7 +117,6 @@ def run_cell(
     ceiling: Ceiling,
     *,
     rounds: int,
-    matmuls: bool = True,
     truths: dict[Any, Truth] | None = None,
 ) -> Result:
     """Measure a cell. `truths` keeps float64 results for cells that differ only in threads, cache or mode."""
@@ -126,12 +130,12 @@ def run_cell(
     rows = [row for row, _, _ in judged]
     entrants = [_entrant(problem, row.name, call) for row, call, _ in judged if call is not None]
     once = {row.name: seconds for row, call, seconds in judged if call is not None}
-    if matmuls:
-        rows.append(Row(GEMM_ONLY, "bound"))
-        entrants.append(_bound(problem))
-        once[GEMM_ONLY] = _seconds_of_one(entrants[-1].run)
+    rows.append(Row(GEMM_ONLY, "bound"))
+    entrants.append(_bound(problem))
+    once[GEMM_ONLY] = _timed(entrants[-1].run)[1]
     not_peers = [row.name for row in rows if row.kind != "peer"]
-    seconds = interleave(entrants, plan_rounds(once, rounds, never_few=not_peers)) if entrants else {}
+    seconds = interleave(entrants, plan_rounds(once, rounds, never_few=not_peers))
+    seconds = {name: runs or [once[name]] for name, runs in seconds.items()}
     problem.forget_gradients(weights_too=True)
     result = Result(cell, rows, ceiling=ceiling, least_ms=1e3 * least_seconds(phases_of(problem), ceiling))
     _fill(result, seconds, problem)
@@ -149,38 +153,49 @@ def _judge(problem: Problem, truth: Truth, contenders: Iterable[Contender]) -> l
             row.note = refusal
             judged.append((row, None, math.nan))
             continue
-        start = time.perf_counter()
-        call = contender.build(problem)
-        row.build_ms = 1e3 * (time.perf_counter() - start)
-        row.prepacked_bytes = getattr(call, "prepacked_bytes", 0)
-        row.errors, seconds = _try(problem, truth, call)
-        if contender.name == EAGER:
-            eager = row.errors
-        right = is_right(row.errors, eager, problem.cell.dtype)
+        try:
+            call, seconds = _timed(lambda contender=contender: contender.build(problem))
+            row.build_ms = 1e3 * seconds
+            row.prepacked_bytes = getattr(call, "prepacked_bytes", 0)
+            row.errors, seconds = _try(problem, truth, call)
+        except Exception as error:  # anybody's: the others are still to be measured
+            row.note = failed(error)
+            problem.forget_gradients(weights_too=True)
+            judged.append((row, None, math.nan))
+            continue
+        right = is_right(row.errors, None if contender.name == EAGER else eager, problem.cell.dtype)
         if not right:
             row.note = "wrong"
+        elif contender.name == EAGER:
+            eager = row.errors
         judged.append((row, call if right else None, seconds))
     return judged
+
+
+def failed(error: Exception) -> str:
+    """The note of a contender that raised."""
+    first = str(error).partition("\n")[0]
+    return f"{FAILED} {type(error).__name__}: {first}"
 
 
 def _try(problem: Problem, truth: Truth, call: Call) -> tuple[dict[str, float], float]:
     """Errors of a contender, and the seconds of its last run."""
     forget_gradients(problem, call, weights_too=True)
-    out, seconds = _timed_once(problem, call)
+    out, seconds = _timed(lambda: run_once(problem, call))
     accumulates = problem.cell.mode == "fwd+bwd-accumulate"
     if accumulates or seconds < QUICK:  # the first run of a quick one is mostly its start
         forget_gradients(problem, call, weights_too=not accumulates)
-        out, seconds = _timed_once(problem, call)
+        out, seconds = _timed(lambda: run_once(problem, call))
     grads_of = getattr(call, "expert_grads", problem.expert_grads)
     errors = errors_of(problem, truth, out, passes=2 if accumulates else 1, grads_of=grads_of)
     forget_gradients(problem, call, weights_too=not accumulates)
     return errors, seconds
 
 
-def _timed_once(problem: Problem, call: Call) -> tuple[torch.Tensor, float]:
+def _timed(run: Callable[[], T]) -> tuple[T, float]:
     start = time.perf_counter()
-    out = run_once(problem, call)
-    return out, time.perf_counter() - start
+    result = run()
+    return result, time.perf_counter() - start
 
 
 def run_once(problem: Problem, call: Call) -> torch.Tensor:
@@ -231,12 +246,6 @@ def forget_gradients(problem: Problem, call: Call | None, *, weights_too: bool) 
             leaf.grad = None
 
 
-def _seconds_of_one(run: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
-
-
 def _fill(result: Result, seconds: dict[str, list[float]], problem: Problem) -> None:
     work = work_of(problem)
     assert result.least_ms is not None
@@ -245,7 +254,7 @@ def _fill(result: Result, seconds: dict[str, list[float]], problem: Problem) -> 
             continue
         measured = spread(seconds[row.name])
         row.median_ms, row.p10_ms, row.p90_ms = (1e3 * value for value in measured[:3])
-        row.rounds = measured.rounds
+        row.rounds, row.runs_ms = measured.rounds, [1e3 * value for value in seconds[row.name]]
         row.gflops, row.gbytes = (1e-9 * value / measured.median for value in work)
         row.of_ceiling = result.least_ms / row.median_ms
     compare(result)

@@ -13,6 +13,7 @@ from moesaic.bench.shapes import TINY, Cell, Grid
 FLAGSHIPS = ("qwen3-30b", "olmoe", "dsv3-quarter")
 ANY = 0.97  # a cell without a number of its own: never noticeably behind the best peer
 OF_MATMULS, MATMULS_FROM = 0.85, 512  # share of the matmuls alone, from this many tokens
+NO_BOUND = 1.05  # somebody faster than the matmuls alone by more than this: they are no bound in that cell
 EAGER_TRAINING = 5.0  # times faster than transformers' eager, float32 forward and backward with fresh gradients
 MEMORY = 1 / 0.6  # the best peer's peak over ours: at most 0.6 of it
 SELECTION, ROUTER_OF_LAYER = 1.4, 0.05
@@ -88,7 +89,8 @@ def judge(result: Result) -> Iterator[Verdict]:
         return
     if row.ratio is not None:
         yield Verdict(cell, "ratio to the best peer", asked_ratio(cell), row.ratio)
-    if cell.tokens >= MATMULS_FROM and row.of_matmuls is not None:
+    shares = [other.of_matmuls for other in result.rows if other.of_matmuls is not None]
+    if cell.tokens >= MATMULS_FROM and row.of_matmuls is not None and max(shares) <= NO_BOUND:
         yield Verdict(cell, f"share of {GEMM_ONLY}", OF_MATMULS, row.of_matmuls)
     eager = result.row("transformers eager")
     slow_eager = (cell.mode, cell.dtype) == ("fwd+bwd-fresh", "float32") and cell.tokens in (512, 2048)

@@ -1,6 +1,7 @@
 """Rounds of all contenders in turn, and what is said about the seconds they took."""
 
 import gc
+import random
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -36,26 +37,28 @@ def plan_rounds(
     seconds: Mapping[str, float], wanted: int, *, never_few: Collection[str] = (), allowed: float = CELL_SECONDS
 ) -> dict[str, int]:
     """Rounds for each, by how long one took: more than wanted where that costs little; in a long cell few for those far
-    behind, unless named in `never_few`, and where that is not enough fewer for all."""
+    behind, unless named in `never_few`, and where that is not enough fewer for all. None at all for one far behind
+    whose single run outlasts the cell: the run that it was judged by has to do."""
     a_round = sum(seconds.values())
     if wanted * a_round <= allowed:
         return dict.fromkeys(seconds, max(wanted, min(MANY * wanted, int(LITTLE / a_round))))
     fastest = min(seconds.values())
     slow = {name for name, took in seconds.items() if took > FAR_BEHIND * fastest and name not in never_few}
     rounds = min(wanted, max(FEW, int(allowed / sum(took for name, took in seconds.items() if name not in slow))))
-    return {name: min(FEW, wanted) if name in slow else rounds for name in seconds}
+    few = {name: min(FEW, wanted) if took <= allowed else 0 for name, took in seconds.items()}
+    return {name: few[name] if name in slow else rounds for name in seconds}
 
 
 def interleave(
     entrants: Sequence[Entrant], rounds: Mapping[str, int], clock: Callable[[], float] = time.perf_counter
 ) -> dict[str, list[float]]:
-    """Seconds of every run, A B C, B C A, C A B: whatever disturbs the machine, and whatever the one before leaves in
-    the cache, falls on all of them."""
+    """Seconds of every run, each round in an order of its own (the same every time): whatever disturbs the machine, and
+    whatever the one before leaves in the cache, falls on all of them."""
     seconds: dict[str, list[float]] = {entrant.name: [] for entrant in entrants}
+    order = random.Random(0)
     with _without_collections():
         for number in range(max(rounds.values())):
-            turn = number % len(entrants)
-            for entrant in (*entrants[turn:], *entrants[:turn]):
+            for entrant in order.sample(entrants, len(entrants)):
                 if number >= rounds[entrant.name]:
                     continue
                 entrant.prepare()

@@ -14,25 +14,40 @@ if TYPE_CHECKING:
 
 
 def bench(
-    shape: Annotated[str | None, typer.Option(help="Shapes, with commas: qwen3-30b, olmoe, dsv3-quarter, ...")] = None,
-    tokens: Annotated[str | None, typer.Option(help="Numbers of tokens, with commas.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16.")] = None,
+    shape: Annotated[
+        str | None,
+        typer.Option(
+            help="Shapes, with commas: qwen3-30b, olmoe and dsv3-quarter unless given; dsv3-64-half, dsv3-ep4, "
+            "mixtral-half, mixtral, gpt-oss-20b."
+        ),
+    ] = None,
+    tokens: Annotated[
+        str | None, typer.Option(help="Numbers of tokens, with commas; 1,16,128,512,2048 unless given.")
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16; the first two unless given.")] = None,
     mode: Annotated[
         str | None,
-        typer.Option(help="forward, train-forward, fwd+bwd-fresh, fwd+bwd-accumulate, memory, router."),
+        typer.Option(
+            help="forward (unless given), train-forward (keeps what backward needs), fwd+bwd-fresh (gradients are new "
+            "memory), fwd+bwd-accumulate (they are added to), memory (peak), router."
+        ),
     ] = None,
-    routing: Annotated[str | None, typer.Option(help="balanced, zipf, all-to-k.")] = None,
+    routing: Annotated[str | None, typer.Option(help="balanced, zipf, all-to-k; the first two unless given.")] = None,
     threads: Annotated[str | None, typer.Option(help="Numbers of threads; all cores unless given.")] = None,
     engine: Annotated[str, typer.Option(help="Our engines, with commas; auto is what the library takes.")] = "auto",
     peers: Annotated[
         str, typer.Option(help="Whom to compare with: names, none, or .py files that define PEERS.")
     ] = "eager,batched_mm,grouped_mm,torchtitan",
     rounds: Annotated[
-        int | None, typer.Option(min=1, help="Rounds of a cell, 10 unless given; fewer where one takes long.")
+        int | None, typer.Option(min=1, help="Rounds of a cell, 10 unless given; fewer where they take minutes.")
     ] = None,
     budget: Annotated[float | None, typer.Option(min=0, help="Minutes after which no cell is begun.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder for results.jsonl and report.md.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for results.jsonl and report.md; nothing is kept without it.")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the run in --out; with --budget 0 write its report again.")
+    ] = False,
     smoke: Annotated[bool, typer.Option("--smoke", help="A tiny grid, to see that everything works.")] = False,
     targets: Annotated[bool, typer.Option("--targets", help="The cells that have a target of their own.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
@@ -48,14 +63,36 @@ def bench(
 
     cells = _cells(given, smoke=smoke, targets=targets)
     rounds = rounds or (SMOKE_ROUNDS if smoke else ROUNDS)
-    campaign = Campaign(engine.split(","), peers.split(","), rounds, budget if budget is None else 60 * budget)
+    engines, others = ([name.strip() for name in text.split(",")] for text in (engine, peers))
+    campaign = Campaign(engines, others, rounds, budget if budget is None else 60 * budget)
     if out is not None:
         make_ready(out)
-    campaign.journal = open_journal(out, resume=resume)
-    left_out = _run(campaign, cells)
+    settings = {"engines": engines, "peers": others, "rounds": rounds, "command": _command(out)}
+    campaign.journal = open_journal(out, resume=resume, settings=settings)
+    try:
+        left_out = _run(campaign, cells)
+    except KeyboardInterrupt:
+        measured = {result.cell for result in campaign.journal.results}
+        _tell(campaign, [cell for cell in cells if cell not in measured], out, as_json=as_json)
+        if out is not None:
+            print("interrupted: --resume goes on", file=sys.stderr)
+        raise
     _tell(campaign, left_out, out, as_json=as_json)
-    if any(row.kind == "ours" and row.note == "wrong" for result in campaign.journal.results for row in result.rows):
+    rows = [row for result in campaign.journal.results for row in result.rows]
+    if any(row.kind == "ours" and row.note.startswith(("wrong", "failed")) for row in rows):
         raise typer.Exit(1)
+
+
+def _command(out: Path | None) -> str:
+    """The command that gives these results from nothing: without --resume and --budget, the folder by its name."""
+    words, kept = iter(sys.argv[1:]), ["moesaic"]
+    for word in words:
+        option, _, value = word.partition("=")
+        if option in ("--out", "--budget"):
+            value = value or next(words, "")
+        elif option != "--resume":
+            kept.append(word)
+    return shlex.join(kept if out is None else [*kept, "--out", out.resolve().name])
 
 
 def _cells(given: dict, *, smoke: bool, targets: bool) -> "list[Cell]":
@@ -101,7 +138,9 @@ def _run(campaign: "Campaign", cells: "list[Cell]") -> "list[Cell]":
 def _tell(campaign: "Campaign", left_out: "list[Cell]", out: Path | None, *, as_json: bool) -> None:
     from moesaic.bench.report import aligned, markdown, summary
 
-    command, journal = shlex.join(["moesaic", *sys.argv[1:]]), campaign.journal
+    journal = campaign.journal
+    environment = (f"{name}={shlex.quote(value)}" for name, value in journal.machine["environment"].items())
+    command = " ".join([*environment, journal.machine["command"]])
     if out is not None:
         (out / "report.md").write_text(markdown(journal, command, left_out), encoding="utf-8")
     if as_json:
@@ -109,7 +148,7 @@ def _tell(campaign: "Campaign", left_out: "list[Cell]", out: Path | None, *, as_
         return
     print(aligned(summary(journal.results)))
     if left_out:
-        print(f"left out by the budget: {len(left_out)} cells")
+        print(f"not measured: {len(left_out)} cells; --resume goes on with them")
     if out is not None:
         print(f"everybody's numbers: {out / 'report.md'}")
     print(f"reproduce: {command}")

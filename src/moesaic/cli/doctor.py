@@ -129,9 +129,9 @@ def try_engine(name: str, device: str, dtype: str) -> str | None:
     from moesaic.types import ExpertWeights
 
     draw = torch.Generator().manual_seed(0)
-    n_experts, d, i, n_tokens, k = 4, 64, 32, 6, 2
+    n_experts, d, i, n_tokens, k = 4, 512, 384, 24, 2  # matrices large enough for the forms that real models meet
     shapes = ((n_tokens, d), (n_tokens, k), (n_experts, 2 * i, d), (n_experts, d, i))
-    drawn = [torch.randn(shape, generator=draw).div(8).to(getattr(torch, dtype)) for shape in shapes]
+    drawn = [torch.randn(shape, generator=draw).div(16).to(getattr(torch, dtype)) for shape in shapes]
     ids = torch.rand(n_tokens, n_experts, generator=draw).topk(k).indices
 
     def run(engine: Any, tensors: "list[torch.Tensor]", ids: "torch.Tensor") -> "list[torch.Tensor]":

@@ -22,9 +22,11 @@ def check_inputs(tokens: Tensor, expert_ids: Tensor, weights: Tensor, experts: E
             f"give [{tokens.shape[0]}, K] of both"
         )
     if expert_ids.dtype not in (torch.int64, torch.int32, torch.int16, torch.uint8):
-        raise ValueError(f"expert_ids are {expert_ids.dtype}: give integers, the ids that the router chose")
-    for name, tensor in (("tokens", tokens), ("weights", weights)):
-        if tensor.dtype not in DTYPES:
+        raise ValueError(
+            f"expert_ids are {expert_ids.dtype}: give int64 (or int32, int16, uint8), the ids that the router chose"
+        )
+    for name, tensor in (("tokens", tokens), ("weights", weights), *experts._asdict().items()):
+        if tensor is not None and tensor.dtype not in DTYPES:
             raise ValueError(f"{name} are {tensor.dtype}: give one of {', '.join(map(str, DTYPES))}")
     _check_matrices(tokens, experts, spec)
     for name, tensor in (("expert_ids", expert_ids), ("weights", weights), *experts._asdict().items()):

@@ -2,8 +2,8 @@
 
 The assignments, sorted by expert, are walked in batches of some hundred rows. Per batch: gather the rows, up
 projection expert by expert, activation times routing weight (at the expert's width, half or less of the model's), down
-projection, add into the output. No [T*K, D] tensor exists whatever the skew. A token meets an expert at most once and
-experts run in ascending order, so every sum has one order and results repeat bit for bit.
+projection, add into the output. No [T*K, D] tensor exists whatever the skew. Experts run in ascending order and rows
+are added one after another, so every sum has one order and results repeat bit for bit.
 Kept for the backward: the tokens, the up projection's output H and the order of assignments; nothing else.
 """
 
@@ -16,19 +16,8 @@ from torch import Tensor
 
 from moesaic.engine.batches import PIECE_ROWS, Batch, batches
 from moesaic.engine.checks import check_ids
-from moesaic.engine.gemm import (
-    INVARIANT,
-    INVARIANT_ROWS,
-    Table,
-    Workspace,
-    add_outer,
-    form_for,
-    matmul_dtype,
-    most_rows,
-    narrow_table,
-    plain_rows,
-    table_for,
-)
+from moesaic.engine.gemm import INVARIANT_ROWS, matmul_dtype
+from moesaic.engine.multiply import Multiply
 from moesaic.engine.op import ACCUMULATING, run_experts
 from moesaic.engine.plan import group_by_expert
 from moesaic.engine.spec import ExpertSpec
@@ -59,7 +48,7 @@ def forward(
     out = torch.zeros(len(tokens), down.shape[2], dtype=wide)
     hidden = tokens.new_empty((len(plan.assignments), up.shape[2]) if save_hidden else 0)
     scales = weights.flatten()[plan.assignments].to(wide)[:, None]
-    multiply = Multiply(dtype, batch_invariant=batch_invariant)
+    multiply = Multiply(tokens.dtype, batch_invariant=batch_invariant)
     cut = INVARIANT_ROWS if batch_invariant else PIECE_ROWS
     for batch in batches(plan.counts.tolist(), plan.assignments // expert_ids.shape[1], cut):
         x = tokens.index_select(0, batch.rows)
@@ -111,16 +100,9 @@ def backward(
     """
     dtype, wide = matmul_dtype(tokens.dtype), torch.promote_types(tokens.dtype, torch.float32)
     up, down = _as_in_out(experts, spec)
-    into = Gradients(
-        tokens=torch.zeros(tokens.shape, dtype=wide) if wanted.tokens else None,
-        weights=torch.zeros(weights.numel(), dtype=wide) if wanted.weights else None,
-        up=up_into if up_into is not None else _gradient_like(experts.up, counts) if wanted.up else None,
-        down=down_into if down_into is not None else _gradient_like(experts.down, counts) if wanted.down else None,
-        up_bias=_zeros_like(experts.up_bias, wide) if wanted.up_bias else None,
-        down_bias=_zeros_like(experts.down_bias, wide) if wanted.down_bias else None,
-    )
+    into = _to_fill(wanted, tokens, weights, experts, counts, up_into, down_into)
     scales = weights.flatten()[assignments].to(wide)[:, None]
-    multiply = Multiply(dtype)
+    multiply = Multiply(tokens.dtype)
     beyond_down = wanted.tokens or wanted.weights or wanted.up or wanted.up_bias
     for batch in batches(counts.tolist(), assignments // weights.shape[1]):
         scale = scales[batch.here]
@@ -161,77 +143,25 @@ def backward(
     )
 
 
-class Multiply:
-    """Rows of a batch through the matrices of their experts, in scratch that the next batch uses again."""
-
-    def __init__(self, dtype: torch.dtype, *, batch_invariant: bool = False) -> None:
-        self._dtype = dtype
-        self._batch_invariant = batch_invariant
-        self._work = Workspace()
-
-    def __call__(
-        self, batch: Batch, x: Float[Tensor, "n a"], stack: Float[Tensor, "E a b"], name: str, out: Tensor | None = None
-    ) -> Float[Tensor, "n b"]:
-        """x_e @ stack[e] for every expert e of the batch, in this object's dtype; into `out` or into scratch called
-        `name`. Where the weights are widened for that, experts of few rows are multiplied in theirs."""
-        if self._batch_invariant:
-            return self._product(batch, x.to(self._dtype), stack, INVARIANT, name, out)
-        few, sizes = narrow_table(stack) if stack.dtype != self._dtype else (), batch.sizes
-        if min(sizes) <= most_rows(few):
-            narrow = self._product(batch, x.to(stack.dtype), stack, few, "narrow")
-            out = self._work.take(name, *narrow.shape, self._dtype) if out is None else out
-            out.copy_(narrow)
-        if max(sizes) > most_rows(few):
-            table = table_for(self._dtype, stack)
-            out = self._product(batch, x.to(self._dtype), stack, table, name, out, over=most_rows(few))
-        return out
-
-    def _product(
-        self, batch: Batch, x: Tensor, stack: Tensor, table: Table, name: str, out: Tensor | None = None, over: int = 0
-    ) -> Tensor:
-        """The experts of more than `over` rows that the table has forms for; the others' rows are left as they are."""
-        if grouped_mm_is_better(batch, stack, table):
-            result = F.grouped_mm(x, stack[batch.span], offs=batch.offsets())
-            return result if out is None else out.copy_(result)
-        if out is None:
-            out = self._work.take(name, len(x), stack.shape[2], x.dtype)
-        sizes, most = batch.sizes, most_rows(table)
-        parts = zip(batch.pieces, x.split_with_sizes(sizes), out.split_with_sizes(sizes), strict=True)
-        for piece, rows, result in parts:
-            if over < rows.shape[0] <= most:
-                form_for(table, rows.shape[0])(rows, stack[piece.expert], result, self._work)
-        return out
-
-    def outer(
-        self, batch: Batch, gradient: Tensor, g: Tensor, x: Tensor, spec: ExpertSpec, name: str, *, accumulate: bool
-    ) -> None:
-        """gradient[e] (+)= g_e^T x_e for every expert e of the batch, in the layout of the weights.
-
-        An expert in several pieces is summed in scratch called `name`, in float32, and reaches a 16-bit gradient once.
-        """
-        left, right = (x, g) if spec.transposed else (g, x)
-        sizes = batch.sizes
-        parts = zip(batch.pieces, left.split_with_sizes(sizes), right.split_with_sizes(sizes), strict=True)
-        for piece, a, b in parts:
-            into = gradient[piece.expert]
-            if into.dtype.itemsize > 2 or (piece.first and piece.last):
-                add_outer(into, a, b, self._work, accumulate=accumulate or not piece.first)
-                continue
-            total = self._work.take(name, into.shape[0], into.shape[1], torch.float32)
-            add_outer(total, a, b, self._work, accumulate=not piece.first)
-            if piece.last:
-                into.copy_(into + total if accumulate else total)
-
-
-def grouped_mm_is_better(batch: Batch, stack: Tensor, table: Table) -> bool:
-    """Whether torch's own loop over the experts serves: it calls the plain matmul without Python between them, 3 to
-    11 % of the time at a few 16-bit rows an expert. Empty experts cost it something; rows that are no multiples of
-    16 bytes are an error, on the CPU too."""
-    if stack.dtype.itemsize != 2 or max(batch.sizes) > plain_rows(table) or stack.shape[1] % 8 or stack.shape[2] % 8:
-        return False
-    strides = sorted(stack.stride())
-    even = strides[0] == 1 and not any(stride % 8 for stride in strides[1:]) and 1 in stack.stride()[1:]
-    return even and batch.span.stop - batch.span.start <= 4 * len(batch.pieces)
+def _to_fill(
+    wanted: Gradients,
+    tokens: Tensor,
+    weights: Tensor,
+    experts: ExpertWeights,
+    counts: Tensor,
+    up_into: Tensor | None,
+    down_into: Tensor | None,
+) -> Gradients:
+    """What the backward writes or adds to. Sums over several experts or rows are float32, or wider where tokens are."""
+    wide = torch.promote_types(tokens.dtype, torch.float32)
+    return Gradients(
+        tokens=torch.zeros(tokens.shape, dtype=wide) if wanted.tokens else None,
+        weights=torch.zeros(weights.numel(), dtype=wide) if wanted.weights else None,
+        up=up_into if up_into is not None else _gradient_like(experts.up, counts) if wanted.up else None,
+        down=down_into if down_into is not None else _gradient_like(experts.down, counts) if wanted.down else None,
+        up_bias=_zeros_like(experts.up_bias, wide) if wanted.up_bias else None,
+        down_bias=_zeros_like(experts.down_bias, wide) if wanted.down_bias else None,
+    )
 
 
 def _as_in_out(experts: ExpertWeights, spec: ExpertSpec) -> tuple[Float[Tensor, "E D U"], Float[Tensor, "E I O"]]:

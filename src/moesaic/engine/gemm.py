@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-BLOCK = 256  # rows of a 16-bit weight widened at a time: 2 MB of float32 at D=2048, which stay in L2
 SMALL = 1 << 17  # elements of a weight: below, oneDNN's 20 µs a call are as much as the matmul (384 x 384: 30 | 15 MKL)
 INVARIANT_ROWS = 32  # rows of every matmul in batch-invariant mode
 ANY = 1 << 62
@@ -102,16 +101,17 @@ def invariant_form(x: Tensor, w: Tensor, out: Tensor, work: Workspace) -> None:
     rows = 1 if x.dtype == torch.float64 else INVARIANT_ROWS
     w = converted(w, x.dtype, work)
     padded = work.take("padded", rows, x.shape[1], x.dtype)
+    whole = work.take("invariant", rows, w.shape[1], x.dtype)
     for some, result in zip(x.split(rows), out.split(rows), strict=True):
         padded[: len(some)] = some
         padded[len(some) :] = 0
-        columns_form(padded, w, work.take("invariant", rows, w.shape[1], x.dtype), work)
-        result.copy_(work.take("invariant", rows, w.shape[1], x.dtype)[: len(some)])
+        columns_form(padded, w, whole, work)
+        result.copy_(whole[: len(some)])
 
 
 # 16-bit without the instructions. Reading half the bytes wins while a few rows hide how slow the multiplying is.
-# Intel, bfloat16: as it is 328 | 790 at 1 | 3 rows, 27000 at 256;
-#                  256 rows of W widened at a time 625 | 560 | 711 | 1340 at 1 | 3 | 8 | 16,
+# Intel, bfloat16: as it is 448 | 790 at 1 | 3 rows, 27000 at 256, and `mv` 328 at 1;
+#                  256 rows of W widened at a time, then W @ x.T, 625 | 560 | 711 | 1340 at 1 | 3 | 8 | 16,
 #                  the whole of it 1010 | 1080 | 6370 at 8 | 16 | 256
 # AMD, told to ignore its instructions: as it is 325 | 430 | 580 | 1600 at 1 | 2 | 3 | 4 rows,
 #                  row by row 345 | 550 | 670 | 800 | 1000 at 1 | 2 | 3 | 4 | 5,
@@ -119,7 +119,7 @@ def invariant_form(x: Tensor, w: Tensor, out: Tensor, work: Workspace) -> None:
 #                  2^19 elements 995 | 1090 | 1350 | 2810 | 5075, the whole of it 1220 | 1320 | 1580 | 3230 | 5255;
 #                  stored [in, out]: as it is 701 | 1146 | 1918 at 1 | 3 | 4, the whole widened 1127 | 2613 | 2218
 NARROW: dict[str, Table] = {  # in the dtype of W
-    "intel": ((1, rows_form),),
+    "intel": ((1, vector_form),),
     "amd": ((3, rows_form), (4, vector_form)),
     "other": ((1, rows_form),),
 }
@@ -137,7 +137,7 @@ INVARIANT: Table = ((ANY, invariant_form),)
 
 
 def table_for(dtype: torch.dtype, w: Tensor) -> Table:
-    """The forms for x of `dtype` and w [..., a, b], one matrix or all experts'; a w of fewer bits is widened."""
+    """The forms for x of `dtype` and w [..., a, b], one matrix or all experts'; a w of another dtype is converted."""
     if w.dtype != dtype:
         return WIDE[machine()] if _is_row_major(w) else WIDE_COLUMN_MAJOR
     if dtype == torch.float32 and w.shape[-2] * w.shape[-1] > SMALL:
@@ -184,7 +184,7 @@ def add_outer(out: Tensor, g: Tensor, x: Tensor, work: Workspace, *, accumulate:
 
 
 def converted(w: Tensor, dtype: torch.dtype, work: Workspace) -> Tensor:
-    """`w` itself where it has the dtype, else a copy in scratch, in the same memory order."""
+    """`w` itself where it has the dtype, else a copy in scratch, row-major or column-major as w is."""
     if w.dtype == dtype:
         return w
     if w.stride(0) == 1:
@@ -197,6 +197,15 @@ def matmul_dtype(dtype: torch.dtype) -> torch.dtype:
     return dtype if dtype.itemsize > 2 or has_instructions(dtype) else torch.float32
 
 
+INSTRUCTIONS = {  # as torch.cpu.get_capabilities() calls them
+    torch.bfloat16: ("avx512_bf16", "amx_bf16", "bf16"),
+    torch.float16: ("avx512_fp16", "amx_fp16"),
+}
+# words in the names of oneDNN's limits that include them; each limit includes those before it: AVX512_CORE_VNNI,
+# AVX512_CORE_BF16, AVX10_1_512 (AVX512_CORE_FP16), AVX10_1_512_AMX and on (oneDNN, "CPU Dispatcher Control")
+ONEDNN_LIMITS = {torch.bfloat16: ("BF16", "FP16", "AMX", "AVX10"), torch.float16: ("FP16", "AMX", "AVX10")}
+
+
 @cache
 def has_instructions(dtype: torch.dtype) -> bool:
     """Whether this CPU multiplies matrices of a 16-bit dtype itself, so that oneDNN need not emulate it.
@@ -204,18 +213,20 @@ def has_instructions(dtype: torch.dtype) -> bool:
     oneDNN can be told to ignore instructions (ONEDNN_MAX_CPU_ISA); then they are not there for us either.
     """
     limit = os.environ.get("ONEDNN_MAX_CPU_ISA", os.environ.get("DNNL_MAX_CPU_ISA", "ALL")).upper()
-    if limit not in ("ALL", "DEFAULT") and not any(word in limit for word in ("BF16", "FP16", "AMX", "AVX10")):
+    if limit not in ("ALL", "DEFAULT") and not any(word in limit for word in ONEDNN_LIMITS[dtype]):
         return False
-    names = {torch.bfloat16: ("avx512_bf16", "amx_bf16", "bf16"), torch.float16: ("avx512_fp16", "amx_fp16")}
-    return any(_capabilities().get(name, False) for name in names[dtype])
+    return any(_capabilities().get(name, False) for name in INSTRUCTIONS[dtype])
 
 
 @cache
 def machine() -> str:
-    """Whose BLAS habits to expect: "intel", "amd" or "other"."""
+    """Whose BLAS habits to expect: "intel", "amd" (with AVX-512, where they were measured) or "other"."""
     if not torch.backends.mkldnn.is_available() or not torch.backends.mkl.is_available():
         return "other"
-    return "amd" if "amd" in str(_capabilities().get("cpu_name", "")).lower() else "intel"
+    name = str(_capabilities().get("cpu_name", "")).lower()
+    if "amd" in name and _capabilities().get("avx512_f", False):
+        return "amd"
+    return "intel" if "intel" in name else "other"
 
 
 def explain(dtype: torch.dtype) -> str:
@@ -227,7 +238,10 @@ def explain(dtype: torch.dtype) -> str:
         return f"float32 by {habits[machine()]}"
     if has_instructions(dtype):
         return f"{str(dtype)[6:]} by this CPU's own instructions"
-    return f"{str(dtype)[6:]} widened to float32, as this CPU would emulate it; then by {habits[machine()]}"
+    return (
+        f"{str(dtype)[6:]} widened to float32 for more than a few rows, as this CPU would emulate it; "
+        f"then by {habits[machine()]}"
+    )
 
 
 def _capabilities() -> Mapping[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from moesaic.engine.checks import check_dtypes, check_inputs
+from moesaic.engine.checks import check_dtypes, check_ids, check_inputs
 from moesaic.engine.grouped import grouped
 from moesaic.engine.spec import ExpertSpec
 from moesaic.types import ExpertWeights
@@ -53,6 +53,8 @@ def run_experts(
     # rows are gathered, so a column-major x would be copied row by row; and inductor lays its gradient out as x
     tokens, weights = tokens.contiguous(), weights.contiguous()
     if _needs_plain_torch():
+        if expert_ids.numel() and device_type == "cpu":
+            check_ids(int(expert_ids.min()), int(expert_ids.max()), len(experts.up))
         return grouped(tokens, expert_ids, weights, experts, spec).to(dtype)
     differentiable = (tokens, weights, *experts)
     needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in differentiable)

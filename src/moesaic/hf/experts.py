@@ -41,11 +41,12 @@ def attach(model: M, *, engine: str = "auto", batch_invariant: bool = False, rec
     """Let our engines compute the experts of `model`, in place; returns it.
 
     Takes transformers models whose experts go through its experts interface, and models that hold our layers. Weights
-    stay where they are, and `model.set_experts_implementation("grouped_mm")` is the way back. batch_invariant: the
-    result for a token does not depend on the tokens beside it. recompute: keep less for the backward, compute it again
-    there.
+    stay where they are, and `model.set_experts_implementation("grouped_mm")` is the way back. batch_invariant:
+    what the experts give for a token does not depend on the tokens beside it (forward; the rest of the model is
+    torch's). recompute: keep less for the backward, compute it again there.
 
-    Raises ValueError, and changes nothing, where there are no such experts or one of them cannot be served.
+    Raises ValueError, and switches nothing, where there are no such experts, one of them cannot be served, or
+    transformers does not let the model switch.
     """
     check_engine(engine, batch_invariant=batch_invariant, recompute=recompute)
     ours = [module for module in model.modules() if isinstance(module, Experts)]
@@ -53,17 +54,21 @@ def attach(model: M, *, engine: str = "auto", batch_invariant: bool = False, rec
     if not ours and not theirs:
         raise ValueError(_nothing_to_attach(model))
     options = {"engine": engine, "batch_invariant": batch_invariant, "recompute": recompute}
+    for module in theirs:
+        module.__dict__.pop("_moesaic", None)  # what was read of it before may no longer be so
     served = [serve(module)._replace(**options) for module in theirs]
+    if theirs and (switch := getattr(model, "set_experts_implementation", None)):
+        try:
+            switch(NAME)
+        except RuntimeError as error:
+            raise ValueError(f"transformers does not let this model change its experts: {error}") from None
+    for module, how in zip(theirs, served, strict=True):
+        module._moesaic = how
+        if module.config._experts_implementation != NAME:  # a bare block, or a model inside a wrapper
+            module.config._experts_implementation = NAME
     for module in ours:
         for name, value in options.items():
             setattr(module, name, value)
-    for module, how in zip(theirs, served, strict=True):
-        module._moesaic = how
-    if theirs and (switch := getattr(model, "set_experts_implementation", None)):
-        switch(NAME)
-    for module in theirs:  # where the model is a bare block, or lies inside a wrapper
-        if module.config._experts_implementation != NAME:
-            module.config._experts_implementation = NAME
     return model
 
 

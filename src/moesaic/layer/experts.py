@@ -18,7 +18,7 @@ class Experts(nn.Module):
     and `down_proj` [E, O, I]; with biases `..._proj_bias`; [E, in, out] where the config says transposed.
 
     `engine` names how they are computed; "auto" takes what serves the device and dtype best (`moesaic doctor`).
-    `batch_invariant`: a token's result does not depend on the tokens beside it, bit for bit. `recompute`:
+    `batch_invariant`: a token's result in forward does not depend on the tokens beside it, bit for bit. `recompute`:
     training keeps no up projection for the backward and computes it again.
 
     `load_state_dict` also takes the per-expert spelling found on disk, `7.gate_proj.weight`: all experts or none.

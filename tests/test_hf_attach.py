@@ -194,6 +194,30 @@ def test_one_module_that_cannot_be_served_leaves_the_whole_model_as_it_was():
         ms.attach(model, engine="fastest")
 
 
+def test_a_model_that_changed_since_it_was_attached_is_read_again():
+    model = ms.attach(loud("qwen3_moe"))
+    experts_of(model)[0].act_fn = nn.Mish()
+    for refuses in (lambda: ms.attach(model), lambda: model(token_ids())):
+        with pytest.raises(ValueError, match="Mish"):
+            refuses()
+    experts_of(model)[0].act_fn = nn.GELU(approximate="tanh")
+    assert {vars(experts)["_moesaic"].spec.activation for experts in experts_of(ms.attach(model))} >= {
+        "gelu_pytorch_tanh"
+    }
+
+
+def test_where_transformers_refuses_to_switch_nothing_is_changed(monkeypatch):
+    def locked(_name):
+        raise RuntimeError("locked to another implementation")
+
+    model = eager(loud("qwen3_moe"))
+    monkeypatch.setattr(model, "set_experts_implementation", locked)
+    with pytest.raises(ValueError, match="does not let this model change its experts: locked to another"):
+        ms.attach(model)
+    assert not any("_moesaic" in vars(experts) for experts in experts_of(model))
+    assert model.config._experts_implementation == "eager"
+
+
 def test_by_name_alone_a_refusal_comes_with_the_first_forward():
     model = loud("qwen3_moe")
     model.set_experts_implementation("moesaic")

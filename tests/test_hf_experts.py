@@ -71,6 +71,44 @@ def test_bf16_experts_are_as_near_to_the_truth_as_eager(family):
     assert 0 < ours <= 1.2 * theirs
 
 
+@pytest.mark.parametrize("family", ALL)
+def test_bf16_gradients_of_experts_are_as_near_to_the_truth_as_those_of_transformers(family):
+    model, calls = eager(loud(family)).bfloat16(), []
+    with torch.no_grad(), experts_of(model)[0].register_forward_hook(lambda *call: calls.append(call)):
+        model(token_ids())
+    experts, (tokens, ids, weights), _ = calls[0]
+    upstream = torch.randn_like(tokens)
+
+    def grads_of(module, call, dtype):
+        inputs = tokens.detach().to(dtype).requires_grad_(), weights.detach().to(dtype).requires_grad_()
+        leaves = [*inputs, *module.parameters()]
+        out = call(inputs[0], ids, inputs[1])
+        return torch.autograd.grad((out * upstream.to(dtype)).sum(), leaves)
+
+    wide = copy.deepcopy(experts).double()
+    truth = grads_of(wide, wide, torch.float64)
+    ours = grads_of(experts, lambda *call: experts_forward(experts, *call), torch.bfloat16)
+    theirs = []
+    for name in ("eager", "grouped_mm"):
+        experts.config._experts_implementation = name
+        theirs.append(grads_of(experts, experts, torch.bfloat16))
+    for exact, got, *others in zip(truth, ours, *theirs, strict=True):
+        assert (got - exact).norm() <= 1.2 * max((other - exact).norm() for other in others) + 1e-6 * exact.norm()
+
+
+@pytest.mark.compile
+def test_a_whole_model_compiles_to_one_graph_under_autocast():
+    torch.compiler.reset()
+    model, ids = loud("qwen3_moe"), token_ids()
+    ms.attach(model)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch.autocast("cpu", torch.bfloat16):
+        logits, grads = gradients(model, ids, compiled)
+        expected, expected_grads = gradients(model, ids)
+    assert relative(logits.float(), expected.float()) < 0.03
+    assert_same_gradients(grads, expected_grads, tolerance=0.1)
+
+
 @pytest.mark.compile
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch's own, while its compiler is imported
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

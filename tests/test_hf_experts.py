@@ -75,25 +75,32 @@ def test_bf16_experts_are_as_near_to_the_truth_as_eager(family):
 def test_bf16_gradients_of_experts_are_as_near_to_the_truth_as_those_of_transformers(family):
     model, calls = eager(loud(family)).bfloat16(), []
     with torch.no_grad(), experts_of(model)[0].register_forward_hook(lambda *call: calls.append(call)):
-        model(token_ids())
-    experts, (tokens, ids, weights), _ = calls[0]
-    upstream = torch.randn_like(tokens)
+        for _ in range(6):  # the error of a few tokens alone is luck
+            model(token_ids())
 
-    def grads_of(module, call, dtype):
-        inputs = tokens.detach().to(dtype).requires_grad_(), weights.detach().to(dtype).requires_grad_()
-        leaves = [*inputs, *module.parameters()]
-        out = call(inputs[0], ids, inputs[1])
-        return torch.autograd.grad((out * upstream.to(dtype)).sum(), leaves)
+    def grads_of(module, call, dtype, inputs, upstream):
+        tokens, ids, weights = inputs
+        tokens, weights = (t.detach().to(dtype).requires_grad_() for t in (tokens, weights))
+        out = call(tokens, ids, weights)
+        return torch.autograd.grad((out * upstream.to(dtype)).sum(), [tokens, weights, *module.parameters()])
 
-    wide = copy.deepcopy(experts).double()
-    truth = grads_of(wide, wide, torch.float64)
-    ours = grads_of(experts, lambda *call: experts_forward(experts, *call), torch.bfloat16)
-    theirs = []
-    for name in ("eager", "grouped_mm"):
-        experts.config._experts_implementation = name
-        theirs.append(grads_of(experts, experts, torch.bfloat16))
-    for exact, got, *others in zip(truth, ours, *theirs, strict=True):
-        assert (got - exact).norm() <= 1.2 * max((other - exact).norm() for other in others) + 1e-6 * exact.norm()
+    ours, theirs = 0.0, 0.0
+    for experts, inputs, out in calls:
+        wide, upstream = copy.deepcopy(experts).double(), torch.randn_like(out)
+        truth = grads_of(wide, wide, torch.float64, inputs, upstream)
+
+        def errors(call, experts=experts, inputs=inputs, upstream=upstream, truth=truth):
+            got = grads_of(experts, call, torch.bfloat16, inputs, upstream)
+            return torch.tensor([(a - b).norm() / b.norm() for a, b in zip(got, truth, strict=True)])
+
+        ours = ours + errors(lambda *call, experts=experts: experts_forward(experts, *call))
+        worst = []
+        for name in ("eager", "grouped_mm"):  # a family's eager form may run in float32
+            experts.config._experts_implementation = name
+            worst.append(errors(experts))
+        experts.config._experts_implementation = "eager"
+        theirs = theirs + torch.maximum(*worst)
+    assert (ours <= 1.1 * theirs).all(), (ours / theirs).tolist()
 
 
 @pytest.mark.compile

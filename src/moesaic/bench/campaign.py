@@ -17,7 +17,7 @@ from moesaic.bench.machine import machine
 from moesaic.bench.memory import run_memory_cell
 from moesaic.bench.problem import make_experts
 from moesaic.bench.runner import Result, does_not_fit, run_cell
-from moesaic.bench.shapes import SHAPES, Cell
+from moesaic.bench.shapes import ROUNDS, SHAPES, Cell
 from moesaic.bench.timing import CELL_SECONDS
 from moesaic.types import ExpertWeights
 
@@ -98,11 +98,14 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 @dataclass
 class Campaign:
-    """Runs cells into a journal. Raises ValueError for engines and peers that there are not."""
+    """Runs cells into a journal; `rounds` None: ten, or what suits the time they take.
+
+    Raises ValueError for engines and peers that there are not.
+    """
 
     engines: Sequence[str]
     peers: Sequence[str]
-    rounds: int
+    rounds: int | None = None
     budget_seconds: float | None = None
     journal: Journal = field(default_factory=Journal)
 
@@ -142,12 +145,15 @@ class Campaign:
             weights.forget()  # every process makes its own
             return run_memory_cell(cell, self.engines, self.peers)
         if cell.mode == "router":
-            return run_router_cell(cell, weights.get(), self.engines[0], rounds=self.rounds)
+            return run_router_cell(cell, weights.get(), self.engines[0], rounds=self.rounds or ROUNDS)
         key = (cell.dtype, cell.threads)
         if key not in self._ceilings:
             self._ceilings[key] = self._measure_ceiling(*key, "begin")
         contenders = [*our_engines(self.engines, cell.dtype), *self._contenders]
-        return run_cell(cell, weights.get(), contenders, self._ceilings[key], rounds=self.rounds, truths=weights.truths)
+        rounds, exact = self.rounds or ROUNDS, self.rounds is not None
+        return run_cell(
+            cell, weights.get(), contenders, self._ceilings[key], rounds=rounds, exact=exact, truths=weights.truths
+        )
 
     def _measure_ceiling(self, dtype: str, threads: int, when: str) -> Ceiling:
         torch.set_num_threads(threads)
@@ -186,12 +192,13 @@ def _by_weights(cells: Iterable[Cell]) -> Iterator[list[Cell]]:
     yield from groups.values()
 
 
-def expected_seconds(cell: Cell, rounds: int) -> float:
+def expected_seconds(cell: Cell, rounds: int | None) -> float:
     """A guess, for the time left: what a cell costs apart from its rounds, and those at an ordinary machine's speed."""
     shape = SHAPES[cell.shape]
     passes = 3 if cell.trains else 1
     compute = 6 * cell.tokens * shape.k * shape.hidden_size * shape.width * passes / 5e10
     active = min(shape.n_experts, cell.tokens * shape.k) / shape.n_experts
     moved = 4 * active * shape.num_parameters * passes / 1e10
-    contenders = 6 if cell.mode != "memory" else 5 / rounds
-    return 3 + min(CELL_SECONDS, rounds * contenders * (compute + moved))
+    runs = 5 if cell.mode == "memory" else 6 * (rounds or ROUNDS)
+    seconds = runs * (compute + moved)
+    return 3 + (min(CELL_SECONDS, seconds) if rounds is None else seconds)

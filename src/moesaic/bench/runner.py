@@ -117,9 +117,13 @@ def run_cell(
     ceiling: Ceiling,
     *,
     rounds: int,
+    exact: bool = False,
     truths: dict[Any, Truth] | None = None,
 ) -> Result:
-    """Measure a cell. `truths` keeps float64 results for cells that differ only in threads, cache or mode."""
+    """Measure a cell in about so many rounds, or just as many where `exact`.
+
+    `truths` keeps float64 results for cells that differ only in threads, cache or mode.
+    """
     start = time.perf_counter()
     problem = make_problem(cell, experts)
     truths = {} if truths is None else truths
@@ -134,7 +138,8 @@ def run_cell(
     entrants.append(_bound(problem))
     once[GEMM_ONLY] = _timed(entrants[-1].run)[1]
     not_peers = [row.name for row in rows if row.kind != "peer"]
-    seconds = interleave(entrants, plan_rounds(once, rounds, never_few=not_peers))
+    planned = dict.fromkeys(once, rounds) if exact else plan_rounds(once, rounds, never_few=not_peers)
+    seconds = interleave(entrants, planned)
     seconds = {name: runs or [once[name]] for name, runs in seconds.items()}
     problem.forget_gradients(weights_too=True)
     result = Result(cell, rows, ceiling=ceiling, least_ms=1e3 * least_seconds(phases_of(problem), ceiling))

@@ -39,7 +39,7 @@ def bench(
         str, typer.Option(help="Whom to compare with: names, none, or .py files that define PEERS.")
     ] = "eager,batched_mm,grouped_mm,torchtitan",
     rounds: Annotated[
-        int | None, typer.Option(min=1, help="Rounds of a cell, 10 unless given; fewer where they take minutes.")
+        int | None, typer.Option(min=1, help="Rounds of a cell; unless given 10, fewer where they take minutes.")
     ] = None,
     budget: Annotated[float | None, typer.Option(min=0, help="Minutes after which no cell is begun.")] = None,
     out: Annotated[
@@ -53,7 +53,7 @@ def bench(
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
 ) -> None:
     """Measure our engines against their peers: correctness first, rounds in turn, share of this machine's ceiling."""
-    from moesaic.bench.shapes import ROUNDS, SMOKE_ROUNDS, choose
+    from moesaic.bench.shapes import SMOKE_ROUNDS, choose
 
     given = choose(shapes=shape, tokens=tokens, dtypes=dtype, modes=mode, routings=routing, threads=threads)
     if smoke and targets:
@@ -62,7 +62,7 @@ def bench(
     from moesaic.cli.output import make_ready
 
     cells = _cells(given, smoke=smoke, targets=targets)
-    rounds = rounds or (SMOKE_ROUNDS if smoke else ROUNDS)
+    rounds = rounds or (SMOKE_ROUNDS if smoke else None)
     engines, others = ([name.strip() for name in text.split(",")] for text in (engine, peers))
     campaign = Campaign(engines, others, rounds, budget if budget is None else 60 * budget)
     if out is not None:

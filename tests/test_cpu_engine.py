@@ -122,9 +122,21 @@ def test_widening_by_parts_computes_the_same(monkeypatch, habit, rows, transpose
     x, w = torch.randn(rows, 40), torch.randn(301, 40).bfloat16().mT
     w = w.contiguous() if transposed else w
     for elements in (1500, 5000, gemm.ANY):  # 8 parts of uneven width, 2, and the whole
-        out = torch.full((rows, 301), math.nan)
-        gemm.widening(elements)(x, w, out, gemm.Workspace())
-        torch.testing.assert_close(out.double(), x.double() @ w.double(), rtol=1e-5, atol=2e-4)
+        for form in (gemm.widening(elements), gemm.widening_inputs(elements)):
+            out = torch.full((rows, 301), math.nan)
+            form(x, w, out, gemm.Workspace())
+            torch.testing.assert_close(out.double(), x.double() @ w.double(), rtol=1e-5, atol=2e-4)
+
+
+@pytest.mark.parametrize("accumulate", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_gradient_in_parts_is_the_whole_gradient(monkeypatch, dtype, accumulate):
+    monkeypatch.setattr(gemm, "OUTER", 700)
+    g, x, before = torch.randn(9, 53), torch.randn(9, 40), torch.randn(53, 40).to(dtype)
+    out = before.clone() if accumulate else torch.full_like(before, math.nan)
+    gemm.add_outer(out, g, x, gemm.Workspace(), accumulate=accumulate)
+    exact = g.double().T @ x.double() + (before.double() if accumulate else 0)
+    torch.testing.assert_close(out.double(), exact, rtol=1e-5 if dtype == torch.float32 else 8e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["float32", "bfloat16 widened", "transposed"])
@@ -170,8 +182,8 @@ def test_experts_of_few_and_of_many_rows_in_one_batch(monkeypatch, habit, dtype,
 
 
 def test_the_tables_of_forms_reach_every_number_of_rows():
-    whole = (gemm.ROW_MAJOR, gemm.COLUMN_MAJOR, gemm.WIDE)
-    for table in (*(t for tables in whole for t in tables.values()), gemm.PLAIN, gemm.WIDE_COLUMN_MAJOR):
+    whole = (gemm.ROW_MAJOR, gemm.COLUMN_MAJOR, gemm.WIDE, gemm.WIDE_COLUMN_MAJOR)
+    for table in (*(t for tables in whole for t in tables.values()), gemm.PLAIN):
         bounds = [rows for rows, _ in table]
         assert bounds == sorted(set(bounds))
         assert bounds[-1] == gemm.ANY

@@ -1,11 +1,13 @@
 """Memory and router cells of `moesaic bench`."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from moesaic.bench import gating, memory
 from moesaic.bench.gating import refuses_router, run_router_cell
-from moesaic.bench.memory import peak_of, run_memory_cell
+from moesaic.bench.memory import peak_of, peak_of_step, run_memory_cell
 from moesaic.bench.problem import make_experts
 from moesaic.bench.shapes import Cell
 from moesaic.layer.router import Router
@@ -30,6 +32,17 @@ def test_the_peak_sees_what_was_taken_even_if_it_was_given_back(sampled, monkeyp
     _, peak = peak_of(lambda: allocate(kept=16, passing=8))
     assert 15 * MIB <= peak <= 20 * MIB, "an earlier peak is forgotten"
     assert held is not None
+
+
+def test_a_peak_in_forward_is_not_hidden_by_gradients_that_come_later():
+    tokens, gradient = torch.ones(4, requires_grad=True), torch.empty(96 * MIB // 4, device="meta")
+    problem = SimpleNamespace(
+        tokens=tokens, expert_ids=None, weights=None, out_grad=torch.ones(4), parameters=[gradient]
+    )
+    extra, out = peak_of_step(problem, lambda tokens, *_: (allocate(kept=1, passing=64), 2 * tokens)[1])
+    assert 60 * MIB <= extra <= 70 * MIB
+    assert torch.equal(tokens.grad, torch.full((4,), 2.0))
+    assert torch.equal(out.detach(), torch.full((4,), 2.0))
 
 
 def test_contenders_are_measured_in_processes_of_their_own_and_compared():

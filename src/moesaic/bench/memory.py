@@ -14,9 +14,9 @@ from typing import TypeVar
 
 import torch
 
-from moesaic.bench.contenders import Contender, our_engines, peers_named
+from moesaic.bench.contenders import Call, Contender, our_engines, peers_named
 from moesaic.bench.gate import errors_of, is_right, truth_of
-from moesaic.bench.problem import make_experts, make_problem
+from moesaic.bench.problem import Problem, make_experts, make_problem
 from moesaic.bench.runner import EAGER, Result, Row, compare, failed, forget_gradients, run_once
 from moesaic.bench.shapes import Cell
 
@@ -26,7 +26,8 @@ WARM_TOKENS = 16  # loads code and starts threads, whose memory is not counted
 METHOD = (
     "a process for each; after a forward and backward of 16 tokens the kernel's high-water mark of resident memory is "
     "reset (/proc/self/clear_refs; where that is refused, resident memory is sampled every millisecond) and read after "
-    "the run; what was resident before and the bytes of the weights' gradients are taken off"
+    "the forward, and again after the backward; what was resident before is taken off, the bytes of the weights' "
+    "gradients too where they are there, in the backward; the larger one counts"
 )
 
 
@@ -91,16 +92,29 @@ def _probe(request: Request) -> tuple[int, dict[str, float]]:
     forget_gradients(warm, warm_call, weights_too=True)
     problem = make_problem(cell, experts)
     call = contender.build(problem)
-    gradients = sum(parameter.nbytes for parameter in problem.parameters())
-    out, extra = peak_of(lambda: run_once(problem, call))
+    extra, out = peak_of_step(problem, call)
     grads_of = getattr(call, "expert_grads", problem.expert_grads)
-    return extra - gradients, errors_of(problem, truth_of(problem), out, grads_of=grads_of)
+    return extra, errors_of(problem, truth_of(problem), out, grads_of=grads_of)
 
 
-def peak_of(run: Callable[[], T]) -> tuple[T, int]:
-    """What `run` returns, and by how many bytes resident memory rose above its start at the most."""
+def peak_of_step(problem: Problem, call: Call) -> tuple[int, torch.Tensor]:
+    """(bytes over weights and gradients at the peak of a forward and backward, the output).
+
+    The two apart, for gradients are not there before the backward: taken off a peak in forward they would hide it.
+    """
     _give_free_memory_back()
-    before = _resident("VmRSS")
+    start, gradients = _resident("VmRSS"), sum(parameter.nbytes for parameter in problem.parameters())
+    out, forward = peak_of(lambda: call(problem.tokens, problem.expert_ids, problem.weights), start)
+    _, backward = peak_of(lambda: out.backward(problem.out_grad), start)
+    return max(forward, backward - gradients), out
+
+
+def peak_of(run: Callable[[], T], start: int | None = None) -> tuple[T, int]:
+    """What `run` returns, and by how many bytes resident memory rose at the most: above `start`, else above what is
+    there now."""
+    if start is None:
+        _give_free_memory_back()
+    before = _resident("VmRSS") if start is None else start
     try:
         CLEAR_REFS.write_text("5")  # sets the high-water mark to what is resident now (proc(5))
     except OSError:

@@ -37,7 +37,7 @@ def test_the_peak_sees_what_was_taken_even_if_it_was_given_back(sampled, monkeyp
 def test_a_peak_in_forward_is_not_hidden_by_gradients_that_come_later():
     tokens, gradient = torch.ones(4, requires_grad=True), torch.empty(96 * MIB // 4, device="meta")
     problem = SimpleNamespace(
-        tokens=tokens, expert_ids=None, weights=None, out_grad=torch.ones(4), parameters=[gradient]
+        tokens=tokens, expert_ids=None, weights=None, out_grad=torch.ones(4), parameters=lambda: [gradient]
     )
     extra, out = peak_of_step(problem, lambda tokens, *_: (allocate(kept=1, passing=64), 2 * tokens)[1])
     assert 60 * MIB <= extra <= 70 * MIB

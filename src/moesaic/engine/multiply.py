@@ -40,13 +40,15 @@ class Multiply:
         if self._batch_invariant:
             return self._product(batch, x.to(self._dtype), stack, INVARIANT, name, out)
         few, sizes = narrow_table(stack) if stack.dtype == self._own != self._dtype else (), batch.sizes
-        if min(sizes) <= most_rows(few):
-            narrow = self._product(batch, x.to(stack.dtype), stack, few, "narrow")
-            out = self._work.take(name, *narrow.shape, self._dtype) if out is None else out
-            out.copy_(narrow)
+        table = table_for(self._dtype, stack)
+        if min(sizes) > most_rows(few):
+            return self._product(batch, x.to(self._dtype), stack, table, name, out)
+        narrow = self._product(batch, x.to(stack.dtype), stack, few, "narrow")
+        if out is None:
+            out = self._work.take(name, len(x), stack.shape[2], self._dtype)
+        out.copy_(narrow)
         if max(sizes) > most_rows(few):
-            table = table_for(self._dtype, stack)
-            out = self._product(batch, x.to(self._dtype), stack, table, name, out, over=most_rows(few))
+            self._product(batch, x.to(self._dtype), stack, table, name, out, over=most_rows(few))
         return out
 
     def _product(

@@ -195,11 +195,14 @@ def test_one_module_that_cannot_be_served_leaves_the_whole_model_as_it_was():
 
 
 def test_a_model_that_changed_since_it_was_attached_is_read_again():
-    model = ms.attach(loud("qwen3_moe"))
+    model = ms.attach(loud("qwen3_moe"), recompute=True)
     experts_of(model)[0].act_fn = nn.Mish()
     for refuses in (lambda: ms.attach(model), lambda: model(token_ids())):
         with pytest.raises(ValueError, match="Mish"):
             refuses()
+    assert all(vars(experts)["_moesaic"].recompute for experts in experts_of(model)[1:]), (
+        "the others keep their options"
+    )
     experts_of(model)[0].act_fn = nn.GELU(approximate="tanh")
     assert {vars(experts)["_moesaic"].spec.activation for experts in experts_of(ms.attach(model))} >= {
         "gelu_pytorch_tanh"

@@ -54,9 +54,13 @@ def attach(model: M, *, engine: str = "auto", batch_invariant: bool = False, rec
     if not ours and not theirs:
         raise ValueError(_nothing_to_attach(model))
     options = {"engine": engine, "batch_invariant": batch_invariant, "recompute": recompute}
+    served = []
     for module in theirs:
-        module.__dict__.pop("_moesaic", None)  # what was read of it before may no longer be so
-    served = [serve(module)._replace(**options) for module in theirs]
+        try:
+            served.append(serve(module)._replace(**options))
+        except ValueError:
+            module.__dict__.pop("_moesaic", None)  # what was read of it before is no longer so
+            raise
     if theirs and (switch := getattr(model, "set_experts_implementation", None)):
         try:
             switch(NAME)

@@ -97,11 +97,11 @@ def test_the_layer_exports_with_the_operator_inside():
 
 @pytest.mark.compile
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("save_hidden", [False, True])
-def test_what_graphs_are_told_about_the_operator_is_so(dtype, save_hidden):
+@pytest.mark.parametrize("keep", ["nothing", "order", "hidden"])
+def test_what_graphs_are_told_about_the_operator_is_so(dtype, keep):
     """torch.library.opcheck: the schema, the fake's shapes, dtypes and strides, autograd's registration."""
     x, ids, weights, experts = problem(7, dtype=dtype)
-    args = (x, ids, weights, *experts, "silu", True, None, 1.0, 0.0, False, False, save_hidden, False)
+    args = (x, ids, weights, *experts, "silu", True, None, 1.0, 0.0, False, False, keep, False)
     torch.library.opcheck(torch.ops.moesaic.experts.default, args)
     with torch.no_grad():
         out, hidden, order, counts = torch.ops.moesaic.experts(*args[:-2], True, False)

@@ -7,8 +7,6 @@ are added one after another, so every sum has one order and results repeat bit f
 Kept for the backward: the tokens, the up projection's output H and the order of assignments; nothing else.
 """
 
-from typing import Any, NamedTuple
-
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
@@ -18,7 +16,7 @@ from moesaic.engine.batches import PIECE_ROWS, Batch, batches
 from moesaic.engine.checks import check_ids
 from moesaic.engine.gemm import INVARIANT_ROWS, matmul_dtype
 from moesaic.engine.multiply import Multiply
-from moesaic.engine.op import ACCUMULATING, run_experts
+from moesaic.engine.op import Gradients, Keep, register_kernels, run_experts
 from moesaic.engine.plan import group_by_expert
 from moesaic.engine.spec import ExpertSpec
 from moesaic.types import ExpertWeights
@@ -34,7 +32,7 @@ def forward(
     experts: ExpertWeights,
     spec: ExpertSpec,
     *,
-    save_hidden: bool,
+    keep: Keep,
     batch_invariant: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(out [T, O], hidden, assignments [S], counts [E]): the weighted sum of the chosen experts, and what the backward
@@ -46,6 +44,7 @@ def forward(
     dtype, wide = matmul_dtype(tokens.dtype), torch.promote_types(tokens.dtype, torch.float32)
     up, down = _as_in_out(experts, spec)
     out = torch.zeros(len(tokens), down.shape[2], dtype=wide)
+    save_hidden = keep == "hidden"
     hidden = tokens.new_empty((len(plan.assignments), up.shape[2]) if save_hidden else 0)
     scales = weights.flatten()[plan.assignments].to(wide)[:, None]
     multiply = Multiply(tokens.dtype, batch_invariant=batch_invariant)
@@ -64,18 +63,6 @@ def forward(
         _add_bias(expert_out, experts.down_bias, batch, scale)
         out.index_add_(0, batch.rows, expert_out)
     return out.to(tokens.dtype), hidden, plan.assignments, plan.counts
-
-
-class Gradients(NamedTuple):
-    """One entry for each differentiable input: as `backward` argument what is wanted of it, as its result the gradient,
-    None where it was not wanted or went straight into a gradient that existed."""
-
-    tokens: Any
-    weights: Any
-    up: Any
-    down: Any
-    up_bias: Any
-    down_bias: Any
 
 
 def backward(
@@ -229,41 +216,4 @@ def cpu(
     return run_experts(tokens, expert_ids, weights, experts, spec, batch_invariant=batch_invariant, recompute=recompute)
 
 
-@torch.library.impl("moesaic::experts", "CPU")
-def _forward_kernel(tokens: Tensor, expert_ids: Tensor, weights: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    experts, fields, (save_hidden, batch_invariant) = ExpertWeights(*rest[:4]), rest[4:-2], rest[-2:]
-    return forward(
-        tokens,
-        expert_ids,
-        weights,
-        experts,
-        ExpertSpec(*fields),
-        save_hidden=save_hidden,
-        batch_invariant=batch_invariant,
-    )
-
-
-@torch.library.impl("moesaic::experts_backward", "CPU")
-def _backward_kernel(*args: Any) -> list[Tensor]:
-    tokens = args[1]
-    return [tokens.new_empty(0) if grad is None else grad for grad in _accumulating_backward(*args)]
-
-
-def _accumulating_backward(grad_out: Tensor, tokens: Tensor, weights: Tensor, *rest: Any) -> Gradients:
-    experts, (hidden, assignments, counts), fields = ExpertWeights(*rest[:4]), rest[4:7], rest[7:14]
-    wanted, into = Gradients(*rest[14]), rest[15:]
-    return backward(
-        grad_out,
-        tokens,
-        weights,
-        experts,
-        hidden,
-        assignments,
-        counts,
-        ExpertSpec(*fields),
-        wanted,
-        *into,
-    )
-
-
-ACCUMULATING["cpu"] = _accumulating_backward
+register_kernels("cpu", forward, backward)

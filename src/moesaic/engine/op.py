@@ -1,11 +1,12 @@
 """The experts as one opaque operator, `moesaic::experts`: what torch.compile, export, autograd and checkpointing see.
 
 Every output has a shape that follows from the inputs' shapes, so a graph holds it whole in every dtype. A device's
-kernels are put in with `torch.library.impl`; this file knows none of them.
+kernels are put in with `register_kernels`; this file knows none of them.
 """
 
 import threading
-from typing import Any, NoReturn
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -15,11 +16,26 @@ from moesaic.engine.grouped import grouped
 from moesaic.engine.spec import ExpertSpec
 from moesaic.types import ExpertWeights
 
+Keep = Literal["nothing", "order", "hidden"]  # what forward leaves for a backward; order = assignments and counts
+
+
+class Gradients(NamedTuple):
+    """One entry for each differentiable input: as `backward` argument what is wanted of it, as its result the gradient,
+    None where it was not wanted or went straight into a gradient that existed."""
+
+    tokens: Any
+    weights: Any
+    up: Any
+    down: Any
+    up_bias: Any
+    down_bias: Any
+
+
 _EXPERTS = "Tensor up, Tensor down, Tensor? up_bias, Tensor? down_bias"
 _SPEC = "str activation, bool gated, float? limit, float alpha, float up_offset, bool interleaved, bool transposed"
 torch.library.define(
     "moesaic::experts",
-    f"(Tensor tokens, Tensor expert_ids, Tensor weights, {_EXPERTS}, {_SPEC}, bool save_hidden, bool batch_invariant)"
+    f"(Tensor tokens, Tensor expert_ids, Tensor weights, {_EXPERTS}, {_SPEC}, str keep, bool batch_invariant)"
     " -> (Tensor out, Tensor hidden, Tensor assignments, Tensor counts)",
 )
 torch.library.define(
@@ -58,10 +74,8 @@ def run_experts(
         return grouped(tokens, expert_ids, weights, experts, spec).to(dtype)
     differentiable = (tokens, weights, *experts)
     needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in differentiable)
-    save_hidden = needs_grad and not recompute
-    out, *_ = torch.ops.moesaic.experts(
-        tokens, expert_ids, weights, *experts, *spec.fields, save_hidden, batch_invariant
-    )
+    keep = "nothing" if not needs_grad else "order" if recompute else "hidden"
+    out, *_ = torch.ops.moesaic.experts(tokens, expert_ids, weights, *experts, *spec.fields, keep, batch_invariant)
     return out.to(dtype)
 
 
@@ -83,12 +97,12 @@ def _needs_plain_torch() -> bool:
 
 def _fake_experts(tokens: Tensor, expert_ids: Tensor, weights: Tensor, up: Tensor, down: Tensor, *rest: Any) -> Any:
     del weights
-    _up_bias, _down_bias, *fields, save_hidden, _batch_invariant = rest
+    _up_bias, _down_bias, *fields, keep, _batch_invariant = rest
     spec, experts = ExpertSpec(*fields), ExpertWeights(up, down)
     n_assignments = expert_ids.numel()
     return (
         tokens.new_empty(tokens.shape[0], spec.output_size(experts)),
-        tokens.new_empty((n_assignments, spec.up_size(experts)) if save_hidden else 0),
+        tokens.new_empty((n_assignments, spec.up_size(experts)) if keep == "hidden" else 0),
         expert_ids.new_empty(n_assignments, dtype=torch.int64),
         expert_ids.new_empty(up.shape[0], dtype=torch.int64),
     )
@@ -113,7 +127,7 @@ def _refuse_vmap(*_: Any) -> NoReturn:
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    tokens, expert_ids, weights, up, down, up_bias, down_bias, *fields, _save_hidden, _batch_invariant = inputs
+    tokens, expert_ids, weights, up, down, up_bias, down_bias, *fields, _keep, _batch_invariant = inputs
     _out, hidden, assignments, counts = output
     ctx.spec = ExpertSpec(*fields)
     ctx.save_for_backward(tokens, expert_ids, weights, up, down, up_bias, down_bias, hidden, assignments, counts)
@@ -157,6 +171,32 @@ def _differentiable_backward(
     chosen = [t for t, want in zip(views, wanted, strict=True) if want]
     grads = iter(torch.autograd.grad(out, chosen, grad_out, create_graph=True, allow_unused=True))
     return [next(grads) if want else None for want in wanted]
+
+
+def register_kernels(device_type: str, forward: Callable[..., Any], backward: Callable[..., Gradients]) -> None:
+    """Compute the operator on this device by
+
+    forward(tokens, expert_ids, weights, experts, spec, *, keep, batch_invariant) -> (out, hidden, assignments, counts),
+    backward(grad_out, tokens, weights, experts, hidden, assignments, counts, spec, wanted, up_into=None,
+    down_into=None) -> Gradients; with `..._into` a matrix's gradient is added to that tensor in place.
+    """
+
+    def experts(tokens: Tensor, expert_ids: Tensor, weights: Tensor, *rest: Any) -> Any:
+        matrices, fields, (keep, batch_invariant) = ExpertWeights(*rest[:4]), rest[4:-2], rest[-2:]
+        spec = ExpertSpec(*fields)
+        return forward(tokens, expert_ids, weights, matrices, spec, keep=keep, batch_invariant=batch_invariant)
+
+    def accumulating(grad_out: Tensor, tokens: Tensor, weights: Tensor, *rest: Any) -> Gradients:
+        matrices, saved, fields = ExpertWeights(*rest[:4]), rest[4:7], rest[7:14]
+        spec, wanted = ExpertSpec(*fields), Gradients(*rest[14])
+        return backward(grad_out, tokens, weights, matrices, *saved, spec, wanted, *rest[15:])
+
+    def experts_backward(*args: Any) -> list[Tensor]:
+        return [args[1].new_empty(0) if grad is None else grad for grad in accumulating(*args)]
+
+    torch.library.impl("moesaic::experts", device_type)(experts)
+    torch.library.impl("moesaic::experts_backward", device_type)(experts_backward)
+    ACCUMULATING[device_type] = accumulating
 
 
 _ADDING = threading.Lock()  # two backwards in two threads may share weights, as AccumulateGrad's own lock allows

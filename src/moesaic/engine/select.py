@@ -10,13 +10,19 @@ from moesaic.engine.cpu import cpu
 from moesaic.engine.gemm import explain
 from moesaic.engine.grouped import grouped
 from moesaic.engine.reference import reference
+from moesaic.engine.triton import INSTALLED, triton, why_not
 
 # (tokens [T, D], expert_ids [T, K], weights [T, K], ExpertWeights, ExpertSpec, **options) -> [T, O]
 Engine = Callable[..., Tensor]
 
-ENGINES: dict[str, Engine] = {"reference": reference, "grouped": grouped, "cpu": cpu}
-AUTO = {"cpu": "cpu"}  # device type -> what "auto" takes there; "grouped" elsewhere
-OPTIONS = {"reference": {"batch_invariant"}, "grouped": set(), "cpu": {"batch_invariant", "recompute"}}
+ENGINES: dict[str, Engine] = {"reference": reference, "grouped": grouped, "cpu": cpu, "triton": triton}
+AUTO = {"cpu": "cpu", "cuda": "triton"}  # device type -> what "auto" takes there where it can; else "grouped"
+OPTIONS = {
+    "reference": {"batch_invariant"},
+    "grouped": set(),
+    "cpu": {"batch_invariant", "recompute"},
+    "triton": {"batch_invariant", "recompute"},
+}
 
 
 def check_engine(name: str, *, batch_invariant: bool = False, recompute: bool = False) -> str:
@@ -25,6 +31,8 @@ def check_engine(name: str, *, batch_invariant: bool = False, recompute: bool = 
         return name
     if name not in ENGINES:
         raise ValueError(f"engine={name!r} is unknown: use 'auto' or one of {', '.join(map(repr, ENGINES))}")
+    if name == "triton" and not INSTALLED:
+        raise ValueError(f"engine='triton' cannot run here: {why_not('cuda')}, or use 'auto' or 'grouped'")
     for option, asked in (("batch_invariant", batch_invariant), ("recompute", recompute)):
         if asked and option not in OPTIONS[name]:
             able = ", ".join(repr(other) for other in ENGINES if option in OPTIONS[other])
@@ -36,8 +44,7 @@ def select_engine(
     name: str, device: torch.device, dtype: torch.dtype, *, batch_invariant: bool = False, recompute: bool = False
 ) -> Engine:
     """The engine for tensors of this device and dtype. "auto" takes what `best_engine` names."""
-    del dtype  # no choice hangs on it yet
-    chosen = AUTO.get(device.type, "grouped") if name == "auto" else name
+    chosen = _auto(device.type, dtype) if name == "auto" else name
     if not batch_invariant and not recompute:
         return ENGINES[chosen]
     check_engine(chosen, batch_invariant=batch_invariant, recompute=recompute)
@@ -46,9 +53,20 @@ def select_engine(
     return partial(ENGINES[chosen], batch_invariant=batch_invariant, recompute=recompute)
 
 
+@torch.compiler.assume_constant_result  # what a device can is asked while a graph is traced, not in it
+def _auto(device_type: str, dtype: torch.dtype) -> str:
+    chosen = AUTO.get(device_type, "grouped")
+    return "grouped" if chosen == "triton" and why_not(device_type, dtype) else chosen
+
+
 def best_engine(device_type: str, dtype: torch.dtype) -> tuple[str, str]:
     """What "auto" takes for (device type, dtype), and why: (name, reason)."""
-    name = AUTO.get(device_type, "grouped")
-    if name == "grouped":
-        return name, f"plain torch, two matmuls per active expert: runs on every device, {device_type} included"
-    return name, f"kernels for the cpu with a backward of their own; {explain(dtype)}"
+    name = _auto(device_type, dtype)
+    if name == "cpu":
+        return name, f"kernels for the cpu with a backward of their own; {explain(dtype)}"
+    if name == "triton":
+        return name, "fused Triton kernels with a backward of their own, and no wait for the device"
+    reason = f"plain torch, two matmuls per active expert: runs on every device, {device_type} included"
+    if AUTO.get(device_type) == "triton":
+        reason += f"; engine='triton' cannot serve this: {why_not(device_type, dtype)}"
+    return name, reason

@@ -1,0 +1,119 @@
+"""Which tiles the kernels take: a table keyed by what is known without asking the device, and no search at run time.
+
+Written from the sizes that vLLM's and sglang's tuned tables settle on for Hopper and from what fits into shared memory
+and registers there; the rows of the table are replaced by measurements as they come.
+"""
+
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+
+
+class Blocks(NamedTuple):
+    """A program's share of a matmul: `rows` x `columns` of the result, `depth` of the sum at a time.
+
+    stages: loads in flight.  group: row tiles that are computed side by side, so that they share a matrix in cache.
+    """
+
+    rows: int
+    columns: int
+    depth: int
+    warps: int = 4
+    stages: int = 3
+    group: int = 1
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """As a kernel takes them."""
+        return {
+            "ROWS": self.rows,
+            "COLUMNS": self.columns,
+            "DEPTH": self.depth,
+            "GROUP": self.group,
+            "num_warps": self.warps,
+            "num_stages": self.stages,
+        }
+
+
+class Tiles(NamedTuple):
+    """The blocks of every op for one problem. Those that walk over rows cut them alike: one layout serves all."""
+
+    up: Blocks
+    matmul: Blocks
+    d_hidden: Blocks
+    outer: Blocks
+
+
+# most rows that an expert has on average -> tiles, for 16-bit numbers; 0 is for any number above
+HALF = {
+    16: Tiles(
+        up=Blocks(16, 64, 128, 4, 4),
+        matmul=Blocks(16, 64, 128, 4, 4),
+        d_hidden=Blocks(16, 64, 128, 4, 4),
+        outer=Blocks(128, 128, 32, 8, 3),
+    ),
+    40: Tiles(
+        up=Blocks(32, 64, 128, 4, 4),
+        matmul=Blocks(32, 128, 64, 4, 4),
+        d_hidden=Blocks(32, 64, 128, 4, 4),
+        outer=Blocks(128, 128, 32, 8, 3),
+    ),
+    160: Tiles(
+        up=Blocks(64, 128, 64, 8, 4),
+        matmul=Blocks(64, 128, 64, 4, 4),
+        d_hidden=Blocks(64, 128, 64, 8, 4),
+        outer=Blocks(128, 256, 64, 8, 3),
+    ),
+    0: Tiles(
+        up=Blocks(128, 128, 64, 8, 4, group=8),
+        matmul=Blocks(128, 256, 64, 8, 4, group=8),
+        d_hidden=Blocks(128, 128, 64, 8, 4, group=8),
+        outer=Blocks(128, 256, 64, 8, 3, group=4),
+    ),
+}
+# float32 without tensor cores: as much as the registers hold
+FLOAT = {
+    16: Tiles(
+        up=Blocks(16, 32, 32, 4, 3),
+        matmul=Blocks(16, 64, 32, 4, 3),
+        d_hidden=Blocks(16, 64, 32, 4, 3),
+        outer=Blocks(64, 64, 16, 4, 3),
+    ),
+    0: Tiles(
+        up=Blocks(64, 32, 32, 4, 3, group=8),
+        matmul=Blocks(64, 64, 32, 4, 3, group=8),
+        d_hidden=Blocks(64, 64, 32, 4, 3, group=8),
+        outer=Blocks(64, 64, 16, 4, 3, group=4),
+    ),
+}
+INVARIANT_ROWS = 64  # rows an expert that the batch-invariant mode takes its tiles for, whatever comes
+INTERPRETED = Tiles(*[Blocks(16, 16, 16)] * 4)  # where numpy stands for the device, small tiles test more
+
+# bytes of shared memory that one program can have (CUDA programming guide, table of technical specifications)
+SHARED_MEMORY = {(7, 5): 65536, (8, 0): 166912, (8, 7): 166912, (9, 0): 232448, (10, 0): 232448, (10, 3): 232448}
+LEAST_SHARED_MEMORY = 101376  # every other GPU since Ampere
+MATRICES = {"up": 2}  # tiles of weights at a time; 1 unless named
+
+
+def tiles_for(rows_per_expert: int, dtype: torch.dtype, capability: tuple[int, int]) -> Tiles:
+    """The tiles for a mean number of rows, with as many stages as fit into shared memory."""
+    table = HALF if dtype.itemsize == 2 else FLOAT
+    chosen = next((tiles for most, tiles in table.items() if rows_per_expert <= most), table[0])
+    memory = SHARED_MEMORY.get(capability, LEAST_SHARED_MEMORY)
+    return Tiles(*(fitted(op, blocks, dtype.itemsize, memory) for op, blocks in chosen._asdict().items()))
+
+
+def fitted(op: str, blocks: Blocks, itemsize: int, shared_memory: int) -> Blocks:
+    """`blocks` with fewer stages, or less depth, where shared memory is smaller than it was chosen for."""
+    while True:
+        stage = (blocks.rows + MATRICES.get(op, 1) * blocks.columns) * blocks.depth * itemsize
+        stages = min(blocks.stages, shared_memory // stage)
+        if stages >= 2 or blocks.depth <= 32:
+            return blocks._replace(stages=max(stages, 1))
+        blocks = blocks._replace(depth=blocks.depth // 2)
+
+
+@cache
+def capability_of(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)

@@ -1,0 +1,64 @@
+"""Back from rows to tokens: each token gathers its K rows and adds them in slot order. Nothing is scattered."""
+
+import triton
+import triton.language as tl
+from jaxtyping import Float
+from torch import Tensor
+
+from moesaic.engine.triton.layout import Layout
+
+
+def combine(
+    rows: Float[Tensor, "S n"],
+    weights: Float[Tensor, "T K"] | None,
+    k: int,
+    layout: Layout,
+    num_experts: int,
+) -> Float[Tensor, "T n"]:
+    """sum over k of weights[t, k] * rows[row of (t, k)], in float32; without weights the plain sum."""
+    n_tokens, width = len(rows) // k, rows.shape[1]
+    out = rows.new_empty(n_tokens, width)
+    block = min(1024, triton.next_power_of_2(width))
+    _combine[(n_tokens, triton.cdiv(width, block))](
+        rows,
+        weights,
+        layout.expert_of_tile if layout.row_of is None else layout.row_of,
+        out,
+        num_experts,
+        width,
+        K=k,
+        SORTED=layout.sorted,
+        COLUMNS=block,
+        num_warps=max(1, min(4, block // 256)),
+    )
+    return out
+
+
+@triton.jit
+def _combine(
+    rows,
+    weights,
+    row_of,
+    out,
+    num_experts,
+    width,
+    K: tl.constexpr,
+    SORTED: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = column < width
+    total = tl.zeros((COLUMNS,), dtype=tl.float32)
+    for slot in tl.static_range(K):
+        assignment = token * K + slot
+        found = tl.load(row_of + assignment).to(tl.int32)
+        if SORTED:
+            row, present = found.to(tl.int64), found >= 0
+        else:
+            row, present = assignment, (found >= 0) & (found < num_experts)
+        value = tl.load(rows + row * width + column, mask=inside & present, other=0.0).to(tl.float32)
+        if weights is not None:
+            value *= tl.load(weights + assignment, mask=present, other=0.0).to(tl.float32)
+        total += value
+    tl.store(out + token * width + column, total.to(out.dtype.element_ty), mask=inside)

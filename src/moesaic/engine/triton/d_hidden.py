@@ -1,0 +1,235 @@
+"""Back through the down projection and the activation in one pass (SonicMoE, arXiv 2512.14080, sec. 3): with
+A = act(H) and s the routing weight, A' = g W2; dH = act'(H) s A'; ds = <A', A>; and s A, which dW2 needs. Neither the
+experts' outputs nor their gradients are ever in memory."""
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from jaxtyping import Float
+from torch import Tensor
+
+from moesaic.engine.spec import ExpertSpec
+from moesaic.engine.triton.activation import activate_backward
+from moesaic.engine.triton.blocks import Blocks
+from moesaic.engine.triton.layout import Layout
+from moesaic.engine.triton.tile import (
+    columns_of,
+    dot,
+    even,
+    halves,
+    load_tile,
+    offsets,
+    place,
+    precision,
+    strides,
+    tile_rows,
+    tokens_of,
+)
+from moesaic.types import ExpertWeights
+
+
+class HiddenGradients(NamedTuple):
+    """d_hidden [S, U].  scaled [S, I]: s * A.  partials [column tiles, S] float32: they add up to ds. None where it was
+    not wanted; rows of no expert are not written."""
+
+    d_hidden: Any
+    scaled: Any
+    partials: Any
+
+
+def d_hidden(
+    grad_out: Float[Tensor, "T O"],
+    hidden: Float[Tensor, "S U"],
+    weights: Float[Tensor, "T K"],
+    layout: Layout,
+    experts: ExpertWeights,
+    spec: ExpertSpec,
+    blocks: Blocks,
+    *,
+    wanted: tuple[bool, bool, bool],
+) -> HiddenGradients:
+    """`wanted` says which of the three; where it is `scaled` alone, no matmul is computed."""
+    matrix = experts.down.mT if spec.transposed else experts.down  # [E, O, I]
+    n_experts, depth, width = matrix.shape
+    column_tiles = triton.cdiv(width, blocks.columns)
+    grads = HiddenGradients(
+        hidden.new_empty(hidden.shape) if wanted[0] else None,
+        hidden.new_empty(len(hidden), width) if wanted[1] else None,
+        weights.new_empty(column_tiles, len(hidden), dtype=torch.float32) if wanted[2] else None,
+    )
+    tiles = len(layout.expert_of_tile)
+    _d_hidden[(tiles * column_tiles,)](
+        grad_out,
+        *grad_out.stride(),
+        weights.shape[1],
+        *layout.pointers,
+        weights,
+        matrix,
+        *matrix.stride(),
+        experts.down_bias,
+        *strides(experts.down_bias, 2),
+        hidden,
+        *grads,
+        tiles,
+        n_experts,
+        len(hidden),
+        depth,
+        width,
+        ACTIVATION=spec.activation,
+        GATED=spec.gated,
+        INTERLEAVED=spec.interleaved,
+        LIMIT=spec.limit,
+        ALPHA=spec.alpha,
+        OFFSET=spec.up_offset,
+        PRECISION=precision(grad_out.dtype),
+        OFFSETS=offsets(matrix),
+        EVEN_DEPTH=even(depth, blocks.depth),
+        EVEN=even(depth, blocks.depth) and even(width, blocks.columns),
+        **blocks.arguments,
+    )
+    return grads
+
+
+@triton.jit
+def _d_hidden(
+    g,
+    g_row,
+    g_column,
+    k,
+    expert_of_tile,
+    start_of_tile,
+    ends,
+    assignments,
+    weights,
+    w,
+    w_expert,
+    w_depth,
+    w_column,
+    bias,
+    bias_expert,
+    bias_column,
+    hidden,
+    d_hidden,
+    scaled,
+    partials,
+    tiles,
+    num_experts,
+    num_rows,
+    depth,
+    width,
+    ACTIVATION: tl.constexpr,
+    GATED: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    LIMIT: tl.constexpr,
+    ALPHA: tl.constexpr,
+    OFFSET: tl.constexpr,
+    PRECISION: tl.constexpr,
+    OFFSETS: tl.constexpr,
+    EVEN_DEPTH: tl.constexpr,
+    EVEN: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    tile, block = place(tl.program_id(0), tiles, tl.cdiv(width, COLUMNS), GROUP)
+    expert, start, stop = tile_rows(tile, expert_of_tile, start_of_tile, ends, num_experts, True)
+    if (expert < 0) | (expert >= num_experts):
+        return
+    rows = start + tl.arange(0, ROWS)
+    valid = rows < stop
+    assignment = tl.load(assignments + rows, mask=valid, other=0)
+    token = tokens_of(rows, valid, assignments, k, True).to(tl.int64)
+    scale = tl.load(weights + assignment, mask=valid, other=0.0).to(tl.float32)
+    column = block * COLUMNS + tl.arange(0, COLUMNS)
+    inside = column < width
+
+    a_grad = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
+    from_bias = tl.zeros((ROWS,), dtype=tl.float32)
+    if (d_hidden is not None) | (partials is not None):
+        steps = tl.arange(0, DEPTH)
+        g_tile = g + token[:, None] * g_row + (steps * g_column)[None, :]
+        w += expert.to(tl.int64) * w_expert
+        w_tile = w + (steps.to(OFFSETS)[:, None] * w_depth + column.to(OFFSETS)[None, :] * w_column)
+        for done in range(0, depth, DEPTH):
+            left = steps < depth - done
+            g_now = load_tile(g_tile, valid, left, EVEN_DEPTH)
+            a_grad = dot(g_now, load_tile(w_tile, left, inside, EVEN), a_grad, PRECISION)
+            if bias is not None:
+                if partials is not None:
+                    at = bias + expert.to(tl.int64) * bias_expert + (done + steps) * bias_column
+                    value = tl.load(at, mask=left, other=0.0).to(tl.float32)
+                    from_bias += tl.sum(g_now.to(tl.float32) * value[None, :], axis=1)
+            g_tile += DEPTH * g_column
+            w_tile += DEPTH * w_depth
+
+    above = start.to(tl.int64) * (2 * width if GATED else width)
+    hidden += above
+    if d_hidden is not None:
+        d_hidden += above
+    if scaled is not None:
+        scaled += start.to(tl.int64) * width
+    first = block * COLUMNS
+    part = from_bias if block == 0 else tl.zeros((ROWS,), dtype=tl.float32)
+    grads = halves(a_grad)
+    for half in tl.static_range(2):
+        part += _through_activation(
+            grads[half],
+            hidden,
+            d_hidden,
+            scaled,
+            scale,
+            valid,
+            first + half * (COLUMNS // 2),
+            width,
+            ACTIVATION,
+            GATED,
+            INTERLEAVED,
+            LIMIT,
+            ALPHA,
+            OFFSET,
+        )
+    if partials is not None:
+        tl.store(partials + block.to(tl.int64) * num_rows + rows, part, mask=valid)
+
+
+@triton.jit
+def _through_activation(
+    a_grad,
+    hidden,
+    d_hidden,
+    scaled,
+    scale,
+    valid,
+    first,
+    width,
+    ACTIVATION: tl.constexpr,
+    GATED: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    LIMIT: tl.constexpr,
+    ALPHA: tl.constexpr,
+    OFFSET: tl.constexpr,
+):
+    column = first + tl.arange(0, a_grad.shape[1])
+    there = valid[:, None] & (column < width)[None, :]
+    row = tl.arange(0, a_grad.shape[0])[:, None]
+    gate_column, up_column = columns_of(column, width, GATED, INTERLEAVED)
+    both = row * (2 * width if GATED else width)
+    gate_at, up_at = both + gate_column[None, :], both + up_column[None, :]
+    gate = tl.load(hidden + gate_at, mask=there, other=0.0).to(tl.float32)
+    up = gate
+    if GATED:
+        up = tl.load(hidden + up_at, mask=there, other=0.0).to(tl.float32)
+    activated, d_gate, d_up = activate_backward(
+        gate, up, a_grad * scale[:, None], ACTIVATION, GATED, LIMIT, ALPHA, OFFSET
+    )
+    if d_hidden is not None:
+        tl.store(d_hidden + gate_at, d_gate.to(d_hidden.dtype.element_ty), mask=there)
+        if GATED:
+            tl.store(d_hidden + up_at, d_up.to(d_hidden.dtype.element_ty), mask=there)
+    if scaled is not None:
+        value = (activated * scale[:, None]).to(scaled.dtype.element_ty)
+        tl.store(scaled + (row * width + column[None, :]), value, mask=there)
+    return tl.sum(tl.where(there, a_grad * activated, 0.0), axis=1)

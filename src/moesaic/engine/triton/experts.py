@@ -1,0 +1,142 @@
+"""The GPU engine: the kernels in order, forward and backward. Nothing here waits for the device or asks it a value, and
+every shape follows from the inputs' shapes, so a CUDA graph can hold it.
+
+Kept for the backward: the tokens, the up projection's output H and the order of assignments; with `recompute` not
+even H (SonicMoE, arXiv 2512.14080).
+"""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from moesaic.engine.op import Gradients, Keep
+from moesaic.engine.plan import Plan
+from moesaic.engine.spec import ExpertSpec
+from moesaic.engine.triton.blocks import INTERPRETED, INVARIANT_ROWS, Tiles, capability_of, tiles_for
+from moesaic.engine.triton.combine import combine
+from moesaic.engine.triton.d_hidden import d_hidden
+from moesaic.engine.triton.d_weights import d_weights
+from moesaic.engine.triton.layout import layout, unsorted
+from moesaic.engine.triton.matmul import matmul
+from moesaic.engine.triton.outer import outer
+from moesaic.engine.triton.plan import group_by_expert
+from moesaic.engine.triton.sum_rows import sum_rows
+from moesaic.engine.triton.up import up
+from moesaic.types import ExpertWeights
+
+FEW = 4  # where E is this many times the assignments, each is a tile of its own and nothing is sorted (vLLM's rule)
+
+
+def forward(
+    tokens: Float[Tensor, "T D"],
+    expert_ids: Int[Tensor, "T K"],
+    weights: Float[Tensor, "T K"],
+    experts: ExpertWeights,
+    spec: ExpertSpec,
+    *,
+    keep: Keep,
+    batch_invariant: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(out [T, O], hidden, assignments [S], counts [E]): the weighted sum of the chosen experts, and what the backward
+    needs of it; what it does not need is not computed. Ids that name no expert are skipped: values are not checked."""
+    n, k, n_experts = expert_ids.numel(), expert_ids.shape[1], len(experts.up)
+    if n == 0 or n_experts == 0:
+        return _nothing(tokens, n, experts, spec)
+    tiles = _tiles(n, n_experts, tokens, batch_invariant=batch_invariant)
+    if keep == "nothing" and n * FEW <= n_experts and not batch_invariant:
+        plan, rows = _no_plan(expert_ids, n_experts), unsorted(expert_ids)
+    else:
+        plan = group_by_expert(expert_ids, n_experts)
+        rows = layout(plan, tiles.up.rows)
+    hidden, activated = up(tokens, k, rows, experts, spec, tiles.up, keep_hidden=keep == "hidden")
+    down = experts.down if spec.transposed else experts.down.mT  # [E, I, O]
+    expert_out = matmul(activated, down, experts.down_bias, rows, tiles.matmul)
+    del activated
+    out = combine(expert_out, weights, k, rows, n_experts)
+    return out, tokens.new_empty(0) if hidden is None else hidden, plan.assignments, plan.counts
+
+
+def backward(
+    grad_out: Float[Tensor, "T O"],
+    tokens: Float[Tensor, "T D"],
+    weights: Float[Tensor, "T K"],
+    experts: ExpertWeights,
+    hidden: Float[Tensor, "..."],
+    assignments: Int[Tensor, " S"],
+    counts: Int[Tensor, " E"],
+    spec: ExpertSpec,
+    wanted: Gradients,
+    up_into: Tensor | None = None,
+    down_into: Tensor | None = None,
+) -> Gradients:
+    """All gradients that are wanted; None for the others, and for those that were added to `up_into`, `down_into`."""
+    n, k, n_experts = weights.numel(), weights.shape[1], len(counts)
+    if n == 0 or n_experts == 0:
+        return _no_gradients(tokens, weights, experts, wanted, up_into, down_into)
+    tiles = _tiles(n, n_experts, tokens)
+    rows = layout(Plan(assignments, counts), tiles.up.rows)
+    if not hidden.numel():
+        hidden = up(tokens, k, rows, experts, spec, tiles.up, keep_hidden=True, keep_activated=False).hidden
+    parts = (wanted.tokens or wanted.up or wanted.up_bias, wanted.down, wanted.weights)
+    inner = d_hidden(grad_out, hidden, weights, rows, experts, spec, tiles.d_hidden, wanted=parts)
+
+    def d_matrix(weight: Tensor, into: Tensor | None, out: Tensor, from_: Tensor, by_token: Tensor) -> Tensor | None:
+        """The gradient of a matrix that took rows `from_` to rows whose gradient is `out`."""
+        left, right = (from_, out) if spec.transposed else (out, from_)
+        grad = torch.empty_like(weight) if into is None else into
+        gather = "left" if left is by_token else "right"
+        outer(left, right, grad, k, rows, tiles.outer, gather=gather, accumulate=into is not None)
+        return grad if into is None else None
+
+    d_tokens = d_scales = d_up = d_down = d_up_bias = d_down_bias = None
+    if wanted.weights:
+        d_scales = d_weights(inner.partials, rows, weights)
+    if wanted.down:
+        d_down = d_matrix(experts.down, down_into, grad_out, inner.scaled, by_token=grad_out)
+    if wanted.down_bias and experts.down_bias is not None:
+        d_down_bias = sum_rows(grad_out, weights, k, rows, experts.down_bias)
+    d_projected = inner.d_hidden
+    del inner  # memory for what follows
+    if wanted.up:
+        d_up = d_matrix(experts.up, up_into, d_projected, tokens, by_token=tokens)
+    if wanted.up_bias and experts.up_bias is not None:
+        d_up_bias = sum_rows(d_projected, None, k, rows, experts.up_bias)
+    if wanted.tokens:
+        back = experts.up.mT if spec.transposed else experts.up  # [E, U, D]
+        d_rows = matmul(d_projected, back, None, rows, tiles.matmul)
+        d_tokens = combine(d_rows, None, k, rows, n_experts)
+    return Gradients(d_tokens, d_scales, d_up, d_down, d_up_bias, d_down_bias)
+
+
+def _tiles(assignments: int, experts: int, tokens: Tensor, *, batch_invariant: bool = False) -> Tiles:
+    if not tokens.is_cuda:
+        return INTERPRETED
+    rows_per_expert = INVARIANT_ROWS if batch_invariant else -(-assignments // experts)
+    return tiles_for(rows_per_expert, tokens.dtype, capability_of(tokens.device))
+
+
+def _no_plan(expert_ids: Tensor, n_experts: int) -> Plan:
+    """What the operator must return and nobody reads."""
+    like = {"dtype": torch.int64, "device": expert_ids.device}
+    return Plan(torch.empty(expert_ids.numel(), **like), torch.empty(n_experts, **like))
+
+
+def _nothing(tokens: Tensor, n: int, experts: ExpertWeights, spec: ExpertSpec) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`forward` of no assignments: no kernel has a grid of no programs."""
+    counts = torch.zeros(len(experts.up), dtype=torch.int64, device=tokens.device)
+    assignments = torch.arange(n, device=tokens.device)
+    out = tokens.new_zeros(len(tokens), spec.output_size(experts))
+    return out, tokens.new_zeros(n, spec.up_size(experts)), assignments, counts
+
+
+def _no_gradients(
+    tokens: Tensor, weights: Tensor, experts: ExpertWeights, wanted: Gradients, *into: Tensor | None
+) -> Gradients:
+    fresh = wanted._replace(
+        up=wanted.up and into[0] is None,
+        down=wanted.down and into[1] is None,
+    )
+    inputs = (tokens, weights, *experts)
+    return Gradients(
+        *(torch.zeros_like(t) if t is not None and want else None for t, want in zip(inputs, fresh, strict=True))
+    )

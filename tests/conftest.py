@@ -10,6 +10,9 @@ import pytest
 import torch
 from hypothesis import settings
 
+if not torch.cuda.is_available():  # then Triton's kernels run on numpy; it asks when they are defined
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 torch.set_num_threads(1)  # tensors here are small: more threads only wait for each other
 
 settings.register_profile("moesaic", deadline=None, derandomize=True, max_examples=60)

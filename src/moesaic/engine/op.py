@@ -173,8 +173,16 @@ def _differentiable_backward(
     return [next(grads) if want else None for want in wanted]
 
 
-def register_kernels(device_type: str, forward: Callable[..., Any], backward: Callable[..., Gradients]) -> None:
-    """Compute the operator on this device by
+class Kernels(NamedTuple):
+    """A device's functions as the operator takes them: its forward, its backward, and the backward that can add."""
+
+    experts: Callable[..., Any]
+    experts_backward: Callable[..., list[Tensor]]
+    accumulating: Callable[..., Gradients]
+
+
+def kernels(forward: Callable[..., Any], backward: Callable[..., Gradients]) -> Kernels:
+    """Wrap
 
     forward(tokens, expert_ids, weights, experts, spec, *, keep, batch_invariant) -> (out, hidden, assignments, counts),
     backward(grad_out, tokens, weights, experts, hidden, assignments, counts, spec, wanted, up_into=None,
@@ -194,9 +202,15 @@ def register_kernels(device_type: str, forward: Callable[..., Any], backward: Ca
     def experts_backward(*args: Any) -> list[Tensor]:
         return [args[1].new_empty(0) if grad is None else grad for grad in accumulating(*args)]
 
-    torch.library.impl("moesaic::experts", device_type)(experts)
-    torch.library.impl("moesaic::experts_backward", device_type)(experts_backward)
-    ACCUMULATING[device_type] = accumulating
+    return Kernels(experts, experts_backward, accumulating)
+
+
+def register_kernels(device_type: str, forward: Callable[..., Any], backward: Callable[..., Gradients]) -> None:
+    """Compute the operator on this device by `forward` and `backward`; see `kernels`."""
+    made = kernels(forward, backward)
+    torch.library.impl("moesaic::experts", device_type)(made.experts)
+    torch.library.impl("moesaic::experts_backward", device_type)(made.experts_backward)
+    ACCUMULATING[device_type] = made.accumulating
 
 
 _ADDING = threading.Lock()  # two backwards in two threads may share weights, as AccumulateGrad's own lock allows

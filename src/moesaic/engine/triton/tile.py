@@ -11,7 +11,7 @@ INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 def precision(dtype: torch.dtype) -> str:
     """How float32 matmuls multiply: "ieee" unless torch was told that TF32 is good enough."""
-    if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32:
+    if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32":
         return "tf32"
     return "ieee"
 

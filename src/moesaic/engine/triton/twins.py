@@ -29,7 +29,9 @@ def layout(plan: Plan, block_rows: int) -> Layout:
         for first in range(0, count, block_rows)
     ]
     surplus = most_tiles(len(plan.assignments), len(counts), block_rows) - len(tiles)
-    expert_of_tile, start_of_tile = torch.tensor(tiles + [(len(counts), 0)] * surplus, dtype=torch.int32).mT
+    expert_of_tile, start_of_tile = torch.tensor(
+        tiles + [(len(counts), 0)] * surplus, dtype=torch.int32
+    ).mT.contiguous()
     return Layout(expert_of_tile, start_of_tile, ends.int(), plan.assignments, row_of)
 
 

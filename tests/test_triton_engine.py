@@ -1,0 +1,280 @@
+"""The GPU engine as a whole: through the operator and autograd, against the reference engine in float64."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from triton_cases import DEVICE, ROUTINGS, SPECS, close, interpreted_operator, poisoned, problem  # noqa: F401
+
+from moesaic.engine import op, select
+from moesaic.engine import triton as room
+from moesaic.engine.op import Gradients, run_experts
+from moesaic.engine.reference import reference
+from moesaic.engine.triton import experts as engine
+from moesaic.engine.triton.experts import backward, forward
+from moesaic.types import ExpertWeights
+
+every_spec = pytest.mark.parametrize("spec", SPECS)
+every_routing = pytest.mark.parametrize("routing", ROUTINGS)
+
+
+@pytest.fixture(autouse=True)
+def _on_our_kernels(poisoned):  # noqa: F811, ARG001
+    with interpreted_operator():
+        yield
+
+
+def leaves_of(p):
+    """(tokens, weights, matrices and biases that there are), asking for gradients."""
+    tensors = [p.tokens, p.weights, *p.experts]
+    return [None if t is None else t.detach().clone().requires_grad_() for t in tensors]
+
+
+def run(p, leaves, **options):
+    tokens, weights, *matrices = leaves
+    return run_experts(tokens, p.expert_ids, weights, ExpertWeights(*matrices), p.spec, **options)
+
+
+def expected(p):
+    """Result and gradients by the reference in float64."""
+    wide = p.to(torch.float64)
+    leaves = leaves_of(wide)
+    out = reference(
+        leaves[0].cpu(),
+        p.expert_ids.cpu(),
+        leaves[1].cpu(),
+        ExpertWeights(*(None if t is None else t.cpu() for t in leaves[2:])),
+        p.spec,
+    )
+    asked = [t for t in leaves if t is not None]
+    grads = torch.autograd.grad(out, asked, wide.grad.cpu(), allow_unused=True)
+    return out, [torch.zeros_like(t) if g is None else g for t, g in zip(asked, grads, strict=True)]
+
+
+def without_absent(p, grads):
+    """The reference multiplies a sentinel's weight by nothing: its gradient is 0, not NaN."""
+    grads[1] = grads[1].masked_fill((p.expert_ids >= len(p.experts.up)).cpu(), 0.0)
+    return grads
+
+
+@pytest.mark.parametrize(
+    ("spec", "routing"), [*((spec, "sentinels") for spec in SPECS), *(("gpt-oss", routing) for routing in ROUTINGS)]
+)
+@pytest.mark.parametrize("recompute", [False, True], ids=["", "recompute"])
+def test_result_and_gradients_are_the_reference_s(spec, routing, recompute):
+    p = problem(spec, routing)
+    out, grads = expected(p)
+    leaves = leaves_of(p)
+    mine = run(p, leaves, recompute=recompute)
+    mine.backward(p.grad)
+    close(mine.detach(), out.detach())
+    for leaf, wanted in zip([t for t in leaves if t is not None], without_absent(p, grads), strict=True):
+        close(leaf.grad, wanted)
+
+
+@every_spec
+@pytest.mark.parametrize("sentinels", [False, True], ids=["", "sentinels"])
+def test_a_few_tokens_are_not_sorted(monkeypatch, spec, sentinels):
+    monkeypatch.setattr(engine, "group_by_expert", None)  # nobody calls it
+    p = problem(spec, "sentinels" if sentinels else "spread", t=2, e=40, k=4)
+    wanted = expected(p)[0].detach()
+    with torch.no_grad():
+        close(run(p, [p.tokens, p.weights, *p.experts]), wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("spec", ["silu", "gpt-oss", "not-gated"])
+def test_16_bits(dtype, spec):
+    """float32 sums, rounded where a tensor is stored. (Interpreted, a bfloat16 is cut off instead of rounded.)"""
+    p = problem(spec).to(dtype)
+    tolerance = {torch.float16: 2e-3, torch.bfloat16: 3e-2}[dtype]
+    out, grads = expected(p)
+    leaves = leaves_of(p)
+    mine = run(p, leaves)
+    mine.backward(p.grad)
+    assert mine.dtype == dtype
+    close(mine.detach(), out.detach(), tolerance)
+    for leaf, wanted in zip([t for t in leaves if t is not None], grads, strict=True):
+        assert leaf.grad.dtype == dtype
+        close(leaf.grad, wanted, tolerance)
+
+
+def test_routing_weights_may_be_wider_than_tokens():
+    p = problem().to(torch.float16)
+    p = p._replace(weights=p.weights.float())
+    leaves = leaves_of(p)
+    run(p, leaves).backward(p.grad)
+    assert leaves[1].grad.dtype == torch.float32
+    close(leaves[1].grad, expected(p)[1][1], 2e-3)
+
+
+@pytest.mark.parametrize("trained", range(6), ids=Gradients._fields)
+def test_one_input_alone_is_trained(trained):
+    """Everybody else is frozen: their gradients are not computed, and this one's is the same."""
+    p = problem("biases")
+    all_leaves, one = leaves_of(p), leaves_of(p)
+    run(p, all_leaves).backward(p.grad)
+    for n, leaf in enumerate(one):
+        leaf.requires_grad_(n == trained)
+    run(p, one).backward(p.grad)
+    assert [leaf.grad is not None for leaf in one] == [n == trained for n in range(6)]
+    assert torch.equal(one[trained].grad, all_leaves[trained].grad)
+
+
+@pytest.mark.parametrize("spec", ["silu", "gpt-oss"])
+def test_gradients_are_added_to_those_that_exist(spec):
+    p = problem(spec)
+    leaves = leaves_of(p)
+    run(p, leaves).backward(p.grad)
+    once = [t.grad.clone() for t in leaves if t is not None]
+    places = [t.grad.data_ptr() for t in leaves[2:4]]
+    run(p, leaves).backward(p.grad)
+    assert [t.grad.data_ptr() for t in leaves[2:4]] == places
+    for leaf, first in zip([t for t in leaves if t is not None], once, strict=True):
+        close(leaf.grad, 2 * first.double())
+
+
+@every_routing
+def test_repeats_bit_for_bit(routing):
+    p = problem("biases", routing)
+    results = []
+    for _ in range(2):
+        leaves = leaves_of(p)
+        out = run(p, leaves)
+        out.backward(p.grad)
+        results.append([out.detach(), *(t.grad for t in leaves)])
+    for one, other in zip(*results, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_token_s_bits_do_not_depend_on_its_companions():
+    p = problem("biases", t=40, e=30, k=2)
+    with torch.no_grad():
+        together = run(p, [p.tokens, p.weights, *p.experts], batch_invariant=True)
+        for rows in (slice(0, 1), slice(3, 7), slice(20, 40)):
+            some = p._replace(tokens=p.tokens[rows], expert_ids=p.expert_ids[rows], weights=p.weights[rows])
+            alone = run(some, [some.tokens, some.weights, *p.experts], batch_invariant=True)
+            assert torch.equal(alone, together[rows])
+
+
+def test_the_invariant_mode_takes_the_same_tiles_for_every_number_of_tokens(monkeypatch):
+    monkeypatch.setattr(engine, "capability_of", lambda _device: (9, 0))
+
+    class OnGpu:
+        is_cuda, dtype, device = True, torch.bfloat16, None
+
+    sizes = (8, 1024, 262144)
+    assert len({engine._tiles(n, 128, OnGpu(), batch_invariant=True) for n in sizes}) == 1
+    assert len({engine._tiles(n, 128, OnGpu()) for n in sizes}) > 1, "or the test could not fail"
+
+
+def test_a_nan_stays_in_its_token():
+    p = problem("biases")
+    clean = run(p, leaves_of(p)).detach()
+    p.tokens[4] = torch.nan
+    leaves = leaves_of(p)
+    out = run(p, leaves)
+    others = torch.arange(19, device=DEVICE) != 4
+    assert torch.equal(out.detach()[others], clean[others])
+    assert out[4].isnan().all()
+    out.backward(p.grad)
+    assert leaves[0].grad[others].isfinite().all()
+    assert leaves[1].grad[others].isfinite().all()
+
+
+@pytest.mark.parametrize("k", [0, 3])
+def test_no_tokens(k):
+    p = problem("biases", t=2)
+    empty = p._replace(
+        tokens=p.tokens[:0] if k else p.tokens,
+        expert_ids=p.expert_ids[:0] if k else p.expert_ids[:, :0],
+        weights=p.weights[:0] if k else p.weights[:, :0],
+        grad=p.grad[:0] if k else p.grad,
+    )
+    leaves = leaves_of(empty)
+    out = run(empty, leaves)
+    assert out.shape == (0 if k else 2, 39)
+    out.backward(empty.grad)
+    assert (out == 0).all()
+    for leaf in leaves:
+        assert (leaf.grad == 0).all(), "an optimizer that decays weights wants a zero, not nothing"
+
+
+@pytest.mark.parametrize("recompute", [False, True], ids=["", "recompute"])
+def test_kept_for_the_backward(recompute):
+    """The tokens, the weights and what the caller gave; of its own H and the order, and no [S, D] at all."""
+    p = problem(t=40, d=64, i=16)
+    saved, leaves = {}, leaves_of(p)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.setdefault(t.data_ptr(), t), lambda t: t):
+        run(p, leaves, recompute=recompute)
+    given = {t.data_ptr() for t in (p.expert_ids, *leaves) if t is not None}
+    sizes = sorted(t.numel() for pointer, t in saved.items() if pointer not in given and t.numel())
+    assert sizes == sorted([5, 40 * 3, *([] if recompute else [40 * 3 * 32])])
+
+
+def test_create_graph_goes_through_torch():
+    p = problem(t=6)
+    leaves = leaves_of(p)
+    (grad,) = torch.autograd.grad(run(p, leaves), leaves[2], p.grad, create_graph=True)
+    assert grad.requires_grad
+    close(grad.detach(), expected(p)[1][2])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_operator_tells_graphs_the_truth(dtype):
+    """Shapes, dtypes and strides of every output are what the fake says, whatever is kept."""
+    p = problem("biases").to(dtype)
+    for keep in ("nothing", "order", "hidden"):
+        args = (p.tokens, p.expert_ids, p.weights, *p.experts, *p.spec.fields, keep, False)
+        real = torch.ops.moesaic.experts(*args)
+        with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True):
+            told = op._fake_experts(*args)
+        for mine, fake in zip(real, told, strict=True):
+            assert (mine.shape, mine.dtype, mine.stride()) == (fake.shape, fake.dtype, fake.stride())
+
+
+def test_forward_and_backward_take_a_plan_of_anybody():
+    """The backward reads assignments and counts alone, in the order that forward gave."""
+    p = problem("silu", "sentinels")
+    _, hidden, assignments, counts = forward(
+        p.tokens, p.expert_ids, p.weights, p.experts, p.spec, keep="hidden", batch_invariant=False
+    )
+    wanted = Gradients(True, True, True, True, False, False)
+    first = backward(p.grad, p.tokens, p.weights, p.experts, hidden, assignments, counts, p.spec, wanted)
+    again = backward(p.grad, p.tokens, p.weights, p.experts, hidden[:0], assignments, counts, p.spec, wanted)
+    for one, other in zip(first, again, strict=True):
+        assert (one is None) == (other is None)
+        if one is not None:
+            close(one, other.double())
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="it can run here")
+def test_where_it_cannot_run_it_says_why_and_names_who_can():
+    p = problem()
+    with pytest.raises(
+        ValueError, match=r"engine='triton' cannot serve this: its kernels run on cuda, not on cpu: use 'cpu'"
+    ):
+        select.select_engine("triton", p.tokens.device, p.tokens.dtype)(
+            p.tokens, p.expert_ids, p.weights, p.experts, p.spec
+        )
+    assert "float64" in room.why_not("cuda", torch.float64)
+    assert room.why_not("cuda", torch.bfloat16) is None
+
+
+def test_without_triton_a_layer_refuses_it_and_auto_does_without(monkeypatch):
+    monkeypatch.setattr(room, "INSTALLED", False)
+    monkeypatch.setattr(select, "INSTALLED", False)
+    with pytest.raises(
+        ValueError, match=r"engine='triton' cannot run here: .* pip install triton, or use 'auto' or 'grouped'"
+    ):
+        select.check_engine("triton")
+    name, reason = select.best_engine("cuda", torch.bfloat16)
+    assert name == "grouped"
+    assert "pip install triton" in reason
+
+
+def test_what_auto_takes_on_a_gpu():
+    assert select.best_engine("cuda", torch.bfloat16)[0] == "triton"
+    assert select.best_engine("cuda", torch.float64)[0] == "grouped"
+    assert select.best_engine("mps", torch.bfloat16)[0] == "grouped"

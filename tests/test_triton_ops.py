@@ -1,0 +1,277 @@
+"""Every kernel against its twin in plain torch, in float64, with memory full of NaN before: odd sizes, empty experts,
+all tokens on one expert, ids that name nobody, experts of every kind."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from triton_cases import BLOCKS, DEVICE, ROUTINGS, SPECS, close, poisoned, problem, written  # noqa: F401
+
+from moesaic.engine.triton import twins
+from moesaic.engine.triton.blocks import Blocks
+from moesaic.engine.triton.combine import combine
+from moesaic.engine.triton.d_hidden import d_hidden
+from moesaic.engine.triton.d_weights import d_weights
+from moesaic.engine.triton.layout import unsorted
+from moesaic.engine.triton.matmul import matmul
+from moesaic.engine.triton.outer import outer
+from moesaic.engine.triton.sum_rows import sum_rows
+from moesaic.engine.triton.up import up
+from moesaic.types import ExpertWeights
+
+pytestmark = pytest.mark.usefixtures("poisoned")
+every_spec = pytest.mark.parametrize("spec", SPECS)
+every_routing = pytest.mark.parametrize("routing", ROUTINGS)
+# rows, columns and depth that divide the sizes below and that do not; several tiles of each
+SIZES = {"odd": (37, 21), "even": (32, 16), "depth-alone-even": (48, 21), "one-tile": (5, 3)}
+
+
+def rows_like(p, width: int):
+    return torch.randn(p.expert_ids.numel(), width, device=DEVICE)
+
+
+def of_double(*tensors):
+    return [t.double() if isinstance(t, torch.Tensor) else t for t in tensors]
+
+
+@pytest.mark.parametrize("size", SIZES)
+@every_spec
+def test_up(spec, size):
+    d, i = SIZES[size]
+    p = problem(spec, d=d, i=i)
+    layout, wide = p.layout(), p.to(torch.float64)
+    got = up(p.tokens, p.k, layout, p.experts, p.spec, BLOCKS, keep_hidden=True)
+    expected = twins.up(wide.tokens, p.k, layout, wide.experts, p.spec, BLOCKS, keep_hidden=True)
+    for mine, theirs in zip(got, expected, strict=True):
+        close(written(mine, layout), written(theirs, layout))
+
+
+@every_routing
+def test_up_under_any_routing(routing):
+    p = problem("biases", routing)
+    layout, wide = p.layout(), p.to(torch.float64)
+    got = up(p.tokens, p.k, layout, p.experts, p.spec, BLOCKS, keep_hidden=True)
+    expected = twins.up(wide.tokens, p.k, layout, wide.experts, p.spec, BLOCKS, keep_hidden=True)
+    for mine, theirs in zip(got, expected, strict=True):
+        close(written(mine, layout), written(theirs, layout))
+
+
+@pytest.mark.parametrize(("hidden", "activated"), [(True, False), (False, True)])
+def test_up_makes_what_is_to_be_kept(hidden, activated):
+    p = problem()
+    got = up(p.tokens, p.k, p.layout(), p.experts, p.spec, BLOCKS, keep_hidden=hidden, keep_activated=activated)
+    assert (got.hidden is not None, got.activated is not None) == (hidden, activated)
+    both = up(p.tokens, p.k, p.layout(), p.experts, p.spec, BLOCKS, keep_hidden=True)
+    layout = p.layout()
+    for one, other in zip(got, both, strict=True):
+        if one is not None:
+            assert torch.equal(written(one, layout), written(other, layout))
+
+
+@every_spec
+def test_unsorted_rows_of_a_few_tokens(spec):
+    p = problem(spec, "sentinels", t=3, e=40, k=4)
+    layout, wide = unsorted(p.expert_ids), p.to(torch.float64)
+    present = (p.expert_ids < 40).flatten()
+    mine = up(p.tokens, p.k, layout, p.experts, p.spec, BLOCKS, keep_hidden=False).activated
+    theirs = twins.up(wide.tokens, p.k, layout, wide.experts, p.spec, BLOCKS, keep_hidden=False).activated
+    close(mine[present], theirs[present])
+    matrix = p.experts.down if p.spec.transposed else p.experts.down.mT
+    rows = matmul(mine, matrix, p.experts.down_bias, layout, BLOCKS)
+    expected = twins.matmul(theirs, matrix.double(), wide.experts.down_bias, layout, BLOCKS)
+    close(rows[present], expected[present])
+    close(combine(rows, p.weights, 4, layout, 40), twins.combine(expected, wide.weights, 4, layout, 40))
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
+@pytest.mark.parametrize("flip", [False, True], ids=["", "flipped"])
+def test_matmul(size, bias, flip):
+    depth, width = SIZES[size]
+    p = problem()
+    matrix = torch.randn((5, width, depth) if flip else (5, depth, width), device=DEVICE)
+    matrix = matrix.mT if flip else matrix
+    offset = torch.randn(5, width, device=DEVICE) if bias else None
+    rows, layout = rows_like(p, depth), p.layout()
+    expected = twins.matmul(*of_double(rows, matrix, offset), layout, BLOCKS)
+    close(written(matmul(rows, matrix, offset, layout, BLOCKS), layout), written(expected, layout))
+
+
+@every_routing
+def test_matmul_under_any_routing(routing):
+    p = problem(routing=routing)
+    rows, matrix, layout = rows_like(p, 21), p.experts.down.mT, p.layout()
+    expected = twins.matmul(*of_double(rows, matrix, None), layout, BLOCKS)
+    close(written(matmul(rows, matrix, None, layout, BLOCKS), layout), written(expected, layout))
+
+
+@pytest.mark.parametrize("group", [1, 2, 3, 8])
+def test_the_order_of_tiles_changes_nothing(group):
+    p = problem(d=40)
+    rows, matrix, layout = rows_like(p, 21), p.experts.down.mT, p.layout()
+    blocks = BLOCKS._replace(group=group)
+    plain = written(matmul(rows, matrix, None, layout, BLOCKS), layout)
+    assert torch.equal(written(matmul(rows, matrix, None, layout, blocks), layout), plain)
+
+
+@every_routing
+@pytest.mark.parametrize("weighted", [False, True], ids=["", "weighted"])
+@pytest.mark.parametrize("width", [1, 37, 1100])
+def test_combine(routing, weighted, width):
+    p = problem(routing=routing)
+    rows, layout = rows_like(p, width), p.layout()
+    weights = p.weights if weighted else None
+    expected = twins.combine(*of_double(rows, weights), p.k, layout, 5)
+    close(combine(rows, weights, p.k, layout, 5), expected)
+
+
+@every_spec
+@pytest.mark.parametrize("size", SIZES)
+def test_d_hidden(spec, size):
+    d, i = SIZES[size]
+    check_d_hidden(problem(spec, d=d, i=i))
+
+
+@every_routing
+def test_d_hidden_under_any_routing(routing):
+    check_d_hidden(problem("gpt-oss", routing))
+
+
+def check_d_hidden(p):
+    layout, wide = p.layout(), p.to(torch.float64)
+    hidden = rows_like(p, p.spec.up_size(p.experts))
+    args = (layout, p.experts, p.spec, BLOCKS)
+    got = d_hidden(p.grad, hidden, p.weights, *args, wanted=(True, True, True))
+    expected = twins.d_hidden(
+        wide.grad, hidden.double(), wide.weights, layout, wide.experts, p.spec, BLOCKS, wanted=(True, True, True)
+    )
+    close(written(got.d_hidden, layout), written(expected.d_hidden, layout))
+    close(written(got.scaled, layout), written(expected.scaled, layout))
+    close(written(got.partials.sum(0), layout), written(expected.partials.sum(0), layout))
+    close(d_weights(got.partials, layout, p.weights), twins.d_weights(expected.partials, layout, wide.weights))
+
+
+@pytest.mark.parametrize("which", range(3))
+def test_d_hidden_makes_what_is_wanted(which):
+    p = problem("biases")
+    layout, hidden = p.layout(), rows_like(p, 42)
+    wanted = tuple(n == which for n in range(3))
+    args = (p.grad, hidden, p.weights, layout, p.experts, p.spec, BLOCKS)
+    some, all_ = d_hidden(*args, wanted=wanted), d_hidden(*args, wanted=(True, True, True))
+    assert [t is not None for t in some] == list(wanted)
+    mine, theirs = some[which], all_[which]
+    n = int(layout.ends[-1])
+    assert torch.equal(mine[..., :n] if which == 2 else mine[:n], theirs[..., :n] if which == 2 else theirs[:n])
+
+
+@every_routing
+def test_d_weights(routing):
+    p = problem(routing=routing)
+    layout, partials = p.layout(), torch.randn(3, p.expert_ids.numel(), device=DEVICE)
+    partials[:, int(layout.ends[-1]) :] = torch.nan
+    got = d_weights(partials, layout, p.weights)
+    close(got, twins.d_weights(partials.double(), layout, p.weights.double()))
+    assert (got[p.expert_ids >= 5] == 0).all()
+
+
+@every_routing
+@pytest.mark.parametrize("gather", ["left", "right"])
+@pytest.mark.parametrize("accumulate", [False, True], ids=["", "accumulate"])
+@pytest.mark.parametrize("flip", [False, True], ids=["", "flipped"])
+def test_outer(routing, gather, accumulate, flip):
+    p = problem(routing=routing)
+    layout, rows = p.layout(), rows_like(p, 21)
+    rows[int(layout.ends[-1]) :] = torch.nan  # rows of no expert: nobody wrote them
+    left, right = (p.tokens, rows) if gather == "left" else (rows, p.tokens)
+    shape = (5, left.shape[1], right.shape[1])
+    out = torch.randn(shape[0], shape[2], shape[1], device=DEVICE).mT if flip else torch.randn(shape, device=DEVICE)
+    expected = twins.outer(*of_double(left, right, out), p.k, layout, BLOCKS, gather=gather, accumulate=accumulate)
+    if not accumulate:
+        out.fill_(torch.nan)
+    returned = outer(left, right, out, p.k, layout, BLOCKS, gather=gather, accumulate=accumulate)
+    assert returned.data_ptr() == out.data_ptr()
+    close(out, expected)
+
+
+@every_routing
+@pytest.mark.parametrize("weighted", [False, True], ids=["", "weighted"])
+@pytest.mark.parametrize("width", [3, 70])
+def test_sum_rows(routing, weighted, width):
+    p = problem(routing=routing, t=40)
+    layout = p.layout()
+    rows = torch.randn(40 if weighted and routing != "one-token" else len(p.tokens), width, device=DEVICE)
+    if not weighted:
+        rows = rows_like(p, width)
+        rows[int(layout.ends[-1]) :] = torch.nan
+    weights, like = (p.weights if weighted else None), torch.empty(5, width, device=DEVICE)
+    expected = twins.sum_rows(*of_double(rows, weights), p.k, layout, like.double())
+    close(sum_rows(rows, weights, p.k, layout, like), expected)
+
+
+def test_tokens_that_do_not_lie_in_a_row():
+    p = problem()
+    layout = p.layout()
+    apart = torch.empty(19, 74, device=DEVICE)[:, ::2].copy_(p.tokens)
+    assert apart.stride() == (74, 2)
+    plain = up(p.tokens, p.k, layout, p.experts, p.spec, BLOCKS, keep_hidden=True)
+    got = up(apart, p.k, layout, p.experts, p.spec, BLOCKS, keep_hidden=True)
+    assert torch.equal(written(got.hidden, layout), written(plain.hidden, layout))
+    grad = p.grad[:1].expand_as(p.grad)  # as `out.sum(0).backward()` gives it
+    inner = [
+        d_hidden(g, plain.hidden, p.weights, layout, p.experts, p.spec, BLOCKS, wanted=(True, True, True))
+        for g in (grad, grad.contiguous())
+    ]
+    assert torch.equal(written(inner[0].d_hidden, layout), written(inner[1].d_hidden, layout))
+
+
+@pytest.mark.parametrize("far", ["experts", "lines"])
+def test_offsets_beyond_32_bits(far):
+    """Weights that lie far apart: only the pages that are touched cost memory. 2 x 2^30 elements and more from the
+    first expert, or line, to the last."""
+    e, d, i, step = (4, 16, 8, 2**30) if far == "experts" else (2, 16, 8, 2**28)
+    shape = (e, 2 * i, d)
+    strides = (step, d, 1) if far == "experts" else (d, step, 1)
+    last = sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
+    try:
+        room = torch.UntypedStorage(2 * (last + 1), device=DEVICE)
+    except RuntimeError:
+        pytest.skip("no address space for it here")
+    matrix = torch.tensor([], dtype=torch.float16, device=DEVICE).set_(room, 0, shape, strides)
+    matrix.copy_(torch.randn(shape) / 4)
+    p = problem(e=e, d=d, i=i, k=2).to(torch.float16)
+    layout = p.layout()
+    near = up(
+        p.tokens,
+        2,
+        layout,
+        ExpertWeights(matrix.clone(memory_format=torch.contiguous_format), p.experts.down),
+        p.spec,
+        BLOCKS,
+        keep_hidden=True,
+    )
+    got = up(p.tokens, 2, layout, ExpertWeights(matrix, p.experts.down), p.spec, BLOCKS, keep_hidden=True)
+    assert torch.equal(written(got.hidden, layout), written(near.hidden, layout))
+
+
+@pytest.mark.parametrize(
+    "blocks", [Blocks(32, 16, 16), Blocks(16, 32, 16), Blocks(16, 16, 32), Blocks(64, 64, 64)], ids=str
+)
+def test_tiles_of_other_sizes(blocks):
+    p = problem("biases", d=70, i=40)
+    wide, layout = p.to(torch.float64), p.layout(blocks.rows)
+    got = up(p.tokens, p.k, layout, p.experts, p.spec, blocks, keep_hidden=True)
+    expected = twins.up(wide.tokens, p.k, layout, wide.experts, p.spec, blocks, keep_hidden=True)
+    close(written(got.activated, layout), written(expected.activated, layout))
+    inner = d_hidden(p.grad, got.hidden, p.weights, layout, p.experts, p.spec, blocks, wanted=(True, True, True))
+    theirs = twins.d_hidden(
+        wide.grad, expected.hidden, wide.weights, layout, wide.experts, p.spec, blocks, wanted=(True, True, True)
+    )
+    close(written(inner.d_hidden, layout), written(theirs.d_hidden, layout))
+    grad = outer(inner.d_hidden, p.tokens, torch.empty_like(p.experts.up), p.k, layout, blocks, gather="right")
+    close(
+        grad,
+        twins.outer(
+            theirs.d_hidden, wide.tokens, torch.empty_like(wide.experts.up), p.k, layout, blocks, gather="right"
+        ),
+    )

@@ -1,0 +1,185 @@
+"""Routing as one opaque operator, `moesaic::route`, for devices that have a kernel for it.
+
+Its kernel is imported when it first runs: nothing of Triton is needed to import this.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from moesaic import rules
+from moesaic.config import MoEConfig
+from moesaic.engine.triton import why_not
+from moesaic.types import Routing
+
+
+class RouteSpec(NamedTuple):
+    """What a routing kernel knows of a config, in the order in which an operator takes it; names as in MoEConfig.
+
+    n_group is 1 where groups do not limit the choice. norm: this many experts per token are normalised.
+    """
+
+    k: int
+    scoring_func: str
+    score_after_topk: bool
+    n_group: int
+    topk_group: int
+    group_score: str
+    zero_mask: bool
+    norm: bool
+    eps: float
+    scale: float
+
+    @classmethod
+    def of(cls, config: MoEConfig) -> "RouteSpec":
+        k = config.num_experts_per_tok
+        limited = config.topk_method != "greedy"
+        return cls(
+            k=k,
+            scoring_func=config.scoring_func,
+            score_after_topk=config.score_after_topk,
+            n_group=config.n_group if limited else 1,
+            topk_group=config.topk_group if limited else 1,
+            group_score=config.group_score_rule,
+            zero_mask=config.group_mask == "zero",
+            norm=config.norm_topk_prob and (k > 1 or config.norm_single_expert),
+            eps=config.norm_eps,
+            scale=config.routed_scaling_factor,
+        )
+
+    @property
+    def counted(self) -> int:
+        """How many scores of a group make its own."""
+        return {"max": 1, "top2_sum": 2, "k_over_m_sum": self.k // self.topk_group}[self.group_score]
+
+    def config(self, n_experts: int) -> MoEConfig:
+        """A config with these rules, for `rules.route`."""
+        return MoEConfig(
+            hidden_size=1,
+            n_routed_experts=n_experts,
+            num_experts_per_tok=self.k,
+            scoring_func=self.scoring_func,
+            score_after_topk=self.score_after_topk,
+            n_group=self.n_group,
+            topk_group=self.topk_group,
+            group_score=self.group_score,
+            group_mask="zero" if self.zero_mask else "-inf",
+            norm_topk_prob=self.norm,
+            norm_eps=self.eps,
+            routed_scaling_factor=self.scale,
+        )
+
+
+_SPEC = (
+    "int k, str scoring_func, bool score_after_topk, int n_group, int topk_group, str group_score, bool zero_mask,"
+    " bool norm, float eps, float scale"
+)
+torch.library.define(
+    "moesaic::route", f"(Tensor logits, Tensor? bias, Tensor? replay, {_SPEC}) -> (Tensor weights, Tensor expert_ids)"
+)
+torch.library.define(
+    "moesaic::route_backward", f"(Tensor grad_weights, Tensor logits, Tensor expert_ids, {_SPEC}) -> Tensor"
+)
+
+
+def run_route(
+    logits: Float[Tensor, "T E"],
+    bias: Float[Tensor, " E"] | None,
+    config: MoEConfig,
+    *,
+    token_ids: Int[Tensor, " T"] | None = None,
+    replay: Int[Tensor, "..."] | None = None,
+) -> Routing:
+    """`rules.route` by the operator where that serves, else by `rules.route` itself."""
+    if not serves(logits, bias, config, replay):
+        return rules.route(logits, bias, config, token_ids=token_ids, replay=replay)
+    weights, expert_ids = torch.ops.moesaic.route(logits, bias, replay, *RouteSpec.of(config))
+    return Routing(logits, weights, expert_ids)
+
+
+def serves(logits: Tensor, bias: Tensor | None, config: MoEConfig, replay: Tensor | None) -> bool:
+    """Whether the operator computes this; decided without a look at values, so a graph may hold the decision.
+
+    It scores in float32 and knows no forced balance, no tensor subclass and no transform of torch.func. What is refused
+    is left to `rules.route`, which says so in words.
+    """
+    widened = config.score_dtype == "float32" and logits.dtype in (torch.bfloat16, torch.float16)
+    return (
+        _can_run()
+        and (widened or logits.dtype == torch.float32)
+        and (bias is None or bias.dtype != torch.float64)
+        and (replay is None or replay.shape == (logits.shape[0], config.num_experts_per_tok))
+        and config.topk_method != "balanced"
+        and type(logits) is Tensor
+        and (torch.compiler.is_compiling() or not _transformed())
+    )
+
+
+@torch.compiler.assume_constant_result  # asked while a graph is traced, not in it
+def _can_run() -> bool:
+    return why_not("cuda") is None
+
+
+def _transformed() -> bool:
+    """True inside torch.func.grad, vmap and their kin and under forward-mode AD."""
+    return torch.autograd.forward_ad._current_level >= 0 or bool(torch._C._functorch.get_interpreter_stack())
+
+
+def _route_cuda(logits: Tensor, bias: Tensor | None, replay: Tensor | None, *spec: Any) -> tuple[Tensor, Tensor]:
+    from moesaic.engine.triton.route import forward
+
+    return forward(logits, bias, replay, RouteSpec(*spec))
+
+
+def _route_backward_cuda(grad_weights: Tensor, logits: Tensor, expert_ids: Tensor, *spec: Any) -> Tensor:
+    from moesaic.engine.triton.route import backward
+
+    return backward(grad_weights, logits, expert_ids, RouteSpec(*spec))
+
+
+def _fake_route(logits: Tensor, bias: Tensor | None, replay: Tensor | None, *spec: Any) -> tuple[Tensor, Tensor]:
+    del bias, replay
+    shape = logits.shape[0], RouteSpec(*spec).k
+    return logits.new_empty(shape, dtype=torch.float32), logits.new_empty(shape, dtype=torch.int64)
+
+
+def _fake_route_backward(grad_weights: Tensor, logits: Tensor, *_: Any) -> Tensor:
+    del grad_weights
+    return logits.new_empty(logits.shape)
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+    logits, _bias, _replay, *spec = inputs
+    _weights, expert_ids = output
+    ctx.spec = RouteSpec(*spec)
+    ctx.save_for_backward(logits, expert_ids)
+    ctx.mark_non_differentiable(expert_ids)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, grad_weights: Tensor | None, _grad_ids: None) -> tuple[Tensor | None, ...]:
+    logits, expert_ids = ctx.saved_tensors
+    grad = None
+    if grad_weights is not None:
+        if torch.is_grad_enabled() or _transformed():  # the gradient is to have a gradient, or comes in batches
+            grad = _differentiable_backward(grad_weights, logits, expert_ids, ctx.spec)
+        else:
+            grad = torch.ops.moesaic.route_backward(grad_weights, logits, expert_ids, *ctx.spec)
+    return (grad,) + (None,) * (2 + len(ctx.spec))
+
+
+def _differentiable_backward(grad_weights: Tensor, logits: Tensor, expert_ids: Tensor, spec: RouteSpec) -> Tensor:
+    with torch.enable_grad():
+        logits = logits.view_as(logits)  # so that nothing before it is counted here
+        weights = rules.route(logits, None, spec.config(logits.shape[1]), replay=expert_ids).weights
+    (grad,) = torch.autograd.grad(weights, logits, grad_weights, create_graph=torch.is_grad_enabled())
+    return grad
+
+
+torch.library.impl("moesaic::route", "CUDA", _route_cuda)
+torch.library.impl("moesaic::route_backward", "CUDA", _route_backward_cuda)
+torch.library.register_fake("moesaic::route", _fake_route)
+torch.library.register_fake("moesaic::route_backward", _fake_route_backward)
+torch.library.register_autograd("moesaic::route", _backward, setup_context=_setup_context)

@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from moesaic.config import MoEConfig
+from moesaic.engine.route_op import run_route
 from moesaic.layer.balance import expert_load
 from moesaic.rules import route
 from moesaic.types import Routing
@@ -65,7 +66,7 @@ class Router(nn.Module):
         if self.training and self.config.router_jitter_noise:
             tokens = jitter(tokens, self.config.router_jitter_noise)
         logits = self._logits(tokens)
-        routing = route(
+        routing = (run_route if logits.is_cuda else route)(
             logits,
             self.e_score_correction_bias,
             self.config,

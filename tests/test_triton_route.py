@@ -51,12 +51,12 @@ RULES = {
 }
 
 
-def draw(config: MoEConfig, n_tokens: int = 5) -> tuple[Tensor, Tensor]:
+def draw(config: MoEConfig, n_tokens: int = 3) -> tuple[Tensor, Tensor]:
     n_experts = config.n_routed_experts
     return 2 * torch.randn(n_tokens, n_experts, device=DEVICE), torch.randn(n_experts, device=DEVICE)
 
 
-def draw_replay(config: MoEConfig, n_tokens: int = 5) -> Tensor:
+def draw_replay(config: MoEConfig, n_tokens: int = 3) -> Tensor:
     """Distinct experts; one row has a sentinel first and one last, one has nothing else."""
     n_experts, k = config.n_routed_experts, config.num_experts_per_tok
     ids = torch.stack([torch.randperm(n_experts)[:k] for _ in range(n_tokens)])
@@ -244,7 +244,7 @@ def test_any_strides(layout):
     assert_same(ours, rules.route(strided.contiguous(), bias, config))
     replay = LAYOUTS["column-major"](draw_replay(config))
     assert_same(route(strided, None, config, replay=replay), rules.route(strided, None, config, replay=replay))
-    grad = torch.ones((), device=DEVICE).expand(5, 4)
+    grad = torch.ones((), device=DEVICE).expand(3, 4)
     ours = backward(grad, strided, replay, RouteSpec.of(config))
     torch.testing.assert_close(ours.double(), expected_gradient(grad, strided, replay, config), rtol=1e-5, atol=1e-6)
 

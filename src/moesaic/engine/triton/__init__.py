@@ -54,16 +54,18 @@ def triton(
     return run_experts(tokens, expert_ids, weights, experts, spec, batch_invariant=batch_invariant, recompute=recompute)
 
 
-def _forward(*args: Any, **options: Any) -> Any:
+def _forward(tokens: Tensor, *args: Any, **options: Any) -> Any:
     from moesaic.engine.triton.experts import forward
 
-    return forward(*args, **options)
+    with torch.cuda.device_of(tokens):  # Triton launches on the current device
+        return forward(tokens, *args, **options)
 
 
-def _backward(*args: Any) -> Any:
+def _backward(grad_out: Tensor, *args: Any) -> Any:
     from moesaic.engine.triton.experts import backward
 
-    return backward(*args)
+    with torch.cuda.device_of(grad_out):
+        return backward(grad_out, *args)
 
 
 register_kernels("cuda", _forward, _backward)

@@ -1,0 +1,83 @@
+"""The kernels as real GPUs get them, made without one: they assemble, nothing spills, shared memory suffices, and the
+matmuls use the instructions they are meant to."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from moesaic.engine.triton.blocks import FLOAT, LEAST_SHARED_MEMORY, NARROW, SHARED_MEMORY, WIDE, fitted, tiles_for
+
+SCRIPT = Path(__file__).with_name("triton_compiled.py")
+MATMULS = ("_up", "_matmul", "_d_hidden", "_outer")
+TOKENS = (1, 64, 512, 2048, 32768)  # one of every row of the table, and the way without a plan
+KERNELS = {
+    "_sort_few", "_count", "_scatter", "_layout", "_combine", "_d_weights", "_route", "_route_backward", *MATMULS
+}  # fmt: skip
+
+
+def compiled(capability: int, dtype: str, *tokens: int) -> list[dict]:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, SCRIPT, str(capability), dtype, *map(str, tokens)]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert result.returncode == 0, result.stderr
+    return [json.loads(line) for line in result.stdout.splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype"),
+    [
+        (90, "bfloat16"),
+        (80, "float16"),
+        pytest.param(80, "float32", marks=pytest.mark.slow),
+        pytest.param(86, "bfloat16", marks=pytest.mark.slow),
+        pytest.param(89, "bfloat16", marks=pytest.mark.slow),
+        pytest.param(90, "float16", marks=pytest.mark.slow),
+        pytest.param(90, "float32", marks=pytest.mark.slow),
+        pytest.param(100, "bfloat16", marks=pytest.mark.slow),
+        pytest.param(120, "bfloat16", marks=pytest.mark.slow),
+    ],
+)
+def test_kernels_assemble_for(capability, dtype):
+    made = compiled(capability, dtype, *TOKENS)
+    assert {kernel["kernel"] for kernel in made} == KERNELS
+    limit = SHARED_MEMORY.get(divmod(capability, 10), LEAST_SHARED_MEMORY)
+    for kernel in made:
+        assert kernel["stack"] <= (8 if dtype == "float32" else 0), f"{kernel} spills"
+        assert kernel["shared"] <= limit, f"{kernel} needs more shared memory than there is"
+        if kernel["kernel"] in MATMULS:
+            assert kernel["LDGSTS"], f"{kernel} does not load ahead"
+            assert kernel["reg"] <= 255
+        if kernel["kernel"] in MATMULS and capability == 90 and dtype != "float32":
+            wide = kernel["tokens"] >= 2048 or kernel["kernel"] == "_outer"
+            assert kernel["HGMMA" if wide else "HMMA"], f"{kernel} leaves the tensor cores idle"
+
+
+@pytest.mark.parametrize("table", [WIDE, NARROW, FLOAT], ids=["wide", "narrow", "float"])
+def test_one_layout_serves_every_op_that_walks_over_rows(table):
+    for tiles in table.values():
+        assert tiles.up.rows == tiles.matmul.rows == tiles.d_hidden.rows
+    assert list(table) == sorted(table, key=lambda most: most or 10**9), "the first that fits is taken"
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (8, 6), (9, 0), (12, 0), (13, 7)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_a_smaller_memory_gets_fewer_stages(capability, dtype):
+    memory = SHARED_MEMORY.get(capability, LEAST_SHARED_MEMORY)
+    for rows in (1, 20, 100, 1000, 10**6):
+        for op, blocks in tiles_for(rows, dtype, capability)._asdict().items():
+            stage = (blocks.rows + (2 if op == "up" else 1) * blocks.columns) * blocks.depth * dtype.itemsize
+            assert stage * (blocks.stages - 1) <= memory
+            assert blocks.stages >= 2
+
+
+def test_a_tile_that_fits_nowhere_gets_less_depth():
+    large = WIDE[0].up._replace(depth=256, stages=4)
+    assert fitted("up", large, 2, (8, 6)).depth < 256
+    assert fitted("up", large._replace(depth=64), 2, (9, 0)) == large._replace(depth=64)

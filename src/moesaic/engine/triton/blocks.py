@@ -45,10 +45,11 @@ class Tiles(NamedTuple):
     outer: Blocks
 
 
-# most rows that an expert has on average -> tiles, for 16-bit numbers; 0 is for any number above
-HALF = {
+# most rows that an expert has on average -> tiles; 0 is for any number above
+# 16-bit numbers where accumulators are spread over a whole warpgroup (wgmma) or lie in memory of their own (tcgen05)
+WIDE = {
     16: Tiles(
-        up=Blocks(16, 64, 128, 4, 4),
+        up=Blocks(16, 32, 128, 4, 4),  # a single token has 8 experts for 132 multiprocessors: narrow tiles, or some idle
         matmul=Blocks(16, 64, 128, 4, 4),
         d_hidden=Blocks(16, 64, 128, 4, 4),
         outer=Blocks(128, 128, 32, 8, 3),
@@ -72,6 +73,23 @@ HALF = {
         outer=Blocks(128, 256, 64, 8, 3, group=4),
     ),
 }
+# 16-bit numbers elsewhere: half as many accumulators a program, or registers spill
+NARROW = {
+    16: WIDE[16],
+    40: WIDE[40],
+    160: Tiles(
+        up=Blocks(64, 64, 64, 4, 4),
+        matmul=Blocks(64, 128, 64, 4, 4),
+        d_hidden=Blocks(64, 128, 64, 8, 4),
+        outer=Blocks(128, 128, 64, 8, 3),
+    ),
+    0: Tiles(
+        up=Blocks(128, 64, 64, 8, 4, group=8),
+        matmul=Blocks(128, 128, 64, 8, 4, group=8),
+        d_hidden=Blocks(128, 128, 64, 8, 4, group=8),
+        outer=Blocks(128, 128, 64, 8, 3, group=4),
+    ),
+}
 # float32 without tensor cores: as much as the registers hold
 FLOAT = {
     16: Tiles(
@@ -81,10 +99,10 @@ FLOAT = {
         outer=Blocks(64, 64, 16, 4, 3),
     ),
     0: Tiles(
-        up=Blocks(64, 32, 32, 4, 3, group=8),
-        matmul=Blocks(64, 64, 32, 4, 3, group=8),
-        d_hidden=Blocks(64, 64, 32, 4, 3, group=8),
-        outer=Blocks(64, 64, 16, 4, 3, group=4),
+        up=Blocks(64, 64, 16, 4, 3, group=8),
+        matmul=Blocks(64, 128, 16, 4, 3, group=8),
+        d_hidden=Blocks(64, 128, 16, 4, 3, group=8),
+        outer=Blocks(128, 64, 16, 4, 3, group=4),
     ),
 }
 INVARIANT_ROWS = 64  # rows an expert that the batch-invariant mode takes its tiles for, whatever comes
@@ -93,23 +111,26 @@ INTERPRETED = Tiles(*[Blocks(16, 16, 16)] * 4)  # where numpy stands for the dev
 # bytes of shared memory that one program can have (CUDA programming guide, table of technical specifications)
 SHARED_MEMORY = {(7, 5): 65536, (8, 0): 166912, (8, 7): 166912, (9, 0): 232448, (10, 0): 232448, (10, 3): 232448}
 LEAST_SHARED_MEMORY = 101376  # every other GPU since Ampere
+WARPGROUPS = (9, 10)  # the major capabilities whose matmuls take 64 rows and more from shared memory
 MATRICES = {"up": 2}  # tiles of weights at a time; 1 unless named
 
 
 def tiles_for(rows_per_expert: int, dtype: torch.dtype, capability: tuple[int, int]) -> Tiles:
     """The tiles for a mean number of rows, with as many stages as fit into shared memory."""
-    table = HALF if dtype.itemsize == 2 else FLOAT
+    table = FLOAT if dtype == torch.float32 else WIDE if capability[0] in WARPGROUPS else NARROW
     chosen = next((tiles for most, tiles in table.items() if rows_per_expert <= most), table[0])
-    memory = SHARED_MEMORY.get(capability, LEAST_SHARED_MEMORY)
-    return Tiles(*(fitted(op, blocks, dtype.itemsize, memory) for op, blocks in chosen._asdict().items()))
+    return Tiles(*(fitted(op, blocks, dtype.itemsize, capability) for op, blocks in chosen._asdict().items()))
 
 
-def fitted(op: str, blocks: Blocks, itemsize: int, shared_memory: int) -> Blocks:
+def fitted(op: str, blocks: Blocks, itemsize: int, capability: tuple[int, int]) -> Blocks:
     """`blocks` with fewer stages, or less depth, where shared memory is smaller than it was chosen for."""
+    memory = SHARED_MEMORY.get(capability, LEAST_SHARED_MEMORY)
+    # where a matmul reads shared memory itself its operands stay there; else one stage is in registers already
+    in_registers = 0 if capability[0] in WARPGROUPS and blocks.rows >= 64 else 1
     while True:
         stage = (blocks.rows + MATRICES.get(op, 1) * blocks.columns) * blocks.depth * itemsize
-        stages = min(blocks.stages, shared_memory // stage)
-        if stages >= 2 or blocks.depth <= 32:
+        stages = min(blocks.stages, memory // stage + in_registers)
+        if stages >= 3 or blocks.depth <= 32:
             return blocks._replace(stages=max(stages, 1))
         blocks = blocks._replace(depth=blocks.depth // 2)
 

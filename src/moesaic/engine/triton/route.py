@@ -191,10 +191,10 @@ def _route_backward(
         highest, total = _softmax_terms(everyone)
     present = (chosen >= 0) & (chosen < EXPERTS)
     x, score, divisor = _weigh(row, column_stride, chosen, present, slot, highest, total, eps, K, SCORING, AFTER, NORM)
-    grad = tl.where(present, grad * scale, 0.0)  # of the shares, then of the scores
+    grad = tl.where(present, grad * scale, 0.0)  # of the shares, then of the scores; what the absent get lands nowhere
     if NORM:
         share = tl.div_rn(score, divisor)
-        grad = tl.where(present, tl.div_rn(grad - tl.sum(grad * share, axis=0), divisor), 0.0)
+        grad = tl.div_rn(grad - tl.sum(grad * share, axis=0), divisor)
     if SCORING == "softmax":
         mean = tl.sum(grad * score, axis=0)
         if AFTER:
@@ -232,7 +232,7 @@ def _slope(x, score, SCORING: tl.constexpr):
     if SCORING == "sigmoid":
         slope = score * (1.0 - score)
     else:
-        slope = tl.where(_softplus(x) >= TINY, tl.sigmoid(x) / (2.0 * score), 0.0)
+        slope = tl.sigmoid(x) / (2.0 * score)  # at most 1e-19 where the score is clamped, and there it ought to be 0
     return slope
 
 
@@ -260,7 +260,7 @@ def _value(key):
 
 @triton.jit
 def _best_groups(key, group, member, GROUPS: tl.constexpr, KEPT: tl.constexpr, COUNTED: tl.constexpr):
-    """True for the KEPT groups whose COUNTED best scores, added best first, make the largest sums."""
+    """True for the KEPT groups whose COUNTED best scores, added best first, make the largest sums; and for padding."""
     best = tl.max(key, axis=1)
     score = _value(best)
     for _ in tl.static_range(COUNTED - 1):
@@ -272,7 +272,7 @@ def _best_groups(key, group, member, GROUPS: tl.constexpr, KEPT: tl.constexpr, C
     for _ in tl.static_range(KEPT):
         first = tl.min(tl.where(key == tl.max(key, axis=0), group, GROUPS), axis=0)
         key = tl.where(group == first, TAKEN, key)
-    return (key == TAKEN) & (group < GROUPS)
+    return key == TAKEN
 
 
 @triton.jit

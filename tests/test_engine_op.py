@@ -104,7 +104,7 @@ def test_what_graphs_are_told_about_the_operator_is_so(dtype, keep):
     args = (x, ids, weights, *experts, "silu", True, None, 1.0, 0.0, False, False, keep, False)
     torch.library.opcheck(torch.ops.moesaic.experts.default, args)
     with torch.no_grad():
-        out, hidden, order, counts = torch.ops.moesaic.experts(*args[:-2], True, False)
+        out, hidden, order, counts = torch.ops.moesaic.experts(*args[:-2], "hidden", False)
         given = [t.detach() if isinstance(t, torch.Tensor) else t for t in args]
     back = (
         out,

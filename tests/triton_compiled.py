@@ -3,7 +3,7 @@
     python tests/triton_compiled.py 90 bfloat16 32768 [more token counts ...]
 
 Triton brings its own assembler. A stand-in driver says which GPU it is, tensors without memory ("meta") carry shapes
-and dtypes, and every launch stops after the kernel is made. Not for the interpreter: its own process, without the variable.
+and dtypes, and every launch stops after the kernel is made. TRITON_INTERPRET must not be set.
 """
 
 import json

@@ -24,7 +24,8 @@ WORDS = {
         "free": "{free} free of {all}", "load": "busy processes", "load_of": "{load:.1f} in the last minute",
         "held_back": "The CPU has bfloat16 instructions that oneDNN does not use: is ONEDNN_MAX_CPU_ISA set?",
         "engines": "Engines: what engine=\"auto\" takes, tried here against float64",
-        "engine_columns": ("device", "dtype", "auto", "why"), "ok": "right",
+        "engine_columns": ("device", "dtype", "auto"), "ok": "right", "no": "no",
+        "elsewhere": "On a CUDA device, which is not here, auto would take for {dtype}: {auto}, {reason}.",
         "known": "transformers knows the experts implementation \"moesaic\". Switch it on with one of",
         "unknown": "transformers does not know \"moesaic\": {reason}",
         "stream": "Read from memory: {gb:.1f} GB/s. Square matmul: {flops}.",
@@ -41,7 +42,8 @@ WORDS = {
         "free": "共 {all}，可用 {free}", "load_of": "最近一分钟 {load:.1f}",
         "held_back": "CPU 有 bfloat16 指令而 oneDNN 没有使用：是否设置了 ONEDNN_MAX_CPU_ISA？",
         "engines": "引擎：engine=\"auto\" 的选择，均已在本机与 float64 对照",
-        "engine_columns": ("设备", "类型", "auto", "原因"), "ok": "正确",
+        "engine_columns": ("设备", "类型", "auto"), "ok": "正确", "no": "否",
+        "elsewhere": "若有 CUDA 设备（本机没有），auto 对 {dtype} 会选择：{auto}，{reason}。",
         "known": "transformers 已认识专家实现 \"moesaic\"，任选一种方式启用：",
         "unknown": "transformers 不认识 \"moesaic\"：{reason}",
         "stream": "内存读取：{gb:.1f} GB/s。方阵乘法：{flops}。",
@@ -90,6 +92,7 @@ def examine() -> dict[str, Any]:
     import torch
 
     from moesaic.bench.machine import available_bytes, machine
+    from moesaic.engine.select import best_engine
 
     found = machine()
     versions = found.pop("versions") | {name: version for name in ("numpy", "triton") if (version := _version(name))}
@@ -100,12 +103,16 @@ def examine() -> dict[str, Any]:
         "load": os.getloadavg()[0],
         "cuda": cuda,
     }
-    return {
+    result = {
         "versions": versions,
         "machine": found | here,
         "engines": [serve(device, dtype) for device in ("cpu", *(["cuda"] if cuda else [])) for dtype in DTYPES],
         "transformers": transformers_seam(),
     }
+    if not cuda:
+        name, reason = best_engine("cuda", torch.bfloat16)
+        result["on_cuda"] = {"dtype": "bfloat16", "auto": name, "reason": reason}
+    return result
 
 
 def serve(device: str, dtype: str) -> dict[str, Any]:
@@ -205,7 +212,8 @@ def report(found: dict[str, Any], words: dict[str, Any]) -> "list[RenderableType
     ]
     if held_back(machine):
         parts.append(Text(words["held_back"] + "\n", style="yellow"))
-    parts.append(_engines(found["engines"], words))
+    parts += _engines(found["engines"], words)
+    parts += [words["elsewhere"].format(**found["on_cuda"]) + "\n"] if "on_cuda" in found else []
     if wrong(found):
         parts.append(Text(words["wrong"].format(where=", ".join(wrong(found))) + "\n", style="bold red"))
     parts.append(Text(words["known"] if seam["known"] else words["unknown"].format(reason=seam["reason"])))
@@ -219,17 +227,22 @@ def held_back(machine: dict[str, Any]) -> bool:
     return has and machine["onednn_isa"] != "unknown" and "bfloat16" not in machine["onednn_isa"].lower()
 
 
-def _engines(rows: list[dict[str, Any]], words: dict[str, Any]) -> "Table":
+def _engines(rows: list[dict[str, Any]], words: dict[str, Any]) -> "list[RenderableType]":
+    """The table, then in lines of their own why "auto" takes what it takes and what kept the others from it."""
     from rich.markup import escape
+    from rich.padding import Padding
 
-    engines = list(rows[0]["engines"])
-    table = _table(words["engines"], (*words["engine_columns"], *engines))
+    table = _table(words["engines"], (*words["engine_columns"], *rows[0]["engines"]))
+    failures = list(dict.fromkeys(failure for row in rows for failure in row["engines"].values() if failure))
     for row in rows:
         tried = [
-            f"[yellow]{escape(row['engines'][e])}" if row["engines"][e] else f"[green]{words['ok']}" for e in engines
+            f"[yellow]{words['no']} ({failures.index(failure) + 1})" if failure else f"[green]{words['ok']}"
+            for failure in row["engines"].values()
         ]
-        table.add_row(row["device"], row["dtype"], f"[bold]{row['auto']}", escape(row["reason"]), *tried)
-    return table
+        table.add_row(row["device"], row["dtype"], f"[bold]{row['auto']}", *tried)
+    lines = [f"({number}) {failure}" for number, failure in enumerate(failures, 1)]
+    lines += [f"{row['device']} {row['dtype']}: {row['auto']}, {row['reason']}" for row in rows]
+    return [table, *(Padding(escape(line), (0, 0, 0, 1)) for line in lines), ""]
 
 
 def _measures(measured: dict[str, Any], words: dict[str, Any]) -> "list[RenderableType]":

@@ -90,12 +90,14 @@ def test_gradients_of_gradients_are_those_of_the_rules(config):
     torch.testing.assert_close(answers[1], answers[0], rtol=1e-4, atol=1e-6)
 
 
-def test_a_graph_before_the_logits_is_counted_once_under_create_graph():
+def test_a_hook_on_the_logits_runs_once_under_create_graph():
     config = CONFIGS["V3"]
     x = torch.randn(3, 16, device=DEVICE, requires_grad=True)
     answers = []
     for implementation in (rules.route, run_route):
-        weights = implementation(x.sin(), None, config).weights
+        logits = x.sin()
+        logits.register_hook(lambda grad: 2 * grad)
+        weights = implementation(logits, None, config).weights
         answers.append(torch.autograd.grad(weights.square().sum(), x, create_graph=True)[0])
     torch.testing.assert_close(answers[1], answers[0], rtol=1e-5, atol=1e-6)
 

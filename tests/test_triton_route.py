@@ -244,7 +244,7 @@ def test_any_strides(layout):
     assert_same(ours, rules.route(strided.contiguous(), bias, config))
     replay = LAYOUTS["column-major"](draw_replay(config))
     assert_same(route(strided, None, config, replay=replay), rules.route(strided, None, config, replay=replay))
-    grad = torch.ones((), device=DEVICE).expand(3, 4)
+    grad = LAYOUTS[layout](torch.randn(3, 4, device=DEVICE))
     ours = backward(grad, strided, replay, RouteSpec.of(config))
     torch.testing.assert_close(ours.double(), expected_gradient(grad, strided, replay, config), rtol=1e-5, atol=1e-6)
 

@@ -155,7 +155,6 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     _weights, expert_ids = output
     ctx.spec = RouteSpec(*spec)
     ctx.save_for_backward(logits, expert_ids)
-    ctx.mark_non_differentiable(expert_ids)
     ctx.set_materialize_grads(False)
 
 
@@ -163,7 +162,7 @@ def _backward(ctx: Any, grad_weights: Tensor | None, _grad_ids: None) -> tuple[T
     logits, expert_ids = ctx.saved_tensors
     grad = None
     if grad_weights is not None:
-        if torch.is_grad_enabled() or _transformed():  # the gradient is to have a gradient, or comes in batches
+        if torch.is_grad_enabled():  # create_graph: the gradient is to have a gradient, so plain torch operations
             grad = _differentiable_backward(grad_weights, logits, expert_ids, ctx.spec)
         else:
             grad = torch.ops.moesaic.route_backward(grad_weights, logits, expert_ids, *ctx.spec)
@@ -171,11 +170,9 @@ def _backward(ctx: Any, grad_weights: Tensor | None, _grad_ids: None) -> tuple[T
 
 
 def _differentiable_backward(grad_weights: Tensor, logits: Tensor, expert_ids: Tensor, spec: RouteSpec) -> Tensor:
-    with torch.enable_grad():
-        logits = logits.view_as(logits)  # so that nothing before it is counted here
-        weights = rules.route(logits, None, spec.config(logits.shape[1]), replay=expert_ids).weights
-    (grad,) = torch.autograd.grad(weights, logits, grad_weights, create_graph=torch.is_grad_enabled())
-    return grad
+    logits = logits.view_as(logits)  # so that hooks on the logits themselves run once, later
+    weights = rules.route(logits, None, spec.config(logits.shape[1]), replay=expert_ids).weights
+    return torch.autograd.grad(weights, logits, grad_weights, create_graph=True)[0]
 
 
 torch.library.impl("moesaic::route", "CUDA", _route_cuda)

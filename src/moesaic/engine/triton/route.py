@@ -78,7 +78,7 @@ def backward(
                 grad_weights.contiguous(),
                 logits,
                 *logits.stride(),
-                expert_ids,
+                expert_ids.contiguous(),
                 grad_logits,
                 spec.eps,
                 spec.scale,

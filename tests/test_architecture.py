@@ -83,3 +83,38 @@ def test_layers_need_neither_transformers_nor_matplotlib():
     )
     assert "torch" in loaded
     assert not loaded & {"transformers", "matplotlib"}
+
+
+WITHOUT_TRITON = """
+import sys
+sys.modules["triton"] = None  # as where it is not installed
+import torch, moesaic as ms
+from moesaic.engine.select import best_engine
+layer = ms.DeepseekV3MoE(ms.MoEConfig(hidden_size=8, moe_intermediate_size=8, n_routed_experts=4, num_experts_per_tok=2))
+layer(torch.randn(3, 8)).sum().backward()
+assert best_engine("cuda", torch.bfloat16)[0] == "grouped"
+try:
+    ms.DeepseekV3MoE(layer.config, engine="triton")
+except ValueError as error:
+    print(error)
+"""
+
+
+def test_without_triton_all_but_its_engine_works():
+    result = subprocess.run([sys.executable, "-c", WITHOUT_TRITON], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == (
+        "engine='triton' cannot run here: the package triton is not installed: pip install triton, "
+        "or use 'auto' or 'grouped'\n"
+    )
+
+
+def test_triton_is_imported_by_its_first_kernel_alone():
+    loaded = loaded_by(
+        "import torch, moesaic as ms; from moesaic.engine.select import ENGINES, best_engine;"
+        "best_engine('cuda', torch.bfloat16);"
+        "layer = ms.DeepseekV3MoE(ms.MoEConfig(hidden_size=8, moe_intermediate_size=8, n_routed_experts=4,"
+        "num_experts_per_tok=2)); layer(torch.randn(3, 8))"
+    )
+    assert "moesaic.engine.triton" in loaded
+    assert "moesaic.engine.triton.experts" not in loaded

@@ -20,6 +20,7 @@ TIMES_EAGER = 1.5  # or no worse than this times the error of transformers' eage
 
 
 GradsOf = Callable[[int], list[Tensor | None]]
+Distance = Callable[[Tensor, Tensor], float]  # (found, float64 truth) -> error
 
 
 class Truth(NamedTuple):
@@ -44,33 +45,46 @@ def truth_of(problem: Problem) -> Truth:
     token_grad, weight_grad = torch.zeros_like(tokens), torch.zeros_like(weights)
     for expert in ids.unique().tolist():
         only = (ids != expert).long()  # the one expert is number 0, and 1 is "no expert"
-        part = reference(tokens, only, weights, _one(problem.experts, expert), problem.spec)
+        part = reference(tokens, only, weights, one_expert(problem.experts, expert), problem.spec)
         if trains:
             grads = torch.autograd.grad(part, (tokens, weights), out_grad)
             token_grad, weight_grad = token_grad + grads[0], weight_grad + grads[1]
         out += part.detach()
-    expert_grads = {expert: _expert_grads(problem, expert) for expert in _sample(problem)} if trains else {}
+    expert_grads = {expert: gradients_of(problem, expert) for expert in sampled_experts(problem)} if trains else {}
     return Truth(rows, out, token_grad, weight_grad, expert_grads)
 
 
+def largest_error(found: Tensor, truth: Tensor) -> float:
+    """Largest difference over largest value."""
+    largest = float(truth.abs().max())
+    difference = float((found.double() - truth).abs().max())
+    return difference / largest if largest else difference
+
+
 def errors_of(
-    problem: Problem, truth: Truth, out: Tensor, *, passes: int = 1, grads_of: GradsOf | None = None
+    problem: Problem,
+    truth: Truth,
+    out: Tensor,
+    *,
+    passes: int = 1,
+    grads_of: GradsOf | None = None,
+    distance: Distance = largest_error,
 ) -> dict[str, float]:
-    """Largest difference over largest value, by what was compared. `passes`: how often gradients were accumulated.
+    """The error by what was compared. `passes`: how often gradients were accumulated.
 
     grads_of: where an expert's gradients lie, for calls whose leaves are not the problem's Parameters.
     """
     grads_of = grads_of or problem.expert_grads
-    errors = {"out": _error(out.detach()[truth.rows], truth.out)}
+    errors = {"out": distance(out.detach()[truth.rows], truth.out)}
     if not problem.cell.trains:
         return errors
     token_grad, weight_grad = problem.tokens.grad, problem.weights.grad
-    errors["token_grad"] = math.inf if token_grad is None else _error(token_grad[truth.rows], truth.token_grad)
-    errors["weight_grad"] = math.inf if weight_grad is None else _error(weight_grad[truth.rows], truth.weight_grad)
+    errors["token_grad"] = math.inf if token_grad is None else distance(token_grad[truth.rows], truth.token_grad)
+    errors["weight_grad"] = math.inf if weight_grad is None else distance(weight_grad[truth.rows], truth.weight_grad)
     worst = 0.0
     for expert, truths in truth.expert_grads.items():
         for grad, expected in zip(grads_of(expert), truths, strict=True):
-            found = math.inf if grad is None else _error(grad, passes * expected)
+            found = math.inf if grad is None else distance(grad, passes * expected)
             worst = found if math.isnan(found) else max(worst, found)
     errors["expert_grad"] = worst
     return errors
@@ -84,13 +98,9 @@ def is_right(errors: dict[str, float], eager: dict[str, float] | None, dtype: st
     return all(error <= max(BOUNDS[dtype], TIMES_EAGER * eager.get(what, 0.0)) for what, error in errors.items())
 
 
-def _error(found: Tensor, truth: Tensor) -> float:
-    largest = float(truth.abs().max())
-    difference = float((found.double() - truth).abs().max())
-    return difference / largest if largest else difference
+def one_expert(experts: ExpertWeights, expert: int) -> ExpertWeights:
+    """In float64, with an axis of one expert."""
 
-
-def _one(experts: ExpertWeights, expert: int) -> ExpertWeights:
     def cut(weight: Tensor) -> Tensor:
         return weight.detach()[expert : expert + 1].double()
 
@@ -98,7 +108,7 @@ def _one(experts: ExpertWeights, expert: int) -> ExpertWeights:
     return ExpertWeights(cut(experts.up), cut(experts.down), up_bias, down_bias)
 
 
-def _sample(problem: Problem) -> list[int]:
+def sampled_experts(problem: Problem) -> list[int]:
     """The least loaded experts that have work, which keeps float64 cheap, the most loaded, whose rows may be cut into
     pieces, and an idle one, whose gradient is zero."""
     counts = problem.counts
@@ -107,9 +117,10 @@ def _sample(problem: Problem) -> list[int]:
     return few + [e for e in active[-1:] if e not in few] + [e for e, count in enumerate(counts) if not count][:1]
 
 
-def _expert_grads(problem: Problem, expert: int) -> list[Tensor]:
+def gradients_of(problem: Problem, expert: int) -> list[Tensor]:
+    """In float64, of one expert's weights, from all of its rows."""
     rows, slots = (problem.expert_ids == expert).nonzero(as_tuple=True)
-    weights = [w[0].requires_grad_() for w in _one(problem.experts, expert) if w is not None]
+    weights = [w[0].requires_grad_() for w in one_expert(problem.experts, expert) if w is not None]
     up, down, up_bias, down_bias = (*weights, None, None)[:4]
     spec, tokens = problem.spec, problem.tokens.detach()[rows].double()
     hidden = spec.activate(spec.project(tokens, up, up_bias))

@@ -44,15 +44,15 @@ class Problem:
                 parameter.grad = None
 
 
-def make_experts(shape: str, dtype: str) -> ExpertWeights:
+def make_experts(shape: str, dtype: str, device: str = "cpu") -> ExpertWeights:
     """Random weights of one layer's routed experts, uniform in ±1/sqrt(fan in), biases in ±0.1."""
     c = SHAPES[shape].config()
     assert c.moe_intermediate_size is not None
     n, d, i = c.n_routed_experts, c.hidden_size, c.moe_intermediate_size
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
 
     def draw(*size: int, bound: float) -> nn.Parameter:
-        values = torch.empty(size, dtype=getattr(torch, dtype))
+        values = torch.empty(size, dtype=getattr(torch, dtype), device=device)
         return nn.Parameter(values.uniform_(-bound, bound, generator=generator))
 
     rows, columns = ((d, 2 * i), (i, d)) if c.transposed else ((2 * i, d), (d, i))
@@ -63,16 +63,19 @@ def make_experts(shape: str, dtype: str) -> ExpertWeights:
 
 
 def make_problem(cell: Cell, experts: ExpertWeights) -> Problem:
-    """Tokens and routing of a cell, drawn from a seed that only the cell's shape, tokens and routing decide."""
-    config = SHAPES[cell.shape].config()
+    """Tokens and routing of a cell, on the device of its experts, drawn from a seed that only the cell's shape, tokens
+    and routing decide."""
+    config, device = SHAPES[cell.shape].config(), experts.up.device
     dtype = getattr(torch, cell.dtype)
     generator = torch.Generator().manual_seed(1 + cell.tokens)
+    large = generator if device.type == "cpu" else torch.Generator(device).manual_seed(1 + cell.tokens)
     size = (cell.tokens, config.hidden_size)
-    tokens, out_grad = (torch.randn(size, generator=generator).to(dtype) for _ in range(2))
+    tokens, out_grad = (torch.randn(size, generator=large, device=device).to(dtype) for _ in range(2))
     ids = DRAWS[cell.routing](cell.tokens, config.n_routed_experts, config.num_experts_per_tok, generator)
     weights = torch.rand(ids.shape, generator=generator) + 0.1
     weights = weights / weights.sum(-1, keepdim=True)
     weights = weights.to(dtype if config.weights_dtype == "model" else torch.promote_types(dtype, torch.float32))
+    ids, weights = ids.to(device), weights.to(device)
     if cell.mode != "forward":
         tokens.requires_grad_()
         weights.requires_grad_()

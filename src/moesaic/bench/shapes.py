@@ -40,6 +40,18 @@ SHAPES = {
     "mixtral-half": Shape("mixtral", "mixtral", 2048, 7168, 8, 2),
     "mixtral": Shape("mixtral", "mixtral", 4096, 14336, 8, 2),
     "gpt-oss-20b": Shape("gpt-oss", "gpt_oss", 2880, 2880, 32, 4),
+    # the sizes that SonicMoE is measured with (arXiv 2512.14080, figure 14)
+    "sonic-1.4b-n256": Shape("qwen3-moe", "qwen3_moe", 768, 256, 128, 8),
+    "sonic-7b-n256": Shape("qwen3-moe", "qwen3_moe", 1536, 256, 128, 8),
+    "sonic-7b-n1024": Shape("qwen3-moe", "qwen3_moe", 1536, 1024, 32, 2),
+    "sonic-30b-n256": Shape("qwen3-moe", "qwen3_moe", 4096, 256, 256, 16),
+    "sonic-30b-n512": Shape("qwen3-moe", "qwen3_moe", 4096, 512, 128, 8),
+    "sonic-30b-n1024": Shape("qwen3-moe", "qwen3_moe", 4096, 1024, 64, 4),
+    "sonic-120b-n512": Shape("qwen3-moe", "qwen3_moe", 4096, 512, 256, 16),
+    "sonic-120b-n1024": Shape("qwen3-moe", "qwen3_moe", 4096, 1024, 128, 8),
+    "sonic-120b-n2048": Shape("qwen3-moe", "qwen3_moe", 4096, 2048, 64, 4),
+    "nano": Shape("qwen3-moe", "qwen3_moe", 32, 16, 4, 2),
+    "nano-gpt-oss": Shape("gpt-oss", "gpt_oss", 32, 16, 4, 2),
     "tiny": Shape("qwen3-moe", "qwen3_moe", 64, 32, 16, 4),
     "tiny-dsv3": Shape("deepseek-v3", "deepseek_v3", 64, 32, 16, 4),
     "tiny-gpt-oss": Shape("gpt-oss", "gpt_oss", 64, 64, 8, 2),
@@ -100,7 +112,13 @@ class Grid:
                 yield Cell(shape, tokens, dtype, mode, routing, cache, threads)
 
 
-TINY = ("tiny", "tiny-dsv3", "tiny-gpt-oss")  # to see that everything works: their times say nothing
+TINY = (
+    "nano",
+    "nano-gpt-oss",
+    "tiny",
+    "tiny-dsv3",
+    "tiny-gpt-oss",
+)  # to see that everything works: their times say nothing
 SMOKE = Grid(("tiny",), (1, 32), modes=("forward", "fwd+bwd-fresh"), routings=("balanced",))
 ROUNDS, SMOKE_ROUNDS = 10, 3
 

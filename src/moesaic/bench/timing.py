@@ -56,7 +56,7 @@ def interleave(
     whatever the one before leaves in the cache, falls on all of them."""
     seconds: dict[str, list[float]] = {entrant.name: [] for entrant in entrants}
     order = random.Random(0)
-    with _without_collections():
+    with without_collections():
         for number in range(max(rounds.values())):
             for entrant in order.sample(entrants, len(entrants)):
                 if number >= rounds[entrant.name]:
@@ -75,7 +75,8 @@ def spread(seconds: Sequence[float]) -> Spread:
 
 
 @contextmanager
-def _without_collections() -> Iterator[None]:
+def without_collections() -> Iterator[None]:
+    """No pause of Python's garbage collector inside a timed run."""
     gc.collect()
     gc.disable()
     try:

@@ -1,0 +1,128 @@
+"""How seconds are taken: CUDA events on a GPU, the wall clock in a smoke run. And what replays a graph."""
+
+import random
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from moesaic.bench.timing import Entrant, without_collections
+
+FLUSH = 256 << 20  # bytes written before a run, several times any L2 cache
+Seconds = Callable[[], float]  # waits for the run that it belongs to
+
+
+class Clock:
+    """The wall clock: what it times is over when it returns."""
+
+    device = "cpu"
+    is_cuda = False
+
+    def time(self, run: Callable[[], object]) -> Seconds:
+        start = time.perf_counter()
+        run()
+        seconds = time.perf_counter() - start
+        return lambda: seconds
+
+    def flush(self) -> None:
+        """Nothing of the run before stays in a cache."""
+
+    def wait(self) -> None:
+        """Until the device has done what it was given; raises what went wrong there."""
+
+    def replay(self, calls: Sequence[Callable[[], object]]) -> Callable[[], object]:
+        """All calls in order, as one graph where there are graphs."""
+        return lambda: [call() for call in calls]
+
+    def why_no_graph(self, run: Callable[[], object]) -> str:
+        """Why a call cannot be put into a graph, or nothing."""
+        run()
+        return ""
+
+    def peak_of(self, run: Callable[[], Any]) -> tuple[Any, int, int]:
+        """(what it returns, bytes that are allocated more after it than before, and at the peak)."""
+        return run(), 0, 0
+
+
+class CudaClock(Clock):
+    """CUDA events. What comes before a run keeps the device busy while Python launches, as triton's do_bench does: a
+    call is not charged for Python as long as that is shorter than writing FLUSH bytes (some 100 us)."""
+
+    device = "cuda"
+    is_cuda = True
+
+    def __init__(self) -> None:
+        self._flush = torch.empty(FLUSH, dtype=torch.int8, device="cuda")
+
+    def time(self, run: Callable[[], object]) -> Seconds:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        run()
+        end.record()
+
+        def seconds() -> float:
+            end.synchronize()
+            return 1e-3 * start.elapsed_time(end)
+
+        return seconds
+
+    def flush(self) -> None:
+        self._flush.zero_()
+
+    def wait(self) -> None:
+        torch.cuda.synchronize()
+
+    def replay(self, calls: Sequence[Callable[[], object]]) -> Callable[[], object]:
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):  # what a first call does (compile, load) cannot be captured
+            calls[0]()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        kept: list[object] = []  # or an output's memory would be given to the next call
+        with torch.cuda.graph(graph):
+            kept.extend(call() for call in calls)
+
+        def replay(_kept: list[object] = kept) -> None:
+            graph.replay()
+
+        return replay
+
+    def why_no_graph(self, run: Callable[[], object]) -> str:
+        run()
+        before = torch.cuda.get_sync_debug_mode()
+        torch.cuda.set_sync_debug_mode("error")  # a failed capture can leave the context unusable, this cannot
+        try:
+            run()
+        except RuntimeError as error:
+            return f"no graph: {str(error).partition(chr(10))[0]}"
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+        return ""
+
+    def peak_of(self, run: Callable[[], Any]) -> tuple[Any, int, int]:
+        self.wait()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        result = run()
+        self.wait()
+        return result, torch.cuda.memory_allocated() - before, torch.cuda.max_memory_allocated() - before
+
+
+def interleave(entrants: Sequence[Entrant], rounds: Mapping[str, int], clock: Clock) -> dict[str, list[float]]:
+    """`timing.interleave` where a run may still be going on when its call has returned: seconds of every run, each
+    round in an order of its own, read at the end of the round."""
+    seconds: dict[str, list[float]] = {entrant.name: [] for entrant in entrants}
+    order = random.Random(0)
+    with without_collections():
+        for number in range(max(rounds.values(), default=0)):
+            tickets = []
+            for entrant in order.sample(list(entrants), len(entrants)):
+                if number < rounds[entrant.name]:
+                    entrant.prepare()
+                    clock.flush()
+                    tickets.append((entrant.name, clock.time(entrant.run)))
+            for name, ticket in tickets:
+                seconds[name].append(ticket())
+    return seconds

@@ -1,0 +1,332 @@
+"""One cell on a GPU: everybody judged against float64, the right ones timed in turn."""
+
+import math
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from moesaic.bench.ceiling import Ceiling, Phase, least_seconds
+from moesaic.bench.contenders import Call, Contender
+from moesaic.bench.gate import Truth, errors_of
+from moesaic.bench.gpu.cells import INVARIANT, OURS, TORCH, GpuCell
+from moesaic.bench.gpu.clock import Clock, interleave
+from moesaic.bench.gpu.contenders import contenders_named
+from moesaic.bench.gpu.limits import Bandwidth, kernels_of, matmul_flops
+from moesaic.bench.gpu.truth import is_right, relative_error, truth_of
+from moesaic.bench.problem import Problem, make_problem
+from moesaic.bench.runner import Row, failed, forget_gradients, run_once
+from moesaic.bench.timing import Entrant, plan_rounds, spread
+from moesaic.types import ExpertWeights
+
+ROUNDS, CELL_SECONDS = 10, 6.0  # wanted, more where they are short; for the rounds of one cell
+WARM = 2  # runs before the rounds
+DECODE_CALLS = 16  # in one graph, each on other experts
+TRUTH_SECONDS = 0.5  # of float64 matmuls
+
+
+class DeviceLost(Exception):
+    """The device refuses everything after an illegal access: this process is over, the journal is not."""
+
+
+class Bench(NamedTuple):
+    """What every cell is measured with. flops: P by dtype. rounds: None for what suits the time they take."""
+
+    clock: Clock
+    flops: dict[str, float]
+    bandwidth: Bandwidth
+    rounds: int | None = None
+
+    def ceiling(self, dtype: str) -> Ceiling:
+        return Ceiling(self.flops[dtype], self.bandwidth.copy)
+
+
+@dataclass
+class Measured:
+    """A cell with its rows. facts: what has no place in a row.  note: why the whole cell has no numbers."""
+
+    cell: GpuCell
+    rows: list[Row] = field(default_factory=list)
+    facts: dict[str, Any] = field(default_factory=dict)
+    note: str = ""
+    least_ms: float | None = None
+    seconds: float = 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"kind": "cell", "key": self.cell.key, **asdict(self)}
+
+    @classmethod
+    def of(cls, line: dict[str, Any]) -> "Measured":
+        rows = [Row(**row) for row in line["rows"]]
+        return cls(GpuCell.of(line["cell"]), rows, line["facts"], line["note"], line["least_ms"], line["seconds"])
+
+    def row(self, name: str) -> Row | None:
+        return next((row for row in self.rows if row.name == name), None)
+
+
+class Judged(NamedTuple):
+    """call: None where the contender is wrong, failed, or was refused.  seconds: of one run."""
+
+    row: Row
+    call: Call | None
+    seconds: float
+
+
+def judge(problem: Problem, truth: Truth, contenders: Sequence[Contender], bench: Bench) -> list[Judged]:
+    """Everybody's errors; torch's own grouped_mm first, whose errors are the measure of the others'."""
+    judged: dict[str, Judged] = {}
+    torch_errors: dict[str, float] = {}
+    for contender in sorted(contenders, key=lambda c: TORCH.index(c.name) if c.name in TORCH else len(TORCH)):
+        row = Row(contender.name, contender.kind)
+        judged[contender.name] = Judged(row, None, math.nan)
+        row.note = contender.refuses(problem.cell) or ""
+        if row.note:
+            continue
+        try:
+            call, seconds = _try(problem, truth, contender, row, bench.clock)
+        except Exception as error:  # anybody's: the others are still to be measured
+            row.note = failed(error)
+            problem.forget_gradients(weights_too=True)
+            check_device(bench.clock)
+            continue
+        if not is_right(row.errors, torch_errors, problem.cell.dtype):
+            row.note = "wrong"
+            continue
+        torch_errors = torch_errors or (row.errors if contender.name in TORCH else {})
+        judged[contender.name] = Judged(row, call, seconds)
+    return [judged[contender.name] for contender in contenders]
+
+
+def check_device(clock: Clock) -> None:
+    """Give back what a failure held. Raises DeviceLost where nothing will run any more."""
+    try:
+        clock.wait()
+    except RuntimeError as error:
+        raise DeviceLost(str(error).partition("\n")[0]) from None
+    if clock.is_cuda:
+        torch.cuda.empty_cache()
+
+
+def _try(problem: Problem, truth: Truth, contender: Contender, row: Row, clock: Clock) -> tuple[Call, float]:
+    """Build, run (the first time compiles), ours once more on poisoned memory, then compare."""
+    start = time.perf_counter()
+    call = contender.build(problem)
+    forget_gradients(problem, call, weights_too=True)
+    run_once(problem, call)
+    clock.wait()
+    row.build_ms = 1e3 * (time.perf_counter() - start)
+    forget_gradients(problem, call, weights_too=True)
+    if contender.kind != "peer":
+        with poisoned():
+            out = run_once(problem, call)
+        errors = errors_of(problem, truth, out, grads_of=problem.expert_grads, distance=relative_error)
+        if any(math.isnan(error) for error in errors.values()):
+            raise ValueError("an element of the result is never written")
+        forget_gradients(problem, call, weights_too=True)
+    start = time.perf_counter()
+    out = run_once(problem, call)
+    clock.wait()
+    seconds = time.perf_counter() - start
+    grads_of = getattr(call, "expert_grads", problem.expert_grads)
+    row.errors = errors_of(problem, truth, out, grads_of=grads_of, distance=relative_error)
+    forget_gradients(problem, call, weights_too=True)
+    return call, seconds
+
+
+@contextmanager
+def poisoned() -> Iterator[None]:
+    """New memory is NaN, so that an element that nobody writes is not right by chance."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of operations that have no deterministic form, which is not what is asked
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        try:
+            yield
+        finally:
+            torch.use_deterministic_algorithms(False)
+
+
+def run_experts(cell: GpuCell, experts: ExpertWeights, bench: Bench) -> Measured:
+    problem = make_problem(cell.problem_cell, experts)
+    truth = truth_of(problem, TRUTH_SECONDS * bench.flops["float64"])
+    judged = judge(problem, truth, contenders_named(cell.who), bench)
+    rows_compared = len(truth.rows)
+    del truth
+    result = Measured(cell, [entry.row for entry in judged], {"rows_compared": rows_compared})
+    entrants = [_entrant(problem, entry.row.name, entry.call) for entry in judged if entry.call is not None]
+    seconds = timed(entrants, {e.row.name: e.seconds for e in judged if e.call is not None}, bench)
+    problem.forget_gradients(weights_too=True)
+    phases = [phase for _, phase in kernels_of(problem)]
+    fill(result, seconds, phases, matmul_flops(problem), bench.ceiling(cell.dtype))
+    return result
+
+
+def _entrant(problem: Problem, name: str, call: Call) -> Entrant:
+    def run() -> Tensor:
+        return run_once(problem, call)
+
+    return Entrant(name, lambda: forget_gradients(problem, call, weights_too=True), run)
+
+
+def timed(entrants: Sequence[Entrant], once: dict[str, float], bench: Bench) -> dict[str, list[float]]:
+    """Seconds of every run, after some that nobody times. `once`: what one took, to plan by."""
+    for entrant in entrants:
+        for _ in range(WARM if bench.rounds is None else 0):
+            entrant.prepare()
+            entrant.run()
+    if not entrants:
+        return {}
+    planned = dict.fromkeys(once, bench.rounds) if bench.rounds else plan(once)
+    return interleave(entrants, planned, bench.clock)
+
+
+def plan(once: dict[str, float]) -> dict[str, int]:
+    ours = [name for name in once if name.startswith((OURS, INVARIANT))]
+    return {name: max(1, n) for name, n in plan_rounds(once, ROUNDS, never_few=ours, allowed=CELL_SECONDS).items()}
+
+
+def fill(
+    result: Measured, seconds: dict[str, list[float]], phases: Sequence[Phase], flops: float, ceiling: Ceiling
+) -> None:
+    """Times, TF/s (as GF/s), GB/s and share of the ceiling of every row that was timed; then who is best."""
+    result.least_ms = 1e3 * least_seconds(list(phases), ceiling)
+    total_bytes = sum(phase.bytes for phase in phases)
+    for row in result.rows:
+        if row.name not in seconds:
+            continue
+        measured = spread(seconds[row.name])
+        row.median_ms, row.p10_ms, row.p90_ms = (1e3 * value for value in measured[:3])
+        row.rounds, row.runs_ms = measured.rounds, [1e3 * value for value in seconds[row.name]]
+        row.gflops, row.gbytes = 1e-9 * flops / measured.median, 1e-9 * total_bytes / measured.median
+        row.of_ceiling = result.least_ms / row.median_ms
+    peers = [(row.median_ms, row.name) for row in result.rows if row.kind == "peer" and row.median_ms is not None]
+    for row in result.rows:
+        if row.kind == "ours" and row.median_ms is not None and peers:
+            best, row.best_peer = min(peers)
+            row.ratio = best / row.median_ms
+
+
+def run_decode(cell: GpuCell, experts: ExpertWeights, bench: Bench) -> Measured:
+    """A few tokens, in a graph of many calls, each on experts that the ones before have not touched where there are
+    enough: weights come from memory. Rows "(graph)" per call, the others launched from Python one by one."""
+    problem = make_problem(cell.problem_cell, experts)
+    truth = truth_of(problem, math.inf)
+    judged = judge(problem, truth, contenders_named(cell.who), bench)
+    routes = disjoint_ids(problem, DECODE_CALLS if bench.clock.is_cuda else 2)
+    result, entrants, once, calls_in = Measured(cell), [], {}, {}
+    for entry in judged:
+        result.rows.append(entry.row)
+        if entry.call is None:
+            continue
+        calls = [_forward(problem, entry.call, ids) for ids in routes]
+        add = _rotating(entry.row.name, calls)
+        entrants.append(add)
+        once[add.name], calls_in[add.name] = entry.seconds, 1
+        graph = Row(f"{entry.row.name} (graph)", entry.row.kind, errors=entry.row.errors)
+        result.rows.append(graph)
+        try:
+            graph.note = bench.clock.why_no_graph(calls[0])
+            if not graph.note:
+                entrants.append(Entrant(graph.name, lambda: None, bench.clock.replay(calls)))
+                once[graph.name], calls_in[graph.name] = entry.seconds, len(calls)
+        except Exception as error:
+            graph.note = failed(error)
+            check_device(bench.clock)
+    seconds = timed(entrants, once, bench)
+    per_call = {name: [run / calls_in[name] for run in runs] for name, runs in seconds.items()}
+    active = sum(len(ids.unique()) for ids in routes) / len(routes)
+    phases = [_with_active(problem, active)]
+    fill(result, per_call, phases, matmul_flops(problem), Ceiling(bench.flops[cell.dtype], bench.bandwidth.best))
+    result.facts = {"active_experts": active, "bytes": phases[0].bytes, "calls": len(routes)}
+    return result
+
+
+def disjoint_ids(problem: Problem, count: int) -> list[Tensor]:
+    """Expert ids for so many calls: a shuffle of all experts dealt out to the calls while it lasts, then another."""
+    n_experts, shape = problem.config.n_routed_experts, problem.expert_ids.shape
+    if problem.expert_ids.numel() > n_experts:  # every call reads most experts anyway
+        generator = torch.Generator().manual_seed(0)
+        draws = (torch.rand(shape[0], n_experts, generator=generator).topk(shape[1]).indices for _ in range(count))
+        return [ids.to(problem.expert_ids.device) for ids in draws]
+    generator = torch.Generator().manual_seed(0)
+    a_shuffle = n_experts // problem.expert_ids.numel()
+    found: list[Tensor] = []
+    while len(found) < count:
+        order = torch.randperm(n_experts, generator=generator)[: a_shuffle * problem.expert_ids.numel()]
+        found += order.view(a_shuffle, *shape).to(problem.expert_ids.device).unbind()
+    return found[:count]
+
+
+def _with_active(problem: Problem, active: float) -> Phase:
+    """All of a forward as one phase: at so few rows every kernel waits for weights."""
+    experts, n_tokens = problem.experts, len(problem.tokens)
+    one = sum(w[0].nbytes for w in experts if w is not None)
+    item, k = experts.up.element_size(), problem.expert_ids.shape[1]
+    width = problem.config.moe_intermediate_size or 0
+    rows = item * n_tokens * (2 * problem.config.hidden_size * (1 + k) + 2 * k * width)
+    return Phase(matmul_flops(problem), active * one + rows)
+
+
+def _forward(problem: Problem, call: Call, ids: Tensor) -> Callable[[], Tensor]:
+    tokens, weights = problem.tokens.detach(), problem.weights.detach()
+
+    def run() -> Tensor:
+        with torch.no_grad():
+            return call(tokens, ids, weights)
+
+    return run
+
+
+def _rotating(name: str, calls: Sequence[Callable[[], Tensor]]) -> Entrant:
+    number = 0
+
+    def run() -> Tensor:
+        nonlocal number
+        number += 1
+        return calls[number % len(calls)]()
+
+    return Entrant(name, lambda: None, run)
+
+
+def run_memory(cell: GpuCell, experts: ExpertWeights, bench: Bench) -> Measured:
+    """Bytes that the forward leaves for the backward, and the peaks of both, the tokens counted, weights, gradients of
+    weights and what the forward returns not."""
+    problem = make_problem(cell.problem_cell, experts)
+    truth = truth_of(problem, TRUTH_SECONDS * bench.flops["float64"])
+    judged = judge(problem, truth, contenders_named(cell.who), bench)
+    del truth
+    result = Measured(cell, facts=_expected_bytes(problem))
+    for entry in judged:
+        result.rows.append(entry.row)
+        if entry.call is None:
+            continue
+        call, clock, x = entry.call, bench.clock, problem.tokens.nbytes
+        try:
+            forget_gradients(problem, call, weights_too=True)
+            out, held, peak = clock.peak_of(lambda call=call: call(problem.tokens, problem.expert_ids, problem.weights))
+            _, _, back = clock.peak_of(lambda out=out: out.backward(problem.out_grad))
+        except Exception as error:
+            entry.row.note = failed(error)
+            check_device(clock)
+            continue
+        grads = sum(p.nbytes for p in problem.parameters())
+        kept = held - out.nbytes + x
+        numbers = {"held": kept, "forward_peak": peak + x, "backward_peak": kept + back - grads}
+        result.facts[entry.row.name] = numbers
+        entry.row.extra_bytes = max(numbers["forward_peak"], numbers["backward_peak"], 0)
+        forget_gradients(problem, call, weights_too=True)
+        del out
+    return result
+
+
+def _expected_bytes(problem: Problem) -> dict[str, int]:
+    """X, H, A, Y of the design, and 16 bytes an assignment for the order of the rows."""
+    item, assignments = problem.experts.up.element_size(), problem.expert_ids.numel()
+    d = problem.config.hidden_size
+    up, down = (w[0].numel() // d for w in problem.experts[:2] if w is not None)
+    parts = {"X": problem.tokens.numel(), "H": assignments * up, "A": assignments * down, "Y": assignments * d}
+    return {**{name: item * size for name, size in parts.items()}, "metadata": 16 * assignments}

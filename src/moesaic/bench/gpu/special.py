@@ -1,0 +1,196 @@
+"""Cells that are no race of experts: the routing kernel, the time of each kernel, what a layer can be put into."""
+
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moesaic.bench.ceiling import Ceiling, Phase
+from moesaic.bench.gpu.cells import OURS, GpuCell
+from moesaic.bench.gpu.contenders import CONTENDERS
+from moesaic.bench.gpu.limits import kernels_of
+from moesaic.bench.gpu.run import Bench, Measured, check_device, fill, timed
+from moesaic.bench.problem import make_problem
+from moesaic.bench.runner import Row, failed, forget_gradients, run_once
+from moesaic.bench.shapes import SHAPES
+from moesaic.bench.timing import Entrant
+from moesaic.config import MoEConfig
+from moesaic.layer.moe import DeepseekV3MoE
+from moesaic.rules import route
+from moesaic.types import ExpertWeights
+
+KERNEL, EAGER_RULES, COMPILED_RULES = "ours: route kernel (graph)", "rules.route", "rules.route compiled"
+ROUTER_CALLS = 50  # in one graph, each on logits of its own
+SAME = 1e-5  # of weights, relative
+MAY_DIFFER = (
+    0.002  # of the rows: sigmoid may differ in its last bit, and then two experts that almost tie change places
+)
+PROFILED = 3  # steps
+
+
+def run_router(cell: GpuCell, bench: Bench) -> Measured:
+    """Selection alone, from logits to ids and weights: the kernel in a graph, and the rules in torch."""
+    config = MoEConfig.preset(cell.shape, hidden_size=1)
+    clock, n_experts = bench.clock, config.n_routed_experts
+    generator = torch.Generator().manual_seed(0)
+    calls = ROUTER_CALLS if clock.is_cuda else 2
+    many = torch.randn(calls, cell.tokens, n_experts, generator=generator).to(clock.device)
+    bias = (0.05 * torch.randn(n_experts, generator=generator)).to(clock.device)
+    result, entrants, once = Measured(cell), [], {}
+
+    def add(name: str, kind: str, make: Callable[[], tuple[Callable[[], Any], int]]) -> None:
+        row = Row(name, kind)
+        result.rows.append(row)
+        try:
+            run, inside = make()
+            run()
+            clock.wait()
+        except Exception as error:
+            row.note = failed(error)
+            check_device(clock)
+            return
+        entrants.append(Entrant(name, lambda: None, run))
+        once[name] = 1e-4 * inside
+        result.facts[name] = inside
+
+    def kernel() -> tuple[Callable[[], Any], int]:
+        from moesaic.engine.triton.route import route as ours
+
+        differing = rows_that_differ(ours(many[0], bias, config), route(many[0].double(), bias.double(), config))
+        result.facts["rows_that_differ"] = differing
+        if differing > MAY_DIFFER:
+            raise ValueError(f"wrong in {differing:.1%} of the rows")
+        return clock.replay([lambda logits=logits: ours(logits, bias, config) for logits in many]), calls
+
+    def compiled() -> tuple[Callable[[], Any], int]:
+        if not clock.is_cuda:
+            raise ValueError("not compiled in a smoke run")
+        torch._dynamo.reset()
+        faster = torch.compile(lambda logits: route(logits, bias, config)[1:], fullgraph=True)
+        return lambda: faster(many[0]), 1
+
+    with torch.no_grad():
+        add(KERNEL, "ours", kernel)
+        add(EAGER_RULES, "peer", lambda: (lambda: route(many[0], bias, config), 1))
+        add(COMPILED_RULES, "peer", compiled)
+        seconds = timed(entrants, once, bench)
+    per_call = {name: [run / result.facts[name] for run in runs] for name, runs in seconds.items()}
+    moved = cell.tokens * (4 * n_experts + 12 * config.num_experts_per_tok)
+    ceiling = Ceiling(bench.flops["float32"], bench.bandwidth.best)
+    fill(result, per_call, [Phase(cell.tokens * n_experts, moved)], cell.tokens * n_experts, ceiling)
+    return result
+
+
+def rows_that_differ(ours: Any, truth: Any) -> float:
+    """Share of rows whose weights, laid out by expert, are not the same."""
+    n_experts = ours.logits.shape[1]
+
+    def dense(routing: Any) -> Tensor:
+        zeros = torch.zeros(len(routing.weights), n_experts, dtype=torch.float64, device=routing.weights.device)
+        return zeros.scatter(1, routing.expert_ids, routing.weights.double())
+
+    expected = dense(truth)
+    differs = (dense(ours) - expected).abs().amax(1) > SAME * expected.amax(1)
+    return float(differs.double().mean())
+
+
+def run_kernels(cell: GpuCell, experts: ExpertWeights, bench: Bench) -> Measured:
+    """Device time of each kernel of ours in one call, by torch's profiler, beside its own least time."""
+    problem = make_problem(cell.problem_cell, experts)
+    call = CONTENDERS[OURS].build(problem)
+    result = Measured(cell, [Row(OURS, "ours")])
+
+    def once() -> None:
+        forget_gradients(problem, call, weights_too=True)
+        bench.clock.flush()
+        run_once(problem, call)
+
+    once()
+    found, launches = profile(once) if bench.clock.is_cuda else ({}, {})
+    least: dict[str, float] = defaultdict(float)
+    ceiling = bench.ceiling(cell.dtype)
+    for name, phase in kernels_of(problem):
+        least[name] += max(phase.flops / ceiling.flops, phase.bytes / ceiling.bytes)
+    result.facts["kernels"] = [
+        {"name": name, "us": 1e6 * seconds, "launches": launches[name], "least_us": 1e6 * least.get(name, 0.0)}
+        for name, seconds in sorted(found.items(), key=lambda item: -item[1])
+    ]
+    result.least_ms = 1e3 * sum(least.values())
+    problem.forget_gradients(weights_too=True)
+    return result
+
+
+def profile(run: Callable[[], object]) -> tuple[dict[str, float], dict[str, float]]:
+    """(seconds, launches) by kernel of one run, the mean of some."""
+    from torch.profiler import ProfilerActivity
+
+    with torch.profiler.profile(activities=[ProfilerActivity.CUDA]) as seen:
+        for _ in range(PROFILED):
+            run()
+        torch.cuda.synchronize()
+    seconds: dict[str, float] = {}
+    launches: dict[str, float] = {}
+    for event in seen.key_averages():
+        if event.self_device_time_total > 0:
+            seconds[event.key] = 1e-6 * event.self_device_time_total / PROFILED
+            launches[event.key] = event.count / PROFILED
+    return seconds, launches
+
+
+def run_capture(cell: GpuCell, bench: Bench) -> Measured:
+    """Whether a layer goes into a CUDA graph and through torch.compile as one graph, forward and backward: "yes", or
+    what was said."""
+    shape = SHAPES[cell.shape]
+    sizes = {"hidden_size": shape.hidden_size, "moe_intermediate_size": shape.width}
+    config = MoEConfig.preset("deepseek-v3", **sizes, n_routed_experts=32, n_shared_experts=1)
+    dtype = getattr(torch, cell.dtype)
+    result = Measured(cell)
+    if not bench.clock.is_cuda:
+        result.note = "needs a GPU"
+        return result
+    layer = DeepseekV3MoE(config, engine="triton", device="cuda", dtype=dtype).eval()
+    x = torch.randn(cell.tokens, config.hidden_size, device="cuda", dtype=dtype)
+    trials = {"CUDA graph": _graph, "compile forward": _compile_forward, "compile forward+backward": _compile_step}
+    for name, trial in trials.items():
+        try:
+            result.facts[name] = trial(layer, x)
+        except Exception as error:
+            result.facts[name] = failed(error)
+            check_device(bench.clock)
+    return result
+
+
+def _graph(layer: DeepseekV3MoE, x: Tensor) -> str:
+    """Replayed on other tokens than it was captured with."""
+    with torch.no_grad():
+        layer(x)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = layer(x)
+        x.copy_(torch.randn_like(x))
+        graph.replay()
+        return "yes" if torch.equal(out, layer(x)) else "replay gives other numbers"
+
+
+def _compile_forward(layer: DeepseekV3MoE, x: Tensor) -> str:
+    torch._dynamo.reset()
+    with torch.no_grad():
+        return _same(torch.compile(layer, fullgraph=True)(x), layer(x))
+
+
+def _compile_step(layer: DeepseekV3MoE, x: Tensor) -> str:
+    torch._dynamo.reset()
+    grads = []
+    for run in (torch.compile(layer, fullgraph=True), layer):
+        leaf = x.detach().clone().requires_grad_()
+        run(leaf).sum().backward()
+        grads.append(leaf.grad)
+        layer.zero_grad()
+    return _same(*grads)
+
+
+def _same(found: Any, expected: Any) -> str:
+    error = float((found.double() - expected.double()).norm() / expected.double().norm())
+    return "yes" if error < 1e-2 else f"differs by {error:.1e}"

@@ -1,0 +1,255 @@
+"""benchmarks/gpu.py without a GPU: its smoke run, what it refuses, and the arithmetic behind its numbers."""
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from bench_problems import problem_of
+
+from moesaic.bench.campaign import Journal
+from moesaic.bench.ceiling import Ceiling, least_seconds
+from moesaic.bench.gate import truth_of as oracle_truth
+from moesaic.bench.gpu import campaign as campaign_room
+from moesaic.bench.gpu import run as run_room
+from moesaic.bench.gpu.campaign import GpuCampaign, measured_in, open_journal
+from moesaic.bench.gpu.cells import FORWARD, LADDER, LADDER_TOKENS, OURS, STEP, TITAN, GpuCell, cells, smoke_cells
+from moesaic.bench.gpu.clock import Clock
+from moesaic.bench.gpu.contenders import CONTENDERS
+from moesaic.bench.gpu.limits import Bandwidth, kernels_of, matmul_flops
+from moesaic.bench.gpu.report import KERNEL, verdicts
+from moesaic.bench.gpu.run import Bench, DeviceLost, Measured, disjoint_ids, judge
+from moesaic.bench.gpu.truth import is_right, relative_error, rows_within, truth_of
+from moesaic.bench.problem import Problem
+from moesaic.bench.runner import Row
+from moesaic.bench.shapes import SHAPES
+from moesaic.engine.spec import ExpertSpec
+from moesaic.types import ExpertWeights
+
+SCRIPT = Path(__file__).parents[1] / "benchmarks" / "gpu.py"
+BENCH = Bench(Clock(), dict.fromkeys(("float32", "float64", "bfloat16", "float16"), 1e9), Bandwidth(1e9, 1e9), 1)
+
+no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are interpreted where there is no GPU")
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """run("--smoke") -> (exit code, stdout, stderr), in this process."""
+
+    def call(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["gpu.py", *arguments])
+        with pytest.raises(SystemExit) as ending:
+            runpy.run_path(str(SCRIPT), run_name="__main__")
+        return ending.value.code or 0, *capsys.readouterr()
+
+    return call
+
+
+@no_gpu
+def test_the_smoke_run_measures_every_kind_of_cell_and_goes_on_where_it_ended(run, tmp_path):
+    code, out, err = run("--smoke", "--out", str(tmp_path), "--only", "decode")
+    assert code == 0, err
+    code, out, err = run("--smoke", "--out", str(tmp_path))
+    assert code == 0, err
+    assert out.count("decode nano") == 1, "measured in the first run, in the table of the second"
+    report = json.loads((tmp_path / "report.json").read_text())
+    results = [Measured.of(line) for line in report["cells"]]
+    assert {result.cell for result in results} == set(smoke_cells())
+    assert report["machine"]["commit"] or report["machine"]["sources"]
+    for result in results:
+        assert result.note in ("", "needs a GPU")
+        ours = [row for row in result.rows if row.kind == "ours"]
+        assert not [row for row in ours if row.note], result.cell.key
+    text = (tmp_path / "report.md").read_text()
+    assert "Not measured on a GPU" in text
+    assert "Reproduce: `python benchmarks/gpu.py --smoke --only decode`" in text
+    assert out.rstrip().endswith(f"everybody's numbers: {tmp_path / 'report.md'}")
+    before = (tmp_path / "journal.jsonl").read_text()
+    assert run("--smoke", "--out", str(tmp_path))[0] == 0
+    assert before == (tmp_path / "journal.jsonl").read_text(), "nothing is measured twice"
+
+
+@no_gpu
+def test_without_a_gpu_it_says_so_in_one_line(run, tmp_path):
+    code, out, err = run("--out", str(tmp_path))
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert "no CUDA device" in err
+
+
+def test_a_journal_of_other_code_or_another_gpu_is_refused(tmp_path):
+    machine = {"kind": "machine", "device": "H100", "versions": {}, "commit": "a", "sources": "b", "smoke": False}
+    open_journal(tmp_path, machine)
+    assert open_journal(tmp_path, {**machine, "date": "later"}).machine == machine
+    with pytest.raises(ValueError, match="measured with sources=b, here it is c: give another --out"):
+        open_journal(tmp_path, {**machine, "sources": "c"})
+
+
+SOME = (GpuCell("experts", "nano", 2), GpuCell("experts", "nano", 3))
+
+
+def campaign_of(journal: Journal, **options) -> GpuCampaign:
+    return GpuCampaign(journal, Clock(), 600.0, rounds=1, **options)
+
+
+def test_a_cell_that_raises_is_a_row_and_one_that_ended_the_run_twice_is_left_alone(monkeypatch):
+    def fail(_self, cell):
+        raise torch.OutOfMemoryError(f"no room for T={cell.tokens}\nand more")
+
+    monkeypatch.setattr(GpuCampaign, "_run", fail)
+    journal = Journal(lines=[{"kind": "begin", "key": SOME[1].key}] * 2)
+    assert campaign_of(journal).run(SOME) == []
+    notes = [result.note for result in measured_in(journal)]
+    assert notes == ["failed: OutOfMemoryError: no room for T=2", "ended the run 2 times without a result"]
+
+
+def test_a_lost_device_ends_the_run_with_its_cell_in_the_journal(monkeypatch):
+    def lose(_clock):
+        raise DeviceLost("an illegal memory access was encountered")
+
+    monkeypatch.setattr(GpuCampaign, "_run", lambda _self, cell: Measured(cell, note="failed: illegal access"))
+    monkeypatch.setattr(campaign_room, "check_device", lose)
+    journal = Journal()
+    with pytest.raises(DeviceLost, match="illegal"):
+        campaign_of(journal).run(SOME)
+    assert [result.cell for result in measured_in(journal)] == [SOME[0]]
+
+
+def test_no_cell_is_begun_when_the_time_is_up():
+    campaign = campaign_of(Journal())
+    campaign.seconds = 1.0
+    assert campaign.run(SOME) == list(SOME)
+    assert campaign.journal.lines == []
+
+
+def test_cells_are_told_apart_and_the_ladder_comes_first():
+    found = list(cells())
+    assert len({cell.key for cell in found}) == len(found)
+    assert (found[0].shape, found[0].tokens, found[0].mode) == (LADDER, LADDER_TOKENS, FORWARD)
+    assert {name for cell in found for name in cell.who} <= CONTENDERS.keys()
+    assert GpuCell.of(json.loads(json.dumps(found[0].__dict__))) == found[0]
+
+
+def ladder_problem(mode: str) -> Problem:
+    """Without memory for weights."""
+    shape = SHAPES[LADDER]
+    d, i, n, k = shape.hidden_size, shape.width, shape.n_experts, shape.k
+    cell = GpuCell("experts", LADDER, LADDER_TOKENS, mode=mode).problem_cell
+    ids = torch.arange(LADDER_TOKENS * k).view(LADDER_TOKENS, k) % n
+
+    def empty(*size: int) -> torch.Tensor:
+        return torch.empty(size, dtype=torch.bfloat16, device="meta")
+
+    tokens = empty(LADDER_TOKENS, d)
+    experts = ExpertWeights(empty(n, 2 * i, d), empty(n, d, i))
+    return Problem(cell, shape.config(), ExpertSpec(), experts, tokens, ids, empty(LADDER_TOKENS, k), tokens)
+
+
+def test_the_least_time_of_the_ladder_shape_is_the_published_ceiling():
+    problem = ladder_problem(FORWARD)
+    seconds = least_seconds([phase for _, phase in kernels_of(problem)], Ceiling(700e12, 3.35e12))
+    assert seconds == pytest.approx(3.94e-3, rel=0.02)
+    assert matmul_flops(problem) == 6 * LADDER_TOKENS * 8 * 2048 * 768
+    assert matmul_flops(ladder_problem(STEP)) == 3 * matmul_flops(problem)
+
+
+@pytest.mark.parametrize("shape", ["tiny", "tiny-gpt-oss"])
+def test_the_truth_is_that_of_the_definition(shape):
+    problem = problem_of(shape, tokens=8, mode=STEP, routing="zipf")
+    found, expected = truth_of(problem, 1e12), oracle_truth(problem)
+    assert found.rows.tolist() == expected.rows.tolist()
+    for name in ("out", "token_grad", "weight_grad"):
+        torch.testing.assert_close(getattr(found, name), getattr(expected, name), rtol=1e-12, atol=1e-14)
+    assert found.expert_grads.keys() == expected.expert_grads.keys()
+
+
+def test_rows_are_as_many_as_the_work_allows():
+    problem = problem_of("tiny", tokens=200)
+    assert len(rows_within(problem, 1e12)) == 200
+    assert len(rows_within(problem, 0.0)) == 64
+
+
+def test_errors_are_judged_by_a_bound_or_by_torch():
+    truth = torch.tensor([3.0, 4.0], dtype=torch.float64)
+    assert relative_error(torch.tensor([3.0, 4.5]), truth) == pytest.approx(0.1)
+    assert is_right({"out": 0.009}, {}, "bfloat16")
+    assert not is_right({"out": 0.011}, {}, "bfloat16")
+    assert is_right({"out": 0.011}, {"out": 0.008}, "bfloat16")
+    assert not is_right({"out": float("nan")}, {"out": 1.0}, "bfloat16")
+
+
+def test_the_wrong_and_the_failing_have_no_speed():
+    problem = problem_of("tiny", tokens=6)
+    truth = truth_of(problem, 1e12)
+    right = CONTENDERS["ours: grouped"]
+
+    def doubled(problem):
+        call = right.build(problem)
+        return lambda *args: 2 * call(*args)
+
+    def half_written(problem):
+        call = right.build(problem)
+
+        def run(*args):
+            out = call(*args)
+            return torch.cat([out[:3], torch.empty_like(out[3:])])
+
+        return run
+
+    def broken(_problem):
+        raise RuntimeError("no such kernel")
+
+    def kind(build):
+        return right.__class__(build.__name__, "ours", build)
+
+    judged = judge(problem, truth, [right, *map(kind, (doubled, half_written, broken))], BENCH)
+    notes = [entry.row.note for entry in judged]
+    assert notes[:2] == ["", "wrong"]
+    assert notes[2] == "failed: ValueError: an element of the result is never written"
+    assert notes[3] == "failed: RuntimeError: no such kernel"
+    assert [entry.call is None for entry in judged] == [False, True, True, True]
+
+
+def test_calls_in_a_graph_share_no_expert_while_there_are_enough():
+    problem = problem_of("tiny", tokens=1)  # 16 experts, 4 a token
+    ids = disjoint_ids(problem, 6)
+    assert len(ids) == 6
+    assert torch.cat(ids[:4]).unique().numel() == 16
+    many = disjoint_ids(problem_of("tiny", tokens=9), 3)
+    assert [len(set(row)) for call in many for row in call.tolist()] == [4] * 27
+
+
+def test_memory_of_the_parts_is_what_the_design_says():
+    problem = ladder_problem(STEP)
+    assignments = LADDER_TOKENS * 8
+    expected = {"X": 2 * LADDER_TOKENS * 2048, "H": 2 * assignments * 1536, "A": 2 * assignments * 768}
+    found = run_room._expected_bytes(problem)
+    assert {name: found[name] for name in expected} == expected
+    assert (found["Y"], found["metadata"]) == (2 * assignments * 2048, 16 * assignments)
+
+
+def test_targets_are_met_missed_or_not_measured():
+    def row(name, kind, ms, **fields):
+        return Row(name, kind, median_ms=ms, **fields)
+
+    ladder = Measured(GpuCell("experts", LADDER, LADDER_TOKENS))
+    ladder.rows = [
+        row(OURS, "ours", 5.0, gflops=400e3, errors={"out": 4e-3}),
+        row(TITAN, "peer", 10.0, errors={"out": 4e-3}),
+    ]
+    memory = Measured(GpuCell("memory", LADDER, LADDER_TOKENS, mode=STEP))
+    memory.facts = {"X": 10, "H": 80, "A": 40, "Y": 100, "metadata": 10}
+    memory.facts[OURS] = {"held": 105, "forward_peak": 200, "backward_peak": 300}
+    router = Measured(GpuCell("router", "deepseek-v3", 1, "float32"), [row(KERNEL, "ours", 6e-3)])
+    words = {verdict.what: verdict.word for verdict in verdicts([ladder, memory, router])}
+    assert words["forward TF/s, Liger main"] == "met"
+    assert words["forward TF/s, goal"] == "missed"
+    assert words["forward+backward TF/s"] == "not measured"
+    assert words["route kernel T=1, us"] == "met"
+    assert words["held for backward / (X + H + metadata)"] == "met"
+    assert words["peak / (X + H + A + Y)"] == "missed"
+    assert words["least speed over torch's grouped_mm"] == "met"

@@ -90,11 +90,12 @@ import sys
 sys.modules["triton"] = None  # as where it is not installed
 import torch, moesaic as ms
 from moesaic.engine.select import best_engine
-layer = ms.DeepseekV3MoE(ms.MoEConfig(hidden_size=8, moe_intermediate_size=8, n_routed_experts=4, num_experts_per_tok=2))
+config = ms.MoEConfig(hidden_size=8, moe_intermediate_size=8, n_routed_experts=4, num_experts_per_tok=2)
+layer = ms.DeepseekV3MoE(config)
 layer(torch.randn(3, 8)).sum().backward()
 assert best_engine("cuda", torch.bfloat16)[0] == "grouped"
 try:
-    ms.DeepseekV3MoE(layer.config, engine="triton")
+    ms.DeepseekV3MoE(config, engine="triton")
 except ValueError as error:
     print(error)
 """

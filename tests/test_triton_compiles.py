@@ -18,7 +18,8 @@ SCRIPT = Path(__file__).with_name("triton_compiled.py")
 MATMULS = ("_up", "_matmul", "_d_hidden", "_outer")
 TOKENS = (1, 64, 512, 2048, 32768)  # one of every row of the table, and the way without a plan
 KERNELS = {
-    "_sort_few", "_count", "_scatter", "_layout", "_combine", "_d_weights", "_route", "_route_backward", *MATMULS
+    "_sort_few", "_down_and_combine", "_count", "_scatter", "_layout", "_combine", "_d_weights", "_route",
+    "_route_backward", *MATMULS,
 }  # fmt: skip
 
 

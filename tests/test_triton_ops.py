@@ -8,11 +8,12 @@ pytest.importorskip("triton")
 
 from triton_cases import BLOCKS, DEVICE, ROUTINGS, SPECS, close, poisoned, problem, written  # noqa: F401
 
-from moesaic.engine.triton import twins
+from moesaic.engine.triton import few, twins
 from moesaic.engine.triton.blocks import Blocks
 from moesaic.engine.triton.combine import combine
 from moesaic.engine.triton.d_hidden import d_hidden
 from moesaic.engine.triton.d_weights import d_weights
+from moesaic.engine.triton.few import down_and_combine
 from moesaic.engine.triton.layout import unsorted
 from moesaic.engine.triton.matmul import matmul
 from moesaic.engine.triton.outer import outer
@@ -78,10 +79,20 @@ def test_unsorted_rows_of_a_few_tokens(spec):
     theirs = twins.up(wide.tokens, p.k, layout, wide.experts, p.spec, BLOCKS, keep_hidden=False).activated
     close(mine[present], theirs[present])
     matrix = p.experts.down if p.spec.transposed else p.experts.down.mT
-    rows = matmul(mine, matrix, p.experts.down_bias, layout, BLOCKS)
-    expected = twins.matmul(theirs, matrix.double(), wide.experts.down_bias, layout, BLOCKS)
-    close(rows[present], expected[present])
-    close(combine(rows, p.weights, 4, layout, 40), twins.combine(expected, wide.weights, 4, layout, 40))
+    got = down_and_combine(mine, p.expert_ids, p.weights, matrix, p.experts.down_bias)
+    args = (wide.weights, matrix.double(), wide.experts.down_bias)
+    close(got, twins.down_and_combine(theirs, p.expert_ids, *args))
+
+
+@pytest.mark.parametrize("most_depth", [16, 1024], ids=["in-steps", "at-once"])
+@pytest.mark.parametrize("size", [(37, 21), (32, 16), (33, 48)], ids=str)
+def test_down_and_combine(monkeypatch, most_depth, size):
+    monkeypatch.setattr(few, "MOST_DEPTH", most_depth)
+    width, depth = size
+    p = problem(t=3)
+    matrix, rows = torch.randn(5, depth, width, device=DEVICE), rows_like(p, depth)
+    expected = twins.down_and_combine(rows.double(), p.expert_ids, p.weights.double(), matrix.double(), None)
+    close(down_and_combine(rows, p.expert_ids, p.weights, matrix, None), expected)
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -122,8 +133,8 @@ def test_combine(routing, weighted, width):
     p = problem(routing=routing)
     rows, layout = rows_like(p, width), p.layout()
     weights = p.weights if weighted else None
-    expected = twins.combine(*of_double(rows, weights), p.k, layout, 5)
-    close(combine(rows, weights, p.k, layout, 5), expected)
+    expected = twins.combine(*of_double(rows, weights), p.k, layout)
+    close(combine(rows, weights, p.k, layout), expected)
 
 
 @every_spec
@@ -225,13 +236,13 @@ def test_tokens_that_do_not_lie_in_a_row():
     assert torch.equal(written(inner[0].d_hidden, layout), written(inner[1].d_hidden, layout))
 
 
-@pytest.mark.parametrize("far", ["experts", "lines"])
+@pytest.mark.parametrize("far", ["experts", "lines", "steps"])
 def test_offsets_beyond_32_bits(far):
     """Weights that lie far apart: only the pages that are touched cost memory. 2 x 2^30 elements and more from the
     first expert, or line, to the last."""
-    e, d, i, step = (4, 16, 8, 2**30) if far == "experts" else (2, 16, 8, 2**28)
+    e, d, i, step = (4, 16, 8, 2**30) if far == "experts" else (2, 40, 8, 2**27)
     shape = (e, 2 * i, d)
-    strides = (step, d, 1) if far == "experts" else (d, step, 1)
+    strides = {"experts": (step, d, 1), "lines": (d, step, 1), "steps": (16, 1, step)}[far]
     last = sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
     try:
         room = torch.UntypedStorage(2 * (last + 1), device=DEVICE)

@@ -9,11 +9,7 @@ from moesaic.engine.triton.layout import Layout
 
 
 def combine(
-    rows: Float[Tensor, "S n"],
-    weights: Float[Tensor, "T K"] | None,
-    k: int,
-    layout: Layout,
-    num_experts: int,
+    rows: Float[Tensor, "S n"], weights: Float[Tensor, "T K"] | None, k: int, layout: Layout
 ) -> Float[Tensor, "T n"]:
     """sum over k of weights[t, k] * rows[row of (t, k)], in float32; without weights the plain sum."""
     n_tokens, width = len(rows) // k, rows.shape[1]
@@ -22,12 +18,10 @@ def combine(
     _combine[(n_tokens, triton.cdiv(width, block))](
         rows,
         weights,
-        layout.expert_of_tile if layout.row_of is None else layout.row_of,
+        layout.row_of,
         out,
-        num_experts,
         width,
         K=k,
-        SORTED=layout.sorted,
         COLUMNS=block,
         num_warps=max(1, min(4, block // 256)),
     )
@@ -40,10 +34,8 @@ def _combine(
     weights,
     row_of,
     out,
-    num_experts,
     width,
     K: tl.constexpr,
-    SORTED: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64)
@@ -52,11 +44,8 @@ def _combine(
     total = tl.zeros((COLUMNS,), dtype=tl.float32)
     for slot in tl.static_range(K):
         assignment = token * K + slot
-        found = tl.load(row_of + assignment).to(tl.int32)
-        if SORTED:
-            row, present = found.to(tl.int64), found >= 0
-        else:
-            row, present = assignment, (found >= 0) & (found < num_experts)
+        row = tl.load(row_of + assignment).to(tl.int64)
+        present = row >= 0
         value = tl.load(rows + row * width + column, mask=inside & present, other=0.0).to(tl.float32)
         if weights is not None:
             value *= tl.load(weights + assignment, mask=present, other=0.0).to(tl.float32)

@@ -152,6 +152,7 @@ def _d_hidden(
         steps = tl.arange(0, DEPTH)
         g_tile = g + token[:, None] * g_row + (steps * g_column)[None, :]
         w += expert.to(tl.int64) * w_expert
+        ahead = tl.full((), DEPTH, OFFSETS) * w_depth
         w_tile = w + (steps.to(OFFSETS)[:, None] * w_depth + column.to(OFFSETS)[None, :] * w_column)
         for done in range(0, depth, DEPTH):
             left = steps < depth - done
@@ -163,7 +164,7 @@ def _d_hidden(
                     value = tl.load(at, mask=left, other=0.0).to(tl.float32)
                     from_bias += tl.sum(g_now.to(tl.float32) * value[None, :], axis=1)
             g_tile += DEPTH * g_column
-            w_tile += DEPTH * w_depth
+            w_tile += ahead
 
     above = start.to(tl.int64) * (2 * width if GATED else width)
     hidden += above

@@ -16,6 +16,7 @@ from moesaic.engine.triton.blocks import INTERPRETED, INVARIANT_ROWS, Tiles, cap
 from moesaic.engine.triton.combine import combine
 from moesaic.engine.triton.d_hidden import d_hidden
 from moesaic.engine.triton.d_weights import d_weights
+from moesaic.engine.triton.few import down_and_combine
 from moesaic.engine.triton.layout import layout, unsorted
 from moesaic.engine.triton.matmul import matmul
 from moesaic.engine.triton.outer import outer
@@ -43,16 +44,18 @@ def forward(
     if n == 0 or n_experts == 0:
         return _nothing(tokens, n, experts, spec)
     tiles = _tiles(n, n_experts, tokens, batch_invariant=batch_invariant)
-    if keep == "nothing" and n * FEW <= n_experts and not batch_invariant:
-        plan, rows = _no_plan(expert_ids, n_experts), unsorted(expert_ids)
-    else:
-        plan = group_by_expert(expert_ids, n_experts)
-        rows = layout(plan, tiles.up.rows)
-    hidden, activated = up(tokens, k, rows, experts, spec, tiles.up, keep_hidden=keep == "hidden")
     down = experts.down if spec.transposed else experts.down.mT  # [E, I, O]
+    if keep == "nothing" and n * FEW <= n_experts and not batch_invariant:
+        rows = unsorted(expert_ids)
+        activated = up(tokens, k, rows, experts, spec, tiles.up, keep_hidden=False).activated
+        out = down_and_combine(activated, expert_ids, weights, down, experts.down_bias)
+        return out, tokens.new_empty(0), *_no_plan(expert_ids, n_experts)
+    plan = group_by_expert(expert_ids, n_experts)
+    rows = layout(plan, tiles.up.rows)
+    hidden, activated = up(tokens, k, rows, experts, spec, tiles.up, keep_hidden=keep == "hidden")
     expert_out = matmul(activated, down, experts.down_bias, rows, tiles.matmul)
     del activated
-    out = combine(expert_out, weights, k, rows, n_experts)
+    out = combine(expert_out, weights, k, rows)
     return out, tokens.new_empty(0) if hidden is None else hidden, plan.assignments, plan.counts
 
 
@@ -104,7 +107,7 @@ def backward(
     if wanted.tokens:
         back = experts.up.mT if spec.transposed else experts.up  # [E, U, D]
         d_rows = matmul(d_projected, back, None, rows, tiles.matmul)
-        d_tokens = combine(d_rows, None, k, rows, n_experts)
+        d_tokens = combine(d_rows, None, k, rows)
     return Gradients(d_tokens, d_scales, d_up, d_down, d_up_bias, d_down_bias)
 
 
@@ -115,10 +118,10 @@ def _tiles(assignments: int, experts: int, tokens: Tensor, *, batch_invariant: b
     return tiles_for(rows_per_expert, tokens.dtype, capability_of(tokens.device))
 
 
-def _no_plan(expert_ids: Tensor, n_experts: int) -> Plan:
-    """What the operator must return and nobody reads."""
+def _no_plan(expert_ids: Tensor, n_experts: int) -> tuple[Tensor, Tensor]:
+    """Assignments and counts, which the operator must return and nobody will read."""
     like = {"dtype": torch.int64, "device": expert_ids.device}
-    return Plan(torch.empty(expert_ids.numel(), **like), torch.empty(n_experts, **like))
+    return torch.empty(expert_ids.numel(), **like), torch.empty(n_experts, **like)
 
 
 def _nothing(tokens: Tensor, n: int, experts: ExpertWeights, spec: ExpertSpec) -> tuple[Tensor, Tensor, Tensor, Tensor]:

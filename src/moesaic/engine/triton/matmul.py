@@ -29,7 +29,6 @@ def matmul(
         len(matrix),
         depth,
         width,
-        SORTED=layout.sorted,
         PRECISION=precision(rows.dtype),
         OFFSETS=offsets(matrix),
         EVEN_DEPTH=even(depth, blocks.depth),
@@ -57,7 +56,6 @@ def _matmul(
     num_experts,
     depth,
     width,
-    SORTED: tl.constexpr,
     PRECISION: tl.constexpr,
     OFFSETS: tl.constexpr,
     EVEN_DEPTH: tl.constexpr,
@@ -68,7 +66,7 @@ def _matmul(
     GROUP: tl.constexpr,
 ):
     tile, block = place(tl.program_id(0), tiles, tl.cdiv(width, COLUMNS), GROUP)
-    expert, start, stop = tile_rows(tile, expert_of_tile, start_of_tile, ends, num_experts, SORTED)
+    expert, start, stop = tile_rows(tile, expert_of_tile, start_of_tile, ends, num_experts, True)
     if (expert < 0) | (expert >= num_experts):
         return
     rows = start + tl.arange(0, ROWS)
@@ -80,13 +78,14 @@ def _matmul(
     steps = tl.arange(0, DEPTH)
     x_tile = x + start.to(tl.int64) * depth + (row * depth + steps[None, :])
     w += expert.to(tl.int64) * w_expert
+    ahead = tl.full((), DEPTH, OFFSETS) * w_depth
     w_tile = w + (steps.to(OFFSETS)[:, None] * w_depth + column.to(OFFSETS)[None, :] * w_column)
     total = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
     for done in range(0, depth, DEPTH):
         left = steps < depth - done
         total = dot(load_tile(x_tile, valid, left, EVEN_DEPTH), load_tile(w_tile, left, inside, EVEN), total, PRECISION)
         x_tile += DEPTH
-        w_tile += DEPTH * w_depth
+        w_tile += ahead
 
     if bias is not None:
         bias += expert.to(tl.int64) * bias_expert

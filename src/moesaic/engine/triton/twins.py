@@ -5,7 +5,7 @@ may read them.
 """
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from moesaic.engine.plan import Plan
@@ -60,22 +60,30 @@ def matmul(
 
 
 def combine(
-    rows: Float[Tensor, "S n"],
-    weights: Float[Tensor, "T K"] | None,
-    k: int,
-    layout: Layout,
-    num_experts: int,
+    rows: Float[Tensor, "S n"], weights: Float[Tensor, "T K"] | None, k: int, layout: Layout
 ) -> Float[Tensor, "T n"]:
-    if layout.row_of is None:
-        ids = layout.expert_of_tile
-        row_of = torch.where((ids >= 0) & (ids < num_experts), torch.arange(len(ids)), -1)
-    else:
-        row_of = layout.row_of
+    assert layout.row_of is not None
     out = rows.new_zeros(len(rows) // k, rows.shape[1])
-    for assignment, row in enumerate(row_of.tolist()):
+    for assignment, row in enumerate(layout.row_of.tolist()):
         if row >= 0:
             token, slot = divmod(assignment, k)
             out[token] += rows[row] if weights is None else weights[token, slot] * rows[row]
+    return out
+
+
+def down_and_combine(
+    activated: Float[Tensor, "S I"],
+    expert_ids: Int[Tensor, "T K"],
+    weights: Float[Tensor, "T K"],
+    matrix: Float[Tensor, "E I O"],
+    bias: Float[Tensor, "E O"] | None,
+) -> Float[Tensor, "T O"]:
+    out = activated.new_zeros(len(expert_ids), matrix.shape[2])
+    for token, ids in enumerate(expert_ids.tolist()):
+        for slot, expert in enumerate(ids):
+            if 0 <= expert < len(matrix):
+                row = activated[token * len(ids) + slot] @ matrix[expert]
+                out[token] += weights[token, slot] * (row if bias is None else row + bias[expert])
     return out
 
 

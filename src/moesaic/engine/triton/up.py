@@ -138,6 +138,7 @@ def _up(
     steps = tl.arange(0, DEPTH)
     x_tile = x + token[:, None] * x_row + (steps * x_column)[None, :]
     w += expert.to(tl.int64) * w_expert
+    ahead = tl.full((), DEPTH, OFFSETS) * w_depth
     w_steps = steps.to(OFFSETS)[:, None] * w_depth
     gate_tile = w + (w_steps + gate_column.to(OFFSETS)[None, :] * w_column)
     up_tile = w + (w_steps + up_column.to(OFFSETS)[None, :] * w_column)
@@ -150,8 +151,8 @@ def _up(
         if GATED:
             up = dot(x_now, load_tile(up_tile, left, inside, EVEN), up, PRECISION)
         x_tile += DEPTH * x_column
-        gate_tile += DEPTH * w_depth
-        up_tile += DEPTH * w_depth
+        gate_tile += ahead
+        up_tile += ahead
 
     if bias is not None:
         bias += expert.to(tl.int64) * bias_expert

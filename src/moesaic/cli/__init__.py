@@ -8,7 +8,7 @@ import sys
 import typer
 
 from moesaic import __version__
-from moesaic.cli.bench import bench
+from moesaic.cli.bench import bench, tune
 from moesaic.cli.demo import demo
 from moesaic.cli.doctor import doctor
 from moesaic.cli.steps import steps
@@ -21,7 +21,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command()(bench)
+benches = typer.Typer(invoke_without_command=True)
+benches.callback()(bench)
+benches.command()(tune)
+app.add_typer(benches, name="bench")
 app.command()(demo)
 app.command()(doctor)
 app.command()(steps)

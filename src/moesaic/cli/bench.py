@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 
 def bench(
+    context: typer.Context,
     shape: Annotated[
         str | None,
         typer.Option(
@@ -53,6 +54,9 @@ def bench(
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
 ) -> None:
     """Measure our engines against their peers: correctness first, rounds in turn, share of this machine's ceiling."""
+    if context.invoked_subcommand is not None:
+        _refuse_options(context)
+        return
     from moesaic.bench.shapes import SMOKE_ROUNDS, choose
 
     given = choose(shapes=shape, tokens=tokens, dtypes=dtype, modes=mode, routings=routing, threads=threads)
@@ -81,6 +85,72 @@ def bench(
     rows = [row for result in campaign.journal.results for row in result.rows]
     if any(row.kind == "ours" and row.note.startswith(("wrong", "failed")) for row in rows):
         raise typer.Exit(1)
+
+
+def tune(
+    shape: Annotated[str, typer.Option(help="The shape to measure with, as of bench.")] = "qwen3-30b",
+    dtype: Annotated[str, typer.Option(help="bfloat16, float16, float32, with commas.")] = "bfloat16",
+    minutes: Annotated[float, typer.Option(min=0, help="After these no candidate is tried.")] = 20.0,
+    out: Annotated[
+        Path | None, typer.Option(help="File to write; unless given the one that the engine reads for this GPU.")
+    ] = None,
+) -> None:
+    """Find the tiles of the Triton kernels that are fastest on this GPU, and keep them for the engine.
+
+    Tries tiles around the built-in ones for few and for many rows an expert; each result is checked first. The engine
+    reads the file when it first computes on a GPU of this name; delete it to have the built-in tiles again.
+    """
+    from moesaic.bench.shapes import SHAPES, choose
+
+    chosen = choose(shapes=shape, dtypes=dtype)
+    if len(chosen["shapes"]) > 1:
+        raise ValueError(f"--shape {shape}: give one of {', '.join(SHAPES)}")
+    import torch
+
+    from moesaic.engine.triton import why_not
+
+    if not torch.cuda.is_available():
+        raise ValueError("no CUDA device here: tiles are measured on the GPU that they are for")
+    if reason := why_not("cuda"):
+        raise ValueError(f"the Triton engine cannot run here: {reason}")
+    _tune(shape, chosen["dtypes"], 60 * minutes, out)
+
+
+def _tune(shape: str, dtypes: tuple[str, ...], seconds: float, out: Path | None) -> None:
+    import torch
+
+    from moesaic.bench.gpu.clock import CudaClock
+    from moesaic.bench.tune import Trial, Tuning, as_file, by_events, read_before
+    from moesaic.engine.triton.tuned import tuned_path
+
+    device = torch.cuda.get_device_name()
+    path = tuned_path(device) if out is None else out
+    path.parent.mkdir(parents=True, exist_ok=True)
+
+    def report(trial: Trial) -> None:
+        said = trial.note or f"{1e6 * (trial.seconds or 0):.1f} us"
+        print(f"{trial.dtype} {trial.op} {tuple(trial.blocks)}: {said}", file=sys.stderr)
+
+    timer, capability = by_events(CudaClock()), torch.cuda.get_device_capability()
+    tunings, found = [], []
+    for name in dtypes:
+        tunings.append(Tuning(shape, name, timer, capability=capability, seconds=seconds / len(dtypes), report=report))
+        found.append(tunings[-1].run())
+        path.write_text(json.dumps(as_file(device, tunings, found, read_before(path))), encoding="utf-8")
+    for tuning, chosen in zip(tunings, found, strict=True):
+        for most, tiles in chosen.items():
+            rows = f"up to {most}" if most else "more"
+            print(f"{tuning.dtype}, {rows} rows an expert: {tuning.gain(most, tiles):.2f} x the built-in tiles")
+    print(f"tiles: {path}" + (f" (the engine reads {tuned_path(device)})" if out is not None else ""))
+
+
+def _refuse_options(context: typer.Context) -> None:
+    """Those before the name of a subcommand would be lost."""
+    for name in context.params:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            option = f"--{name.removeprefix('as_')}"
+            raise ValueError(f"{option} is none of {context.invoked_subcommand}'s options: see --help")
 
 
 def _command(out: Path | None) -> str:

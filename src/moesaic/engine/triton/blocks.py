@@ -49,7 +49,9 @@ class Tiles(NamedTuple):
 # 16-bit numbers where accumulators are spread over a whole warpgroup (wgmma) or lie in memory of their own (tcgen05)
 WIDE = {
     16: Tiles(
-        up=Blocks(16, 32, 128, 4, 4),  # a single token has 8 experts for 132 multiprocessors: narrow tiles, or some idle
+        up=Blocks(
+            16, 32, 128, 4, 4
+        ),  # a single token has 8 experts for 132 multiprocessors: narrow tiles, or some idle
         matmul=Blocks(16, 64, 128, 4, 4),
         d_hidden=Blocks(16, 64, 128, 4, 4),
         outer=Blocks(128, 128, 32, 8, 3),
@@ -116,10 +118,39 @@ MATRICES = {"up": 2}  # tiles of weights at a time; 1 unless named
 
 
 def tiles_for(rows_per_expert: int, dtype: torch.dtype, capability: tuple[int, int]) -> Tiles:
-    """The tiles for a mean number of rows, with as many stages as fit into shared memory."""
-    table = FLOAT if dtype == torch.float32 else WIDE if capability[0] in WARPGROUPS else NARROW
-    chosen = next((tiles for most, tiles in table.items() if rows_per_expert <= most), table[0])
+    """The tiles for a mean number of rows: those that were tuned on this GPU, else those of the table."""
+    tuned = _tuned_here(capability).get(str(dtype).removeprefix("torch."), {})
+    return tuned.get(_row(rows_per_expert, _table(dtype, capability))) or built_in(rows_per_expert, dtype, capability)
+
+
+def built_in(rows_per_expert: int, dtype: torch.dtype, capability: tuple[int, int]) -> Tiles:
+    """The tiles of the table, with as many stages as fit into shared memory."""
+    table = _table(dtype, capability)
+    chosen = table[_row(rows_per_expert, table)]
     return Tiles(*(fitted(op, blocks, dtype.itemsize, capability) for op, blocks in chosen._asdict().items()))
+
+
+def _table(dtype: torch.dtype, capability: tuple[int, int]) -> dict[int, Tiles]:
+    return FLOAT if dtype == torch.float32 else WIDE if capability[0] in WARPGROUPS else NARROW
+
+
+def _row(rows_per_expert: int, table: dict[int, Tiles]) -> int:
+    return next((most for most in table if rows_per_expert <= most), 0)
+
+
+def _tuned_here(capability: tuple[int, int]) -> dict[str, dict[int, Tiles]]:
+    """What was tuned on the current device, where that is the one asked for."""
+    if not torch.cuda.is_initialized():
+        return {}
+    device = torch.cuda.current_device()
+    return _tuned(device) if capability_of(torch.device("cuda", device)) == capability else {}
+
+
+@cache
+def _tuned(device: int) -> dict[str, dict[int, Tiles]]:
+    from moesaic.engine.triton.tuned import read_tuned
+
+    return read_tuned(torch.cuda.get_device_name(device))
 
 
 def fitted(op: str, blocks: Blocks, itemsize: int, capability: tuple[int, int]) -> Blocks:

@@ -4,7 +4,8 @@ all tokens on one expert, ids that name nobody, experts of every kind."""
 import pytest
 import torch
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
+import triton.language as tl
 
 from triton_cases import BLOCKS, DEVICE, ROUTINGS, SPECS, close, poisoned, problem, written  # noqa: F401
 
@@ -18,6 +19,7 @@ from moesaic.engine.triton.layout import unsorted
 from moesaic.engine.triton.matmul import matmul
 from moesaic.engine.triton.outer import outer
 from moesaic.engine.triton.sum_rows import sum_rows
+from moesaic.engine.triton.tile import place
 from moesaic.engine.triton.up import up
 from moesaic.types import ExpertWeights
 
@@ -124,6 +126,20 @@ def test_the_order_of_tiles_changes_nothing(group):
     blocks = BLOCKS._replace(group=group)
     plain = written(matmul(rows, matrix, None, layout, BLOCKS), layout)
     assert torch.equal(written(matmul(rows, matrix, None, layout, blocks), layout), plain)
+
+
+@triton.jit
+def _places(out, tiles, columns, GROUP: tl.constexpr):
+    tile, column = place(tl.program_id(0), tiles, columns, GROUP)
+    tl.store(out + tl.program_id(0), tile * columns + column)
+
+
+@pytest.mark.parametrize("group", [1, 2, 3, 8])
+@pytest.mark.parametrize(("tiles", "columns"), [(1, 1), (5, 1), (7, 3), (16, 2), (3, 9)])
+def test_every_tile_has_its_program(tiles, columns, group):
+    out = torch.empty(tiles * columns, dtype=torch.int32, device=DEVICE)
+    _places[(tiles * columns,)](out, tiles, columns, GROUP=group)
+    assert sorted(out.tolist()) == list(range(tiles * columns))
 
 
 @every_routing

@@ -4,9 +4,10 @@ all tokens on one expert, ids that name nobody, experts of every kind."""
 import pytest
 import torch
 
-triton = pytest.importorskip("triton")
-import triton.language as tl
+pytest.importorskip("triton")
 
+import triton
+import triton.language as tl
 from triton_cases import BLOCKS, DEVICE, ROUTINGS, SPECS, close, poisoned, problem, written  # noqa: F401
 
 from moesaic.engine.triton import few, twins

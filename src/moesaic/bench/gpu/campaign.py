@@ -24,10 +24,11 @@ from moesaic.bench.gpu.special import run_capture, run_kernels, run_router
 from moesaic.bench.machine import commit
 from moesaic.bench.problem import make_experts
 from moesaic.bench.runner import failed
+from moesaic.engine.triton.tuned import tuned_path
 from moesaic.types import ExpertWeights
 
 JOURNAL = "journal.jsonl"
-SAME = ("device", "versions", "commit", "sources", "smoke")  # for two runs to be one table
+SAME = ("device", "versions", "commit", "sources", "tiles", "smoke")  # for two runs to be one table
 LAST_SECONDS = 12.0  # kept for measuring the ceilings again and for the report
 TRIES = 2  # of a cell that ended the whole run, by a crash or by running past its time
 PACKAGES = ("torch", "triton", "transformers", "liger-kernel")
@@ -44,7 +45,7 @@ def gpu_machine(clock: Clock, *, smoke: bool, command: str, named_commit: str | 
             "capability": [properties.major, properties.minor],
             "memory_bytes": properties.total_memory,
             "multiprocessors": properties.multi_processor_count,
-            "l2_bytes": properties.L2_cache_size,
+            "l2_bytes": getattr(properties, "L2_cache_size", None),
             **_nvidia(),
         }
     return {
@@ -54,6 +55,7 @@ def gpu_machine(clock: Clock, *, smoke: bool, command: str, named_commit: str | 
         | {name: _version(name) for name in PACKAGES},
         "commit": named_commit or commit(),
         "sources": digest(),
+        "tiles": tiles_digest(found["device"]),
         "smoke": smoke,
         "command": command,
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
@@ -67,6 +69,12 @@ def digest() -> str:
     for path in sorted(folder.rglob("*.py")):
         together.update(path.read_bytes())
     return together.hexdigest()[:12]
+
+
+def tiles_digest(device: str) -> str:
+    """Which tiles the engine takes: "built-in", or those of a file that `moesaic bench tune` wrote."""
+    path = tuned_path(device)
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:12] if path.exists() else "built-in"
 
 
 def _version(package: str) -> str | None:

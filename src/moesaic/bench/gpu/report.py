@@ -160,7 +160,8 @@ def _machine(machine: dict[str, Any]) -> str:
     lines = [
         f"- Date: {machine['date']}",
         f"- Device: {', '.join([machine['device'], *more])}",
-        f"- Versions: {versions}; commit {machine['commit'] or 'not in a checkout'}, engine {machine['sources']}",
+        f"- Versions: {versions}; commit {machine['commit'] or 'not in a checkout'}, engine {machine['sources']}, "
+        f"tiles {machine.get('tiles')}",
     ]
     return "\n".join(lines)
 

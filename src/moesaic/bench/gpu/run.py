@@ -1,5 +1,6 @@
 """One cell on a GPU: everybody judged against float64, the right ones timed in turn."""
 
+import gc
 import math
 import time
 import warnings
@@ -109,6 +110,7 @@ def check_device(clock: Clock) -> None:
     except RuntimeError as error:
         raise DeviceLost(str(error).partition("\n")[0]) from None
     if clock.is_cuda:
+        gc.collect()
         torch.cuda.empty_cache()
 
 

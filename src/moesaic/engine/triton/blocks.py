@@ -49,9 +49,8 @@ class Tiles(NamedTuple):
 # 16-bit numbers where accumulators are spread over a whole warpgroup (wgmma) or lie in memory of their own (tcgen05)
 WIDE = {
     16: Tiles(
-        up=Blocks(
-            16, 32, 128, 4, 4
-        ),  # a single token has 8 experts for 132 multiprocessors: narrow tiles, or some idle
+        # a single token has 8 experts for 132 multiprocessors: narrow tiles, or some idle
+        up=Blocks(16, 32, 128, 4, 4),
         matmul=Blocks(16, 64, 128, 4, 4),
         d_hidden=Blocks(16, 64, 128, 4, 4),
         outer=Blocks(128, 128, 32, 8, 3),

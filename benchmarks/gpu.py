@@ -53,7 +53,7 @@ def measure(options: argparse.Namespace) -> int:
     from moesaic.bench.gpu.campaign import GpuCampaign, gpu_machine, open_journal
     from moesaic.bench.gpu.cells import cells, smoke_cells
     from moesaic.bench.gpu.clock import Clock, CudaClock
-    from moesaic.bench.gpu.run import DeviceLost
+    from moesaic.bench.gpu.judge import DeviceLost
 
     out = options.out or Path(tempfile.mkdtemp(prefix="moesaic-gpu-"))
     out.mkdir(parents=True, exist_ok=True)

@@ -21,9 +21,10 @@ from moesaic.bench.gpu.campaign import GpuCampaign, measured_in, open_journal
 from moesaic.bench.gpu.cells import FORWARD, LADDER, LADDER_TOKENS, OURS, STEP, TITAN, GpuCell, cells, smoke_cells
 from moesaic.bench.gpu.clock import Clock
 from moesaic.bench.gpu.contenders import CONTENDERS
-from moesaic.bench.gpu.limits import Bandwidth, kernels_of, matmul_flops
+from moesaic.bench.gpu.judge import DeviceLost, judge
+from moesaic.bench.gpu.limits import kernels_of, matmul_flops
 from moesaic.bench.gpu.report import KERNEL, verdicts
-from moesaic.bench.gpu.run import Bench, DeviceLost, Measured, disjoint_ids, judge
+from moesaic.bench.gpu.run import Measured, disjoint_ids
 from moesaic.bench.gpu.truth import is_right, relative_error, rows_within, truth_of
 from moesaic.bench.problem import Problem
 from moesaic.bench.runner import Row
@@ -32,7 +33,6 @@ from moesaic.engine.spec import ExpertSpec
 from moesaic.types import ExpertWeights
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "gpu.py"
-BENCH = Bench(Clock(), dict.fromkeys(("float32", "float64", "bfloat16", "float16"), 1e9), Bandwidth(1e9, 1e9), 1)
 
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are interpreted where there is no GPU")
 
@@ -206,7 +206,7 @@ def test_the_wrong_and_the_failing_have_no_speed():
     def kind(build):
         return right.__class__(build.__name__, "ours", build)
 
-    judged = judge(problem, truth, [right, *map(kind, (doubled, half_written, broken))], BENCH)
+    judged = judge(problem, truth, [right, *map(kind, (doubled, half_written, broken))], Clock())
     notes = [entry.row.note for entry in judged]
     assert notes[:2] == ["", "wrong"]
     assert notes[2] == "failed: ValueError: an element of the result is never written"

@@ -18,8 +18,9 @@ from moesaic import __version__
 from moesaic.bench.campaign import Journal, read_lines
 from moesaic.bench.gpu.cells import GpuCell
 from moesaic.bench.gpu.clock import Clock
+from moesaic.bench.gpu.judge import check_device
 from moesaic.bench.gpu.limits import Bandwidth, measure_bandwidth, measure_flops
-from moesaic.bench.gpu.run import Bench, Measured, check_device, run_decode, run_experts, run_memory
+from moesaic.bench.gpu.run import Bench, Measured, run_decode, run_experts, run_memory
 from moesaic.bench.gpu.special import run_capture, run_kernels, run_router
 from moesaic.bench.machine import commit
 from moesaic.bench.problem import make_experts

@@ -1,11 +1,7 @@
 """One cell on a GPU: everybody judged against float64, the right ones timed in turn."""
 
-import gc
 import math
-import time
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
@@ -13,13 +9,13 @@ import torch
 from torch import Tensor
 
 from moesaic.bench.ceiling import Ceiling, Phase, least_seconds
-from moesaic.bench.contenders import Call, Contender
-from moesaic.bench.gate import Truth, errors_of
-from moesaic.bench.gpu.cells import INVARIANT, OURS, TORCH, GpuCell
+from moesaic.bench.contenders import Call
+from moesaic.bench.gpu.cells import INVARIANT, OURS, GpuCell
 from moesaic.bench.gpu.clock import Clock, interleave
 from moesaic.bench.gpu.contenders import contenders_named
+from moesaic.bench.gpu.judge import check_device, judge
 from moesaic.bench.gpu.limits import Bandwidth, kernels_of, matmul_flops
-from moesaic.bench.gpu.truth import is_right, relative_error, truth_of
+from moesaic.bench.gpu.truth import truth_of
 from moesaic.bench.problem import Problem, make_problem
 from moesaic.bench.runner import Row, failed, forget_gradients, run_once
 from moesaic.bench.timing import Entrant, plan_rounds, spread
@@ -29,10 +25,6 @@ ROUNDS, CELL_SECONDS = 10, 6.0  # wanted, more where they are short; for the rou
 WARM = 2  # runs before the rounds
 DECODE_CALLS = 16  # in one graph, each on other experts
 TRUTH_SECONDS = 0.5  # of float64 matmuls
-
-
-class DeviceLost(Exception):
-    """The device refuses everything after an illegal access: this process is over, the journal is not."""
 
 
 class Bench(NamedTuple):
@@ -70,92 +62,10 @@ class Measured:
         return next((row for row in self.rows if row.name == name), None)
 
 
-class Judged(NamedTuple):
-    """call: None where the contender is wrong, failed, or was refused.  seconds: of one run."""
-
-    row: Row
-    call: Call | None
-    seconds: float
-
-
-def judge(problem: Problem, truth: Truth, contenders: Sequence[Contender], bench: Bench) -> list[Judged]:
-    """Everybody's errors; torch's own grouped_mm first, whose errors are the measure of the others'."""
-    judged: dict[str, Judged] = {}
-    torch_errors: dict[str, float] = {}
-    for contender in sorted(contenders, key=lambda c: TORCH.index(c.name) if c.name in TORCH else len(TORCH)):
-        row = Row(contender.name, contender.kind)
-        judged[contender.name] = Judged(row, None, math.nan)
-        row.note = contender.refuses(problem.cell) or ""
-        if row.note:
-            continue
-        try:
-            call, seconds = _try(problem, truth, contender, row, bench.clock)
-        except Exception as error:  # anybody's: the others are still to be measured
-            row.note = failed(error)
-            problem.forget_gradients(weights_too=True)
-            check_device(bench.clock)
-            continue
-        if not is_right(row.errors, torch_errors, problem.cell.dtype):
-            row.note = "wrong"
-            continue
-        torch_errors = torch_errors or (row.errors if contender.name in TORCH else {})
-        judged[contender.name] = Judged(row, call, seconds)
-    return [judged[contender.name] for contender in contenders]
-
-
-def check_device(clock: Clock) -> None:
-    """Give back what a failure held. Raises DeviceLost where nothing will run any more."""
-    try:
-        clock.wait()
-    except RuntimeError as error:
-        raise DeviceLost(str(error).partition("\n")[0]) from None
-    if clock.is_cuda:
-        gc.collect()
-        torch.cuda.empty_cache()
-
-
-def _try(problem: Problem, truth: Truth, contender: Contender, row: Row, clock: Clock) -> tuple[Call, float]:
-    """Build, run (the first time compiles), ours once more on poisoned memory, then compare."""
-    start = time.perf_counter()
-    call = contender.build(problem)
-    forget_gradients(problem, call, weights_too=True)
-    run_once(problem, call)
-    clock.wait()
-    row.build_ms = 1e3 * (time.perf_counter() - start)
-    forget_gradients(problem, call, weights_too=True)
-    if contender.kind != "peer":
-        with poisoned():
-            out = run_once(problem, call)
-        errors = errors_of(problem, truth, out, grads_of=problem.expert_grads, distance=relative_error)
-        if any(math.isnan(error) for error in errors.values()):
-            raise ValueError("an element of the result is never written")
-        forget_gradients(problem, call, weights_too=True)
-    start = time.perf_counter()
-    out = run_once(problem, call)
-    clock.wait()
-    seconds = time.perf_counter() - start
-    grads_of = getattr(call, "expert_grads", problem.expert_grads)
-    row.errors = errors_of(problem, truth, out, grads_of=grads_of, distance=relative_error)
-    forget_gradients(problem, call, weights_too=True)
-    return call, seconds
-
-
-@contextmanager
-def poisoned() -> Iterator[None]:
-    """New memory is NaN, so that an element that nobody writes is not right by chance."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of operations that have no deterministic form, which is not what is asked
-        torch.use_deterministic_algorithms(True, warn_only=True)
-        try:
-            yield
-        finally:
-            torch.use_deterministic_algorithms(False)
-
-
 def run_experts(cell: GpuCell, experts: ExpertWeights, bench: Bench) -> Measured:
     problem = make_problem(cell.problem_cell, experts)
     truth = truth_of(problem, TRUTH_SECONDS * bench.flops["float64"])
-    judged = judge(problem, truth, contenders_named(cell.who), bench)
+    judged = judge(problem, truth, contenders_named(cell.who), bench.clock)
     rows_compared = len(truth.rows)
     del truth
     result = Measured(cell, [entry.row for entry in judged], {"rows_compared": rows_compared})
@@ -217,7 +127,7 @@ def run_decode(cell: GpuCell, experts: ExpertWeights, bench: Bench) -> Measured:
     enough: weights come from memory. Rows "(graph)" per call, the others launched from Python one by one."""
     problem = make_problem(cell.problem_cell, experts)
     truth = truth_of(problem, math.inf)
-    judged = judge(problem, truth, contenders_named(cell.who), bench)
+    judged = judge(problem, truth, contenders_named(cell.who), bench.clock)
     routes = disjoint_ids(problem, DECODE_CALLS if bench.clock.is_cuda else 2)
     result, entrants, once, calls_in = Measured(cell), [], {}, {}
     for entry in judged:
@@ -299,7 +209,7 @@ def run_memory(cell: GpuCell, experts: ExpertWeights, bench: Bench) -> Measured:
     weights and what the forward returns not."""
     problem = make_problem(cell.problem_cell, experts)
     truth = truth_of(problem, TRUTH_SECONDS * bench.flops["float64"])
-    judged = judge(problem, truth, contenders_named(cell.who), bench)
+    judged = judge(problem, truth, contenders_named(cell.who), bench.clock)
     del truth
     result = Measured(cell, facts=_expected_bytes(problem))
     for entry in judged:

@@ -10,8 +10,9 @@ from torch import Tensor
 from moesaic.bench.ceiling import Ceiling, Phase
 from moesaic.bench.gpu.cells import OURS, GpuCell
 from moesaic.bench.gpu.contenders import CONTENDERS
+from moesaic.bench.gpu.judge import check_device
 from moesaic.bench.gpu.limits import kernels_of
-from moesaic.bench.gpu.run import Bench, Measured, check_device, fill, timed
+from moesaic.bench.gpu.run import Bench, Measured, fill, timed
 from moesaic.bench.problem import make_problem
 from moesaic.bench.runner import Row, failed, forget_gradients, run_once
 from moesaic.bench.shapes import SHAPES

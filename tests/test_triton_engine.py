@@ -164,9 +164,10 @@ def test_the_invariant_mode_takes_the_same_tiles_for_every_number_of_tokens(monk
     class OnGpu:
         is_cuda, dtype, device = True, torch.bfloat16, None
 
+    matrices = ExpertWeights(torch.empty(128, 2, 1, dtype=torch.bfloat16), torch.empty(128, 1, 1))
     sizes = (8, 1024, 262144)
-    assert len({engine._tiles(n, 128, OnGpu(), batch_invariant=True) for n in sizes}) == 1
-    assert len({engine._tiles(n, 128, OnGpu()) for n in sizes}) > 1, "or the test could not fail"
+    assert len({engine._tiles(n, OnGpu(), matrices, batch_invariant=True) for n in sizes}) == 1
+    assert len({engine._tiles(n, OnGpu(), matrices) for n in sizes}) > 1, "or the test could not fail"
 
 
 def test_a_nan_stays_in_its_token():
@@ -213,6 +214,36 @@ def test_kept_for_the_backward(recompute):
     assert sizes == sorted([5, 40 * 3, *([] if recompute else [40 * 3 * 32])])
 
 
+@pytest.mark.parametrize("how", ["expanded", "by-column"])
+def test_gradients_that_do_not_lie_in_a_row(how):
+    p = problem("biases")
+    grad = p.grad[:1].expand_as(p.grad) if how == "expanded" else p.grad.mT.contiguous().mT
+    results = []
+    for given in (grad, grad.contiguous()):
+        leaves = leaves_of(p)
+        run(p, leaves).backward(given)
+        results.append([t.grad for t in leaves])
+    assert all(map(torch.equal, *results))
+
+
+def test_ids_beyond_32_bits_name_no_expert():
+    for case in (problem(t=6), problem(t=1, e=60)):  # with a plan and without
+        absent, far = case.expert_ids.clone(), case.expert_ids.clone()
+        absent[0, 1], far[0, 1] = len(case.experts.up), 2**32 + 1
+        with torch.no_grad():
+            outs = [
+                run(case._replace(expert_ids=ids), [case.tokens, case.weights, *case.experts]) for ids in (absent, far)
+            ]
+        assert torch.equal(*outs)
+
+
+def test_more_assignments_than_are_counted_are_refused():
+    p = problem(t=2)
+    ids = torch.empty(2**30, 2, dtype=torch.int64, device="meta")
+    with pytest.raises(ValueError, match=r"2147483648 assignments .* give fewer than"):
+        forward(p.tokens, ids, p.weights, p.experts, p.spec, keep="nothing", batch_invariant=False)
+
+
 def test_create_graph_goes_through_torch():
     p = problem(t=6)
     leaves = leaves_of(p)
@@ -221,10 +252,13 @@ def test_create_graph_goes_through_torch():
     close(grad.detach(), expected(p)[1][2])
 
 
+@pytest.mark.parametrize("tokens", [0, 19])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_the_operator_tells_graphs_the_truth(dtype):
+def test_the_operator_tells_graphs_the_truth(dtype, tokens):
     """Shapes, dtypes and strides of every output are what the fake says, whatever is kept."""
     p = problem("biases").to(dtype)
+    if tokens == 0:
+        p = p._replace(tokens=p.tokens[:0], expert_ids=p.expert_ids[:0], weights=p.weights[:0])
     for keep in ("nothing", "order", "hidden"):
         args = (p.tokens, p.expert_ids, p.weights, *p.experts, *p.spec.fields, keep, False)
         real = torch.ops.moesaic.experts(*args)
@@ -264,7 +298,6 @@ def test_where_it_cannot_run_it_says_why_and_names_who_can():
 
 def test_without_triton_a_layer_refuses_it_and_auto_does_without(monkeypatch):
     monkeypatch.setattr(room, "INSTALLED", False)
-    monkeypatch.setattr(select, "INSTALLED", False)
     with pytest.raises(
         ValueError, match=r"engine='triton' cannot run here: .* pip install triton, or use 'auto' or 'grouped'"
     ):

@@ -214,10 +214,10 @@ def test_outer(routing, gather, accumulate, flip):
     left, right = (p.tokens, rows) if gather == "left" else (rows, p.tokens)
     shape = (5, left.shape[1], right.shape[1])
     out = torch.randn(shape[0], shape[2], shape[1], device=DEVICE).mT if flip else torch.randn(shape, device=DEVICE)
-    expected = twins.outer(*of_double(left, right, out), p.k, layout, BLOCKS, gather=gather, accumulate=accumulate)
+    expected = twins.outer(*of_double(left, right, out), layout, BLOCKS, gather=gather, accumulate=accumulate)
     if not accumulate:
         out.fill_(torch.nan)
-    returned = outer(left, right, out, p.k, layout, BLOCKS, gather=gather, accumulate=accumulate)
+    returned = outer(left, right, out, layout, BLOCKS, gather=gather, accumulate=accumulate)
     assert returned.data_ptr() == out.data_ptr()
     close(out, expected)
 
@@ -233,24 +233,8 @@ def test_sum_rows(routing, weighted, width):
         rows = rows_like(p, width)
         rows[int(layout.ends[-1]) :] = torch.nan
     weights, like = (p.weights if weighted else None), torch.empty(5, width, device=DEVICE)
-    expected = twins.sum_rows(*of_double(rows, weights), p.k, layout, like.double())
-    close(sum_rows(rows, weights, p.k, layout, like), expected)
-
-
-def test_tokens_that_do_not_lie_in_a_row():
-    p = problem()
-    layout = p.layout()
-    apart = torch.empty(19, 74, device=DEVICE)[:, ::2].copy_(p.tokens)
-    assert apart.stride() == (74, 2)
-    plain = up(p.tokens, p.k, layout, p.experts, p.spec, BLOCKS, keep_hidden=True)
-    got = up(apart, p.k, layout, p.experts, p.spec, BLOCKS, keep_hidden=True)
-    assert torch.equal(written(got.hidden, layout), written(plain.hidden, layout))
-    grad = p.grad[:1].expand_as(p.grad)  # as `out.sum(0).backward()` gives it
-    inner = [
-        d_hidden(g, plain.hidden, p.weights, layout, p.experts, p.spec, BLOCKS, wanted=(True, True, True))
-        for g in (grad, grad.contiguous())
-    ]
-    assert torch.equal(written(inner[0].d_hidden, layout), written(inner[1].d_hidden, layout))
+    expected = twins.sum_rows(*of_double(rows, weights), layout, like.double())
+    close(sum_rows(rows, weights, layout, like), expected)
 
 
 @pytest.mark.parametrize("far", ["experts", "lines", "steps"])
@@ -296,10 +280,8 @@ def test_tiles_of_other_sizes(blocks):
         wide.grad, expected.hidden, wide.weights, layout, wide.experts, p.spec, blocks, wanted=(True, True, True)
     )
     close(written(inner.d_hidden, layout), written(theirs.d_hidden, layout))
-    grad = outer(inner.d_hidden, p.tokens, torch.empty_like(p.experts.up), p.k, layout, blocks, gather="right")
+    grad = outer(inner.d_hidden, p.tokens, torch.empty_like(p.experts.up), layout, blocks, gather="right")
     close(
         grad,
-        twins.outer(
-            theirs.d_hidden, wide.tokens, torch.empty_like(wide.experts.up), p.k, layout, blocks, gather="right"
-        ),
+        twins.outer(theirs.d_hidden, wide.tokens, torch.empty_like(wide.experts.up), layout, blocks, gather="right"),
     )

@@ -63,7 +63,7 @@ def test_ids_that_do_not_lie_in_a_row(monkeypatch, few):
 @pytest.mark.parametrize("absent", [0, 3])
 def test_tiles_cover_the_rows_of_every_expert(counts, block_rows, absent):
     made = Plan(torch.randperm(sum(counts) + absent), torch.tensor(counts))
-    got, expected = layout(Plan(*(t.to(DEVICE) for t in made)), block_rows), twins.layout(made, block_rows)
+    got, expected = layout(Plan(*(t.to(DEVICE) for t in made)), 2, block_rows), twins.layout(made, 2, block_rows)
     needed = expected.expert_of_tile < len(counts)
     assert torch.equal(got.ends.cpu(), expected.ends)
     assert torch.equal(got.row_of.cpu(), expected.row_of)

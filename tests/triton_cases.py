@@ -54,7 +54,7 @@ class Problem(NamedTuple):
 
     def layout(self, block_rows: int = BLOCKS.rows) -> Layout:
         """By the twins, so that each kernel is judged alone."""
-        there = twins.layout(group_by_expert(self.expert_ids.cpu(), len(self.experts.up)), block_rows)
+        there = twins.layout(group_by_expert(self.expert_ids.cpu(), len(self.experts.up)), self.k, block_rows)
         return Layout(*(t.to(DEVICE) for t in there))
 
 

@@ -1,6 +1,6 @@
 """Compile the kernels that a problem launches for a GPU that is not there, and print what they need, as JSON lines.
 
-    python tests/triton_compiled.py 90 bfloat16 32768 [more token counts ...]
+    python tests/triton_compiled.py 90 bfloat16 ladder 32768 [more token counts ...]
 
 Triton brings its own assembler. A stand-in driver says which GPU it is, tensors without memory ("meta") carry shapes
 and dtypes, and every launch stops after the kernel is made. TRITON_INTERPRET must not be set.
@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import triton
@@ -20,7 +21,28 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 BINARIES = Path(triton.__path__[0], "backends", "nvidia", "bin")
-SIZES = (128, 2048, 768, 8)  # E, D, I, K: Qwen3-30B-A3B, the ladder shape
+
+
+class Layer(NamedTuple):
+    e: int
+    d: int
+    i: int
+    k: int
+    spec: tuple = ("silu", True, None, 1.0, 0.0, False, False)  # fields of ExpertSpec
+    biases: bool = False
+    weights: str | None = None  # their dtype where it is not the tokens'
+
+
+LAYERS = {
+    "ladder": Layer(128, 2048, 768, 8),  # Qwen3-30B-A3B, performance tables are about it
+    "deepseek-v3": Layer(256, 7168, 2048, 8),
+    "mixtral": Layer(8, 4096, 14336, 2),
+    "gpt-oss": Layer(32, 2880, 2880, 4, ("silu", True, 7.0, 1.702, 1.0, True, True), biases=True),
+    "autocast": Layer(32, 1024, 512, 6, weights="float32"),
+    "odd": Layer(5, 37, 21, 3, ("gelu", False, None, 1.0, 0.0, False, False), biases=True),
+    "odd-gated": Layer(5, 37, 21, 3),
+    "single": Layer(1, 1, 1, 1),
+}
 
 
 class Absent:
@@ -61,7 +83,9 @@ def needs(kernel) -> dict[str, int]:
         usage = run("cuobjdump", "--dump-resource-usage", file.name)
         code = run("cuobjdump", "-sass", file.name)
     found = {name.lower(): int(n) for name, n in re.findall(r"(REG|STACK):(\d+)", usage)}
-    count = {name: len(re.findall(rf"\b{name}\b", code)) for name in ("HGMMA", "HMMA", "LDGSTS", "FFMA")}
+    count = {
+        name: len(re.findall(rf"\b{name}\b", code)) for name in ("HGMMA", "HMMA", "LDGSTS", "FFMA", r"LDG\.E\.U16")
+    }
     return {**found, "shared": kernel.metadata.shared, **count}
 
 
@@ -69,45 +93,60 @@ def run(program: str, *args: str) -> str:
     return subprocess.run([BINARIES / program, *args], capture_output=True, text=True, check=True).stdout
 
 
-def launch_everything(capability: int, dtype: torch.dtype, n_tokens: int) -> None:
-    """Forward and backward of one layer, and the routing of its tokens."""
-    from moesaic.config import MoEConfig
+def launch_everything(capability: int, dtype: torch.dtype, layer: Layer, n_tokens: int) -> None:
+    """Forward and backward of one layer, with H kept and computed again, into new gradients and into old ones; and the
+    routing of its tokens."""
     from moesaic.engine.op import Gradients
-    from moesaic.engine.route_op import RouteSpec
     from moesaic.engine.spec import ExpertSpec
-    from moesaic.engine.triton import experts, route
+    from moesaic.engine.triton import experts
     from moesaic.engine.triton.blocks import tiles_for
     from moesaic.types import ExpertWeights
+
+    weight_dtype = getattr(torch, layer.weights) if layer.weights else dtype
 
     def tensor(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    e, d, i, k = SIZES
-    experts._tiles = lambda n, n_experts, tokens, **_: tiles_for(
-        -(-n // n_experts), tokens.dtype, divmod(capability, 10)
+    experts._tiles = lambda n, tokens, matrices, **_: tiles_for(
+        -(-n // len(matrices.up)), tokens.dtype, divmod(capability, 10), matrices.up.dtype
     )
+    spec, (e, d, i, k) = ExpertSpec(*layer.spec), layer[:4]
+    u = 2 * i if spec.gated else i
+    shapes = ((e, d, u), (e, i, d)) if spec.transposed else ((e, u, d), (e, d, i))
+    biases = ((e, u), (e, d)) if layer.biases else ()
+    matrices = ExpertWeights(*(tensor(*shape, dtype=weight_dtype) for shape in (*shapes, *biases)))
     tokens, weights = tensor(n_tokens, d), tensor(n_tokens, k, dtype=torch.float32)
     ids = tensor(n_tokens, k, dtype=torch.int64)
-    matrices, spec = ExpertWeights(tensor(e, 2 * i, d), tensor(e, d, i)), ExpertSpec()
-    experts.forward(tokens, ids, weights, matrices, spec, keep="nothing", batch_invariant=False)
-    out, *saved = experts.forward(tokens, ids, weights, matrices, spec, keep="hidden", batch_invariant=False)
-    experts.backward(out, tokens, weights, matrices, *saved, spec, Gradients(True, True, True, True, False, False))
+    given = (tokens, ids, weights, matrices, spec)
+    experts.forward(*given, keep="nothing", batch_invariant=False)
+    out, hidden, *order = experts.forward(*given, keep="hidden", batch_invariant=False)
+    wanted = Gradients(True, True, True, True, layer.biases, layer.biases)
+    for kept in (hidden, hidden[:0]):
+        experts.backward(out, tokens, weights, matrices, kept, *order, spec, wanted)
+    experts.backward(out, tokens, weights, matrices, hidden, *order, spec, wanted, matrices.up, matrices.down)
+
+
+def launch_routing(n_tokens: int) -> None:
+    from moesaic.config import MoEConfig
+    from moesaic.engine.route_op import RouteSpec
+    from moesaic.engine.triton import route
 
     gate = MoEConfig.preset("deepseek-v3")
-    rules, logits = RouteSpec.of(gate), tensor(n_tokens, gate.n_routed_experts, dtype=torch.float32)
-    bias = tensor(gate.n_routed_experts, dtype=torch.float32)
-    chosen = route.forward(logits, bias, None, rules)
-    route.backward(chosen[0], logits, chosen[1], rules)
+    rules = RouteSpec.of(gate)
+    logits = torch.empty(n_tokens, gate.n_routed_experts, device="meta")
+    weights, ids = route.forward(logits, logits.new_empty(gate.n_routed_experts), None, rules)
+    route.backward(weights, logits, ids, rules)
 
 
-def main(capability: int, dtype: str, *tokens: int) -> None:
+def main(capability: int, dtype: str, layer: str, *tokens: int) -> None:
     made = compile_for(capability)
     for n in tokens:
         before = set(made)
-        launch_everything(capability, getattr(torch, dtype), n)
+        launch_everything(capability, getattr(torch, dtype), LAYERS[layer], n)
+        launch_routing(n)
         for key in [key for key in made if key not in before]:
             sys.stdout.write(json.dumps({"kernel": key[0], "tokens": n, **needs(made[key])}) + "\n")
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2], *map(int, sys.argv[3:]))
+    main(int(sys.argv[1]), *sys.argv[2:4], *map(int, sys.argv[4:]))

@@ -175,7 +175,7 @@ class Work:
         ):
             left, right = (from_, out) if spec.transposed else (out, from_)  # as the engine's backward does
             gather = "left" if left is gathered else "right"
-            found.append(outer(left, right, torch.empty_like(weight), self._k, rows, blocks, gather=gather))
+            found.append(outer(left, right, torch.empty_like(weight), rows, blocks, gather=gather))
         return found
 
     def error(self, op: str, blocks: Blocks) -> float:
@@ -190,7 +190,7 @@ class Work:
         from moesaic.engine.triton.layout import layout
 
         if rows not in self._layouts:
-            self._layouts[rows] = layout(self._plan, rows)
+            self._layouts[rows] = layout(self._plan, self._k, rows)
         return self._layouts[rows]
 
 

@@ -222,10 +222,13 @@ def accumulation_targets(ctx: Any, grad_out: Tensor, *weights: Tensor) -> tuple[
 
     That is so for a leaf with a dense gradient of its dtype and no hooks, whose AccumulateGrad node this very backward
     is going to run: node and weight are checked by identity. Adding saves a gradient-sized tensor of zeros and three
-    passes over it. Prehooks put on that node itself cannot be seen from here: they get None.
+    passes over it. Prehooks put on that node itself cannot be seen from here: they get None. On a GPU it is so on the
+    default stream only: autograd orders its own additions between streams, not ours.
     """
     nobody = (None,) * len(weights)
     if type(grad_out) is not Tensor or grad_out.device.type not in ACCUMULATING or torch.is_anomaly_enabled():
+        return nobody
+    if grad_out.is_cuda and torch.cuda.current_stream() != torch.cuda.default_stream():
         return nobody
     leaves = {id(node.variable): node for node, _ in ctx.next_functions if _is_accumulate_grad(node)}
     try:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from moesaic import rules
 from moesaic.config import MoEConfig
-from moesaic.engine.triton import why_not
+from moesaic.engine import triton as gpu
 from moesaic.types import Routing
 
 
@@ -107,7 +107,7 @@ def serves(logits: Tensor, bias: Tensor | None, config: MoEConfig, replay: Tenso
     """
     widened = config.score_dtype == "float32" and logits.dtype in (torch.bfloat16, torch.float16)
     return (
-        _can_run()
+        not gpu.why_not("cuda")
         and (widened or logits.dtype == torch.float32)
         and (bias is None or bias.dtype != torch.float64)
         and (replay is None or replay.shape == (logits.shape[0], config.num_experts_per_tok))
@@ -115,11 +115,6 @@ def serves(logits: Tensor, bias: Tensor | None, config: MoEConfig, replay: Tenso
         and type(logits) is Tensor
         and (torch.compiler.is_compiling() or not _transformed())
     )
-
-
-@torch.compiler.assume_constant_result  # asked while a graph is traced, not in it
-def _can_run() -> bool:
-    return why_not("cuda") is None
 
 
 def _transformed() -> bool:

@@ -6,16 +6,16 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from moesaic.engine import triton as gpu
 from moesaic.engine.cpu import cpu
 from moesaic.engine.gemm import explain
 from moesaic.engine.grouped import grouped
 from moesaic.engine.reference import reference
-from moesaic.engine.triton import INSTALLED, triton, why_not
 
 # (tokens [T, D], expert_ids [T, K], weights [T, K], ExpertWeights, ExpertSpec, **options) -> [T, O]
 Engine = Callable[..., Tensor]
 
-ENGINES: dict[str, Engine] = {"reference": reference, "grouped": grouped, "cpu": cpu, "triton": triton}
+ENGINES: dict[str, Engine] = {"reference": reference, "grouped": grouped, "cpu": cpu, "triton": gpu.triton}
 AUTO = {"cpu": "cpu", "cuda": "triton"}  # device type -> what "auto" takes there where it can; else "grouped"
 OPTIONS = {
     "reference": {"batch_invariant"},
@@ -31,8 +31,8 @@ def check_engine(name: str, *, batch_invariant: bool = False, recompute: bool = 
         return name
     if name not in ENGINES:
         raise ValueError(f"engine={name!r} is unknown: use 'auto' or one of {', '.join(map(repr, ENGINES))}")
-    if name == "triton" and not INSTALLED:
-        raise ValueError(f"engine='triton' cannot run here: {why_not('cuda')}, or use 'auto' or 'grouped'")
+    if name == "triton" and not gpu.INSTALLED:
+        raise ValueError(f"engine='triton' cannot run here: {gpu.why_not('cuda')}, or use 'auto' or 'grouped'")
     for option, asked in (("batch_invariant", batch_invariant), ("recompute", recompute)):
         if asked and option not in OPTIONS[name]:
             able = ", ".join(repr(other) for other in ENGINES if option in OPTIONS[other])
@@ -56,7 +56,7 @@ def select_engine(
 @torch.compiler.assume_constant_result  # what a device can is asked while a graph is traced, not in it
 def _auto(device_type: str, dtype: torch.dtype) -> str:
     chosen = AUTO.get(device_type, "grouped")
-    return "grouped" if chosen == "triton" and why_not(device_type, dtype) else chosen
+    return "grouped" if chosen == "triton" and gpu.why_not(device_type, dtype) else chosen
 
 
 def best_engine(device_type: str, dtype: torch.dtype) -> tuple[str, str]:
@@ -68,5 +68,5 @@ def best_engine(device_type: str, dtype: torch.dtype) -> tuple[str, str]:
         return name, "fused Triton kernels with a backward of their own, and no wait for the device"
     reason = f"plain torch, two matmuls per active expert: runs on every device, {device_type} included"
     if AUTO.get(device_type) == "triton":
-        reason += f"; engine='triton' cannot serve this: {why_not(device_type, dtype)}"
+        reason += f"; engine='triton' cannot serve this: {gpu.why_not(device_type, dtype)}"
     return name, reason

@@ -3,6 +3,7 @@
 `experts.py` strings the kernels together; `twins.py` says in plain torch what each of them computes.
 """
 
+from functools import cache
 from importlib.util import find_spec
 from typing import Any
 
@@ -19,7 +20,8 @@ INSTALLED = find_spec("triton") is not None
 LEAST_CAPABILITY = (8, 0)  # Ampere: bfloat16 on tensor cores, asynchronous copies
 
 
-def why_not(device_type: str, dtype: torch.dtype | None = None) -> str | None:
+@torch.compiler.assume_constant_result  # asked while a graph is traced, not in it
+def why_not(device_type: str, dtype: torch.dtype | None = None, index: int | None = None) -> str | None:
     """Why the kernels cannot run there, with a way out; None where they can. Without a dtype, whatever it may be."""
     if not INSTALLED:
         return "the package triton is not installed: pip install triton"
@@ -27,9 +29,17 @@ def why_not(device_type: str, dtype: torch.dtype | None = None) -> str | None:
         return f"its kernels run on cuda, not on {device_type}: use 'cpu', 'grouped' or 'auto' there"
     if dtype is not None and dtype not in DTYPES:
         return f"its kernels compute in bfloat16, float16 and float32, not in {dtype}: use 'grouped' or 'auto'"
-    if torch.cuda.is_available() and (capability := torch.cuda.get_device_capability()) < LEAST_CAPABILITY:
+    if torch.version.hip:
+        return "its tiles are chosen for NVIDIA's GPUs: use 'grouped' or 'auto'"
+    capability = _capability(index)
+    if capability is not None and capability < LEAST_CAPABILITY:
         return f"this GPU has capability {capability}, the kernels need {LEAST_CAPABILITY}: use 'grouped' or 'auto'"
     return None
+
+
+@cache  # asking takes microseconds, and a layer asks several times
+def _capability(index: int | None) -> tuple[int, int] | None:
+    return torch.cuda.get_device_capability(index) if torch.cuda.is_available() else None
 
 
 def triton(
@@ -49,7 +59,7 @@ def triton(
 
     Raises ValueError for inputs that do not fit together, and where the kernels cannot run, with the reason.
     """
-    if reason := why_not(tokens.device.type, tokens.dtype):
+    if reason := why_not(tokens.device.type, tokens.dtype, tokens.device.index):
         raise ValueError(f"engine='triton' cannot serve this: {reason}")
     return run_experts(tokens, expert_ids, weights, experts, spec, batch_invariant=batch_invariant, recompute=recompute)
 

@@ -53,25 +53,25 @@ WIDE = {
         up=Blocks(16, 32, 128, 4, 4),
         matmul=Blocks(16, 64, 128, 4, 4),
         d_hidden=Blocks(16, 64, 128, 4, 4),
-        outer=Blocks(128, 128, 32, 8, 3),
+        outer=Blocks(128, 128, 32, 8, 5),
     ),
     40: Tiles(
         up=Blocks(32, 64, 128, 4, 4),
         matmul=Blocks(32, 128, 64, 4, 4),
         d_hidden=Blocks(32, 64, 128, 4, 4),
-        outer=Blocks(128, 128, 32, 8, 3),
+        outer=Blocks(128, 128, 32, 8, 5),
     ),
     160: Tiles(
         up=Blocks(64, 128, 64, 8, 4),
         matmul=Blocks(64, 128, 64, 4, 4),
         d_hidden=Blocks(64, 128, 64, 8, 4),
-        outer=Blocks(128, 256, 64, 8, 3),
+        outer=Blocks(128, 256, 64, 8, 5),
     ),
     0: Tiles(
         up=Blocks(128, 128, 64, 8, 4, group=8),
         matmul=Blocks(128, 256, 64, 8, 4, group=8),
         d_hidden=Blocks(128, 128, 64, 8, 4, group=8),
-        outer=Blocks(128, 256, 64, 8, 3, group=4),
+        outer=Blocks(128, 256, 64, 8, 5, group=4),
     ),
 }
 # 16-bit numbers elsewhere: half as many accumulators a program, or registers spill
@@ -82,13 +82,13 @@ NARROW = {
         up=Blocks(64, 64, 64, 4, 4),
         matmul=Blocks(64, 128, 64, 4, 4),
         d_hidden=Blocks(64, 128, 64, 8, 4),
-        outer=Blocks(128, 128, 64, 8, 3),
+        outer=Blocks(128, 128, 64, 8, 4),
     ),
     0: Tiles(
         up=Blocks(128, 64, 64, 8, 4, group=8),
         matmul=Blocks(128, 128, 64, 8, 4, group=8),
         d_hidden=Blocks(128, 128, 64, 8, 4, group=8),
-        outer=Blocks(128, 128, 64, 8, 3, group=4),
+        outer=Blocks(128, 128, 64, 8, 4, group=4),
     ),
 }
 # float32 without tensor cores: as much as the registers hold
@@ -110,23 +110,35 @@ INVARIANT_ROWS = 64  # rows an expert that the batch-invariant mode takes its ti
 INTERPRETED = Tiles(*[Blocks(16, 16, 16)] * 4)  # where numpy stands for the device, small tiles test more
 
 # bytes of shared memory that one program can have (CUDA programming guide, table of technical specifications)
-SHARED_MEMORY = {(7, 5): 65536, (8, 0): 166912, (8, 7): 166912, (9, 0): 232448, (10, 0): 232448, (10, 3): 232448}
+SHARED_MEMORY = {(8, 0): 166912, (8, 7): 166912, (9, 0): 232448, (10, 0): 232448, (10, 3): 232448}
 LEAST_SHARED_MEMORY = 101376  # every other GPU since Ampere
 WARPGROUPS = (9, 10)  # the major capabilities whose matmuls take 64 rows and more from shared memory
 MATRICES = {"up": 2}  # tiles of weights at a time; 1 unless named
 
 
-def tiles_for(rows_per_expert: int, dtype: torch.dtype, capability: tuple[int, int]) -> Tiles:
-    """The tiles for a mean number of rows: those that were tuned on this GPU, else those of the table."""
-    tuned = _tuned_here(capability).get(str(dtype).removeprefix("torch."), {})
-    return tuned.get(_row(rows_per_expert, _table(dtype, capability))) or built_in(rows_per_expert, dtype, capability)
+def tiles_for(
+    rows_per_expert: int, dtype: torch.dtype, capability: tuple[int, int], weight_dtype: torch.dtype | None = None
+) -> Tiles:
+    """The tiles for a mean number of rows: those that were tuned on this GPU, else those of the table.
+
+    Weights may be wider than the rows, as under autocast; tiles are tuned without that.
+    """
+    if weight_dtype in (None, dtype):
+        tuned = _tuned_here(capability).get(str(dtype).removeprefix("torch."), {})
+        if tiles := tuned.get(_row(rows_per_expert, _table(dtype, capability))):
+            return tiles
+    return built_in(rows_per_expert, dtype, capability, weight_dtype)
 
 
-def built_in(rows_per_expert: int, dtype: torch.dtype, capability: tuple[int, int]) -> Tiles:
+@cache
+def built_in(
+    rows_per_expert: int, dtype: torch.dtype, capability: tuple[int, int], weight_dtype: torch.dtype | None = None
+) -> Tiles:
     """The tiles of the table, with as many stages as fit into shared memory."""
     table = _table(dtype, capability)
     chosen = table[_row(rows_per_expert, table)]
-    return Tiles(*(fitted(op, blocks, dtype.itemsize, capability) for op, blocks in chosen._asdict().items()))
+    sizes = (dtype.itemsize, (weight_dtype or dtype).itemsize)
+    return Tiles(*(fitted(op, blocks, sizes, capability) for op, blocks in chosen._asdict().items()))
 
 
 def _table(dtype: torch.dtype, capability: tuple[int, int]) -> dict[int, Tiles]:
@@ -152,14 +164,21 @@ def _tuned(device: int) -> dict[str, dict[int, Tiles]]:
     return read_tuned(torch.cuda.get_device_name(device))
 
 
-def fitted(op: str, blocks: Blocks, itemsize: int, capability: tuple[int, int]) -> Blocks:
-    """`blocks` with fewer stages, or less depth, where shared memory is smaller than it was chosen for."""
+def fitted(op: str, blocks: Blocks, itemsizes: tuple[int, int], capability: tuple[int, int]) -> Blocks:
+    """`blocks` with fewer stages, or less depth, where shared memory is smaller than it was chosen for.
+
+    itemsizes: bytes of an element of the rows, and of the weights. How many stages lie in memory is what the compiler
+    was seen to do: all where a matmul reads shared memory itself (64 rows and more on WARPGROUPS), else one less, which
+    waits in registers; two less in `outer`, whose row numbers have to be there before the rows.
+    """
     memory = SHARED_MEMORY.get(capability, LEAST_SHARED_MEMORY)
-    # where a matmul reads shared memory itself its operands stay there; else one stage is in registers already
-    in_registers = 0 if capability[0] in WARPGROUPS and blocks.rows >= 64 else 1
+    if capability[0] == 10:  # 256 columns were wrong on sm_100 with some Tritons (marin#7484), and nobody looked here
+        blocks = blocks._replace(columns=min(blocks.columns, 128))
+    outside = 2 if op == "outer" else 0 if capability[0] in WARPGROUPS and blocks.rows >= 64 else 1
+    of_rows, of_weights = (itemsizes[0], itemsizes[0]) if op == "outer" else itemsizes
     while True:
-        stage = (blocks.rows + MATRICES.get(op, 1) * blocks.columns) * blocks.depth * itemsize
-        stages = min(blocks.stages, memory // stage + in_registers)
+        stage = (blocks.rows * of_rows + MATRICES.get(op, 1) * blocks.columns * of_weights) * blocks.depth
+        stages = min(blocks.stages, memory // stage + outside)
         if stages >= 3 or blocks.depth <= 32:
             return blocks._replace(stages=max(stages, 1))
         blocks = blocks._replace(depth=blocks.depth // 2)

@@ -15,7 +15,6 @@ from moesaic.engine.triton.activation import activate_backward
 from moesaic.engine.triton.blocks import Blocks
 from moesaic.engine.triton.layout import Layout
 from moesaic.engine.triton.tile import (
-    columns_of,
     dot,
     even,
     halves,
@@ -26,6 +25,9 @@ from moesaic.engine.triton.tile import (
     strides,
     tile_rows,
     tokens_of,
+    unzipped,
+    widened,
+    zipped,
 )
 from moesaic.types import ExpertWeights
 
@@ -62,9 +64,8 @@ def d_hidden(
     tiles = len(layout.expert_of_tile)
     _d_hidden[(tiles * column_tiles,)](
         grad_out,
-        *grad_out.stride(),
-        weights.shape[1],
         *layout.pointers,
+        layout.assignments,
         weights,
         matrix,
         *matrix.stride(),
@@ -79,7 +80,7 @@ def d_hidden(
         width,
         ACTIVATION=spec.activation,
         GATED=spec.gated,
-        INTERLEAVED=spec.interleaved,
+        INTERLEAVED=spec.gated and spec.interleaved,
         LIMIT=spec.limit,
         ALPHA=spec.alpha,
         OFFSET=spec.up_offset,
@@ -92,15 +93,13 @@ def d_hidden(
     return grads
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles", "num_rows"])
 def _d_hidden(
     g,
-    g_row,
-    g_column,
-    k,
     expert_of_tile,
     start_of_tile,
     ends,
+    token_of,
     assignments,
     weights,
     w,
@@ -140,40 +139,33 @@ def _d_hidden(
         return
     rows = start + tl.arange(0, ROWS)
     valid = rows < stop
-    assignment = tl.load(assignments + rows, mask=valid, other=0)
-    token = tokens_of(rows, valid, assignments, k, True).to(tl.int64)
-    scale = tl.load(weights + assignment, mask=valid, other=0.0).to(tl.float32)
+    token = tokens_of(rows, valid, token_of, 1, True)
     column = block * COLUMNS + tl.arange(0, COLUMNS)
     inside = column < width
 
+    steps = tl.arange(0, DEPTH)
+    g_tile = g + token[:, None] * depth + steps[None, :]
     a_grad = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
-    from_bias = tl.zeros((ROWS,), dtype=tl.float32)
     if (d_hidden is not None) | (partials is not None):
-        steps = tl.arange(0, DEPTH)
-        g_tile = g + token[:, None] * g_row + (steps * g_column)[None, :]
+        g_now = g_tile
         w += expert.to(tl.int64) * w_expert
         ahead = tl.full((), DEPTH, OFFSETS) * w_depth
         w_tile = w + (steps.to(OFFSETS)[:, None] * w_depth + column.to(OFFSETS)[None, :] * w_column)
         for done in range(0, depth, DEPTH):
             left = steps < depth - done
-            g_now = load_tile(g_tile, valid, left, EVEN_DEPTH)
-            a_grad = dot(g_now, load_tile(w_tile, left, inside, EVEN), a_grad, PRECISION)
-            if bias is not None:
-                if partials is not None:
-                    at = bias + expert.to(tl.int64) * bias_expert + (done + steps) * bias_column
-                    value = tl.load(at, mask=left, other=0.0).to(tl.float32)
-                    from_bias += tl.sum(g_now.to(tl.float32) * value[None, :], axis=1)
-            g_tile += DEPTH * g_column
+            grad = load_tile(g_now, valid, left, EVEN_DEPTH)
+            a_grad = dot(grad, load_tile(w_tile, left, inside, EVEN), a_grad, PRECISION)
+            g_now += DEPTH
             w_tile += ahead
 
+    scale = tl.load(weights + tl.load(assignments + rows, mask=valid, other=0), mask=valid, other=0.0).to(tl.float32)
     above = start.to(tl.int64) * (2 * width if GATED else width)
     hidden += above
     if d_hidden is not None:
         d_hidden += above
     if scaled is not None:
         scaled += start.to(tl.int64) * width
-    first = block * COLUMNS
-    part = from_bias if block == 0 else tl.zeros((ROWS,), dtype=tl.float32)
+    part = tl.zeros((ROWS,), dtype=tl.float32)
     grads = halves(a_grad)
     for half in tl.static_range(2):
         part += _through_activation(
@@ -183,7 +175,7 @@ def _d_hidden(
             scaled,
             scale,
             valid,
-            first + half * (COLUMNS // 2),
+            block * COLUMNS + half * (COLUMNS // 2),
             width,
             ACTIVATION,
             GATED,
@@ -193,6 +185,14 @@ def _d_hidden(
             OFFSET,
         )
     if partials is not None:
+        if bias is not None:
+            if block == 0:  # one of the column tiles adds <g, b2>
+                bias += expert.to(tl.int64) * bias_expert
+                for done in range(0, depth, DEPTH):
+                    left = steps < depth - done
+                    offset = tl.load(bias + (done + steps) * bias_column, mask=left, other=0.0).to(tl.float32)
+                    grad = widened(tl.load(g_tile + done, mask=valid[:, None] & left[None, :], other=0.0))
+                    part += tl.sum(grad.to(tl.float32) * offset[None, :], axis=1)
         tl.store(partials + block.to(tl.int64) * num_rows + rows, part, mask=valid)
 
 
@@ -213,24 +213,32 @@ def _through_activation(
     ALPHA: tl.constexpr,
     OFFSET: tl.constexpr,
 ):
-    column = first + tl.arange(0, a_grad.shape[1])
-    there = valid[:, None] & (column < width)[None, :]
+    """Some columns of A' from `first` on: writes dH and s A there, gives each row's part of ds."""
     row = tl.arange(0, a_grad.shape[0])[:, None]
-    gate_column, up_column = columns_of(column, width, GATED, INTERLEAVED)
-    both = row * (2 * width if GATED else width)
-    gate_at, up_at = both + gate_column[None, :], both + up_column[None, :]
-    gate = tl.load(hidden + gate_at, mask=there, other=0.0).to(tl.float32)
-    up = gate
-    if GATED:
-        up = tl.load(hidden + up_at, mask=there, other=0.0).to(tl.float32)
+    column = first + tl.arange(0, a_grad.shape[1])[None, :]
+    there = valid[:, None] & (column < width)
+    at = row * (2 * width if GATED else width) + column
+    pair = 2 * first + tl.arange(0, 2 * a_grad.shape[1])[None, :]  # where gate and up are neighbours
+    pair_at, pair_there = row * (2 * width) + pair, valid[:, None] & (pair < 2 * width)
+    if INTERLEAVED:
+        gate, up = unzipped(tl.load(hidden + pair_at, mask=pair_there, other=0.0).to(tl.float32))
+    else:
+        gate = tl.load(hidden + at, mask=there, other=0.0).to(tl.float32)
+        up = gate
+        if GATED:
+            up = tl.load(hidden + at + width, mask=there, other=0.0).to(tl.float32)
     activated, d_gate, d_up = activate_backward(
         gate, up, a_grad * scale[:, None], ACTIVATION, GATED, LIMIT, ALPHA, OFFSET
     )
     if d_hidden is not None:
-        tl.store(d_hidden + gate_at, d_gate.to(d_hidden.dtype.element_ty), mask=there)
-        if GATED:
-            tl.store(d_hidden + up_at, d_up.to(d_hidden.dtype.element_ty), mask=there)
+        if INTERLEAVED:
+            both = zipped(d_gate, d_up).to(d_hidden.dtype.element_ty)
+            tl.store(d_hidden + pair_at, both, mask=pair_there)
+        else:
+            tl.store(d_hidden + at, d_gate.to(d_hidden.dtype.element_ty), mask=there)
+            if GATED:
+                tl.store(d_hidden + at + width, d_up.to(d_hidden.dtype.element_ty), mask=there)
     if scaled is not None:
         value = (activated * scale[:, None]).to(scaled.dtype.element_ty)
-        tl.store(scaled + (row * width + column[None, :]), value, mask=there)
+        tl.store(scaled + (row * width + column), value, mask=there)
     return tl.sum(tl.where(there, a_grad * activated, 0.0), axis=1)

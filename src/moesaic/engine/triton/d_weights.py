@@ -18,7 +18,7 @@ def d_weights(partials: Float[Tensor, "p S"], layout: Layout, like: Float[Tensor
     return out
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])
 def _d_weights(partials, row_of, out, n, parts, SLOTS: tl.constexpr):
     slots = tl.program_id(0) * SLOTS + tl.arange(0, SLOTS)
     row = tl.load(row_of + slots, mask=slots < n, other=-1)

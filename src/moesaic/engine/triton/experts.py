@@ -39,11 +39,17 @@ def forward(
     batch_invariant: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(out [T, O], hidden, assignments [S], counts [E]): the weighted sum of the chosen experts, and what the backward
-    needs of it; what it does not need is not computed. Ids that name no expert are skipped: values are not checked."""
+    needs of it; what it does not need is not computed. Ids that name no expert are skipped: values are not checked.
+
+    Raises ValueError for 2^31 assignments and more, which the kernels count in 32 bits.
+    """
     n, k, n_experts = expert_ids.numel(), expert_ids.shape[1], len(experts.up)
+    if n >= 2**31:
+        raise ValueError(f"{n} assignments (tokens x experts per token) are too many: give fewer than 2^31 at a time")
+    tokens, weights = tokens.contiguous(), weights.contiguous()
     if n == 0 or n_experts == 0:
-        return _nothing(tokens, n, experts, spec)
-    tiles = _tiles(n, n_experts, tokens, batch_invariant=batch_invariant)
+        return _nothing(tokens, n, experts, spec, keep)
+    tiles = _tiles(n, tokens, experts, batch_invariant=batch_invariant)
     down = experts.down if spec.transposed else experts.down.mT  # [E, I, O]
     if keep == "nothing" and n * FEW <= n_experts and not batch_invariant:
         rows = unsorted(expert_ids)
@@ -51,7 +57,7 @@ def forward(
         out = down_and_combine(activated, expert_ids, weights, down, experts.down_bias)
         return out, tokens.new_empty(0), *_no_plan(expert_ids, n_experts)
     plan = group_by_expert(expert_ids, n_experts)
-    rows = layout(plan, tiles.up.rows)
+    rows = layout(plan, k, tiles.up.rows)
     hidden, activated = up(tokens, k, rows, experts, spec, tiles.up, keep_hidden=keep == "hidden")
     expert_out = matmul(activated, down, experts.down_bias, rows, tiles.matmul)
     del activated
@@ -76,8 +82,9 @@ def backward(
     n, k, n_experts = weights.numel(), weights.shape[1], len(counts)
     if n == 0 or n_experts == 0:
         return _no_gradients(tokens, weights, experts, wanted, up_into, down_into)
-    tiles = _tiles(n, n_experts, tokens)
-    rows = layout(Plan(assignments, counts), tiles.up.rows)
+    grad_out, tokens, weights = grad_out.contiguous(), tokens.contiguous(), weights.contiguous()
+    tiles = _tiles(n, tokens, experts)
+    rows = layout(Plan(assignments, counts), k, tiles.up.rows)
     if not hidden.numel():
         hidden = up(tokens, k, rows, experts, spec, tiles.up, keep_hidden=True, keep_activated=False).hidden
     parts = (wanted.tokens or wanted.up or wanted.up_bias, wanted.down, wanted.weights)
@@ -88,7 +95,7 @@ def backward(
         left, right = (from_, out) if spec.transposed else (out, from_)
         grad = torch.empty_like(weight) if into is None else into
         gather = "left" if left is by_token else "right"
-        outer(left, right, grad, k, rows, tiles.outer, gather=gather, accumulate=into is not None)
+        outer(left, right, grad, rows, tiles.outer, gather=gather, accumulate=into is not None)
         return grad if into is None else None
 
     d_tokens = d_scales = d_up = d_down = d_up_bias = d_down_bias = None
@@ -97,13 +104,13 @@ def backward(
     if wanted.down:
         d_down = d_matrix(experts.down, down_into, grad_out, inner.scaled, by_token=grad_out)
     if wanted.down_bias and experts.down_bias is not None:
-        d_down_bias = sum_rows(grad_out, weights, k, rows, experts.down_bias)
+        d_down_bias = sum_rows(grad_out, weights, rows, experts.down_bias)
     d_projected = inner.d_hidden
     del inner  # memory for what follows
     if wanted.up:
         d_up = d_matrix(experts.up, up_into, d_projected, tokens, by_token=tokens)
     if wanted.up_bias and experts.up_bias is not None:
-        d_up_bias = sum_rows(d_projected, None, k, rows, experts.up_bias)
+        d_up_bias = sum_rows(d_projected, None, rows, experts.up_bias)
     if wanted.tokens:
         back = experts.up.mT if spec.transposed else experts.up  # [E, U, D]
         d_rows = matmul(d_projected, back, None, rows, tiles.matmul)
@@ -111,11 +118,11 @@ def backward(
     return Gradients(d_tokens, d_scales, d_up, d_down, d_up_bias, d_down_bias)
 
 
-def _tiles(assignments: int, experts: int, tokens: Tensor, *, batch_invariant: bool = False) -> Tiles:
+def _tiles(n_assignments: int, tokens: Tensor, experts: ExpertWeights, *, batch_invariant: bool = False) -> Tiles:
     if not tokens.is_cuda:
         return INTERPRETED
-    rows_per_expert = INVARIANT_ROWS if batch_invariant else -(-assignments // experts)
-    return tiles_for(rows_per_expert, tokens.dtype, capability_of(tokens.device))
+    rows_per_expert = INVARIANT_ROWS if batch_invariant else -(-n_assignments // len(experts.up))
+    return tiles_for(rows_per_expert, tokens.dtype, capability_of(tokens.device), experts.up.dtype)
 
 
 def _no_plan(expert_ids: Tensor, n_experts: int) -> tuple[Tensor, Tensor]:
@@ -124,12 +131,14 @@ def _no_plan(expert_ids: Tensor, n_experts: int) -> tuple[Tensor, Tensor]:
     return torch.empty(expert_ids.numel(), **like), torch.empty(n_experts, **like)
 
 
-def _nothing(tokens: Tensor, n: int, experts: ExpertWeights, spec: ExpertSpec) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _nothing(
+    tokens: Tensor, n: int, experts: ExpertWeights, spec: ExpertSpec, keep: Keep
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`forward` of no assignments: no kernel has a grid of no programs."""
-    counts = torch.zeros(len(experts.up), dtype=torch.int64, device=tokens.device)
-    assignments = torch.arange(n, device=tokens.device)
     out = tokens.new_zeros(len(tokens), spec.output_size(experts))
-    return out, tokens.new_zeros(n, spec.up_size(experts)), assignments, counts
+    hidden = tokens.new_empty((n, spec.up_size(experts)) if keep == "hidden" else 0)
+    counts = torch.zeros(len(experts.up), dtype=torch.int64, device=tokens.device)
+    return out, hidden, torch.arange(n, device=tokens.device), counts
 
 
 def _no_gradients(

@@ -76,9 +76,9 @@ def _down_and_combine(
     total = tl.zeros((COLUMNS,), dtype=tl.float32)
     for slot in tl.static_range(K):
         assignment = token * K + slot
-        expert = tl.load(ids + assignment).to(tl.int32)
+        expert = tl.load(ids + assignment).to(tl.int64)
         present = (expert >= 0) & (expert < num_experts)
-        expert = tl.where(present, expert, 0).to(tl.int64)  # no branch: loads of the next expert may overtake
+        expert = tl.where(present, expert, 0)  # no branch: loads of the next expert may overtake
         parts = tl.zeros((COLUMNS, DEPTH), dtype=tl.float32)
         for done in range(0, depth, DEPTH):
             at = w + expert * w_expert

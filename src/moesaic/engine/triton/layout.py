@@ -18,8 +18,8 @@ class Layout(NamedTuple):
     """The sorted assignments ("rows") and the tiles that cover them; a tile holds rows of one expert.
 
     expert_of_tile: [tiles] int32, E or more for a tile that is not needed.  start_of_tile: [tiles] its first row.
-    ends: [E] where the rows of every expert end.  assignments: [S] the flat (token, slot) number of each row.
-    row_of: [S] the row of each assignment, -1 where it names no expert.
+    ends: [E] where the rows of every expert end.  token_of: [S] the token of each row.
+    assignments: [S] the flat (token, slot) number of each row.  row_of: [S] the way back, -1 where it names no expert.
 
     Unsorted, for a handful of tokens: row, tile and assignment are the same, expert_of_tile holds the ids themselves
     and the other fields are None.
@@ -28,6 +28,7 @@ class Layout(NamedTuple):
     expert_of_tile: Int[Tensor, " N"]
     start_of_tile: Tensor | None = None
     ends: Tensor | None = None
+    token_of: Tensor | None = None
     assignments: Tensor | None = None
     row_of: Tensor | None = None
 
@@ -37,18 +38,18 @@ class Layout(NamedTuple):
 
     @property
     def pointers(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """(expert_of_tile, start_of_tile, ends, assignments) for a kernel; stand-ins where it will not look."""
+        """(expert_of_tile, start_of_tile, ends, token_of) for a kernel; stand-ins where it will not look."""
         some = self.expert_of_tile
-        if self.start_of_tile is None or self.ends is None or self.assignments is None:
+        if self.start_of_tile is None or self.ends is None or self.token_of is None:
             return some, some, some, some
-        return some, self.start_of_tile, self.ends, self.assignments
+        return some, self.start_of_tile, self.ends, self.token_of
 
 
 def unsorted(expert_ids: Int[Tensor, "T K"]) -> Layout:
     return Layout(expert_ids.flatten())
 
 
-def layout(plan: Plan, block_rows: int) -> Layout:
+def layout(plan: Plan, k: int, block_rows: int) -> Layout:
     """Tiles of `block_rows` rows over a plan, and the way back from assignment to row."""
     n, experts = len(plan.assignments), len(plan.counts)
     tiles = most_tiles(n, experts, block_rows)
@@ -58,13 +59,14 @@ def layout(plan: Plan, block_rows: int) -> Layout:
     def empty(size: int) -> Tensor:
         return torch.empty(size, dtype=torch.int32, device=plan.counts.device)
 
-    result = Layout(empty(tiles), empty(tiles), empty(experts), plan.assignments, empty(n))
+    result = Layout(empty(tiles), empty(tiles), empty(experts), empty(n), plan.assignments, empty(n))
     _layout[(max(triton.cdiv(n, SLOTS), triton.cdiv(tiles, tiles_a_program)),)](
         plan.assignments,
         plan.counts,
-        *result[:3],
+        *result[:4],
         result.row_of,
         n,
+        k,
         experts,
         tiles,
         ROWS=block_rows,
@@ -80,15 +82,17 @@ def most_tiles(n_assignments: int, n_experts: int, block_rows: int) -> int:
     return triton.cdiv(n_assignments, block_rows) + min(n_experts, n_assignments)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "tiles"])
 def _layout(
     assignments,
     counts,
     expert_of_tile,
     start_of_tile,
     ends,
+    token_of,
     row_of,
     n,
+    k,
     num_experts,
     tiles,
     ROWS: tl.constexpr,
@@ -106,6 +110,7 @@ def _layout(
 
     rows = program * SLOTS + tl.arange(0, SLOTS)
     assignment = tl.load(assignments + rows, mask=rows < n, other=0)
+    tl.store(token_of + rows, assignment.to(tl.int32) // k, mask=rows < n)
     tl.store(row_of + assignment, tl.where(rows < total, rows, -1), mask=rows < n)
 
     tile = program * TILES + tl.arange(0, TILES)

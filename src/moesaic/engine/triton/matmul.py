@@ -38,7 +38,7 @@ def matmul(
     return out
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles"])
 def _matmul(
     x,
     expert_of_tile,

@@ -7,14 +7,13 @@ from torch import Tensor
 
 from moesaic.engine.triton.blocks import Blocks
 from moesaic.engine.triton.layout import Layout
-from moesaic.engine.triton.tile import dot, load_tile, offsets, place, precision
+from moesaic.engine.triton.tile import dot, even, halves, load_rows, offsets, place, precision
 
 
 def outer(
     left: Float[Tensor, "l a"],
     right: Float[Tensor, "r b"],
     out: Float[Tensor, "E a b"],
-    k: int,
     layout: Layout,
     blocks: Blocks,
     *,
@@ -30,12 +29,9 @@ def outer(
     high, wide = triton.cdiv(a, blocks.rows), triton.cdiv(b, blocks.columns)
     _outer[(n_experts * high * wide,)](
         left,
-        *left.stride(),
         right,
-        *right.stride(),
-        k,
         layout.ends,
-        layout.assignments,
+        layout.token_of,
         out,
         *out.stride(),
         a,
@@ -43,6 +39,7 @@ def outer(
         GATHER_LEFT=gather == "left",
         ACCUMULATE=accumulate,
         PRECISION=precision(left.dtype),
+        EVEN=even(a, blocks.rows) and even(b, blocks.columns),
         OFFSETS=offsets(out),
         **blocks.arguments,
     )
@@ -52,14 +49,9 @@ def outer(
 @triton.jit
 def _outer(
     left,
-    left_row,
-    left_column,
     right,
-    right_row,
-    right_column,
-    k,
     ends,
-    assignments,
+    token_of,
     out,
     out_expert,
     out_row,
@@ -69,6 +61,7 @@ def _outer(
     GATHER_LEFT: tl.constexpr,
     ACCUMULATE: tl.constexpr,
     PRECISION: tl.constexpr,
+    EVEN: tl.constexpr,
     OFFSETS: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -77,28 +70,36 @@ def _outer(
 ):
     high, wide = tl.cdiv(height, ROWS), tl.cdiv(width, COLUMNS)
     expert = tl.program_id(0) // (high * wide)
-    above, beside = place(tl.program_id(0) % (high * wide), high, wide, GROUP)
     stop = tl.load(ends + expert)
     start = tl.load(ends + expert - 1, mask=expert > 0, other=0)
+    if ACCUMULATE:
+        if start == stop:
+            return
+    above, beside = place(tl.program_id(0) % (high * wide), high, wide, GROUP)
     row = above * ROWS + tl.arange(0, ROWS)
     column = beside * COLUMNS + tl.arange(0, COLUMNS)
     steps = tl.arange(0, DEPTH)
 
+    left += row[None, :]
+    right += column[None, :]
     total = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
     for first in range(start, stop, DEPTH):
         here = first + steps
         valid = here < stop
-        token = (tl.load(assignments + here, mask=valid, other=0).to(tl.int32) // k).to(tl.int64)
-        by_row = here.to(tl.int64)
-        left_at = left + (token if GATHER_LEFT else by_row)[:, None] * left_row + (row * left_column)[None, :]
-        right_at = right + (by_row if GATHER_LEFT else token)[:, None] * right_row + (column * right_column)[None, :]
-        left_now = load_tile(left_at, valid, row < height, False)
-        right_now = load_tile(right_at, valid, column < width, False)
+        token = tl.load(token_of + here, mask=valid, other=0).to(tl.int64)
+        of_left = (token if GATHER_LEFT else here.to(tl.int64))[:, None] * height
+        of_right = (here.to(tl.int64) if GATHER_LEFT else token)[:, None] * width
+        left_now = load_rows(left + of_left, valid, row < height, EVEN)
+        right_now = load_rows(right + of_right, valid, column < width, EVEN)
         total = dot(tl.trans(left_now), right_now, total, PRECISION)
 
     out += expert.to(tl.int64) * out_expert
-    at = out + (row.to(OFFSETS)[:, None] * out_row + column.to(OFFSETS)[None, :] * out_column)
-    there = (row < height)[:, None] & (column < width)[None, :]
-    if ACCUMULATE:
-        total += tl.load(at, mask=there, other=0.0).to(tl.float32)
-    tl.store(at, total.to(out.dtype.element_ty), mask=there)
+    parts = halves(total)
+    for half in tl.static_range(2):
+        line = beside * COLUMNS + half * (COLUMNS // 2) + tl.arange(0, COLUMNS // 2)
+        at = out + (row.to(OFFSETS)[:, None] * out_row + line.to(OFFSETS)[None, :] * out_column)
+        there = (row < height)[:, None] & (line < width)[None, :]
+        part = parts[half]
+        if ACCUMULATE:
+            part += tl.load(at, mask=there, other=0.0).to(tl.float32)
+        tl.store(at, part.to(out.dtype.element_ty), mask=there)

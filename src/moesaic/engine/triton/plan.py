@@ -46,12 +46,12 @@ def group_by_expert(expert_ids: Int[Tensor, "T K"], num_experts: int) -> Plan:
 @triton.jit
 def _load_ids(ids, slots, n, num_experts):
     """The id E for whatever names no expert, E + 1 beyond the end."""
-    found = tl.load(ids + slots, mask=slots < n, other=0).to(tl.int32)
+    found = tl.load(ids + slots, mask=slots < n, other=0).to(tl.int64)
     found = tl.where((found < 0) | (found > num_experts), num_experts, found)
-    return tl.where(slots < n, found, num_experts + 1)
+    return tl.where(slots < n, found, num_experts + 1).to(tl.int32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])
 def _sort_few(ids, assignments, counts, n, num_experts, SIZE: tl.constexpr):
     expert = tl.program_id(0)
     slots = tl.arange(0, SIZE)
@@ -63,7 +63,7 @@ def _sort_few(ids, assignments, counts, n, num_experts, SIZE: tl.constexpr):
         tl.store(counts + expert, tl.sum(mine, axis=0).to(tl.int64))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "blocks"])
 def _count(ids, by_block, n, num_experts, blocks, BLOCK: tl.constexpr, BINS: tl.constexpr):
     block = tl.program_id(0)
     found = _load_ids(ids, block * BLOCK + tl.arange(0, BLOCK), n, num_experts)
@@ -71,7 +71,7 @@ def _count(ids, by_block, n, num_experts, blocks, BLOCK: tl.constexpr, BINS: tl.
     tl.store(by_block + bins * blocks + block, tl.histogram(found, BINS), mask=bins <= num_experts)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "blocks"])
 def _scatter(
     ids, by_block, ends, assignments, counts, n, num_experts, blocks, BLOCK: tl.constexpr, EXPERTS: tl.constexpr
 ):

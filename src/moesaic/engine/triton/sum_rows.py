@@ -11,14 +11,14 @@ COLUMNS, DEPTH = 64, 32  # of a program: columns it sums, rows it adds at a time
 
 
 def sum_rows(
-    rows: Float[Tensor, "r n"], weights: Float[Tensor, "T K"] | None, k: int, layout: Layout, like: Float[Tensor, "E n"]
+    rows: Float[Tensor, "r n"], weights: Float[Tensor, "T K"] | None, layout: Layout, like: Float[Tensor, "E n"]
 ) -> Float[Tensor, "E n"]:
     """For every expert the sum of its rows; with `weights`, rows lie by token and each counts with its routing weight.
     In the dtype of `like`; zero for an expert without rows."""
     out = like.new_empty(like.shape)
     n_experts, width = like.shape
     _sum_rows[(n_experts, triton.cdiv(width, COLUMNS))](
-        rows, *rows.stride(), weights, k, layout.ends, layout.assignments, out, width, COLUMNS, DEPTH
+        rows, weights, layout.ends, layout.token_of, layout.assignments, out, width, COLUMNS, DEPTH
     )
     return out
 
@@ -26,11 +26,9 @@ def sum_rows(
 @triton.jit
 def _sum_rows(
     rows,
-    rows_row,
-    rows_column,
     weights,
-    k,
     ends,
+    token_of,
     assignments,
     out,
     width,
@@ -51,8 +49,8 @@ def _sum_rows(
         if weights is not None:
             assignment = tl.load(assignments + here, mask=valid, other=0)
             scale = tl.load(weights + assignment, mask=valid, other=0.0).to(tl.float32)
-            row = (assignment.to(tl.int32) // k).to(tl.int64)
-        at = rows + row[:, None] * rows_row + (column * rows_column)[None, :]
+            row = tl.load(token_of + here, mask=valid, other=0).to(tl.int64)
+        at = rows + row[:, None] * width + column[None, :]
         value = tl.load(at, mask=valid[:, None] & inside[None, :], other=0.0).to(tl.float32)
         total += tl.sum(value * scale[:, None], axis=0)
     tl.store(out + expert.to(tl.int64) * width + column, total.to(out.dtype.element_ty), mask=inside)

@@ -46,7 +46,8 @@ def place(program, tiles, columns, GROUP: tl.constexpr):
 @triton.jit
 def tile_rows(tile, expert_of_tile, start_of_tile, ends, num_experts, SORTED: tl.constexpr):
     """(expert, first row, row after the last) of a tile. The expert is outside [0, num_experts) where there is none."""
-    expert = tl.load(expert_of_tile + tile).to(tl.int32)
+    expert = tl.load(expert_of_tile + tile)
+    expert = tl.where(expert < num_experts, expert, num_experts).to(tl.int32)  # an id may be wider
     if SORTED:
         start = tl.load(start_of_tile + tile)
         stop = tl.load(ends + expert, mask=expert < num_experts, other=0)
@@ -56,13 +57,12 @@ def tile_rows(tile, expert_of_tile, start_of_tile, ends, num_experts, SORTED: tl
 
 
 @triton.jit
-def tokens_of(rows, valid, assignments, k, SORTED: tl.constexpr):
-    """The token of each row; some token of the tile for rows that are not valid, so that loads need no mask."""
+def tokens_of(rows, valid, token_of, k, SORTED: tl.constexpr):
+    """The token of each row; token 0, which every batch has, for rows that are not valid: so loads need no mask."""
     if SORTED:
-        assignment = tl.load(assignments + rows, mask=valid, other=0).to(tl.int32)
+        return tl.load(token_of + rows, mask=valid, other=0).to(tl.int64)
     else:
-        assignment = tl.where(valid, rows, 0)
-    return assignment // k
+        return tl.where(valid, rows // k, 0).to(tl.int64)
 
 
 @triton.jit
@@ -70,6 +70,16 @@ def load_tile(pointers, row_valid, column_valid, EVEN: tl.constexpr):
     """A tile whose every element is there (EVEN), or with zeros where it is not."""
     if EVEN:
         tile = tl.load(pointers)
+    else:
+        tile = tl.load(pointers, mask=row_valid[:, None] & column_valid[None, :], other=0.0)
+    return widened(tile)
+
+
+@triton.jit
+def load_rows(pointers, row_valid, column_valid, EVEN: tl.constexpr):
+    """A tile with zeros for rows that are not valid, and for columns that are not there unless all are (EVEN)."""
+    if EVEN:
+        tile = tl.load(pointers, mask=row_valid[:, None], other=0.0)
     else:
         tile = tl.load(pointers, mask=row_valid[:, None] & column_valid[None, :], other=0.0)
     return widened(tile)
@@ -97,11 +107,11 @@ def halves(tile):
 
 
 @triton.jit
-def columns_of(column, width, GATED: tl.constexpr, INTERLEAVED: tl.constexpr):
-    """Where gate and up of these columns lie in the up projection's output."""
-    if not GATED:
-        return column, column
-    elif INTERLEAVED:
-        return column * 2, column * 2 + 1
-    else:
-        return column, column + width
+def unzipped(tile):
+    """(even columns, odd columns)."""
+    return tile.reshape(tile.shape[0], tile.shape[1] // 2, 2).split()
+
+
+@triton.jit
+def zipped(even, odd):
+    return tl.join(even, odd).reshape(even.shape[0], 2 * even.shape[1])

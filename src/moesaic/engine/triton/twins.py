@@ -17,7 +17,7 @@ from moesaic.engine.triton.up import Projected
 from moesaic.types import ExpertWeights
 
 
-def layout(plan: Plan, block_rows: int) -> Layout:
+def layout(plan: Plan, k: int, block_rows: int) -> Layout:
     counts = plan.counts.tolist()
     ends = plan.counts.cumsum(0)
     row_of = torch.empty(len(plan.assignments), dtype=torch.int32)
@@ -32,7 +32,8 @@ def layout(plan: Plan, block_rows: int) -> Layout:
     expert_of_tile, start_of_tile = torch.tensor(
         tiles + [(len(counts), 0)] * surplus, dtype=torch.int32
     ).mT.contiguous()
-    return Layout(expert_of_tile, start_of_tile, ends.int(), plan.assignments, row_of)
+    token_of = (plan.assignments // k).int()
+    return Layout(expert_of_tile, start_of_tile, ends.int(), token_of, plan.assignments, row_of)
 
 
 def up(
@@ -121,7 +122,6 @@ def outer(
     left: Float[Tensor, "l a"],
     right: Float[Tensor, "r b"],
     out: Float[Tensor, "E a b"],
-    k: int,
     layout: Layout,
     blocks: Blocks,
     *,
@@ -131,7 +131,8 @@ def outer(
     del blocks
     if not accumulate:
         out.zero_()
-    token = _assignment_of_row(layout) // k
+    token = layout.token_of
+    assert token is not None
     for expert, rows in _rows_of_experts(layout):
         lines = torch.arange(rows.start, rows.stop)
         of_left, of_right = (token[rows], lines) if gather == "left" else (lines, token[rows])
@@ -140,11 +141,11 @@ def outer(
 
 
 def sum_rows(
-    rows: Float[Tensor, "r n"], weights: Float[Tensor, "T K"] | None, k: int, layout: Layout, like: Float[Tensor, "E n"]
+    rows: Float[Tensor, "r n"], weights: Float[Tensor, "T K"] | None, layout: Layout, like: Float[Tensor, "E n"]
 ) -> Float[Tensor, "E n"]:
     if weights is not None:
         assignment = _assignment_of_row(layout)
-        rows = rows[assignment // k] * weights.flatten()[assignment, None]
+        rows = rows[assignment // weights.shape[1]] * weights.flatten()[assignment, None]
     out = torch.zeros_like(like)
     for expert, here in _rows_of_experts(layout):
         out[expert] = rows[here].sum(dim=0)

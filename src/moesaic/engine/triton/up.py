@@ -12,7 +12,6 @@ from moesaic.engine.triton.activation import activate
 from moesaic.engine.triton.blocks import Blocks
 from moesaic.engine.triton.layout import Layout
 from moesaic.engine.triton.tile import (
-    columns_of,
     dot,
     even,
     halves,
@@ -23,6 +22,7 @@ from moesaic.engine.triton.tile import (
     strides,
     tile_rows,
     tokens_of,
+    unzipped,
 )
 from moesaic.types import ExpertWeights
 
@@ -56,7 +56,6 @@ def up(
     tiles = len(layout.expert_of_tile)
     _up[(tiles * triton.cdiv(i, blocks.columns),)](
         tokens,
-        *tokens.stride(),
         k,
         *layout.pointers,
         matrix,
@@ -72,7 +71,7 @@ def up(
         SORTED=layout.sorted,
         ACTIVATION=spec.activation,
         GATED=spec.gated,
-        INTERLEAVED=spec.interleaved,
+        INTERLEAVED=spec.gated and spec.interleaved,
         LIMIT=spec.limit,
         ALPHA=spec.alpha,
         OFFSET=spec.up_offset,
@@ -85,16 +84,14 @@ def up(
     return Projected(hidden, activated)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles"])
 def _up(
     x,
-    x_row,
-    x_column,
     k,
     expert_of_tile,
     start_of_tile,
     ends,
-    assignments,
+    token_of,
     w,
     w_expert,
     w_depth,
@@ -124,55 +121,59 @@ def _up(
     DEPTH: tl.constexpr,
     GROUP: tl.constexpr,
 ):
+    # a pair of gate and up is two columns that are apart, each with its accumulator, or neighbours in one accumulator
+    APART: tl.constexpr = GATED and not INTERLEAVED
+    ACROSS: tl.constexpr = 2 * COLUMNS if INTERLEAVED else COLUMNS
+    across = 2 * width if INTERLEAVED else width
+
     tile, block = place(tl.program_id(0), tiles, tl.cdiv(width, COLUMNS), GROUP)
     expert, start, stop = tile_rows(tile, expert_of_tile, start_of_tile, ends, num_experts, SORTED)
     if (expert < 0) | (expert >= num_experts):
         return
     rows = start + tl.arange(0, ROWS)
     valid = rows < stop
-    token = tokens_of(rows, valid, assignments, k, SORTED).to(tl.int64)
-    column = block * COLUMNS + tl.arange(0, COLUMNS)
-    inside = column < width
-    gate_column, up_column = columns_of(column, width, GATED, INTERLEAVED)
+    token = tokens_of(rows, valid, token_of, k, SORTED)
+    column = block * ACROSS + tl.arange(0, ACROSS)
+    inside = column < across
 
     steps = tl.arange(0, DEPTH)
-    x_tile = x + token[:, None] * x_row + (steps * x_column)[None, :]
+    x_tile = x + token[:, None] * depth + steps[None, :]
     w += expert.to(tl.int64) * w_expert
     ahead = tl.full((), DEPTH, OFFSETS) * w_depth
     w_steps = steps.to(OFFSETS)[:, None] * w_depth
-    gate_tile = w + (w_steps + gate_column.to(OFFSETS)[None, :] * w_column)
-    up_tile = w + (w_steps + up_column.to(OFFSETS)[None, :] * w_column)
-    gate = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
-    up = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
+    gate_tile = w + (w_steps + column.to(OFFSETS)[None, :] * w_column)
+    up_tile = w + (w_steps + (column + width).to(OFFSETS)[None, :] * w_column)
+    gate = tl.zeros((ROWS, ACROSS), dtype=tl.float32)
+    up = tl.zeros((ROWS, ACROSS), dtype=tl.float32)
     for done in range(0, depth, DEPTH):
         left = steps < depth - done
         x_now = load_tile(x_tile, valid, left, EVEN_DEPTH)
         gate = dot(x_now, load_tile(gate_tile, left, inside, EVEN), gate, PRECISION)
-        if GATED:
-            up = dot(x_now, load_tile(up_tile, left, inside, EVEN), up, PRECISION)
-        x_tile += DEPTH * x_column
+        x_tile += DEPTH
         gate_tile += ahead
-        up_tile += ahead
+        if APART:
+            up = dot(x_now, load_tile(up_tile, left, inside, EVEN), up, PRECISION)
+            up_tile += ahead
 
     if bias is not None:
         bias += expert.to(tl.int64) * bias_expert
-        gate += tl.load(bias + gate_column * bias_column, mask=inside, other=0.0).to(tl.float32)[None, :]
-        if GATED:
-            up += tl.load(bias + up_column * bias_column, mask=inside, other=0.0).to(tl.float32)[None, :]
+        gate += tl.load(bias + column * bias_column, mask=inside, other=0.0).to(tl.float32)[None, :]
+        if APART:
+            up += tl.load(bias + (column + width) * bias_column, mask=inside, other=0.0).to(tl.float32)[None, :]
     if hidden is not None:
         hidden += start.to(tl.int64) * (2 * width if GATED else width)
     if activated is not None:
         activated += start.to(tl.int64) * width
-    first = block * COLUMNS
     gates, ups = halves(gate), halves(up)
     for half in tl.static_range(2):
+        first = block * ACROSS + half * (ACROSS // 2)
         _store(
             gates[half],
             ups[half],
             hidden,
             activated,
             valid,
-            first + half * (COLUMNS // 2),
+            first,
             width,
             ACTIVATION,
             GATED,
@@ -199,15 +200,20 @@ def _store(
     ALPHA: tl.constexpr,
     OFFSET: tl.constexpr,
 ):
-    column = first + tl.arange(0, gate.shape[1])
-    there = valid[:, None] & (column < width)[None, :]
+    """Columns from `first` on: as they lie in H, and what the activation makes of them."""
     row = tl.arange(0, gate.shape[0])[:, None]
     if hidden is not None:
-        gate_at, up_at = columns_of(column, width, GATED, INTERLEAVED)
-        both = row * (2 * width if GATED else width)
-        tl.store(hidden + (both + gate_at[None, :]), gate.to(hidden.dtype.element_ty), mask=there)
-        if GATED:
-            tl.store(hidden + (both + up_at[None, :]), up.to(hidden.dtype.element_ty), mask=there)
+        column = first + tl.arange(0, gate.shape[1])[None, :]
+        there = valid[:, None] & (column < (2 * width if INTERLEAVED else width))
+        at = hidden + (row * (2 * width if GATED else width) + column)
+        tl.store(at, gate.to(hidden.dtype.element_ty), mask=there)
+        if GATED and not INTERLEAVED:
+            tl.store(at + width, up.to(hidden.dtype.element_ty), mask=there)
     if activated is not None:
+        if INTERLEAVED:
+            gate, up = unzipped(gate)
+            first = first // 2
+        column = first + tl.arange(0, gate.shape[1])[None, :]
         result = activate(gate, up, ACTIVATION, GATED, LIMIT, ALPHA, OFFSET)
-        tl.store(activated + (row * width + column[None, :]), result.to(activated.dtype.element_ty), mask=there)
+        there = valid[:, None] & (column < width)
+        tl.store(activated + (row * width + column), result.to(activated.dtype.element_ty), mask=there)

@@ -217,6 +217,29 @@ def test_results_and_gradients_repeat_bit_for_bit():
         assert all(map(torch.equal, seen[0], other))
 
 
+def test_gradients_of_two_streams_are_all_added():
+    """In place only on the default stream: elsewhere autograd orders the additions."""
+    pytest.importorskip("triton")
+    layer = v3_layer(dtype=torch.float32)
+    x = torch.randn(2, 400, 256, device="cuda")
+    for part in (x[0], x[1], x[0], x[1]):
+        layer(part).sum().backward()
+    expected = layer.experts.gate_up_proj.grad.clone()
+    layer.zero_grad(set_to_none=False)
+    streams = [torch.cuda.Stream(), torch.cuda.Stream()]
+    outs = []
+    for _ in range(2):
+        for stream, part in zip(streams, x, strict=True):
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                outs.append(layer(part).sum())
+    for stream in streams:
+        torch.cuda.current_stream().wait_stream(stream)
+    torch.stack(outs).sum().backward()
+    torch.cuda.synchronize()
+    torch.testing.assert_close(layer.experts.gate_up_proj.grad, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_autocast_takes_its_dtype_and_gives_gradients_in_the_weights():
     pytest.importorskip("triton")
     layer = v3_layer(dtype=torch.float32)

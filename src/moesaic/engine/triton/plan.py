@@ -22,7 +22,10 @@ def group_by_expert(expert_ids: Int[Tensor, "T K"], num_experts: int) -> Plan:
     assignments = torch.empty(n, dtype=torch.int64, device=ids.device)
     counts = torch.empty(num_experts, dtype=torch.int64, device=ids.device)
     if n <= FEW:
-        _sort_few[(num_experts + 1,)](ids, assignments, counts, n, num_experts, SIZE=max(16, triton.next_power_of_2(n)))
+        size = max(16, triton.next_power_of_2(n))
+        _sort_few[(num_experts + 1,)](
+            ids, assignments, counts, n, num_experts, SIZE=size, num_warps=max(1, min(16, size // 256))
+        )
         return Plan(assignments, counts)
     blocks = triton.cdiv(n, BLOCK)
     by_block = torch.empty(num_experts + 1, blocks, dtype=torch.int32, device=ids.device)

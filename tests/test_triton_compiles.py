@@ -61,7 +61,7 @@ def test_kernels_assemble_for(capability, dtype, layer):
         assert {kernel["kernel"] for kernel in made} == KERNELS
     check_shared_memory(capability, made)
     for kernel in made:
-        assert kernel["stack"] <= (8 if dtype == "float32" else 0), f"{kernel} spills"
+        assert kernel["stack"] <= (0 if capability == 90 else 16), f"{kernel} spills"
         if kernel["kernel"] in MATMULS:
             assert kernel["LDGSTS"], f"{kernel} does not load ahead"
             assert kernel["LDG\\.E\\.U16"] <= 2, f"{kernel} loads single numbers"  # biases are

@@ -1,5 +1,7 @@
 """`moesaic::experts` as one opaque operator: compiled, exported, under autocast, checkpointed, opcheck'ed."""
 
+import os
+
 import pytest
 import torch
 from test_cpu_engine import problem
@@ -174,6 +176,8 @@ def one_rank(rank: int, rendezvous: str, as_view: bool, results) -> None:
             wrapped(x, ids, weights).square().sum().backward()
     results[rank] = wrapped.module.up.grad.tolist()
     torch.distributed.destroy_process_group()
+    # torch 2.13 can wait for ever when `wrapped` goes: its reducer joins a thread of gloo that waits for this one's GIL
+    os._exit(0)
 
 
 @pytest.mark.parametrize("as_view", [False, True])

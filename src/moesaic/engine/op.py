@@ -228,7 +228,8 @@ def accumulation_targets(ctx: Any, grad_out: Tensor, *weights: Tensor) -> tuple[
     nobody = (None,) * len(weights)
     if type(grad_out) is not Tensor or grad_out.device.type not in ACCUMULATING or torch.is_anomaly_enabled():
         return nobody
-    if grad_out.is_cuda and torch.cuda.current_stream() != torch.cuda.default_stream():
+    device = grad_out.device
+    if grad_out.is_cuda and torch.cuda.current_stream(device) != torch.cuda.default_stream(device):
         return nobody
     leaves = {id(node.variable): node for node, _ in ctx.next_functions if _is_accumulate_grad(node)}
     try:

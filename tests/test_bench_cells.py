@@ -202,6 +202,12 @@ def test_a_gradient_that_is_missing_or_wrong_is_found():
         assert not is_right(errors, {}, "float32")
 
 
+def test_a_missing_gradient_is_null_in_json_and_infinite_when_read_again():
+    row = Row("broken", "peer", errors={"out": 1e-7, "token_grad": math.inf, "weight_grad": math.nan})
+    line = json.dumps(Result(Cell("tiny", 12, "float32", "fwd+bwd-fresh"), [row]).to_dict(), allow_nan=False)
+    assert Result.of(json.loads(line)).rows[0].errors == {"out": 1e-7, "token_grad": math.inf, "weight_grad": math.inf}
+
+
 def test_accumulating_is_judged_by_two_passes():
     def overwrites(problem):
         call = our_engine("grouped").build(problem)

@@ -37,7 +37,7 @@ class Journal:
         self.lines.append(line)
         if self.path is not None:
             with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+                file.write(json.dumps(line, allow_nan=False) + "\n")
 
     @property
     def machine(self) -> dict[str, Any]:

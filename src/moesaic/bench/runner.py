@@ -77,12 +77,15 @@ class Result:
 
     def to_dict(self) -> dict[str, Any]:
         ceiling = None if self.ceiling is None else self.ceiling._asdict()
-        return {"kind": "cell", "key": self.cell.key, **asdict(self), "ceiling": ceiling}
+        line = {"kind": "cell", "key": self.cell.key, **asdict(self), "ceiling": ceiling}
+        for row in line["rows"]:  # JSON has no infinity: null is a gradient that is missing or not a number
+            row["errors"] = {what: error if math.isfinite(error) else None for what, error in row["errors"].items()}
+        return line
 
     @classmethod
     def of(cls, line: dict[str, Any]) -> "Result":
         ceiling = None if line["ceiling"] is None else Ceiling(**line["ceiling"])
-        rows = [Row(**row) for row in line["rows"]]
+        rows = [Row(**{**row, "errors": _read_errors(row["errors"])}) for row in line["rows"]]
         return cls(Cell.of(line["cell"]), rows, line["skipped"], line["least_ms"], ceiling, line["seconds"])
 
     def row(self, name: str) -> Row | None:
@@ -91,6 +94,10 @@ class Result:
     @property
     def ours(self) -> Row | None:
         return next((row for row in self.rows if row.kind == "ours"), None)
+
+
+def _read_errors(errors: dict[str, float | None]) -> dict[str, float]:
+    return {what: math.inf if error is None else error for what, error in errors.items()}
 
 
 def needed_bytes(cell: Cell) -> int:

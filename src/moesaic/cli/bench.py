@@ -214,7 +214,7 @@ def _tell(campaign: "Campaign", left_out: "list[Cell]", out: Path | None, *, as_
     if out is not None:
         (out / "report.md").write_text(markdown(journal, command, left_out), encoding="utf-8")
     if as_json:
-        print(json.dumps({"lines": journal.lines, "left_out": [cell.key for cell in left_out]}))
+        print(json.dumps({"lines": journal.lines, "left_out": [cell.key for cell in left_out]}, allow_nan=False))
         return
     print(aligned(summary(journal.results)))
     if left_out:

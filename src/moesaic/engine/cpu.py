@@ -188,7 +188,12 @@ def _narrowed(gradient: Tensor | None, bias: Tensor | None) -> Tensor | None:
 
 
 def _gradient_like(weight: Tensor, counts: Tensor) -> Tensor:
-    """Memory for a gradient. Only experts without a token are zeroed here; the others will be written whole."""
+    """Memory for a gradient. Only experts without a token are zeroed here; the others will be written whole.
+
+    New pages are most of the time of 256 small experts. Asking for huge ones (madvise) hands out 1.9 GB in 0.14 instead
+    of 0.55 s where the system has them at hand and in 2 to 3 s where it has to find them: whole steps took 3.7 instead
+    of 3.1 and 3.6 instead of 1.6 s (medians of 7, interleaved), so that is left to the system.
+    """
     gradient = torch.empty_like(weight)
     for expert in (counts == 0).nonzero().flatten().tolist():
         gradient[expert].zero_()

@@ -13,7 +13,7 @@ from moesaic.families import CONVENTIONS, PRESETS, read_family
 
 CHOICES = {
     "scoring_func": ("sigmoid", "softmax", "sqrtsoftplus"),
-    "topk_method": ("noaux_tc", "group_limited_greedy", "greedy", "balanced"),
+    "topk_method": ("noaux_tc", "group_limited_greedy", "greedy", "balanced", "unknown"),
     "group_score": (None, "top2_sum", "max", "k_over_m_sum"),
     "group_mask": ("-inf", "zero"),
     "hidden_act": ("silu", "gelu", "gelu_pytorch_tanh", "relu", "relu2"),
@@ -45,7 +45,7 @@ class MoEConfig:
     # selection
     scoring_func: str = "sigmoid"
     score_after_topk: bool = False  # rank logits, score the K kept ones (gpt-oss, classic MoE)
-    topk_method: str = "noaux_tc"  # noaux_tc = with the correction bias
+    topk_method: str = "noaux_tc"  # noaux_tc = with the correction bias; unknown = sizes only, as of a foreign record
     n_group: int = 1  # 1 = no group limit
     topk_group: int = 1
     group_score: str | None = None  # None = top2_sum with a bias, max without
@@ -88,6 +88,11 @@ class MoEConfig:
     @property
     def has_correction_bias(self) -> bool:
         return self.topk_method == "noaux_tc"
+
+    @property
+    def rule_is_known(self) -> bool:
+        """Whether picks can be derived from logits; False where only the sizes of a foreign layer are known."""
+        return self.topk_method != "unknown"
 
     @property
     def group_score_rule(self) -> str:

@@ -63,7 +63,12 @@ SCORING = {
 
 
 def select(choice: Float[Tensor, "T E"], config: MoEConfig) -> Int[Tensor, "T K"]:
-    """The K experts of every token, best first, by biased scores. Ties go to the lower index on every device."""
+    """The K experts of every token, best first, by biased scores. Ties go to the lower index on every device.
+
+    ValueError for topk_method="unknown", of which only the sizes are known.
+    """
+    if not config.rule_is_known:
+        raise ValueError("topk_method='unknown' cannot be routed: the rule of this layer is not known, only its sizes")
     return SELECTION[config.topk_method](choice, config)
 
 

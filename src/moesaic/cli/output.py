@@ -1,10 +1,11 @@
-"""What every command does with its output: a folder that can be written, and how to get the same again."""
+"""What every command does with its output: a language, JSON, a folder that can be written, how to get it again."""
 
+import json
 import shlex
 import sys
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from moesaic.trace.store import Trace
@@ -13,6 +14,17 @@ AGAIN = {
     "en": ("Reproduce: {command}", "with {versions}, seed {seed}, config {digest}"),
     "zh": ("复现：{command}", "版本 {versions}，随机种子 {seed}，配置 {digest}"),
 }
+
+
+def check_lang(lang: str) -> str:
+    if lang not in AGAIN:
+        raise ValueError(f"--lang {lang!r} is unknown: use zh or en")
+    return lang
+
+
+def print_json(what: Any) -> None:
+    """One JSON document on stdout, strict: a number that is not finite must be None before it comes here."""
+    print(json.dumps(what, ensure_ascii=False, allow_nan=False))
 
 
 def make_ready(out: Path) -> None:

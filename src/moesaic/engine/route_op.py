@@ -111,7 +111,7 @@ def serves(logits: Tensor, bias: Tensor | None, config: MoEConfig, replay: Tenso
         and (widened or logits.dtype == torch.float32)
         and (bias is None or bias.dtype != torch.float64)
         and (replay is None or replay.shape == (logits.shape[0], config.num_experts_per_tok))
-        and config.topk_method != "balanced"
+        and config.topk_method not in ("balanced", "unknown")
         and type(logits) is Tensor
         and (torch.compiler.is_compiling() or not _transformed())
     )

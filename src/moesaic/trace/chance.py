@@ -175,7 +175,7 @@ def _rule_only(config: MoEConfig) -> MoEConfig:
     """The config less all that does not decide who is chosen, so that equal rules share one entry of the cache."""
     rule = ("n_routed_experts", "num_experts_per_tok", "topk_method", "n_group", "topk_group", "group_score")
     kept = {name: getattr(config, name) for name in rule}
-    if config.topk_method == "balanced" or config.n_group == 1:
+    if config.topk_method in ("balanced", "unknown") or config.n_group == 1:
         kept |= {"topk_method": "greedy", "group_score": None}
     return MoEConfig(hidden_size=1, **kept)
 

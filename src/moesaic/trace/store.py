@@ -20,7 +20,9 @@ from moesaic.types import Routing
 
 FORMAT = "moesaic-trace"
 FORMAT_VERSION = 0  # the format may still change; the first fixed one will be 1
-TENSORS = ("picks", "weights", "logits", "bias", "input_ids", "sequences")
+TENSORS = ("picks", "weights", "logits", "bias", "input_ids", "sequences", "phases", "offsets")
+PHASES = ("prefill", "decode")  # a text read at once, training included, and tokens fed one by one to a cache
+ORIGINS = ("experts", "router", "derived", "imported")  # handed to the experts; returned by the router; ...
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -28,21 +30,31 @@ class Trace:
     """Recorded routing of L layers over T tokens, tokens batch-major and in the order of the forwards.
 
     picks: expert ids, int16 (int32 from 32767 experts on) [L, T, K], in the order of the model's own slots; id E is
-        "no expert". weights: float32 [L, T, K], what combine multiplied by. logits: float32 [L, T, E] or None.
-    bias: the correction bias the picks were made with, float32 [L, E] or None. input_ids: int64 [T] or None.
-    sequences: int64 [T], which sequence of which forward a token belongs to, counted from 0.
-    labels: one name per sequence (its domain, say) or None. dtypes: what the model computed logits and weights in.
+        "no expert". weights: float32 [L, T, K], what combine multiplied by; None where only ids were recorded.
+    logits: float32 [L, T, E] or None. bias: the correction bias of the picks, float32 [L, E] or None.
+    layers, configs: a name and a MoEConfig per layer; topk_method="unknown" where only the sizes are known.
+    origins: per layer, where its picks were taken (a key of ORIGINS). missing: MoE layers of the model without data.
+    sequences: int64 [T], which sequence (document) a token belongs to, counted from 0.
+    labels: one name per sequence (its domain, say) or None. phases: uint8 [T], a number of PHASES, or None.
+    input_ids: int64 [T] or None. pieces: token id -> its text, raw: show it through `visible` only; or None.
+    offsets: int64 [T, 2], where a token lies in the text of its sequence, in characters; or None.
+    dtypes: what the model computed logits and weights in.
     """
 
     picks: Tensor
-    weights: Tensor
     layers: tuple[str, ...]
     configs: tuple[MoEConfig, ...]
+    weights: Tensor | None = None
     logits: Tensor | None = None
     bias: Tensor | None = None
     input_ids: Tensor | None = None
     sequences: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
+    phases: Tensor | None = None
+    offsets: Tensor | None = None
     labels: tuple[str, ...] | None = None
+    pieces: Mapping[int, str] | None = None
+    origins: tuple[str, ...] = ()
+    missing: tuple[str, ...] = ()
     dtypes: Mapping[str, str] = field(default_factory=lambda: {"logits": "float32", "weights": "float32"})
     model: str = ""
     seed: int | None = None
@@ -56,6 +68,8 @@ class Trace:
             "bias": (n_layers, self.n_experts),
             "input_ids": (n_tokens,),
             "sequences": (n_tokens,),
+            "phases": (n_tokens,),
+            "offsets": (n_tokens, 2),
         }
         for name, shape in shapes.items():
             tensor = getattr(self, name)
@@ -63,6 +77,8 @@ class Trace:
                 raise ValueError(f"{name} of the trace has shape {tuple(tensor.shape)}, not {shape}")
         if not len(self.layers) == len(self.configs) == n_layers:
             raise ValueError(f"{n_layers} layers of picks, {len(self.layers)} names and {len(self.configs)} configs")
+        if not self.origins:
+            object.__setattr__(self, "origins", ("experts",) * n_layers)
         if self.picks.numel() and not 0 <= int(self.picks.min()) <= int(self.picks.max()) <= self.n_experts:
             raise ValueError(f"picks of the trace lie outside 0..{self.n_experts}")
         if self.labels is not None and len(self.labels) < self.n_sequences:
@@ -126,8 +142,8 @@ class Trace:
 
     @property
     def detail(self) -> str:
-        """ "scores" where logits were recorded, else "picks"."""
-        return "picks" if self.logits is None else "scores"
+        """ "scores" where logits were recorded, "picks" where only ids and weights were, "ids" where only ids were."""
+        return "scores" if self.logits is not None else "ids" if self.weights is None else "picks"
 
     def __len__(self) -> int:
         """Number of tokens."""

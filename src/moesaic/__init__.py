@@ -18,7 +18,7 @@ _HOMES = {
     "Router": "moesaic.layer.router",
     "Routing": "moesaic.types",
     "attach": "moesaic.hf.experts",
-    "load": "moesaic.trace.store",
+    "load": "moesaic.trace.reader",
     "record": "moesaic.trace.record",
     "route": "moesaic.rules",
     "steps": "moesaic.trace.steps",

@@ -1,10 +1,7 @@
-"""Trace: what a model's routers decided, as tensors and their provenance; written and read as one safetensors file."""
+"""Trace: what a model's routers decided, as tensors and their provenance. Its file: writer.py and reader.py."""
 
 import dataclasses
-import json
-import os
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,8 +16,9 @@ from moesaic.config import MoEConfig
 from moesaic.types import Routing
 
 FORMAT = "moesaic-trace"
-FORMAT_VERSION = 0  # the format may still change; the first fixed one will be 1
+FORMAT_VERSION = 1
 TENSORS = ("picks", "weights", "logits", "bias", "input_ids", "sequences", "phases", "offsets")
+TYPES = {"U8": "<u1", "I16": "<i2", "I32": "<i4", "I64": "<i8", "F32": "<f4"}  # as safetensors and numpy call them
 PHASES = ("prefill", "decode")  # a text read at once, training included, and tokens fed one by one to a cache
 ORIGINS = ("experts", "router", "derived", "imported")  # handed to the experts; returned by the router; ...
 
@@ -78,7 +76,17 @@ class Trace:
         if not len(self.layers) == len(self.configs) == n_layers:
             raise ValueError(f"{n_layers} layers of picks, {len(self.layers)} names and {len(self.configs)} configs")
         if not self.origins:
-            object.__setattr__(self, "origins", ("experts",) * n_layers)
+            object.__setattr__(self, "origins", (ORIGINS[0],) * n_layers)
+        if len(self.origins) != n_layers or not set(self.origins) <= set(ORIGINS):
+            raise ValueError(
+                f"origins={self.origins} are not one of {', '.join(ORIGINS)} for each of {n_layers} layers"
+            )
+        for name, config in zip(self.layers, self.configs, strict=True):
+            if (config.n_routed_experts, config.num_experts_per_tok) != (self.n_experts, self.top_k):
+                raise ValueError(
+                    f"the config of layer {name!r} has {config.num_experts_per_tok} of {config.n_routed_experts} "
+                    f"experts and the trace {self.top_k} of {self.n_experts}: give configs of one size"
+                )
         if self.picks.numel() and not 0 <= int(self.picks.min()) <= int(self.picks.max()) <= self.n_experts:
             raise ValueError(f"picks of the trace lie outside 0..{self.n_experts}")
         if self.labels is not None and len(self.labels) < self.n_sequences:
@@ -166,14 +174,9 @@ class Trace:
         """The same trace over some of its tokens: a slice, indices or a boolean mask. Sequences keep their numbers
         and labels."""
         index = torch.arange(len(self))[tokens]
-        return dataclasses.replace(
-            self,
-            picks=self.picks[:, index],
-            weights=self.weights[:, index],
-            logits=None if self.logits is None else self.logits[:, index],
-            input_ids=None if self.input_ids is None else self.input_ids[index],
-            sequences=self.sequences[index],
-        )
+        axis = {"picks": 1, "weights": 1, "logits": 1, "input_ids": 0, "sequences": 0, "phases": 0, "offsets": 0}
+        present = {name: t for name in axis if (t := getattr(self, name)) is not None}
+        return dataclasses.replace(self, **{name: t.index_select(axis[name], index) for name, t in present.items()})
 
     def with_labels(self, labels: Sequence[str]) -> Self:
         """The same trace with a name for every sequence."""
@@ -184,57 +187,17 @@ class Trace:
         return {name: t.numpy() for name in TENSORS if (t := getattr(self, name)) is not None}
 
     def save(self, path: str | Path) -> None:
-        """Write the trace as one safetensors file; an existing file is replaced whole or not at all."""
-        from safetensors.torch import save
+        """Write the trace as one safetensors file (docs: trace-format); an existing file is replaced whole or not at
+        all."""
+        from moesaic.trace.writer import save
 
-        path = Path(path)
-        tensors = {name: t.contiguous() for name in TENSORS if (t := getattr(self, name)) is not None}
-        about = {
-            "layers": self.layers,
-            "configs": [config.to_dict() for config in self.configs],
-            "labels": self.labels,
-            "dtypes": dict(self.dtypes),
-            "model": self.model,
-            "seed": self.seed,
-            "versions": dict(self.versions),
-        }
-        header = {"format": FORMAT, "format_version": str(FORMAT_VERSION), "about": json.dumps(about)}
-        _write_whole(path, save(tensors, metadata=header))
+        save(self, path)
 
 
 def load(path: str | Path) -> Trace:
-    """Read a trace that `save` wrote. ValueError, in one line, where the file is missing, corrupt or something else."""
-    from safetensors import SafetensorError, safe_open
+    from moesaic.trace.reader import load
 
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file: give the .safetensors of a recorded trace")
-    try:
-        with safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys() if name in TENSORS}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path}: not a readable safetensors file ({error})") from None
-    if header.get("format") != FORMAT:
-        raise ValueError(f"{path}: a safetensors file, but not a recorded trace")
-    version = header.get("format_version", "")
-    if version.isdigit() and int(version) > FORMAT_VERSION:
-        raise ValueError(
-            f"{path}: trace format {version} is newer than {FORMAT_VERSION}, which moesaic {__version__} reads: "
-            "update moesaic"
-        )
-    try:
-        int(version)
-        about = json.loads(header["about"])
-        names = about.pop("labels")
-        about |= {
-            "configs": tuple(MoEConfig(**config) for config in about["configs"]),
-            "layers": tuple(about["layers"]),
-            "labels": None if names is None else tuple(names),
-        }
-        return Trace(**tensors, **about)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path}: a damaged trace ({error}): record it again") from None
+    return load(path)
 
 
 def versions() -> dict[str, str]:
@@ -263,19 +226,3 @@ def _stack(tensors: Sequence[Any], dtype: torch.dtype) -> Tensor:
 
 def _dtype_name(tensor: Tensor | None) -> str:
     return "float32" if tensor is None else str(tensor.dtype).removeprefix("torch.")
-
-
-def _write_whole(path: Path, data: bytes) -> None:
-    """Write beside the target, then rename: a reader sees the old file or the new one, never a part."""
-    try:
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be written ({error.strerror})") from None
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-        Path(temporary).chmod(0o644)  # mkstemp makes it private; 0o644 is what open() gives under the usual umask
-        Path(temporary).replace(path)
-    except OSError as error:
-        Path(temporary).unlink(missing_ok=True)
-        raise ValueError(f"{path}: cannot be written ({error.strerror})") from None

@@ -1,0 +1,458 @@
+"""The file of a trace, format 1: what is written is read, any reader can read it, and nothing unlawful is let in."""
+
+import dataclasses
+import json
+import math
+import random
+import struct
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from cases import configs, v3
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors import safe_open
+from traces import assert_equal, made
+
+from moesaic.trace import store, writer
+from moesaic.trace.reader import load
+from moesaic.trace.store import Trace
+from moesaic.trace.writer import TraceWriter
+
+
+def full(n_tokens=12, **fields) -> Trace:
+    """A trace that has everything a trace can have."""
+    trace = made(
+        v3(16, 4, 2, 4), n_tokens, sequences=torch.arange(n_tokens) // 5, input_ids=torch.arange(n_tokens) + 70_000,
+        labels=("诗", "a\x1b[31m", "c"), model="tiny",
+    )  # fmt: skip
+    offsets = torch.stack([torch.arange(n_tokens), torch.arange(n_tokens) + 3], dim=1)
+    phases = (torch.arange(n_tokens) % 2).to(torch.uint8)
+    more = {"phases": phases, "offsets": offsets, "pieces": {3: "专", 70_000: "\udc80\n"}, "seed": 7}
+    more |= {"origins": ("experts", "router"), "missing": ("layers.9",)}
+    return dataclasses.replace(trace, **{**more, **fields})
+
+
+@given(
+    configs(), st.integers(0, 20), st.integers(1, 3), st.integers(0, 99),
+    st.booleans(), st.sampled_from(["", "模型 “x”\n"]),
+)  # fmt: skip
+def test_a_trace_written_and_read_is_equal(tmp_path_factory, config, n_tokens, layers, seed, with_ids, model):
+    path = tmp_path_factory.mktemp("trace") / "run.safetensors"
+    trace = made(config, n_tokens, layers, seed)
+    trace = dataclasses.replace(
+        trace, model=model, seed=seed, sequences=torch.arange(n_tokens) // 5, labels=tuple("诗abc"),
+        input_ids=torch.arange(n_tokens) if with_ids else None,
+    )  # fmt: skip
+    trace.save(path)
+    assert_equal(load(path), trace)
+    for less in ({"logits": None, "bias": None, "labels": None}, {"logits": None, "weights": None}):
+        part = dataclasses.replace(trace, **less)
+        part.save(path)
+        assert_equal(load(path), part)
+
+
+def test_everything_a_trace_can_have_is_written_and_read(tmp_path):
+    trace = full()
+    trace.save(tmp_path / "run.safetensors")
+    assert_equal(load(tmp_path / "run.safetensors"), trace)
+
+
+def test_the_public_load_is_the_reader(tmp_path):
+    full().save(tmp_path / "run.safetensors")
+    import moesaic as ms
+
+    assert_equal(ms.load(tmp_path / "run.safetensors"), full())
+
+
+def test_any_safetensors_reader_reads_the_tensors(tmp_path):
+    trace = full()
+    trace.save(tmp_path / "run.safetensors")
+    with safe_open(tmp_path / "run.safetensors", framework="np") as file:
+        found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        about = json.loads(file.metadata()["about"])
+    for name, array in trace.to_arrays().items():
+        assert np.array_equal(found[name], array), name
+    assert {name: array.dtype.name for name, array in found.items()} == {
+        "picks": "uint8", "weights": "float32", "logits": "float32", "bias": "float32", "input_ids": "int32",
+        "sequences": "uint8", "phases": "uint8", "offsets": "uint8",
+    }  # fmt: skip
+    assert [layer["origin"] for layer in about["layers"]] == ["experts", "router"]
+    assert about["configs"][0]["hash"] == trace.configs[0].digest()
+
+
+@pytest.mark.parametrize(("n_experts", "stored"), [(255, "U8"), (256, "I16"), (300, "I16"), (40_000, "I32")])
+def test_ids_take_the_narrowest_type_that_holds_them(tmp_path, n_experts, stored):
+    picks = torch.full((1, 3, 1), n_experts, dtype=torch.int32)  # the id that means "no expert"
+    trace = Trace(picks=picks, layers=("a",), configs=(v3(n_experts, 1, 1, 1),), sequences=torch.zeros(3).long())
+    trace.save(tmp_path / "run.safetensors")
+    with safe_open(tmp_path / "run.safetensors", framework="np") as file:
+        assert file.get_slice("picks").get_dtype() == stored
+    assert torch.equal(load(tmp_path / "run.safetensors").picks.int(), picks)
+
+
+@pytest.mark.parametrize("n_experts", [64, 256])
+def test_picks_of_26_layers_take_at_most_8_and_a_half_bytes_a_token_and_layer(tmp_path, n_experts):
+    n_tokens, layers = 100_000, 26
+    config = v3(n_experts, 1, 1, 8)
+    trace = Trace(
+        picks=torch.randint(n_experts, (layers, n_tokens, 8), dtype=torch.int16),
+        layers=tuple(f"model.layers.{i}.mlp" for i in range(layers)), configs=(config,) * layers,
+        sequences=torch.arange(n_tokens) // 100, input_ids=torch.randint(129_000, (n_tokens,)),
+    )  # fmt: skip
+    path = tmp_path / "run.safetensors"
+    trace.save(path)
+    assert path.stat().st_size <= 8.5 * n_tokens * layers
+    assert torch.equal(load(path).picks, trace.picks)
+
+
+def parts_of(trace: Trace, sizes):
+    """What a recorder gives a writer: per-layer tensors and those of the tokens, some tokens at a time."""
+    start = 0
+    for size in sizes:
+        here = slice(start, start + size)
+        layers = [
+            {name: t[i, here] for name in ("picks", "weights", "logits") if (t := getattr(trace, name)) is not None}
+            for i in range(trace.n_layers)
+        ]
+        names = ("sequences", "input_ids", "phases", "offsets")
+        yield layers, {name: t[here] for name in names if (t := getattr(trace, name)) is not None}
+        start += size
+
+
+def nothing_of(trace: Trace) -> Trace:
+    """The same trace without its tokens: what is known before a run."""
+    none = {"weights": None, "logits": None, "bias": None, "input_ids": None, "phases": None, "offsets": None}
+    return dataclasses.replace(trace, picks=trace.picks[:, :0], sequences=trace.sequences[:0], **none)
+
+
+@pytest.mark.parametrize("less", [{}, {"logits": None}, {"logits": None, "weights": None, "phases": None}])
+@pytest.mark.parametrize("sizes", [(12,), (5, 0, 7), (1,) * 12])
+def test_written_in_pieces_it_is_the_same_file_byte_for_byte(tmp_path, sizes, less, monkeypatch):
+    monkeypatch.setattr(writer, "BLOCK", 7)
+    trace = full(**less)
+    trace.save(tmp_path / "whole.safetensors")
+    with TraceWriter(tmp_path / "pieces.safetensors", nothing_of(trace)) as out:
+        for layers, tokens in parts_of(trace, sizes):
+            out.append(layers, **tokens)
+        out.close(bias=trace.bias)
+    assert (tmp_path / "pieces.safetensors").read_bytes() == (tmp_path / "whole.safetensors").read_bytes()
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["pieces.safetensors", "whole.safetensors"]
+
+
+def test_a_run_that_fails_keeps_what_was_written_and_one_without_tokens_is_a_trace_without_tokens(tmp_path):
+    trace, path = full(), tmp_path / "run.safetensors"
+    layers, tokens = next(parts_of(trace, (5,)))
+
+    def run():
+        with TraceWriter(path, nothing_of(trace)) as out:
+            out.append(layers, **tokens)
+            raise RuntimeError("the run died")
+
+    with pytest.raises(RuntimeError, match="the run died"):
+        run()
+    assert_equal(load(path), dataclasses.replace(trace.select(slice(0, 5)), bias=None))
+    with TraceWriter(path, nothing_of(trace)):
+        pass
+    assert len(load(path)) == 0
+    assert [file.name for file in tmp_path.iterdir()] == ["run.safetensors"]
+
+
+def test_an_append_that_fails_leaves_the_tokens_before_it(tmp_path, monkeypatch):
+    trace, path = full(), tmp_path / "run.safetensors"
+    (layers, tokens), (more, others) = parts_of(trace, (5, 7))
+    real = np.ascontiguousarray
+
+    def run():
+        with TraceWriter(path, nothing_of(trace)) as out:
+            out.append(layers, **tokens)
+            monkeypatch.setattr(np, "ascontiguousarray", full_disk_at(4))
+            out.append(more, **others)
+
+    def full_disk_at(call):
+        calls = iter(range(99))
+
+        def write(array, kind):
+            if next(calls) == call:
+                monkeypatch.setattr(np, "ascontiguousarray", real)
+                raise OSError(28, "No space left on device")
+            return real(array, kind)
+
+        return write
+
+    with pytest.raises(ValueError, match=r"run.safetensors: cannot be written \(No space left on device\)"):
+        run()
+    assert_equal(load(path), dataclasses.replace(trace.select(slice(0, 5)), bias=None))
+
+
+def test_a_writer_is_given_the_same_things_every_time(tmp_path):
+    trace = full()
+    layers, tokens = next(parts_of(trace, (5,)))
+    less = [{"picks": layer["picks"]} for layer in layers]
+
+    def run(first, second):
+        with TraceWriter(tmp_path / "x.safetensors", nothing_of(trace)) as out:
+            out.append(first[0], **first[1])
+            out.append(second[0], **second[1])
+
+    for first, second, message in (
+        (
+            (layers, tokens),
+            (less, tokens),
+            r"logits\.0 was given for some tokens and not for others: give it always or never",
+        ),
+        ((less, tokens), (layers, tokens), r"logits\.0 was given for some"),
+        ((layers, tokens), (layers[:1], tokens), "1 layers were given and the trace has 2"),
+        ((layers, tokens), (layers, {**tokens, "sequences": tokens["sequences"][:3]}), "sequences of 3 tokens were"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run(first, second)
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "run.safetensors"
+    first, second = made(v3(8, 1, 1, 2)), made(v3(8, 1, 1, 2), seed=1)
+    first.save(path)
+
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pathlib.Path.replace", fail)
+        with pytest.raises(ValueError, match=r"run.safetensors: cannot be written \(No space left on device\)"):
+            second.save(path)
+    assert_equal(load(path), first)
+    assert [file.name for file in tmp_path.iterdir()] == ["run.safetensors"]
+    second.save(path)
+    assert_equal(load(path), second)
+    for write in (first.save, lambda path: TraceWriter(path, nothing_of(first))):
+        with pytest.raises(ValueError, match="cannot be written"):
+            write(tmp_path / "nowhere" / "run.safetensors")
+
+
+def refused(path, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        load(path)
+    assert str(caught.value).startswith(str(path))
+    assert str(caught.value).isprintable()
+
+
+def test_files_that_are_no_trace_are_refused_in_one_line(tmp_path):
+    path = tmp_path / "run.safetensors"
+    refused(path, "no such file")
+    refused(tmp_path, "no such file")
+    path.write_bytes(b"")
+    refused(path, "shorter than 8 bytes")
+    path.write_bytes(b"PK\x03\x04" * 9)
+    refused(path, "its header would have")
+    from safetensors.torch import save_file
+
+    save_file({"picks": torch.zeros(1)}, path)
+    refused(path, "a safetensors file, but not a recorded trace")
+
+
+def header_of(path) -> tuple[dict, bytes]:
+    raw = path.read_bytes()
+    (length,) = struct.unpack("<Q", raw[:8])
+    return json.loads(raw[8 : 8 + length]), raw[8 + length :]
+
+
+def rewrite(path, header, data: bytes) -> None:
+    head = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(head)) + head + data)
+
+
+def tensor(name, **entries):
+    return lambda file: file.header[name].update(entries)
+
+
+def said(**entries):
+    return lambda file: file.about.update(entries)
+
+
+def meta(**entries):
+    return lambda file: file.header["__metadata__"].update(entries)
+
+
+def layer(**entries):
+    return lambda file: file.about["layers"][0].update(entries)
+
+
+def fields(**entries):
+    return lambda file: file.about["configs"][0]["fields"].update(entries)
+
+
+def data(new):
+    return lambda file: setattr(file, "data", new)
+
+
+def extra_tensor(file):
+    file.header["\x1b[2J"] = file.header["picks"]
+
+
+def no_about(file):
+    file.about.clear()
+    del file.header["__metadata__"]["about"]
+
+
+def no_layers(file):
+    del file.about["layers"]
+
+
+ATTACKS = [
+    (tensor("picks", shape=[2, 12, 5]), r"picks of shape \[2, 12, 5\] takes 120 bytes and has 96"),
+    (tensor("picks", shape=[2, 12]), "picks has 2 axes and 2 offsets: 3 and 2 are due"),
+    (tensor("picks", shape=[2, -12, -4]), "shape of picks is not a list of whole numbers"),
+    (tensor("picks", shape=[True, 12, 8]), "shape of picks is not a list of whole numbers"),
+    (tensor("picks", shape=[1 << 60, 1 << 60, 4]), "shape of picks is not a list of whole numbers"),
+    (tensor("picks", shape=[1 << 47, 0, 4], data_offsets=[0, 0]), "its tensors overlap or leave a gap|has the shape"),
+    (tensor("picks", dtype="F32"), "picks has the type 'F32': U8 or I16 or I32 or I64 is allowed"),
+    (tensor("weights", dtype="F16"), "weights has the type 'F16'"),
+    (tensor("picks", dtype=["U8"]), "picks has the type"),
+    (tensor("weights", data_offsets=[0, 384]), "its tensors overlap or leave a gap"),
+    (tensor("picks", data_offsets=[0]), "picks has 3 axes and 1 offsets"),
+    (tensor("picks", more=1), "picks is not described by dtype, shape and data_offsets"),
+    (extra_tensor, r"holds a tensor '\\x1b\[2J', which a trace does not have"),
+    (data(b"short"), "cut short or longer than it says"),
+    (data(b"\0" * 99_999), "cut short or longer than it says"),
+    (no_about, "about is missing"),
+    (meta(format="other"), "not a recorded trace"),
+    (meta(format_version="x"), "format_version is not a whole number"),
+    (meta(format_version=1), "format_version is not a whole number"),
+    (meta(format_version="٣"), "format_version is not a whole number"),
+    (meta(format_version="99"), "trace format 99 is newer than 1, which moesaic .* reads: update moesaic"),
+    (meta(format_version="0"), "trace format 0 was a draft of 1: record it again"),
+    (no_layers, "about lacks 'layers'"),
+    (said(more=1), "about has an unknown 'more'"),
+    (said(layers=[]), "there is no layer"),
+    (said(layers={}), "layers is not a list"),
+    (layer(name="layers.1"), "two layers have the same name"),
+    (layer(name=3), "the name of a layer is not a text"),
+    (layer(name="x" * 5000), "the name of a layer is not a text of at most 4096"),
+    (layer(config=7), "a layer names config '7': there are 1"),
+    (layer(config=-1), "a layer names config '-1'"),
+    (layer(origin="guessed"), "a layer has the origin 'guessed'"),
+    (fields(n_routed_experts=0), "a config is not lawful"),
+    (fields(n_routed_experts="16"), "a config is not lawful"),
+    (fields(surprise=1), "a config is not lawful"),
+    (fields(routed_scaling_factor=3.5), "a config has the hash"),
+    (said(labels=["one"]), "1 labels for 3 sequences"),
+    (said(labels="abc"), "labels is not a list"),
+    (said(labels=[1, 2, 3]), "a label is not a text"),
+    (said(missing=[None]), "a missing layer is not a text"),
+    (said(pieces={"-1": "x"}), "pieces are by vocabulary id, not by '-1'"),
+    (said(pieces={"01": "x"}), "pieces are by vocabulary id, not by '01'"),
+    (said(pieces={"1": 2}), "a piece is not a text"),
+    (said(dtypes={"logits": "float32"}), "dtypes must name logits and weights"),
+    (said(dtypes={"logits": "float32", "weights": "__import__"}), "dtypes must name logits and weights"),
+    (said(model=None), "model is not a text"),
+    (said(seed=1 << 70), "seed is not a whole number of 64 bits"),
+    (said(seed=True), "seed is not a whole number"),
+    (said(versions=["x"]), "versions is not a JSON object"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("change", "message"), ATTACKS, ids=[message[:40] for _, message in ATTACKS])
+def test_a_header_that_lies_is_refused_and_named(tmp_path, change, message):
+    path = tmp_path / "run.safetensors"
+    full().save(path)
+    header, numbers = header_of(path)
+    file = SimpleNamespace(header=header, about=json.loads(header["__metadata__"]["about"]), data=numbers)
+    change(file)
+    if file.about:
+        header["__metadata__"]["about"] = json.dumps(file.about)
+    rewrite(path, header, file.data)
+    refused(path, message)
+
+
+def test_json_that_readers_disagree_on_is_refused(tmp_path):
+    path = tmp_path / "run.safetensors"
+    full().save(path)
+    header, data = header_of(path)
+    text = json.dumps(header)
+    rewrite(path, text.replace('{"__metadata__"', '{"picks": 1, "__metadata__"').encode(), data)
+    refused(path, "the header has the key 'picks' twice")
+    about = header["__metadata__"]["about"]
+    for inner, message in (
+        (about[:-1] + ', "model": "x"}', "about has the key 'model' twice"),
+        (about.replace('"seed": 7', '"seed": NaN'), "about holds NaN, which is not JSON"),
+        ("[" * 100_000, "about is not JSON"),
+        ("9" * 10_000, "about is not JSON"),
+        ("[]", "about is not a JSON object"),
+    ):
+        rewrite(path, {**header, "__metadata__": {**header["__metadata__"], "about": inner}}, data)
+        refused(path, message)
+    rewrite(path, b"\xff\xfe{}", data)
+    refused(path, "the header is not UTF-8")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("picks", 17, r"picks reach from \d+ to 17: 0 to 16 is allowed"),
+        ("phases", 2, "phases reach from 0 to 2: 0 to 1 is allowed"),
+        ("sequences", 200, "3 labels for 201 sequences"),
+        ("offsets", 250, "offsets end before they begin"),
+    ],
+)
+def test_numbers_out_of_range_are_refused_and_named(tmp_path, name, value, message):
+    path = tmp_path / "run.safetensors"
+    full().save(path)
+    header, data = header_of(path)
+    where = header[name]["data_offsets"][0]
+    rewrite(path, header, data[:where] + bytes([value]) + data[where + 1 :])
+    refused(path, message)
+
+
+def test_a_sequence_number_cannot_ask_for_memory(tmp_path):
+    path = tmp_path / "run.safetensors"
+    trace = full(labels=None)
+    dataclasses.replace(trace, sequences=torch.full((12,), 1 << 40)).save(path)
+    refused(path, "sequences reach from 1099511627776 to 1099511627776: 0 to 16777215 is allowed")
+
+
+def test_every_truncation_is_refused(tmp_path):
+    path = tmp_path / "run.safetensors"
+    full().save(path)
+    raw = path.read_bytes()
+    for length in [*range(64), *range(64, len(raw), 37), len(raw) - 1]:
+        path.write_bytes(raw[:length])
+        refused(path, ".")
+
+
+def tried(path) -> tuple[Trace | None, str]:
+    try:
+        return load(path), ""
+    except ValueError as error:
+        return None, str(error)
+
+
+def test_random_damage_is_refused_or_leaves_a_lawful_trace(tmp_path):
+    path = tmp_path / "run.safetensors"
+    full().save(path)
+    raw, rng, lawful = path.read_bytes(), random.Random(0), 0
+    for _ in range(1500):
+        damaged = bytearray(raw)
+        for _ in range(rng.choice((1, 1, 1, 4))):
+            damaged[rng.randrange(len(damaged))] = rng.randrange(256)
+        path.write_bytes(damaged)
+        trace, error = tried(path)
+        if trace is None:
+            assert error.startswith(f"{path}: ")
+            assert error.isprintable()
+            continue
+        lawful += 1
+        assert trace.picks.min() >= 0
+        assert trace.picks.max() <= 16
+        assert math.prod(trace.weights.shape) == 2 * 12 * 4
+    assert 50 < lawful < 1450, "damage in the numbers of weights and logits cannot be seen; most other damage is"
+
+
+def test_a_drafts_number_is_not_read_as_this_format(monkeypatch, tmp_path):
+    path = tmp_path / "run.safetensors"
+    monkeypatch.setattr(writer, "FORMAT_VERSION", 2)
+    full().save(path)
+    refused(path, "trace format 2 is newer than 1")
+    assert store.FORMAT_VERSION == 1

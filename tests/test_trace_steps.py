@@ -156,14 +156,16 @@ def test_configs_without_groups_or_bias_say_so():
     found = by_key(steps(traced(MoEConfig.preset("mixtral", hidden_size=8))))
     for key in ("grouped", "group_scores", "groups", "group_mask", "expert_mask", "masked"):
         assert found[key].value is None
-        assert found[key].note["en"] == "n/a: one group"
-    assert found["biased"].note["en"] == "n/a: no correction bias"
+        assert found[key].note["en"] == "not in this model: one group"
+    assert found["biased"].note["en"] == "not in this model: no correction bias"
     assert found["output"].agrees
     ignoring = by_key(steps(traced(MoEConfig.preset("mixtral", hidden_size=8, n_group=4, topk_group=2))))
-    assert ignoring["groups"].note["en"] == "n/a: this rule ignores groups"
+    assert ignoring["groups"].note["en"] == "not in this model: the rule ignores groups"
     classic = by_key(steps(traced(MoEConfig.preset("classic"))))
     assert classic["scores"].stage.formula == "scores = logits (scored after top-k)"
-    assert classic["normalised"].note["en"] == "n/a: not normalised"
+    assert classic["scores"].note["en"] == "not in this model: logits are ranked, scored later"
+    assert classic["normalised"].stage.formula == "w = softmax over the kept"
+    assert classic["normalised"].note is None
     assert classic["output"].agrees
 
 
@@ -241,3 +243,82 @@ def test_the_id_for_no_expert_is_no_expert_lost():
     versus = versus_topk(steps_of_routing(routing, None, config))
     assert versus.only_here.tolist() == []
     assert versus.only_topk.tolist() == [int(best[0, 1])]
+
+
+def unknown(config):
+    sizes = {"hidden_size": config.hidden_size, "num_experts_per_tok": config.num_experts_per_tok}
+    return MoEConfig(n_routed_experts=config.n_routed_experts, topk_method="unknown", **sizes)
+
+
+def test_nothing_is_derived_from_a_rule_that_is_not_known():
+    trace = traced(v3(16, 4, 2, 4))
+    foreign = replace(trace, configs=(unknown(trace.configs[0]),))
+    of_token = steps(foreign, 0, 2)
+    found = by_key(of_token)
+    assert {key for key, step in found.items() if step.value is not None} == {"logits", "experts", "scaled", "output"}
+    for key in ("scores", "biased", "groups", "masked", "normalised"):
+        assert found[key].note["en"] == "the rule of this layer is not known"
+        assert found[key].note["zh"] == "此层的路由规则未知"
+        assert (found[key].stage.formula, found[key].shape) == ("?", ())
+    assert all(step.agrees is None and not step.tied for step in of_token)
+    assert torch.equal(found["scaled"].value, trace.weights[0, 2])
+    with pytest.raises(ValueError, match="the rule of this layer is not known"):
+        versus_topk(of_token)
+    with pytest.raises(ValueError, match=r"nothing can be derived for layer 'moe': the rule of this layer"):
+        check_layer(foreign)
+
+
+@pytest.mark.parametrize("lang", ["en", "zh"])
+def test_a_softmax_top_2_model_shows_what_it_has_and_says_what_it_has_not(lang):
+    of_token = steps(traced(MoEConfig.preset("mixtral", hidden_size=8)), 0, 3)
+    found = by_key(of_token)
+    shown = {key for key, step in found.items() if step.value is not None}
+    assert shown == {"logits", "scores", "experts", "normalised", "scaled", "output"}
+    missing = [step for step in of_token if step.value is None and step.stage.number > 2]
+    beginning = {"en": "not in this model", "zh": "此模型没有"}[lang]
+    assert len(missing) == 7
+    assert all(step.note[lang].startswith(beginning) for step in missing)
+    assert found["scores"].stage.formula == "softmax(logits)"
+    assert found["experts"].stage.formula == "topk(choice, 2)"
+    assert found["output"].agrees
+
+
+def test_ids_alone_give_ids_and_weights_are_said_to_be_derived_where_they_can_be():
+    trace = replace(traced(v3(16, 4, 2, 4)), weights=None)
+    found = by_key(steps(trace, 0, 2))
+    torch.testing.assert_close(found["scaled"].value, traced(v3(16, 4, 2, 4)).weights[0, 2])
+    assert found["scaled"].note["en"] == "derived, not recorded"
+    assert (found["experts"].agrees, found["scaled"].agrees, found["output"].agrees) == (True, None, None)
+    assert torch.equal(found["output"].value, trace.picks[0, 2].long())
+    assert found["output"].note["en"] == "weights were not recorded"
+    bare = by_key(steps(replace(trace, logits=None, bias=None), 0, 2))
+    assert {key for key, step in bare.items() if step.value is not None} == {"experts", "output"}
+    assert bare["scaled"].note["en"] == "not recorded"
+    assert check_layer(trace).experts.all()
+
+
+def test_a_bias_that_was_not_recorded_is_not_taken_for_none():
+    trace = traced(v3(16, 4, 2, 4))
+    found = by_key(steps(replace(trace, bias=None), 0, 2))
+    assert found["biased"].note["en"] == "the correction bias was not recorded"
+    assert all(found[key].value is None for key in ("biased", "grouped", "group_scores", "groups", "masked"))
+    torch.testing.assert_close(found["scores"].value, trace.logits[0, 2].sigmoid())
+    assert (found["experts"].agrees, found["scaled"].agrees, found["output"].agrees) == (None, True, True)
+    with pytest.raises(ValueError, match="the correction bias was not recorded; record again"):
+        check_layer(replace(trace, bias=None))
+
+
+def test_a_slot_without_an_expert_is_no_disagreement():
+    trace = traced(v3(16, 4, 2, 4))
+    picks, weights = trace.picks.clone(), trace.weights.clone()
+    picks[0, 2, 1], weights[0, 2, 1] = 16, 0.0
+    found = by_key(steps(replace(trace, picks=picks, weights=weights), 0, 2))
+    assert found["experts"].agrees is None
+    assert found["experts"].note["en"] == "some slots hold no expert"
+    assert found["experts"].value.tolist()[1] == 16
+
+
+def test_a_dtype_that_torch_does_not_have_is_refused():
+    trace = replace(traced(v3(16, 4, 2, 4)), dtypes={"logits": "load", "weights": "float32"})
+    with pytest.raises(ValueError, match="dtype 'load' is not one of torch"):
+        steps(trace)

@@ -2,11 +2,14 @@
 
 import gc
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from moesaic.cli.output import say_how_again
+from moesaic.cli.output import check_lang, print_json, say_how_again
+
+if TYPE_CHECKING:
+    from moesaic.trace.store import Trace
 
 
 def steps(
@@ -21,13 +24,13 @@ def steps(
     token: Annotated[int, typer.Option(help="Which token, from 0.")] = 0,
     vs: Annotated[str | None, typer.Option(help="topk: what plain top-k would have taken instead.")] = None,
     lang: Annotated[str, typer.Option(help="en or zh.")] = "en",
+    json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
 ) -> None:
     """Show what a gate did with one token: 15 steps with formula, shape and values."""
     gc.disable()  # as in demo
     if vs not in (None, "topk"):
         raise ValueError(f"--vs {vs!r} is unknown: use topk")
-    if lang not in ("zh", "en"):
-        raise ValueError(f"--lang {lang!r} is unknown: use zh or en")
+    check_lang(lang)
     if trace is not None and (text is not None or model is not None):
         raise ValueError("--trace has its routing recorded already: leave out TEXT and --model")
     if text is not None and not text.strip():
@@ -36,21 +39,34 @@ def steps(
 
     from moesaic.cli import sources
     from moesaic.hf.load import TINY, load_model
-    from moesaic.trace.render import steps_table
     from moesaic.trace.steps import steps as steps_of
+    from moesaic.trace.steps_table import steps_as_dict, steps_table
     from moesaic.trace.store import load
 
     if trace is not None:
-        recorded, word = load(trace), ""
+        recorded = load(trace)
         counts = {"layer": recorded.n_layers, "token": len(recorded)}
         sources.check_numbers({"layer": layer, "token": token}, counts)
+        word = recorded_word(recorded, token)
     else:
         network, tokenizer = load_model(model or TINY)
         windows = sources.windows_of(tokenizer, sources.SAMPLE if text is None else text)
         sources.check_before(network, windows, layer, token)
         recorded = sources.route(network, windows)
         word = sources.word_of(tokenizer, recorded, token)
+    of_token = steps_of(recorded, layer=layer, token=token)
+    if json:
+        about = {"model": recorded.model, "layer": recorded.layers[layer], "token": token, "text": word}
+        print_json(about | steps_as_dict(of_token, versus=vs == "topk"))
+        return
     title = f"token {token} {word}  {recorded.layers[layer]}"
-    table = steps_table(steps_of(recorded, layer=layer, token=token), lang, versus=vs == "topk", title=title)
-    Console().print(table)
+    Console().print(steps_table(of_token, lang, versus=vs == "topk", title=title))
     say_how_again(recorded, lang)
+
+
+def recorded_word(trace: "Trace", token: int) -> str:
+    """The text of a token as the trace holds it; empty where it holds none."""
+    if trace.pieces is None or trace.input_ids is None:
+        return ""
+    piece = trace.pieces.get(int(trace.input_ids[token]))
+    return "" if piece is None else repr(piece)

@@ -9,12 +9,47 @@ from torch import Tensor
 from moesaic import rules
 from moesaic.config import MoEConfig
 from moesaic.trace.chance import limits_groups
+from moesaic.trace.stages import BIAS_NOT_RECORDED, NOT_RECORDED, RULE_UNKNOWN
 from moesaic.trace.store import Trace
 
 
 def dtype_of(name: str | None) -> torch.dtype | None:
-    """The torch dtype of a name such as "bfloat16"."""
-    return None if name is None else getattr(torch, name)
+    """The torch dtype of a name such as "bfloat16"; ValueError for a name that is none."""
+    if name is None:
+        return None
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"dtype {name!r} is not one of torch: use float32, bfloat16, float16 or float64")
+    return dtype
+
+
+def why_not_derived(trace: Trace, layer: int = 0) -> dict[str, str] | None:
+    """Why the picks of a recorded layer cannot be derived, {"zh": ..., "en": ...}; None where they can."""
+    if not trace.configs[layer].rule_is_known:
+        return RULE_UNKNOWN
+    if trace.logits is None:
+        return NOT_RECORDED
+    return BIAS_NOT_RECORDED if trace.configs[layer].has_correction_bias and trace.bias is None else None
+
+
+def logits_of(trace: Trace, layer: int) -> Tensor:
+    """Recorded logits [T, E] of a layer in the dtype in which the model computed them."""
+    assert trace.logits is not None
+    return trace.logits[layer].to(dtype_of(trace.dtypes.get("logits")) or torch.float32)
+
+
+def derived_layer(trace: Trace, layer: int = 0) -> dict[str, Tensor]:
+    """`derive` for a recorded layer. ValueError where something that it takes is not known or not recorded."""
+    if reason := why_not_derived(trace, layer):
+        what = {
+            RULE_UNKNOWN["en"]: "give the trace a config that says how it routes",
+            NOT_RECORDED["en"]: "the trace has picks only: record with detail='scores'",
+            BIAS_NOT_RECORDED["en"]: "record again with detail='scores'",
+        }[reason["en"]]
+        subject = "logits were " if reason is NOT_RECORDED else ""
+        raise ValueError(f"nothing can be derived for layer {trace.layers[layer]!r}: {subject}{reason['en']}; {what}")
+    bias = None if trace.bias is None else trace.bias[layer]
+    return derive(logits_of(trace, layer), bias, trace.configs[layer], trace.picks[layer].long())
 
 
 def derive(logits: Tensor, bias: Tensor | None, config: MoEConfig, expert_ids: Tensor) -> dict[str, Tensor]:
@@ -39,7 +74,8 @@ class Check(NamedTuple):
     """Whether the rule, given the recorded logits, allows what was recorded, per token, bool [T].
 
     experts: the ids are those of the rule, or differ only among scores that tie. tied: such a tie is there, so that
-    another machine may choose otherwise. weights: the weights follow from the recorded ids.
+    another machine may choose otherwise. weights: the weights follow from the recorded ids; True where none were
+    recorded.
     """
 
     experts: Tensor
@@ -48,7 +84,7 @@ class Check(NamedTuple):
 
 
 def compare(
-    derived: dict[str, Tensor], expert_ids: Tensor, weights: Tensor, config: MoEConfig, tolerance: float = 1e-6
+    derived: dict[str, Tensor], expert_ids: Tensor, weights: Tensor | None, config: MoEConfig, tolerance: float = 1e-6
 ) -> Check:
     """Recorded ids and weights against the derived ones; `tolerance` is relative to the row's largest weight.
 
@@ -59,10 +95,13 @@ def compare(
     tied = _margin_is_nil(derived["masked"], config.num_experts_per_tok)
     if "group_scores" in derived:
         tied |= _margin_is_nil(derived["group_scores"], config.topk_group)
+    experts = same | (tied & _allowed_by_ties(derived, expert_ids, config))
+    if weights is None:
+        return Check(experts, torch.ones_like(experts), tied)
     expected = derived["scaled"].float()
     scale = expected.abs().amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
     close = ((weights - expected).abs() <= tolerance * scale) | (weights.isnan() & expected.isnan())
-    return Check(same | (tied & _allowed_by_ties(derived, expert_ids, config)), close.all(-1), tied)
+    return Check(experts, close.all(-1), tied)
 
 
 def _allowed_by_ties(derived: dict[str, Tensor], expert_ids: Tensor, config: MoEConfig) -> Tensor:
@@ -107,14 +146,10 @@ def _margin_is_nil(values: Tensor, k: int) -> Tensor:
 
 def check_layer(trace: Trace, layer: int = 0) -> Check:
     """`compare` for every token of a recorded layer: the proof that config and record belong together."""
-    routing = trace.layer(layer)
-    if routing.logits is None:
-        raise ValueError("the trace has picks only, so nothing can be derived: record with detail='scores'")
-    bias = None if trace.bias is None else trace.bias[layer]
-    logits = routing.logits.to(dtype_of(trace.dtypes["logits"]))
-    derived = derive(logits, bias, trace.configs[layer], routing.expert_ids)
-    tolerance = weight_tolerance(dtype_of(trace.dtypes["weights"]))
-    return compare(derived, routing.expert_ids, routing.weights, trace.configs[layer], tolerance)
+    derived = derived_layer(trace, layer)
+    weights = None if trace.weights is None else trace.weights[layer]
+    tolerance = weight_tolerance(dtype_of(trace.dtypes.get("weights")))
+    return compare(derived, trace.picks[layer].long(), weights, trace.configs[layer], tolerance)
 
 
 def weight_tolerance(dtype: torch.dtype | None) -> float:

@@ -9,47 +9,25 @@ from torch import Tensor
 
 from moesaic import rules
 from moesaic.config import MoEConfig
-from moesaic.trace.chance import limits_groups
-from moesaic.trace.derive import compare, derive, dtype_of, weight_tolerance
+from moesaic.trace.derive import compare, derive, dtype_of, weight_tolerance, why_not_derived
+from moesaic.trace.stages import (
+    BIAS_NOT_RECORDED,
+    DERIVED,
+    NEED_BIAS,
+    NO_WEIGHTS,
+    NOT_RECORDED,
+    SKIPPED,
+    SOME_ABSENT,
+    STAGES,
+    Stage,
+    notes_of,
+    shapes_of,
+    worded,
+)  # fmt: skip
 from moesaic.trace.store import Trace
 from moesaic.types import Routing
 
-
-class Stage(NamedTuple):
-    """One node of the flow chart: its number (1..15), a key, its names and what it computes."""
-
-    number: int
-    key: str
-    name_zh: str
-    name_en: str
-    formula: str
-
-
-STAGES = (
-    Stage(1, "input", "输入", "input", "hidden_states"),
-    Stage(2, "tokens", "重塑输入", "flatten", "x = hidden_states.view(-1, D)"),
-    Stage(3, "logits", "线性变换", "linear", "logits = x @ weight.T"),
-    Stage(4, "scores", "激活函数", "score", "scores = sigmoid(logits)"),
-    Stage(5, "biased", "添加修正偏置", "add bias", "choice = scores + bias"),
-    Stage(6, "grouped", "重塑为组形式", "by group", "choice.view(T, G, E/G)"),
-    Stage(7, "group_scores", "每组 Top-2 求和", "group score", "sum(top2(choice))"),
-    Stage(8, "groups", "选择节点", "pick groups", "topk(group_scores, M)"),
-    Stage(9, "group_mask", "创建节点掩码", "group mask", "mask[groups] = 1"),
-    Stage(10, "expert_mask", "扩展掩码到专家", "expert mask", "mask of experts"),
-    Stage(11, "masked", "应用掩码", "apply mask", "choice where open, else -inf"),
-    Stage(12, "experts", "选择 Top-K 专家", "pick experts", "topk(masked, K)"),
-    Stage(13, "normalised", "权重归一化", "normalise", "w = scores[experts] / sum"),
-    Stage(14, "scaled", "应用缩放因子", "scale", "w * routed_scaling_factor"),
-    Stage(15, "output", "输出", "output", "expert_ids, weights"),
-)
-NOT_RECORDED = {"zh": "未记录", "en": "not recorded"}
-ONE_GROUP = {"zh": "不适用：只有一组", "en": "n/a: one group"}
-NO_GROUP_RULE = {"zh": "不适用：此方法不按组选择", "en": "n/a: this rule ignores groups"}
-NO_BIAS = {"zh": "不适用：没有修正偏置", "en": "n/a: no correction bias"}
-NO_NORM = {"zh": "不适用：不归一化", "en": "n/a: not normalised"}
-GROUP_STAGES = ("grouped", "group_scores", "groups", "group_mask", "expert_mask", "masked")
-SKIPPED = ("biased", *GROUP_STAGES)  # stages that do nothing where they do not apply, so show no value there
-DEALT = {"zh": "轮流分配，与分数无关", "en": "dealt out in turn, not by score"}
+__all__ = ["STAGES", "Stage", "Step", "VersusTopK", "steps", "steps_of_routing", "versus_topk"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,19 +66,26 @@ class VersusTopK(NamedTuple):
 def steps(source: Trace, layer: int = 0, token: int = 0) -> list[Step]:
     """The 15 stages of one token of a recorded layer. ValueError for a layer or token that is not in the trace.
 
-    Stages that need logits have no value where only picks were recorded.
+    A stage that needs what was not recorded, or a rule that is not known, has no value and a note that says so.
     """
-    routing = source.layer(layer)
+    if not -source.n_layers <= layer < source.n_layers:
+        raise ValueError(f"layer={layer} is not in the trace: it has layers 0 to {source.n_layers - 1}")
     if not -len(source) <= token < len(source):
         raise ValueError(f"token={token} is not in the trace: it has {len(source)} tokens, counted from 0")
     counts = torch.bincount(source.sequences)
     lengths = counts[counts > 0]
     batch = (len(lengths), int(lengths[0])) if len(lengths) and bool((lengths == lengths[0]).all()) else None
-    bias = None if source.bias is None else source.bias[layer]
-    return steps_of_routing(
-        routing, bias, source.configs[layer], token, batch=batch, logits_dtype=source.dtypes["logits"],
-        weights_dtype=source.dtypes["weights"],
-    )  # fmt: skip
+    return _steps(
+        None if source.logits is None else source.logits[layer, token],
+        None if source.weights is None else source.weights[layer, token],
+        source.picks[layer, token].long(),
+        None if source.bias is None else source.bias[layer],
+        source.configs[layer],
+        len(source),
+        batch=batch,
+        dtypes=(dtype_of(source.dtypes.get("logits")), dtype_of(source.dtypes.get("weights"))),
+        without_bias=why_not_derived(source, layer) is BIAS_NOT_RECORDED,
+    )
 
 
 def steps_of_routing(
@@ -118,27 +103,63 @@ def steps_of_routing(
 
     Scores are computed in `logits_dtype`, weights compared in `weights_dtype`: those of the tensors unless told.
     """
-    ids, weights = routing.expert_ids[token].detach().cpu(), routing.weights[token].detach().cpu().float()
-    x = None if hidden is None else hidden.detach().flatten(0, -2)[token].cpu()
-    values: dict[str, Tensor | tuple[Tensor, Tensor] | None] = {"input": x, "tokens": x}
+    return _steps(
+        None if routing.logits is None else routing.logits[token].detach().cpu(),
+        routing.weights[token].detach().cpu().float(),
+        routing.expert_ids[token].detach().cpu(),
+        bias,
+        config,
+        len(routing.expert_ids),
+        hidden=None if hidden is None else hidden.detach().flatten(0, -2)[token].cpu(),
+        batch=batch,
+        dtypes=(dtype_of(logits_dtype), dtype_of(weights_dtype) or routing.weights.dtype),
+    )
+
+
+def _steps(
+    logits: Tensor | None,
+    weights: Tensor | None,
+    ids: Tensor,
+    bias: Tensor | None,
+    config: MoEConfig,
+    n_tokens: int,
+    *,
+    hidden: Tensor | None = None,
+    batch: tuple[int, int] | None,
+    dtypes: tuple[torch.dtype | None, torch.dtype | None],
+    without_bias: bool = False,
+) -> list[Step]:
+    """Of one token: logits [E], weights [K], ids [K]. without_bias: the rule has a bias that nobody recorded."""
+    values: dict[str, Tensor | tuple[Tensor, Tensor] | None] = {"input": hidden, "tokens": hidden, "logits": logits}
     agrees: dict[str, bool | None] = {}
-    tied = False
-    if routing.logits is not None:
-        logits = routing.logits[token : token + 1 or None].detach().cpu()
-        derived = derive(logits.to(dtype_of(logits_dtype) or logits.dtype), bias, config, ids[None])
-        tolerance = weight_tolerance(dtype_of(weights_dtype) or routing.weights.dtype)
-        check = compare(derived, ids[None], weights[None], config, tolerance)
+    tied, notes = False, notes_of(config)
+    if logits is not None and config.rule_is_known:
+        derived = derive(logits[None].to(dtypes[0] or logits.dtype), bias, config, ids[None])
+        check = compare(
+            derived, ids[None], None if weights is None else weights[None], config, weight_tolerance(dtypes[1])
+        )
         values |= {key: value[0] for key, value in derived.items()}
-        tied = bool(check.tied[0])
-        agrees = {"experts": bool(check.experts[0]), "scaled": bool(check.weights[0])}
+        tied = bool(check.tied[0]) and not without_bias
+        agrees = {"experts": bool(check.experts[0]), "scaled": None if weights is None else bool(check.weights[0])}
         agrees["output"] = agrees["experts"] and agrees["scaled"]
-        if config.topk_method == "balanced":
+        if without_bias:
+            values |= dict.fromkeys(NEED_BIAS)
+            notes = dict.fromkeys(NEED_BIAS, BIAS_NOT_RECORDED) | notes
+        if config.topk_method == "balanced" or without_bias or bool((ids >= config.n_routed_experts).any()):
             agrees |= {"experts": None, "output": agrees["scaled"]}
-    values |= {"experts": ids, "scaled": weights, "output": (ids, weights)}
-    notes, shapes = _notes(config), _shapes(config, len(routing.expert_ids), batch)
+        if weights is None:
+            notes["scaled"] = DERIVED
+    if (ids >= config.n_routed_experts).any():
+        notes["experts"] = SOME_ABSENT
+    values |= {"experts": ids, "output": ids if weights is None else (ids, weights)}
+    if weights is None:
+        notes["output"] = NO_WEIGHTS
+    else:
+        values["scaled"] = weights
+    shapes = shapes_of(config, n_tokens, batch)
     return [
         Step(
-            stage=_worded(stage, config),
+            stage=worded(stage, config),
             shape=shapes[stage.key],
             value=None if stage.key in notes and stage.key in SKIPPED else values.get(stage.key),
             config=config,
@@ -150,36 +171,13 @@ def steps_of_routing(
     ]
 
 
-def _shapes(config: MoEConfig, n_tokens: int, batch: tuple[int, int] | None) -> dict[str, tuple[int, ...]]:
-    """Shape of the whole tensor of every stage, as in the flow chart."""
-    e, k, d, g = config.n_routed_experts, config.num_experts_per_tok, config.hidden_size, config.n_group
-    per_token = {
-        "tokens": (d,), "logits": (e,), "scores": (e,), "biased": (e,), "grouped": (g, e // g), "group_scores": (g,),
-        "groups": (config.topk_group,), "group_mask": (g,), "expert_mask": (e,), "masked": (e,), "experts": (k,),
-        "normalised": (k,), "scaled": (k,), "output": (k,),
-    }  # fmt: skip
-    return {"input": (*(batch or (n_tokens,)), d), **{key: (n_tokens, *shape) for key, shape in per_token.items()}}
-
-
-def _notes(config: MoEConfig) -> dict[str, dict[str, str]]:
-    """What a stage is to a config that does not have it."""
-    notes = {}
-    if not limits_groups(config):
-        notes = dict.fromkeys(GROUP_STAGES, ONE_GROUP if config.n_group == 1 else NO_GROUP_RULE)
-    if not config.has_correction_bias:
-        notes["biased"] = NO_BIAS
-    if not (config.norm_topk_prob and (config.num_experts_per_tok > 1 or config.norm_single_expert)):
-        notes["normalised"] = NO_NORM
-    if config.topk_method == "balanced":
-        notes["experts"] = DEALT
-    return notes
-
-
 def versus_topk(token_steps: Sequence[Step]) -> VersusTopK:
     """What plain top-k over the unbiased scores would have taken for the token of these steps."""
     by_key = {step.stage.key: step for step in token_steps}
     scores, here, config = by_key["scores"].value, by_key["experts"].value, token_steps[0].config
     if not isinstance(scores, Tensor) or not isinstance(here, Tensor):
+        if not config.rule_is_known:
+            raise ValueError("the rule of this layer is not known, so its scores are not: see the logits")
         raise ValueError("scores were not recorded: record with detail='scores'")
     here = here[here < config.n_routed_experts]  # the id E is no expert
     topk = rules.largest(scores[None], config.num_experts_per_tok)[0]
@@ -197,24 +195,3 @@ def versus_topk(token_steps: Sequence[Step]) -> VersusTopK:
 
 def _groups(expert_ids: Tensor, config: MoEConfig) -> tuple[int, ...]:
     return tuple((expert_ids // config.experts_per_group).unique().tolist())
-
-
-def _worded(stage: Stage, config: MoEConfig) -> Stage:
-    """The formula as this config computes it."""
-    counted = {
-        "top2_sum": "top2",
-        "max": "top1",
-        "k_over_m_sum": f"top{config.num_experts_per_tok // config.topk_group}",
-    }
-    formulas = {
-        "scores": "scores = logits (scored after top-k)"
-        if config.score_after_topk
-        else f"{config.scoring_func}(logits)",
-        "group_scores": f"sum({counted[config.group_score_rule]}(choice))",
-        "groups": f"topk(group_scores, {config.topk_group})",
-        "masked": f"choice where open, else {config.group_mask}",
-        "experts": f"topk(masked, {config.num_experts_per_tok})",
-        "normalised": f"{config.scoring_func} over the kept" if config.score_after_topk else stage.formula,
-        "scaled": f"w * {config.routed_scaling_factor:g}",
-    }
-    return stage._replace(formula=formulas.get(stage.key, stage.formula))

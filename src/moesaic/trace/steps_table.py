@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 from rich import box
 from rich.console import Group, RenderableType
@@ -10,13 +11,14 @@ from rich.text import Text
 from torch import Tensor
 
 from moesaic.config import MoEConfig
+from moesaic.trace.pieces import visible
 from moesaic.trace.steps import Step, versus_topk
 
 WORDS = {
     "en": {
         "columns": ("#", "step", "formula", "shape", "this token"),
         "config": "{e} experts in {g} groups of {n}, {m} groups kept, top {k}",
-        "config_flat": "{e} experts, top {k}",
+        "config_flat": "{e} experts, top {k}", "unknown": "{e} experts, top {k}; the rule of this layer is not known",
         "ranks": "{n} of {e} experts change rank: ", "no_ranks": "no expert changes rank", "more": " …",
         "open": "{n} of {e} experts open", "sum": "sum {s:.4g}", "min_max": "min {a:.3g}  max {b:.3g}",
         "disagrees": "recorded values differ from the derived ones", "tied": "tie: another machine may differ",
@@ -27,7 +29,7 @@ WORDS = {
     "zh": {
         "columns": ("#", "步骤", "公式", "形状", "该 token 的值"),
         "config": "{e} 个专家分为 {g} 组、每组 {n} 个，保留 {m} 组，选 {k} 个",
-        "config_flat": "{e} 个专家，选 {k} 个",
+        "config_flat": "{e} 个专家，选 {k} 个", "unknown": "{e} 个专家，选 {k} 个；此层的路由规则未知",
         "ranks": "{e} 个专家中 {n} 个名次改变：", "no_ranks": "没有专家改变名次", "more": " …",
         "open": "{e} 个专家中 {n} 个可选", "sum": "和 {s:.4g}", "min_max": "最小 {a:.3g}  最大 {b:.3g}",
         "disagrees": "记录值与推导值不一致", "tied": "并列：换一台机器可能选得不同",
@@ -43,20 +45,21 @@ SPARK_WIDTH = 32  # values drawn one by one; longer rows are pooled by their max
 def steps_table(steps: Sequence[Step], lang: str = "en", *, versus: bool = False, title: str = "") -> RenderableType:
     """The 15 steps of one token, one row a step. With `versus`, a line says what plain top-k would have taken."""
     words, config = words_of(WORDS, lang), steps[0].config
-    table = Table(box=box.SIMPLE_HEAD, title=title or None, title_justify="left", pad_edge=False, expand=False)
+    heading = Text(visible(title)) if title else None  # it holds a token and a layer's name, so it is no markup
+    table = Table(box=box.SIMPLE_HEAD, title=heading, title_justify="left", pad_edge=False, expand=False)
     for name, justify in zip(words["columns"], ("right", "left", "left", "left", "left"), strict=True):
         table.add_column(name, justify=justify, no_wrap=justify == "right", overflow="fold")  # type: ignore[arg-type]
     by_key = {step.stage.key: step for step in steps}
     for step in steps:
         stage = step.stage
         value = _value(step, by_key, words, lang)
-        shape = "[" + ", ".join(map(str, step.shape)) + "]"
+        shape = "[" + ", ".join(map(str, step.shape)) + "]" if step.shape else "?"
         name = stage.name_zh if lang == "zh" else stage.name_en
         table.add_row(str(stage.number), name, Text(stage.formula), Text(shape), value)
-    key = "config" if config.n_group > 1 else "config_flat"
+    key = "unknown" if not config.rule_is_known else "config" if config.n_group > 1 else "config_flat"
     parts: list[RenderableType] = [Text(words[key].format(**_sizes(config)), style="dim"), table]
     if versus:
-        parts.append(_versus_line(steps, words))
+        parts.append(_versus_line(steps, words, lang))
     return Group(*parts)
 
 
@@ -71,6 +74,31 @@ def sparkline(values: Tensor, width: int = SPARK_WIDTH) -> str:
         return " " * len(numbers)
     low, span = min(finite), max(finite) - min(finite) or 1.0
     return "".join(SPARKS[int((v - low) / span * 7.999)] if math.isfinite(v) else " " for v in numbers)
+
+
+def steps_as_dict(steps: Sequence[Step], *, versus: bool = False) -> dict[str, Any]:
+    """The same as numbers for JSON. What is not finite is null; `why` says what there is instead of a value."""
+    of_token: list[dict[str, Any]] = []
+    for step in steps:
+        of_token.append({
+            "number": step.stage.number, "key": step.stage.key, "name_en": step.stage.name_en,
+            "name_zh": step.stage.name_zh, "formula": step.stage.formula, "shape": list(step.shape),
+            "value": _plain(step.value), "why": step.note, "agrees": step.agrees, "tied": step.tied,
+        })  # fmt: skip
+    out: dict[str, Any] = {"config": steps[0].config.to_dict(), "steps": of_token}
+    if versus:
+        scored = next(step for step in steps if step.stage.key == "scores").value is not None
+        found = versus_topk(steps) if scored else None
+        out["versus_topk"] = None if found is None else {key: _plain(value) for key, value in found._asdict().items()}
+    return out
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        value = value.tolist()
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def rank_changes(scores: Tensor, biased: Tensor) -> list[tuple[int, int]]:
@@ -98,7 +126,8 @@ def _value(step: Step, by_key: dict[str, Step], words: dict, lang: str) -> Text:
 def _shown(step: Step, by_key: dict[str, Step], words: dict) -> str:
     key, value = step.stage.key, step.value
     if isinstance(value, tuple):
-        return "  ".join(f"e{e}:{short(w)}" for e, w in zip(value[0].tolist(), value[1].tolist(), strict=True))
+        pairs = zip(value[0].tolist(), value[1].tolist(), strict=True)
+        return "  ".join(f"{_expert(e, step.config)}:{short(w)}" for e, w in pairs)
     assert value is not None
     if key in ("input", "tokens", "logits", "scores", "masked"):
         finite = value[value.isfinite()]
@@ -120,8 +149,8 @@ def _shown(step: Step, by_key: dict[str, Step], words: dict) -> str:
         return " ".join("1" if kept else "0" for kept in value.tolist())
     if key == "expert_mask":
         return words["open"].format(n=int(value.sum()), e=len(value))
-    if key == "experts":
-        return " ".join(f"e{e}" for e in value.tolist())
+    if key in ("experts", "output"):
+        return " ".join(_expert(e, step.config) for e in value.tolist())
     return "  ".join(short(w) for w in value.tolist()) + "   " + words["sum"].format(s=float(value.sum()))
 
 
@@ -134,11 +163,13 @@ def _ranks(scores: object, biased: Tensor, words: dict) -> str:
     return words["ranks"].format(n=len(moved), e=len(biased)) + shown + (words["more"] if len(moved) > 4 else "")
 
 
-def _versus_line(steps: Sequence[Step], words: dict) -> Text:
+def _versus_line(steps: Sequence[Step], words: dict, lang: str) -> Text:
     config = steps[0].config
     head = words["versus"].format(k=config.num_experts_per_tok)
-    if next(step for step in steps if step.stage.key == "scores").value is None:
-        return Text(f"{head}: {words['no_data']}", style="dim")
+    scores = next(step for step in steps if step.stage.key == "scores")
+    if scores.value is None:
+        why = "" if config.rule_is_known or not scores.note else f" ({scores.note[lang]})"
+        return Text(f"{head}: {words['no_data']}{why}", style="dim")
     versus = versus_topk(steps)
     if not len(versus.only_topk):
         return Text(f"{head} {words['same']}")
@@ -150,6 +181,10 @@ def _versus_line(steps: Sequence[Step], words: dict) -> Text:
         y=len(versus.groups_here),
     )
     return Text(f"{head} {instead}")
+
+
+def _expert(number: int, config: MoEConfig) -> str:
+    return f"e{number}" if number < config.n_routed_experts else "–"
 
 
 def _experts(ids: Tensor, config: MoEConfig) -> str:

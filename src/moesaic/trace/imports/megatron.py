@@ -1,0 +1,183 @@
+"""Megatron-LM's router traces: `router_trace_rank*.jsonl`, written with `--moe-routing-trace-path`.
+
+Source of the format: NVIDIA/Megatron-LM, megatron/core/transformer/moe/router_trace.py (RouterTracer, pull request
+#5220). One JSON object a line for every call of a router: {"step", "stage": "pre_dispatch", "block": "decoder" | "mtp",
+"layer", "rank", "num_tokens", "topk", "top_indices": [[...], ...]}, and "mtp_idx" in the block mtp.
+A step of training has a record a layer and micro-batch, and another one where activations are recomputed. Layers count
+from 0 where hooks wrote them (numbers of their pipeline stage) and from 1 where inference did. There are neither token
+ids nor documents in it; hidden states and logits lie in files of their own, which are not read.
+"""
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from moesaic.trace.imports.assemble import MOST_PICKS, Imported, Part, assemble, without_copies
+from moesaic.trace.imports.target import MOST_LAYERS, Target
+from moesaic.trace.imports.untrusted import MOST_LINE, is_count, parsed, size_of, table
+
+ONE_SEQUENCE = "every micro-batch (in inference, every step) of a rank is one sequence: the record has no documents"
+
+
+class Call(NamedTuple):
+    """One call of the router of a decoder layer. ids: int32 [T, K]."""
+
+    rank: int
+    step: int
+    layer: int
+    ids: np.ndarray
+
+
+Steps = dict[int, dict[int, list[np.ndarray]]]  # step -> layer -> ids [T, K] of each call, in order
+
+
+def read(files: Sequence[Path], target: Target) -> Imported:
+    """A trace of the decoder layers in these files: one rank a file, ranks that hold the same layers.
+
+    Ranks that recorded the same picks (tensor parallelism) count once, and so does a recomputed forward; micro-batches
+    that lack a layer are left out. ValueError, in one line, for anything else.
+    """
+    ranks: dict[int, Steps] = {}
+    file_of: dict[tuple[int, int], Path] = {}
+    n_mtp = n_picks = 0
+    for path in files:
+        for call in _calls(path, target.n_experts):
+            if call is None:
+                n_mtp += 1
+                continue
+            if (other := file_of.setdefault((call.rank, call.step), path)) != path:
+                raise ValueError(f"step {call.step} of rank {call.rank} is in {other} and in {path}: give one of them")
+            n_picks += call.ids.size
+            if n_picks > MOST_PICKS:
+                raise ValueError(f"{path}: more than {MOST_PICKS:,} ids in all: import less")
+            ranks.setdefault(call.rank, {}).setdefault(call.step, {}).setdefault(call.layer, []).append(call.ids)
+    if not ranks:
+        raise ValueError("no decoder layer was traced in these files: nothing can be imported")
+    notes = [f"{n_mtp} records of multi-token-prediction heads are left out"] if n_mtp else []
+    layers = _layers(ranks)
+    repeated = sum(_without_recomputes(calls) for steps in ranks.values() for calls in steps.values())
+    if repeated:
+        notes.append(f"{repeated} records repeat one of their step and layer (a recomputed forward) and are left out")
+    copies, distinct = without_copies(ranks, _same)
+    notes += copies
+    parts, incomplete = [], 0
+    for rank, steps in distinct.items():
+        for step in sorted(steps):
+            found, lacking = _parts(steps[step], layers, f"rank {rank} step {step}")
+            parts += found
+            incomplete += lacking
+    if incomplete:
+        notes.append(f"{incomplete} micro-batches lack a layer and are left out")
+    if not parts:
+        raise ValueError("no step has all layers: nothing can be imported")
+    numbers, shifted = _numbers(layers, target)
+    names = [f"decoder.layers.{number}" for number in numbers]
+    imported = assemble(parts, names, numbers, target)
+    return imported._replace(notes=(*notes, *shifted, ONE_SEQUENCE, *imported.notes))
+
+
+def _calls(path: Path, n_experts: int) -> Iterator[Call | None]:
+    """The records of a file; None for one of another block than the decoder."""
+    size_of(path)
+    with path.open("rb") as file:
+        number = 0
+        while line := file.readline(MOST_LINE + 1):
+            number += 1
+            if len(line) > MOST_LINE:
+                raise ValueError(f"{path} line {number}: longer than {MOST_LINE:,} bytes")
+            if line.strip():
+                where = f"{path} line {number}"
+                yield _call(parsed(line, where), where, n_experts)
+
+
+def _call(record: Any, where: str, n_experts: int) -> Call | None:
+    if not isinstance(record, dict) or "top_indices" not in record:
+        raise ValueError(f"{where}: not a record of a router trace: it has no top_indices")
+    for name in ("step", "layer", "rank", "num_tokens", "topk"):
+        if not is_count(record.get(name)):
+            raise ValueError(f"{where}: {name} is not a whole number from 0")
+    if (stage := record.get("stage", "pre_dispatch")) != "pre_dispatch":
+        raise ValueError(f"{where}: stage {str(stage)[:40]!r} is unknown: pre_dispatch is read")
+    if (block := record.get("block", "decoder")) not in ("decoder", "mtp"):
+        raise ValueError(f"{where}: block {str(block)[:40]!r} is unknown: decoder is read, mtp left out")
+    rows = table(record["top_indices"], where, "top_indices")
+    due = (record["num_tokens"], record["topk"] if len(rows) else 0)
+    if rows.shape != due:
+        raise ValueError(f"{where}: top_indices has the shape {rows.shape}, and num_tokens and topk say {due}")
+    if rows.size and not 0 <= rows.min() <= rows.max() < n_experts:
+        wrong = int(rows.min() if rows.min() < 0 else rows.max())
+        raise ValueError(
+            f"{where}: expert {wrong} was chosen, and there are {n_experts}: give the config, or the --experts, of the "
+            "model that was recorded"
+        )
+    if block != "decoder":
+        return None
+    return Call(record["rank"], record["step"], record["layer"], rows.astype(np.int32))
+
+
+def _layers(ranks: Mapping[int, Steps]) -> list[int]:
+    """The layers of every rank. ValueError where ranks have different ones."""
+    of_rank = {rank: sorted({layer for calls in steps.values() for layer in calls}) for rank, steps in ranks.items()}
+    first = min(of_rank)
+    for rank, layers in of_rank.items():
+        if layers != of_rank[first]:
+            raise ValueError(
+                f"rank {first} has layers {_span(of_rank[first])} and rank {rank} has {_span(layers)}: import the "
+                "pipeline stages one by one"
+            )
+    if len(of_rank[first]) > MOST_LAYERS:
+        raise ValueError(f"{len(of_rank[first])} layers: at most {MOST_LAYERS} are read")
+    return of_rank[first]
+
+
+def _span(layers: Sequence[int]) -> str:
+    return f"{layers[0]} to {layers[-1]} ({len(layers)})"
+
+
+def _without_recomputes(calls: dict[int, list[np.ndarray]]) -> int:
+    """Take out calls of a layer that repeat an earlier one of the step, id for id; how many."""
+    n_repeated = 0
+    for layer, all_ids in calls.items():
+        by_content = {(ids.shape, hashlib.sha256(ids.tobytes()).digest()): ids for ids in reversed(all_ids)}
+        first = {id(ids) for ids in by_content.values()}
+        calls[layer] = [ids for ids in all_ids if id(ids) in first]
+        n_repeated += len(all_ids) - len(calls[layer])
+    return n_repeated
+
+
+def _same(ours: Steps, theirs: Steps) -> bool:
+    return ours.keys() == theirs.keys() and all(
+        ours[step].keys() == theirs[step].keys()
+        and all(
+            len(ours[step][layer]) == len(theirs[step][layer])
+            and all(map(np.array_equal, ours[step][layer], theirs[step][layer]))
+            for layer in ours[step]
+        )
+        for step in ours
+    )
+
+
+def _parts(calls: Mapping[int, list[np.ndarray]], layers: Sequence[int], where: str) -> tuple[list[Part], int]:
+    """The micro-batches of one step of one rank, and how many lack a layer."""
+    n_batches = [len(calls.get(layer, ())) for layer in layers]
+    parts = []
+    for index in range(min(n_batches)):
+        of_layer = [calls[layer][index] for layer in layers]
+        if len(shapes := {ids.shape for ids in of_layer}) > 1:
+            raise ValueError(
+                f"{where}: micro-batch {index} has {' and '.join(map(str, sorted(shapes)))} ids in its layers: "
+                "they must be of the same tokens"
+            )
+        parts.append(Part(where, np.stack(of_layer)))
+    return parts, max(n_batches) - min(n_batches)
+
+
+def _numbers(layers: Sequence[int], target: Target) -> tuple[list[int], list[str]]:
+    """Layer numbers from 0, as far as the config tells."""
+    expected = set(target.layers or ())
+    if expected and not set(layers) <= expected and {layer - 1 for layer in layers} <= expected:
+        return [layer - 1 for layer in layers], ["layers count from 1 in this record, and from 0 in the trace"]
+    return list(layers), []

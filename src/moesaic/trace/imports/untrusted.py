@@ -1,0 +1,75 @@
+"""Bytes and JSON of files that somebody else made: limits before memory is used, one kind of error."""
+
+import json
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+
+MOST_BYTES = 16 << 30  # of one file
+MOST_LINE = 512 << 20  # bytes of one line of a file of lines
+
+
+def size_of(path: Path, most: int = MOST_BYTES) -> int:
+    """Bytes of a file that exists and is no larger than `most`."""
+    if not path.is_file():
+        raise ValueError(f"{path}: {'a folder, not a file' if path.is_dir() else 'no such file'}")
+    size = path.stat().st_size
+    if size == 0:
+        raise ValueError(f"{path}: the file is empty")
+    if size > most:
+        raise ValueError(f"{path}: {size:,} bytes, and at most {most:,} are read: split the record")
+    return size
+
+
+def read_bytes(path: Path, most: int = MOST_BYTES) -> bytes:
+    """The whole file."""
+    size_of(path, most)
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def parsed(text: bytes, where: str) -> Any:
+    """A JSON document without duplicate keys and without NaN; `where` names it in errors."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            raise ValueError(f"{where}: a key is there twice")
+        return found
+
+    def refuse(constant: str) -> NoReturn:
+        raise ValueError(f"{where}: holds {constant}, which is not JSON")
+
+    try:
+        return json.loads(text.decode("utf-8"), object_pairs_hook=unique, parse_constant=refuse)
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(f"{where}: not JSON, or cut short ({type(error).__name__})") from None
+    except ValueError as error:
+        told = str(error)  # one of the two above, or a number of thousands of digits
+        raise ValueError(told if told.startswith(where) else f"{where}: holds a number that is too long") from None
+
+
+def is_count(value: Any) -> bool:
+    """A whole number from 0 that an int64 holds; True and False are none."""
+    return type(value) is int and 0 <= value < 2**63
+
+
+def counts(values: Any, where: str, what: str) -> list[int]:
+    """A list of whole numbers from 0."""
+    if not isinstance(values, list) or not all(map(is_count, values)):
+        raise ValueError(f"{where}: {what} is not a list of whole numbers from 0")
+    return values
+
+
+def table(rows: Any, where: str, what: str) -> np.ndarray:
+    """A list of lists of whole numbers, all of one length, as int64 [rows, columns]."""
+    if not isinstance(rows, list) or not all(isinstance(row, list) for row in rows):
+        raise ValueError(f"{where}: {what} is not a list of lists")
+    if len(lengths := {len(row) for row in rows}) > 1:
+        raise ValueError(f"{where}: rows of {what} have {min(lengths)} to {max(lengths)} numbers: they must be equal")
+    if not all(type(value) is int and -(2**63) <= value < 2**63 for row in rows for value in row):
+        raise ValueError(f"{where}: {what} holds something that is not a whole number")
+    return np.array(rows, dtype=np.int64).reshape(len(rows), lengths.pop() if lengths else 0)

@@ -187,6 +187,16 @@ def test_an_append_that_fails_leaves_the_tokens_before_it(tmp_path, monkeypatch)
     assert_equal(load(path), dataclasses.replace(trace.select(slice(0, 5)), bias=None))
 
 
+def test_of_two_errors_the_first_is_told(tmp_path, monkeypatch):
+    def run():
+        with TraceWriter(tmp_path / "run.safetensors", nothing_of(full())):
+            monkeypatch.setattr(writer, "write", lambda *_: load(tmp_path))
+            raise RuntimeError("the run died")
+
+    with pytest.raises(RuntimeError, match="the run died"):
+        run()
+
+
 def test_a_writer_is_given_the_same_things_every_time(tmp_path):
     trace = full()
     layers, tokens = next(parts_of(trace, (5,)))
@@ -297,6 +307,28 @@ def no_about(file):
     del file.header["__metadata__"]["about"]
 
 
+def a_gap(file):
+    last = max(
+        (entry for name, entry in file.header.items() if name != "__metadata__"), key=lambda e: e["data_offsets"]
+    )
+    last["data_offsets"] = [8 + number for number in last["data_offsets"]]
+    file.data += b"\0" * 8
+
+
+def more_than_needed(file):
+    last = max(
+        (entry for name, entry in file.header.items() if name != "__metadata__"), key=lambda e: e["data_offsets"]
+    )
+    last["data_offsets"][1] += 8
+    file.data += b"\0" * 8
+
+
+def two_sizes(file):
+    other = v3(8, 4, 2, 4)
+    file.about["configs"].append({"hash": other.digest(), "fields": other.to_dict()})
+    file.about["layers"][1]["config"] = 1
+
+
 def no_layers(file):
     del file.about["layers"]
 
@@ -317,6 +349,10 @@ ATTACKS = [
     (extra_tensor, r"holds a tensor '\\x1b\[2J', which a trace does not have"),
     (data(b"short"), "cut short or longer than it says"),
     (data(b"\0" * 99_999), "cut short or longer than it says"),
+    (a_gap, "its tensors overlap or leave a gap"),
+    (more_than_needed, "offsets of shape .* takes 24 bytes and has 32"),
+    (tensor("logits", shape=[2, 16, 12]), r"logits has the shape \[2, 16, 12\]: \[2, 12, 16\] follows"),
+    (two_sizes, "its layers differ in experts or experts per token"),
     (no_about, "about is missing"),
     (meta(format="other"), "not a recorded trace"),
     (meta(format_version="x"), "format_version is not a whole number"),
@@ -337,6 +373,7 @@ ATTACKS = [
     (fields(n_routed_experts=0), "a config is not lawful"),
     (fields(n_routed_experts="16"), "a config is not lawful"),
     (fields(surprise=1), "a config is not lawful"),
+    (fields(**{"\x1b[2J": 1}), r"a config is not lawful .*\\x1b\[2J"),
     (fields(routed_scaling_factor=3.5), "a config has the hash"),
     (said(labels=["one"]), "1 labels for 3 sequences"),
     (said(labels="abc"), "labels is not a list"),
@@ -404,6 +441,28 @@ def test_numbers_out_of_range_are_refused_and_named(tmp_path, name, value, messa
     where = header[name]["data_offsets"][0]
     rewrite(path, header, data[:where] + bytes([value]) + data[where + 1 :])
     refused(path, message)
+
+
+def test_a_negative_id_is_refused(tmp_path):
+    path = tmp_path / "run.safetensors"
+    picks = torch.tensor([[[0, 299]]], dtype=torch.int16)
+    Trace(picks=picks, layers=("a",), configs=(v3(300, 1, 1, 2),), sequences=torch.zeros(1).long()).save(path)
+    header, data = header_of(path)
+    rewrite(path, header, data.replace(struct.pack("<h", 299), struct.pack("<h", -1)))
+    refused(path, "picks reach from -1 to 0: 0 to 300 is allowed")
+
+
+def test_numbers_start_at_multiples_of_eight_and_may_start_anywhere(tmp_path):
+    path = tmp_path / "run.safetensors"
+    full().save(path)
+    (length,) = struct.unpack("<Q", path.read_bytes()[:8])
+    assert length % 8 == 0
+    header, data = header_of(path)
+    for spaces in range(8):
+        rewrite(path, json.dumps(header).encode() + b" " * spaces, data)
+        trace = load(path)
+        assert_equal(trace, full())
+        assert trace.logits.data_ptr() % 4 == 0
 
 
 def test_a_sequence_number_cannot_ask_for_memory(tmp_path):

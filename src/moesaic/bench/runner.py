@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, TypeVar
 
 import torch
@@ -77,7 +77,7 @@ class Result:
 
     def to_dict(self) -> dict[str, Any]:
         ceiling = None if self.ceiling is None else self.ceiling._asdict()
-        line = {"kind": "cell", "key": self.cell.key, **asdict(self), "ceiling": ceiling}
+        line: dict[str, Any] = {"kind": "cell", "key": self.cell.key, **asdict(self), "ceiling": ceiling}
         for row in line["rows"]:  # JSON has no infinity: null is a gradient that is missing or not a number
             row["errors"] = {what: error if math.isfinite(error) else None for what, error in row["errors"].items()}
         return line
@@ -85,7 +85,7 @@ class Result:
     @classmethod
     def of(cls, line: dict[str, Any]) -> "Result":
         ceiling = None if line["ceiling"] is None else Ceiling(**line["ceiling"])
-        rows = [Row(**{**row, "errors": _read_errors(row["errors"])}) for row in line["rows"]]
+        rows = [replace(Row(**row), errors=_read_errors(row["errors"])) for row in line["rows"]]
         return cls(Cell.of(line["cell"]), rows, line["skipped"], line["least_ms"], ceiling, line["seconds"])
 
     def row(self, name: str) -> Row | None:

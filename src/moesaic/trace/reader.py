@@ -73,8 +73,9 @@ def _load(path: Path) -> Trace:
     _check_sizes(places, fields)
     tensors = {name: _tensor(path, name, start, *place) for name, place in places.items()}
     _check_values(tensors, fields)
+    whole: dict[str, Any] = tensors | fields
     try:
-        return Trace(**tensors, **fields)
+        return Trace(**whole)
     except ValueError as error:
         _fail(f"a damaged trace ({error}): record it again")
 

@@ -167,6 +167,8 @@ class Trace:
         """The routing of one layer: logits [T, E] or None, weights [T, K], expert_ids int64 [T, K]."""
         if not -self.n_layers <= index < self.n_layers:
             raise ValueError(f"layer={index} is not in the trace: it has layers 0 to {self.n_layers - 1}")
+        if self.weights is None:
+            raise ValueError("only ids were recorded, no weights: take `picks`, or record with detail='picks'")
         logits = None if self.logits is None else self.logits[index]
         return Routing(logits, self.weights[index], self.picks[index].long())
 

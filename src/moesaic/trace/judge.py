@@ -1,0 +1,254 @@
+"""What explains that two traces chose different experts: rounding, other scores, or another rule."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from moesaic.config import MoEConfig
+from moesaic.trace.derive import compare, derive, derived_layer, dtype_of, logits_of, weight_tolerance, why_not_derived
+from moesaic.trace.margins import margin_between, rounding_bound
+from moesaic.trace.store import Trace
+
+VERDICTS = ("identical", "near-ties", "different scores", "different rule", "cannot tell")
+OWN = (
+    0.01  # of the tokens of a trace may fail to follow from its own scores; with more, its rule is not the one it says
+)
+WIDE = 0.1  # of the flips may be wider than rounding allows: the bound is a multiple of it and not its limit
+BROKEN = 0.1  # of the flips may break the other trace's rule
+UNEVEN = 0.5  # of the tokens with the same experts have other weights: then weights are made by another rule
+RULE_FIELDS = (
+    "scoring_func", "score_after_topk", "topk_method", "n_group", "topk_group", "group_score_rule", "group_mask",
+    "norm_topk_prob", "routed_scaling_factor",
+)  # fmt: skip
+
+
+class Finding(NamedTuple):
+    """What the scores of one layer say, per token; None where they say nothing.
+
+    why: for each trace why nothing can be derived from it, or None. tied: the other choice is one of exact ties.
+    margins: how far scores were from the other choice, the smaller of both. near: rounding explains that.
+    broken: the picks of one do not follow from its scores by the other's rule. weights_broken: nor do its weights.
+    weights_apart: relative differences of weights of tokens with equal sets and an equal past.
+    """
+
+    why: tuple[dict[str, str] | None, dict[str, str] | None]
+    tied: Tensor
+    margins: Tensor | None = None
+    near: Tensor | None = None
+    broken: Tensor | None = None
+    weights_broken: Tensor | None = None
+    weights_apart: Tensor | None = None
+
+
+class Judgement(NamedTuple):
+    """A verdict with its reasons, each {"en": ..., "zh": ...}, the weightiest first."""
+
+    verdict: str
+    reasons: tuple[dict[str, str], ...]
+
+
+NOT_OWN = {"en": "its picks do not follow from its scores by its rule", "zh": "按它记录的规则，由分数推不出它的选择"}
+
+
+def explain_layer(a: Trace, b: Trace, layer: int, precision: torch.dtype) -> Finding:
+    """What the scores of a layer say about the choices of both traces."""
+    finding = Finding((None, None), torch.zeros(len(a), dtype=torch.bool))
+    why: list[dict[str, str] | None] = []
+    for mine, other in ((a, b), (b, a)):
+        reason = why_not_derived(mine, layer)
+        derived = {} if reason else derived_layer(mine, layer)
+        if not reason and float(_strays(derived, mine, layer, mine.configs[layer]).float().mean()) > OWN:
+            reason = NOT_OWN
+        why.append(reason)
+        if not reason:
+            finding = _seen_from(finding, derived, mine, other, layer, precision)
+    return finding._replace(why=(why[0], why[1]))
+
+
+def _seen_from(
+    finding: Finding, derived: dict[str, Tensor], mine: Trace, other: Trace, layer: int, precision: torch.dtype
+) -> Finding:
+    """Add what is seen from the side of a trace whose rule is known: its margins, and the other under its rule."""
+    config, target = mine.configs[layer], other.picks[layer].long()
+    margins = margin_between(derived, target, config)
+    near = margins <= rounding_bound(derived, config, precision)
+    finding = finding._replace(
+        tied=finding.tied | compare(derived, target, None, config).experts,
+        margins=margins if finding.margins is None else torch.fmin(finding.margins, margins),
+        near=near if finding.near is None else finding.near | near,
+    )
+    if other.logits is None:
+        return finding
+    by_my_rule = derive(logits_of(other, layer), _bias_for(mine, other, layer), config, target)
+    finding = finding._replace(broken=_either(finding.broken, _strays(by_my_rule, other, layer, config)))
+    if other.weights is not None:
+        tolerance = weight_tolerance(dtype_of(other.dtypes.get("weights")))
+        off = ~compare(by_my_rule, target, other.weights[layer], config, tolerance).weights
+        finding = finding._replace(weights_broken=_either(finding.weights_broken, off))
+    return finding
+
+
+def _bias_for(mine: Trace, other: Trace, layer: int) -> Tensor | None:
+    """The bias of my rule; in the other's narrower dtype where it only was cast down, which is rounding."""
+    bias = None if mine.bias is None else mine.bias[layer]
+    if bias is None or other.bias is None:
+        return bias
+    return other.bias[layer] if _is_rounded(bias, other.bias[layer]) else bias
+
+
+def _is_rounded(one: Tensor, two: Tensor) -> bool:
+    """One of two biases is the other cast to bfloat16 or float16."""
+    narrow = (torch.bfloat16, torch.float16)
+    return any(torch.equal(x.to(dtype).float(), y) for dtype in narrow for x, y in ((one, two), (two, one)))
+
+
+def _strays(derived: dict[str, Tensor], trace: Trace, layer: int, config: MoEConfig) -> Tensor:
+    """Tokens whose recorded picks are not those of the derivation, by more than the scores' own rounding, bool [T]."""
+    ids = trace.picks[layer].long()
+    dtype = dtype_of(trace.dtypes.get("logits")) or torch.float32
+    margins = margin_between(derived, ids, config)
+    rounded = margins <= rounding_bound(derived, config, dtype)
+    whole = (ids < config.n_routed_experts).all(-1) & ~derived["biased"].isnan().any(-1)
+    return ~compare(derived, ids, None, config).experts & ~rounded & whole
+
+
+def _either(before: Tensor | None, now: Tensor) -> Tensor:
+    return now if before is None else before | now
+
+
+def precision_of(a: Trace, b: Trace) -> tuple[torch.dtype, bool]:
+    """The coarser dtype that the models of two traces may have run in, and whether that is an assumption.
+
+    Logits of a router that computes in the model's dtype tell it; one that computes in float32 hides it.
+    """
+    told = [trace.configs[0].rule_is_known and trace.configs[0].router_dtype == "model" for trace in (a, b)]
+    dtypes = [dtype_of(trace.dtypes.get("logits")) or torch.float32 for trace in (a, b)]
+    coarsest = max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
+    return (coarsest, False) if all(told) or coarsest is torch.bfloat16 else (torch.bfloat16, True)
+
+
+def judge(
+    findings: Sequence[Finding], found: dict[str, Any], a: Trace, b: Trace, precision: torch.dtype, assumed: bool
+) -> Judgement:
+    """The verdict of a Diff from what its layers showed. `found` holds its fields by name."""
+    flips, origins, incomplete = found["flips"], found["origins"], found["incomplete"]
+    if weights := _weights_rule(findings, precision):
+        return Judgement("different rule", (weights, *_rule_differences(a, b)))
+    if not flips.any():
+        return _unflipped(incomplete, found["weight_differences"])
+    if reasons := _broken_rule(findings, flips, a, b):
+        return Judgement("different rule", reasons)
+    if all(finding.near is None for finding in findings):
+        return Judgement("cannot tell", _no_scores(findings))
+    known = torch.stack([torch.full_like(flips[0], finding.near is not None) for finding in findings])
+    seen = origins & known & ~found["ties"]
+    near = torch.stack([torch.zeros_like(flips[0]) if f.near is None else f.near for f in findings])
+    name = str(precision).removeprefix("torch.")
+    if not (origins & known).any():
+        text = "the first flips are in layers without scores: record both with detail='scores'"
+        return Judgement("cannot tell", ({"en": text, "zh": "最先分歧的层没有记录分数：请用 detail='scores' 记录"},))
+    wide, total = int((seen & ~near).sum()), int((origins & known).sum())
+    assumption = {"en": " (assumed: routers compute in float32 whatever the model does)" if assumed else "",
+                  "zh": "（假定：路由器总用 float32 计算，看不出模型的精度）" if assumed else ""}  # fmt: skip
+    counts = {
+        "en": f"{total - wide} of {total} first splits lie within the rounding of {name}{assumption['en']}",
+        "zh": f"{total} 处最初分歧中有 {total - wide} 处在 {name} 的舍入误差之内{assumption['zh']}",
+    }
+    if wide <= WIDE * total:
+        return Judgement("near-ties", (counts, *_rule_differences(a, b)))
+    if any(finding.broken is not None for finding in findings):
+        same = {
+            "en": "one rule explains both choices, each from its own scores: weights, inputs or arithmetic differ",
+            "zh": "同一规则由各自的分数解释了双方的选择：权重、输入或计算不同",
+        }
+        return Judgement("different scores", (same, counts))
+    one = {
+        "en": "or other scores: only one of the two recorded them, so this cannot be told apart",
+        "zh": "也可能是分数不同：只有一方记录了分数，无法区分",
+    }
+    return Judgement("different rule", (counts, one, *_rule_differences(a, b)))
+
+
+def _unflipped(incomplete: Tensor, weights: Tensor | None) -> Judgement:
+    if count := int(incomplete.sum()):
+        reason = {
+            "en": f"{count} of {incomplete.numel()} (layer, token) pairs have fewer experts in one trace; "
+            "all others are the same",
+            "zh": f"{incomplete.numel()} 个（层，token）中有 {count} 个在一方的专家较少，其余相同",
+        }
+        return Judgement("cannot tell", (reason,))
+    largest = None if weights is None else float(weights.max())
+    reason = {"en": "every token has the same experts in every layer", "zh": "每个 token 在每一层的专家都相同"}
+    if largest is not None:
+        reason = {
+            "en": f"{reason['en']}; weights differ by at most {largest:.1e} of the largest",
+            "zh": f"{reason['zh']}；权重最多相差最大权重的 {largest:.1e}",
+        }
+    return Judgement("identical", (reason,))
+
+
+def _broken_rule(findings: Sequence[Finding], flips: Tensor, a: Trace, b: Trace) -> tuple[dict[str, str], ...]:
+    checked = [(f.broken & flip, flip) for f, flip in zip(findings, flips, strict=True) if f.broken is not None]
+    broken, total = sum(int(x.sum()) for x, _ in checked), sum(int(flip.sum()) for _, flip in checked)
+    if not total or broken <= BROKEN * total:
+        return ()
+    reason = {
+        "en": f"{broken} of {total} flips do not follow from the trace's own scores by the other's rule",
+        "zh": f"{total} 处分歧中有 {broken} 处，由自己的分数按对方的规则推不出来",
+    }
+    return (reason, *_rule_differences(a, b))
+
+
+def _weights_rule(findings: Sequence[Finding], precision: torch.dtype) -> dict[str, str] | None:
+    """Weights that differ where experts and past are the same: by their own scores, or by more than rounding."""
+    off = [f.weights_broken for f in findings if f.weights_broken is not None]
+    if off:
+        share = float(torch.cat(off).float().mean())
+        if share <= UNEVEN:
+            return None
+        return {
+            "en": f"{100 * share:.0f} % of the weights do not follow from the trace's own scores by the other's rule",
+            "zh": f"{100 * share:.0f} % 的权重，由自己的分数按对方的规则推不出来",
+        }
+    apart = torch.cat([f.weights_apart for f in findings if f.weights_apart is not None] or [torch.zeros(0)])
+    bound = 16 * torch.finfo(precision).eps
+    if len(apart) and float((apart > bound).float().mean()) > UNEVEN:
+        return {
+            "en": f"weights of the same experts differ by {100 * float(apart.median()):.0f} % (median)",
+            "zh": f"相同专家的权重相差 {100 * float(apart.median()):.0f} %（中位数）",
+        }
+    return None
+
+
+def _rule_differences(a: Trace, b: Trace) -> tuple[dict[str, str], ...]:
+    """What the traces themselves say is different: fields of the rule, the correction bias."""
+    out = []
+    for layer, (one, two) in enumerate(zip(a.configs, b.configs, strict=True)):
+        if not (one.rule_is_known and two.rule_is_known):
+            continue
+        unlike = [name for name in RULE_FIELDS if getattr(one, name) != getattr(two, name)]
+        if unlike:
+            told = ", ".join(f"{name} {getattr(one, name)} / {getattr(two, name)}" for name in unlike)
+            out.append({"en": f"layer {layer}: {told}", "zh": f"第 {layer} 层：{told}"})
+            break
+    if (a.bias is None) != (b.bias is None):
+        out.append({"en": "a correction bias is recorded in one only", "zh": "只有一方记录了修正偏置"})
+    elif a.bias is not None and b.bias is not None and not torch.equal(a.bias, b.bias):
+        largest = float((a.bias - b.bias).abs().max())
+        cast = all(_is_rounded(one, two) for one, two in zip(a.bias, b.bias, strict=True))
+        en, zh = (", as much as a cast to 16 bits does", "，即转为 16 位的误差") if cast else ("", "")
+        out.append({
+            "en": f"correction biases differ by up to {largest:.3g}{en}",
+            "zh": f"修正偏置最多相差 {largest:.3g}{zh}",
+        })  # fmt: skip
+    return tuple(out)
+
+
+def _no_scores(findings: Sequence[Finding]) -> tuple[dict[str, str], ...]:
+    names = ("a", "b")
+    told = dict.fromkeys(
+        (name, why["en"], why["zh"]) for f in findings for name, why in zip(names, f.why, strict=True) if why
+    )
+    return tuple({"en": f"trace {name}: {en}", "zh": f"记录 {name}：{zh}"} for name, en, zh in told)

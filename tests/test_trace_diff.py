@@ -1,0 +1,314 @@
+"""Two records of the same tokens: what differs, and what the difference is put down to."""
+
+import copy
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from cases import configs, v3
+from hf_models import tiny, token_ids
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+
+from moesaic.config import MoEConfig
+from moesaic.rules import route
+from moesaic.trace.derive import derive
+from moesaic.trace.diff import diff
+from moesaic.trace.diff_table import diff_table
+from moesaic.trace.judge import VERDICTS
+from moesaic.trace.margins import margin_between
+from moesaic.trace.record import record
+from moesaic.trace.store import Trace
+
+CONFIG = v3(32, 4, 2, 4)
+
+
+def logits_of(layers=3, n_tokens=400, n_experts=32):
+    return torch.randn(layers, n_tokens, n_experts)
+
+
+def biases_of(layers=3, n_experts=32, scale=0.1):
+    return torch.randn(layers, n_experts) * scale
+
+
+def traced(logits, bias, config=CONFIG, *, ruled_by=None, used_bias=True, **fields) -> Trace:
+    """A trace that says `config` and `bias`; `ruled_by` and `used_bias` are what it really did."""
+    routings, biases = {}, {}
+    for layer, (z, b) in enumerate(zip(logits, bias, strict=True)):
+        name = f"model.layers.{layer}.mlp"
+        used = {True: b, False: None}.get(used_bias, used_bias)
+        routings[name], biases[name] = route(z, used, ruled_by or config), b
+    return Trace.from_routings(routings, config, biases, **{"model": "m", **fields})
+
+
+def without_scores(trace, **fields):
+    return replace(trace, logits=None, bias=None, **fields)
+
+
+def test_two_runs_of_the_same_are_identical_and_so_are_permuted_slots():
+    trace = traced(logits_of(), biases_of())
+    found = diff(trace, trace)
+    assert found.verdict == "identical"
+    assert (found.share, found.token_share) == (0.0, 0.0)
+    order = torch.randperm(4)
+    permuted = replace(trace, picks=trace.picks[..., order], weights=trace.weights[..., order])
+    found = diff(trace, permuted)
+    assert found.verdict == "identical"
+    assert found.weight_differences.tolist() == [0, 0, 0]
+    assert found.first_split.tolist() == [3] * 400
+    assert diff(without_scores(trace), without_scores(permuted)).verdict == "identical"
+
+
+def test_flips_are_other_sets_and_the_first_split_is_the_first_layer_with_one():
+    a, b = (traced(logits_of(), biases_of()) for _ in range(2))
+    found = diff(a, b)
+    sets = [[[set(token) for token in layer] for layer in trace.picks.tolist()] for trace in (a, b)]
+    for layer in range(3):
+        expected = [x != y for x, y in zip(sets[0][layer], sets[1][layer], strict=True)]
+        assert found.flips[layer].tolist() == expected
+        assert found.by_layer()[layer].flips == sum(expected)
+    first = [next((i for i in range(3) if sets[0][i][t] != sets[1][i][t]), 3) for t in range(400)]
+    assert found.first_split.tolist() == first
+    assert found.share == found.flips.float().mean()
+    assert found.to_dict()["first_splits"] == [first.count(i) for i in range(3)]
+
+
+def test_origins_are_flips_that_nothing_before_in_their_text_explains():
+    base = traced(logits_of(2, 6), biases_of(2), sequences=torch.tensor([0, 0, 0, 1, 1, 1]))
+    picks = base.picks.clone()
+    for layer, token in ((0, 1), (1, 0), (1, 1), (1, 2), (1, 4)):  # token 1 parts in layer 0; then 0, 1, 2 and 4
+        absent = next(e for e in range(32) if e not in picks[layer, token].tolist())
+        picks[layer, token, 0] = absent
+    found = diff(base, replace(base, picks=picks))
+    assert found.origins[0].nonzero().flatten().tolist() == [1]
+    assert found.origins[1].nonzero().flatten().tolist() == [0, 4]  # 1 and 2 read token 1, which had parted before
+
+
+@given(configs(), st.integers(0, 99))
+def test_a_margin_is_no_wider_than_the_scores_moved(config, seed):
+    """The choice can only change where scores moved by the margin: once up, once down, for each score summed."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(40, config.n_routed_experts, generator=generator)
+    other = logits + 0.3 * torch.randn(logits.shape, generator=generator)
+    target = route(other, None, config).expert_ids
+    here, there = (derive(z, None, config, target) for z in (logits, other))
+    margins = margin_between(here, target, config)
+    moved = (here["biased"] - there["biased"]).abs().amax(-1)
+    same = (here["derived_ids"].sort(-1).values == target.sort(-1).values).all(-1)
+    assert torch.equal(margins.isnan(), same)
+    assert (margins[~same] >= 0).all()
+    summed = 2 if config.n_group > 1 else 1
+    assert (margins[~same] <= 2 * summed * moved[~same] + 1e-6).all()
+
+
+def test_without_groups_a_margin_is_that_of_the_widest_pair():
+    config = v3(8, 1, 1, 2)
+    scores = torch.tensor([[0.9, 0.8, 0.6, 0.5, 0.1, 0.1, 0.1, 0.1]])
+    derived = derive(scores.logit(), None, config, torch.tensor([[0, 1]]))
+    for target, margin in (([0, 2], 0.2), ([0, 3], 0.3), ([2, 3], 0.4), ([1, 2], 0.3)):
+        assert margin_between(derived, torch.tensor([target]), config)[0] == pytest.approx(margin, abs=1e-6)
+    for target in ([1, 0], [0, 8]):  # the same set, and a slot without an expert
+        assert margin_between(derived, torch.tensor([target]), config)[0].isnan()
+
+
+def both_precisions(family):
+    wide = tiny(family, num_hidden_layers=4)
+    narrow = copy.deepcopy(wide).bfloat16()
+    ids = token_ids(8, 64)
+    traces = []
+    for model in (wide, narrow):
+        with record(model, detail="scores") as recorder, torch.no_grad():
+            model(input_ids=ids)
+        traces.append(recorder.trace)
+    return traces
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "mixtral", "gpt_oss"])
+def test_float32_against_bfloat16_are_near_ties_with_scores_on_both_sides_or_one(family):
+    a, b = both_precisions(family)
+    for found in (diff(a, b), diff(b, a), diff(a, without_scores(b)), diff(without_scores(a), b)):
+        assert found.verdict == "near-ties", found.sentences()
+        assert 0 < found.share < 0.05
+    assert 0.002 < found.__class__.by_layer(diff(a, b))[0].score_difference < 0.01
+    with pytest.raises(ValueError, match="dtype 'bf16' is not one of torch"):
+        diff(a, b, precision="bf16")
+    assert diff(a, b, precision="float32").verdict == "different scores"
+
+
+def wrong(how):
+    """(what the right engine recorded, what the wrong one did)."""
+    logits, bias = logits_of(), biases_of()
+    if how == "group_mask":
+        bias = bias - 1.0  # only then is an expert of a masked group, filled with 0, better than one of a kept group
+    right = traced(logits, bias)
+    engine = {
+        "bias is left out": {"used_bias": False},
+        "bias is zero": {"used_bias": torch.zeros(32)},
+        "group_mask": {"ruled_by": replace(CONFIG, group_mask="zero")},
+        "group_score": {"ruled_by": replace(CONFIG, group_score="max")},
+        "k_over_m_sum": {"ruled_by": v3(32, 4, 1, 4, group_score="k_over_m_sum")},
+        "no groups": {"ruled_by": v3(32, 1, 1, 4)},
+        "topk_group": {"ruled_by": v3(32, 4, 3, 4)},
+    }[how]
+    return right, traced(logits + 1e-6 * torch.randn(logits.shape), bias, **engine)
+
+
+ALL_WRONG = ["bias is left out", "bias is zero", "group_mask", "group_score", "k_over_m_sum", "no groups", "topk_group"]
+
+
+@pytest.mark.parametrize("how", ALL_WRONG)
+def test_another_rule_is_found_with_scores_on_both_sides_or_on_the_right_one(how):
+    right, bad = wrong(how)
+    found = diff(right, bad)
+    assert found.verdict == "different rule", found.sentences()
+    assert "do not follow from the trace's own scores" in found.judgement.reasons[0]["en"]
+    assert diff(bad, right).verdict == "different rule"
+    one_sided = diff(right, without_scores(bad))
+    assert one_sided.verdict == "different rule", one_sided.sentences()
+    assert diff(right, bad, precision="float32").verdict == "different rule"
+
+
+def test_a_rule_that_the_traces_name_is_named_in_the_reasons():
+    logits, bias = logits_of(), biases_of()
+    other = replace(CONFIG, topk_group=3)
+    found = diff(traced(logits, bias), traced(logits, bias * 0.5, other))
+    reasons = [reason["en"] for reason in found.judgement.reasons]
+    assert "layer 0: topk_group 2 / 3" in reasons
+    assert any(reason.startswith("correction biases differ by up to") for reason in reasons)
+
+
+def test_a_rare_fault_is_another_rule_and_not_a_near_tie():
+    """Only where fewer than four experts of the kept groups are above zero does the old mask let others in."""
+    logits, bias = logits_of(), biases_of(scale=0.0)
+    bias[:, torch.arange(32) % 8 > 0] = -0.6
+    right, bad = traced(logits, bias), traced(logits, bias, ruled_by=replace(CONFIG, group_mask="zero"))
+    found = diff(right, bad)
+    assert 0 < found.share < 0.2
+    assert found.verdict == "different rule"
+
+
+def test_another_checkpoint_has_other_scores_and_the_same_rule():
+    logits, bias = logits_of(), biases_of()
+    found = diff(traced(logits, bias), traced(logits + 0.3 * torch.randn(logits.shape), bias))
+    assert found.verdict == "different scores"
+    one_sided = diff(traced(logits, bias), without_scores(traced(logits + 0.3 * torch.randn(logits.shape), bias)))
+    assert one_sided.verdict == "different rule"
+    assert "only one of the two recorded them" in one_sided.judgement.reasons[1]["en"]
+
+
+def test_weights_of_another_rule_are_found_where_all_picks_agree():
+    logits, bias = logits_of(), biases_of()
+    right = traced(logits, bias)
+    unscaled = traced(logits, bias, ruled_by=replace(CONFIG, routed_scaling_factor=1.0))
+    assert diff(right, unscaled).verdict == "different rule"
+    found = diff(without_scores(right), without_scores(unscaled))
+    assert found.verdict == "different rule"
+    assert "weights of the same experts differ by 60 %" in found.judgement.reasons[0]["en"]
+    biased = right.weights + 0.01 * right.bias[:, None].expand(-1, 400, -1).gather(-1, right.picks.long())
+    found = diff(right, replace(right, weights=biased))
+    assert "of the weights do not follow" in found.judgement.reasons[0]["en"]
+
+
+def test_without_scores_or_with_unknown_rules_nobody_can_tell():
+    a, b = traced(logits_of(), biases_of()), traced(logits_of(), biases_of())
+    found = diff(without_scores(a), without_scores(b))
+    assert found.verdict == "cannot tell"
+    assert found.margins is None
+    assert [reason["en"] for reason in found.judgement.reasons] == ["trace a: not recorded", "trace b: not recorded"]
+    foreign = MoEConfig(hidden_size=8, n_routed_experts=32, num_experts_per_tok=4, topk_method="unknown")
+    found = diff(replace(a, configs=(foreign,) * 3), without_scores(b))
+    assert found.verdict == "cannot tell"
+    assert found.judgement.reasons[0]["en"] == "trace a: the rule of this layer is not known"
+    lying = replace(a, configs=(replace(CONFIG, topk_group=1),) * 3)
+    found = diff(lying, without_scores(b))
+    assert found.verdict == "cannot tell"
+    assert found.judgement.reasons[0]["en"] == "trace a: its picks do not follow from its scores by its rule"
+
+
+def test_exact_ties_are_counted_apart():
+    config = v3(8, 1, 1, 2)
+    logits = torch.randn(1, 50, 8).sort(-1, descending=True).values
+    logits[0, :10, 2] = logits[0, :10, 1]
+    a = traced(logits, torch.zeros(1, 8), config)
+    picks = a.picks.clone()
+    picks[0, :10] = torch.tensor([2, 0], dtype=torch.int16)
+    found = diff(a, replace(a, picks=picks))
+    assert (found.by_layer()[0].flips, found.by_layer()[0].ties) == (10, 10)
+    assert found.verdict == "near-ties"
+    picks[0, 10:20] = torch.tensor([2, 0], dtype=torch.int16)  # these do not tie
+    found = diff(a, replace(a, picks=picks))
+    assert (found.by_layer()[0].flips, found.by_layer()[0].ties) == (20, 10)
+
+
+def test_tokens_with_missing_experts_are_counted_apart_and_never_healthy():
+    trace = traced(logits_of(), biases_of())
+    picks = trace.picks.clone()
+    picks[1, 7, 2] = 32
+    dropped = replace(trace, picks=picks)
+    found = diff(trace, dropped)
+    assert found.by_layer()[1].incomplete == 1
+    assert found.by_layer()[1].compared == 399
+    assert not found.flips.any()
+    assert found.verdict == "cannot tell"
+    assert diff(dropped, dropped).verdict == "identical"
+
+
+def test_a_decoded_text_is_compared_with_the_same_text_read_at_once():
+    logits, bias = logits_of(2, 12), biases_of(2)
+    ids = torch.arange(12)
+    whole = traced(logits, bias, sequences=torch.tensor([0] * 6 + [1] * 6), input_ids=ids)
+    order = torch.tensor([0, 1, 2, 3, 6, 7, 8, 9, 4, 10, 5, 11])  # prompts of four, then token by token
+    decoded = traced(logits[:, order], bias, sequences=whole.sequences[order], input_ids=ids[order])
+    assert diff(whole, decoded).verdict == "identical"
+    one_text = replace(whole, sequences=torch.zeros(12, dtype=torch.int64))
+    assert diff(whole, one_text).verdict == "identical"
+
+
+def changed(trace, **fields):
+    return replace(trace, **fields)
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (lambda t: t.select(slice(0, 5)), "6 tokens in one and 5 in the other"),
+        (lambda _: traced(logits_of(2, 6), biases_of(2)), "3 MoE layers in one and 2 in the other"),
+        (lambda _: traced(logits_of(3, 6, 16), biases_of(3, 16), v3(16, 4, 2, 4)), "32 experts in one and 16"),
+        (lambda _: traced(logits_of(3, 6), biases_of(), v3(32, 4, 2, 3)), "4 experts per token in one and 3"),
+        (lambda t: replace(t, input_ids=t.input_ids + 1), "not of the same tokens: token 0 is id 0 in one and 1 in"),
+        (lambda t: replace(t, sequences=torch.tensor([0, 1, 1, 1, 1, 1])), "of other lengths, from token 1"),
+        (lambda t: replace(t, layers=("layers.1", "layers.2", "layers.3")), "layer 'model.layers.0.mlp' of one stands"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_compared_is_refused_with_the_reason(other, message):
+    trace = traced(logits_of(3, 6), biases_of(), input_ids=torch.arange(6), sequences=torch.tensor([0, 0, 0, 1, 1, 1]))
+    with pytest.raises(ValueError, match=message):
+        diff(trace, other(trace))
+
+
+def test_layers_of_another_engine_may_have_other_names():
+    trace = traced(logits_of(), biases_of())
+    assert diff(trace, replace(trace, layers=("layers.0", "layers.1", "layers.2"))).verdict == "identical"
+    assert diff(trace, replace(trace, layers=("first", "second", "third"))).verdict == "identical"
+
+
+@pytest.mark.parametrize("lang", ["en", "zh"])
+def test_table_words_and_json_say_the_same(lang):
+    a, b = both_precisions("deepseek_v3")
+    found = diff(replace(a, model="\x1b[31m[bold]x"), b)
+    console = Console(width=120, no_color=True)
+    with console.capture() as capture:
+        console.print(diff_table(found, lang))
+    text = capture.get()
+    assert "\x1b" not in text
+    assert "[bold]x" in text
+    assert f"{found.share:.2%}" in text
+    for sentence in found.sentences(lang):
+        assert sentence[:40] in text
+    about = json.loads(json.dumps(found.to_dict(), allow_nan=False))
+    assert about["verdict"] in VERDICTS
+    assert [entry["flips"] for entry in about["layers"]] == found.flips.sum(1).tolist()
+    with pytest.raises(ValueError, match="lang='fr' is unknown"):
+        found.sentences("fr")

@@ -1,98 +1,101 @@
 """What lies between the two projections of an expert, on tiles in registers: `ExpertSpec.activate` and its gradient."""
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
+from moesaic.engine.spec import ExpertSpec
+
+
+class Activation(NamedTuple):
+    """Those facts of an ExpertSpec that kernels are compiled for."""
+
+    name: str
+    gated: bool
+    interleaved: bool
+    limit: float | None
+    alpha: float
+    offset: float
+
+    @classmethod
+    def of(cls, spec: ExpertSpec) -> "Activation":
+        interleaved = spec.gated and spec.interleaved
+        return cls(spec.activation, spec.gated, interleaved, spec.limit, spec.alpha, spec.up_offset)
+
 
 @triton.jit
-def activate(
-    gate,
-    up,
-    ACTIVATION: tl.constexpr,
-    GATED: tl.constexpr,
-    LIMIT: tl.constexpr,
-    ALPHA: tl.constexpr,
-    OFFSET: tl.constexpr,
-):
-    """act(gate) * (up + OFFSET), both clamped where there is a LIMIT; act(gate) where not GATED."""
-    if GATED:
-        if LIMIT is not None:
-            gate, up = clamp_gate(gate, LIMIT), clamp_up(up, LIMIT)
-        return nonlinearity(gate, ACTIVATION, ALPHA) * (up + OFFSET)
+def activate(gate, up, ACT: tl.constexpr):
+    """act(gate) * (up + offset), both clamped where there is a limit; act(gate) where not gated."""
+    if ACT.gated:
+        if ACT.limit is not None:
+            gate, up = clamp_gate(gate, ACT), clamp_up(up, ACT)
+        return nonlinearity(gate, ACT) * (up + ACT.offset)
     else:
-        return nonlinearity(gate, ACTIVATION, ALPHA)
+        return nonlinearity(gate, ACT)
 
 
 @triton.jit
-def activate_backward(
-    gate,
-    up,
-    grad,
-    ACTIVATION: tl.constexpr,
-    GATED: tl.constexpr,
-    LIMIT: tl.constexpr,
-    ALPHA: tl.constexpr,
-    OFFSET: tl.constexpr,
-):
+def activate_backward(gate, up, grad, ACT: tl.constexpr):
     """(activate(gate, up), gradient of gate, gradient of up). At the edge of a clamp the gradient passes."""
-    if GATED:
+    if ACT.gated:
         kept_gate, kept_up = gate, up
-        if LIMIT is not None:
-            kept_gate, kept_up = clamp_gate(gate, LIMIT), clamp_up(up, LIMIT)
-        activated = nonlinearity(kept_gate, ACTIVATION, ALPHA)
-        d_gate = grad * (kept_up + OFFSET) * slope(kept_gate, ACTIVATION, ALPHA)
+        if ACT.limit is not None:
+            kept_gate, kept_up = clamp_gate(gate, ACT), clamp_up(up, ACT)
+        activated = nonlinearity(kept_gate, ACT)
+        d_gate = grad * (kept_up + ACT.offset) * slope(kept_gate, ACT)
         d_up = grad * activated
-        if LIMIT is not None:
-            d_gate = tl.where(gate > LIMIT, 0.0, d_gate)
-            d_up = tl.where(tl.abs(up) > LIMIT, 0.0, d_up)
-        return activated * (kept_up + OFFSET), d_gate, d_up
+        if ACT.limit is not None:
+            d_gate = tl.where(gate > ACT.limit, 0.0, d_gate)
+            d_up = tl.where(tl.abs(up) > ACT.limit, 0.0, d_up)
+        return activated * (kept_up + ACT.offset), d_gate, d_up
     else:
-        d_gate = grad * slope(gate, ACTIVATION, ALPHA)
-        return nonlinearity(gate, ACTIVATION, ALPHA), d_gate, d_gate
+        d_gate = grad * slope(gate, ACT)
+        return nonlinearity(gate, ACT), d_gate, d_gate
 
 
 @triton.jit
-def clamp_gate(gate, LIMIT: tl.constexpr):
-    return tl.where(gate > LIMIT, LIMIT, gate)  # not minimum, which would hide a NaN
+def clamp_gate(gate, ACT: tl.constexpr):
+    return tl.where(gate > ACT.limit, ACT.limit, gate)  # not minimum, which would hide a NaN
 
 
 @triton.jit
-def clamp_up(up, LIMIT: tl.constexpr):
-    return tl.where(up > LIMIT, LIMIT, tl.where(up < -LIMIT, -LIMIT, up))
+def clamp_up(up, ACT: tl.constexpr):
+    return tl.where(up > ACT.limit, ACT.limit, tl.where(up < -ACT.limit, -ACT.limit, up))
 
 
 @triton.jit
-def nonlinearity(x, ACTIVATION: tl.constexpr, ALPHA: tl.constexpr):
-    if ACTIVATION == "silu":
-        return x * tl.sigmoid(ALPHA * x)
-    elif ACTIVATION == "gelu":
+def nonlinearity(x, ACT: tl.constexpr):
+    if ACT.name == "silu":
+        return x * tl.sigmoid(ACT.alpha * x)
+    elif ACT.name == "gelu":
         return 0.5 * x * (1.0 + tl.erf(0.7071067811865476 * x))
-    elif ACTIVATION == "gelu_pytorch_tanh":
+    elif ACT.name == "gelu_pytorch_tanh":
         return x * tl.sigmoid(_twice_inside(x))  # 0.5 (1 + tanh z) = sigmoid(2 z)
-    elif ACTIVATION == "relu":
+    elif ACT.name == "relu":
         return tl.where(x < 0, 0.0, x)
     else:
-        tl.static_assert(ACTIVATION == "relu2")
+        tl.static_assert(ACT.name == "relu2")
         return tl.where(x < 0, 0.0, x * x)
 
 
 @triton.jit
-def slope(x, ACTIVATION: tl.constexpr, ALPHA: tl.constexpr):
+def slope(x, ACT: tl.constexpr):
     """The derivative of `nonlinearity`; 0 at the kink of relu."""
-    if ACTIVATION == "silu":
-        sigmoid = tl.sigmoid(ALPHA * x)
-        return sigmoid * (1.0 + ALPHA * x * (1.0 - sigmoid))
-    elif ACTIVATION == "gelu":
+    if ACT.name == "silu":
+        sigmoid = tl.sigmoid(ACT.alpha * x)
+        return sigmoid * (1.0 + ACT.alpha * x * (1.0 - sigmoid))
+    elif ACT.name == "gelu":
         density = 0.3989422804014327 * tl.exp(-0.5 * x * x)
         return 0.5 * (1.0 + tl.erf(0.7071067811865476 * x)) + x * density
-    elif ACTIVATION == "gelu_pytorch_tanh":
+    elif ACT.name == "gelu_pytorch_tanh":
         sigmoid = tl.sigmoid(_twice_inside(x))
         inner_slope = 1.5957691216057308 * (1.0 + 0.134145 * x * x)
         return sigmoid * (1.0 + x * inner_slope * (1.0 - sigmoid))
-    elif ACTIVATION == "relu":
+    elif ACT.name == "relu":
         return tl.where(x > 0, 1.0, 0.0)
     else:
-        tl.static_assert(ACTIVATION == "relu2")
+        tl.static_assert(ACT.name == "relu2")
         return tl.where(x > 0, 2.0 * x, 0.0)
 
 

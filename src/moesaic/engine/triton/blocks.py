@@ -5,7 +5,7 @@ and registers there; the rows of the table are replaced by measurements as they 
 """
 
 from functools import cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -22,18 +22,6 @@ class Blocks(NamedTuple):
     warps: int = 4
     stages: int = 3
     group: int = 1
-
-    @property
-    def arguments(self) -> dict[str, Any]:
-        """As a kernel takes them."""
-        return {
-            "ROWS": self.rows,
-            "COLUMNS": self.columns,
-            "DEPTH": self.depth,
-            "GROUP": self.group,
-            "num_warps": self.warps,
-            "num_stages": self.stages,
-        }
 
 
 class Tiles(NamedTuple):

@@ -11,19 +11,16 @@ from jaxtyping import Float
 from torch import Tensor
 
 from moesaic.engine.spec import ExpertSpec
-from moesaic.engine.triton.activation import activate_backward
+from moesaic.engine.triton.activation import Activation, activate_backward
 from moesaic.engine.triton.blocks import Blocks
 from moesaic.engine.triton.layout import Layout
 from moesaic.engine.triton.tile import (
-    dot,
-    even,
     halves,
-    load_tile,
-    offsets,
-    place,
-    precision,
-    strides,
-    tile_rows,
+    load_bias,
+    multiply,
+    my_rows,
+    product,
+    strided,
     tokens_of,
     unzipped,
     widened,
@@ -64,13 +61,10 @@ def d_hidden(
     tiles = len(layout.expert_of_tile)
     _d_hidden[(tiles * column_tiles,)](
         grad_out,
-        *layout.pointers,
-        layout.assignments,
+        layout,
         weights,
-        matrix,
-        *matrix.stride(),
-        experts.down_bias,
-        *strides(experts.down_bias, 2),
+        strided(matrix),
+        strided(experts.down_bias),
         hidden,
         *grads,
         tiles,
@@ -78,17 +72,8 @@ def d_hidden(
         len(hidden),
         depth,
         width,
-        ACTIVATION=spec.activation,
-        GATED=spec.gated,
-        INTERLEAVED=spec.gated and spec.interleaved,
-        LIMIT=spec.limit,
-        ALPHA=spec.alpha,
-        OFFSET=spec.up_offset,
-        PRECISION=precision(grad_out.dtype),
-        OFFSETS=offsets(matrix),
-        EVEN_DEPTH=even(depth, blocks.depth),
-        EVEN=even(depth, blocks.depth) and even(width, blocks.columns),
-        **blocks.arguments,
+        ACT=Activation.of(spec),
+        **product(blocks, grad_out.dtype, matrix, width),
     )
     return grads
 
@@ -96,19 +81,10 @@ def d_hidden(
 @triton.jit(do_not_specialize=["tiles", "num_rows"])
 def _d_hidden(
     g,
-    expert_of_tile,
-    start_of_tile,
-    ends,
-    token_of,
-    assignments,
+    layout,
     weights,
-    w,
-    w_expert,
-    w_depth,
-    w_column,
+    matrix,
     bias,
-    bias_expert,
-    bias_column,
     hidden,
     d_hidden,
     scaled,
@@ -118,48 +94,27 @@ def _d_hidden(
     num_rows,
     depth,
     width,
-    ACTIVATION: tl.constexpr,
-    GATED: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
-    LIMIT: tl.constexpr,
-    ALPHA: tl.constexpr,
-    OFFSET: tl.constexpr,
-    PRECISION: tl.constexpr,
-    OFFSETS: tl.constexpr,
-    EVEN_DEPTH: tl.constexpr,
-    EVEN: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    DEPTH: tl.constexpr,
-    GROUP: tl.constexpr,
+    ACT: tl.constexpr,
+    TILE: tl.constexpr,
 ):
-    tile, block = place(tl.program_id(0), tiles, tl.cdiv(width, COLUMNS), GROUP)
-    expert, start, stop = tile_rows(tile, expert_of_tile, start_of_tile, ends, num_experts, True)
+    ROWS: tl.constexpr = TILE.rows
+    COLUMNS: tl.constexpr = TILE.columns
+    expert, start, valid, block = my_rows(layout, tiles, tl.cdiv(width, COLUMNS), num_experts, TILE)
     if (expert < 0) | (expert >= num_experts):
         return
     rows = start + tl.arange(0, ROWS)
-    valid = rows < stop
-    token = tokens_of(rows, valid, token_of, 1, True)
+    token = tokens_of(start, valid, layout, 1, TILE)
     column = block * COLUMNS + tl.arange(0, COLUMNS)
-    inside = column < width
-
-    steps = tl.arange(0, DEPTH)
+    steps = tl.arange(0, TILE.depth)
     g_tile = g + token[:, None] * depth + steps[None, :]
-    a_grad = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
     if (d_hidden is not None) | (partials is not None):
-        g_now = g_tile
-        w += expert.to(tl.int64) * w_expert
-        ahead = tl.full((), DEPTH, OFFSETS) * w_depth
-        w_tile = w + (steps.to(OFFSETS)[:, None] * w_depth + column.to(OFFSETS)[None, :] * w_column)
-        for done in range(0, depth, DEPTH):
-            left = steps < depth - done
-            grad = load_tile(g_now, valid, left, EVEN_DEPTH)
-            a_grad = dot(grad, load_tile(w_tile, left, inside, EVEN), a_grad, PRECISION)
-            g_now += DEPTH
-            w_tile += ahead
+        a_grad, _ = multiply(g_tile, valid, matrix, expert, column, column < width, depth, None, TILE)
+    else:
+        a_grad = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
 
-    scale = tl.load(weights + tl.load(assignments + rows, mask=valid, other=0), mask=valid, other=0.0).to(tl.float32)
-    above = start.to(tl.int64) * (2 * width if GATED else width)
+    assignment = tl.load(layout.assignments + rows, mask=valid, other=0)
+    scale = tl.load(weights + assignment, mask=valid, other=0.0).to(tl.float32)
+    above = start.to(tl.int64) * (2 * width if ACT.gated else width)
     hidden += above
     if d_hidden is not None:
         d_hidden += above
@@ -168,29 +123,14 @@ def _d_hidden(
     part = tl.zeros((ROWS,), dtype=tl.float32)
     grads = halves(a_grad)
     for half in tl.static_range(2):
-        part += _through_activation(
-            grads[half],
-            hidden,
-            d_hidden,
-            scaled,
-            scale,
-            valid,
-            block * COLUMNS + half * (COLUMNS // 2),
-            width,
-            ACTIVATION,
-            GATED,
-            INTERLEAVED,
-            LIMIT,
-            ALPHA,
-            OFFSET,
-        )
+        first = block * COLUMNS + half * (COLUMNS // 2)
+        part += _through_activation(grads[half], hidden, d_hidden, scaled, scale, valid, first, width, ACT)
     if partials is not None:
         if bias is not None:
             if block == 0:  # one of the column tiles adds <g, b2>
-                bias += expert.to(tl.int64) * bias_expert
-                for done in range(0, depth, DEPTH):
+                for done in range(0, depth, TILE.depth):
                     left = steps < depth - done
-                    offset = tl.load(bias + (done + steps) * bias_column, mask=left, other=0.0).to(tl.float32)
+                    offset = load_bias(bias, expert, done + steps, left)
                     grad = widened(tl.load(g_tile + done, mask=valid[:, None] & left[None, :], other=0.0))
                     part += tl.sum(grad.to(tl.float32) * offset[None, :], axis=1)
         tl.store(partials + block.to(tl.int64) * num_rows + rows, part, mask=valid)
@@ -206,37 +146,30 @@ def _through_activation(
     valid,
     first,
     width,
-    ACTIVATION: tl.constexpr,
-    GATED: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
-    LIMIT: tl.constexpr,
-    ALPHA: tl.constexpr,
-    OFFSET: tl.constexpr,
+    ACT: tl.constexpr,
 ):
     """Some columns of A' from `first` on: writes dH and s A there, gives each row's part of ds."""
     row = tl.arange(0, a_grad.shape[0])[:, None]
     column = first + tl.arange(0, a_grad.shape[1])[None, :]
     there = valid[:, None] & (column < width)
-    at = row * (2 * width if GATED else width) + column
+    at = row * (2 * width if ACT.gated else width) + column
     pair = 2 * first + tl.arange(0, 2 * a_grad.shape[1])[None, :]  # where gate and up are neighbours
     pair_at, pair_there = row * (2 * width) + pair, valid[:, None] & (pair < 2 * width)
-    if INTERLEAVED:
+    if ACT.interleaved:
         gate, up = unzipped(tl.load(hidden + pair_at, mask=pair_there, other=0.0).to(tl.float32))
     else:
         gate = tl.load(hidden + at, mask=there, other=0.0).to(tl.float32)
         up = gate
-        if GATED:
+        if ACT.gated:
             up = tl.load(hidden + at + width, mask=there, other=0.0).to(tl.float32)
-    activated, d_gate, d_up = activate_backward(
-        gate, up, a_grad * scale[:, None], ACTIVATION, GATED, LIMIT, ALPHA, OFFSET
-    )
+    activated, d_gate, d_up = activate_backward(gate, up, a_grad * scale[:, None], ACT)
     if d_hidden is not None:
-        if INTERLEAVED:
+        if ACT.interleaved:
             both = zipped(d_gate, d_up).to(d_hidden.dtype.element_ty)
             tl.store(d_hidden + pair_at, both, mask=pair_there)
         else:
             tl.store(d_hidden + at, d_gate.to(d_hidden.dtype.element_ty), mask=there)
-            if GATED:
+            if ACT.gated:
                 tl.store(d_hidden + at + width, d_up.to(d_hidden.dtype.element_ty), mask=there)
     if scaled is not None:
         value = (activated * scale[:, None]).to(scaled.dtype.element_ty)

@@ -9,7 +9,7 @@ import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from moesaic.engine.triton.tile import even, offsets, strides
+from moesaic.engine.triton.tile import even, load_bias, offsets, strided
 
 COLUMNS, MOST_DEPTH = 16, 1024  # of a program: 32 KiB of weights on their way per expert
 
@@ -29,10 +29,8 @@ def down_and_combine(
         activated,
         expert_ids.contiguous(),
         weights,
-        matrix,
-        *matrix.stride(),
-        bias,
-        *strides(bias, 2),
+        strided(matrix),
+        strided(bias),
         out,
         n_experts,
         depth,
@@ -52,13 +50,8 @@ def _down_and_combine(
     a,
     ids,
     weights,
-    w,
-    w_expert,
-    w_depth,
-    w_column,
+    matrices,
     bias,
-    bias_expert,
-    bias_column,
     out,
     num_experts,
     depth,
@@ -69,6 +62,7 @@ def _down_and_combine(
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
 ):
+    w, w_expert, w_depth, w_column = matrices
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     inside = column < width
@@ -93,7 +87,7 @@ def _down_and_combine(
             )
         value = tl.sum(parts, axis=1)
         if bias is not None:
-            value += tl.load(bias + expert * bias_expert + column * bias_column, mask=inside, other=0.0).to(tl.float32)
+            value += load_bias(bias, expert, column, inside)
         scale = tl.load(weights + assignment).to(tl.float32)
         total += tl.where(present, scale * value, 0.0)
     tl.store(out + token * width + column, total.to(out.dtype.element_ty), mask=inside)

@@ -32,18 +32,6 @@ class Layout(NamedTuple):
     assignments: Tensor | None = None
     row_of: Tensor | None = None
 
-    @property
-    def sorted(self) -> bool:
-        return self.assignments is not None
-
-    @property
-    def pointers(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """(expert_of_tile, start_of_tile, ends, token_of) for a kernel; stand-ins where it will not look."""
-        some = self.expert_of_tile
-        if self.start_of_tile is None or self.ends is None or self.token_of is None:
-            return some, some, some, some
-        return some, self.start_of_tile, self.ends, self.token_of
-
 
 def unsorted(expert_ids: Int[Tensor, "T K"]) -> Layout:
     return Layout(expert_ids.flatten())

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from moesaic.engine.triton.blocks import Blocks
 from moesaic.engine.triton.layout import Layout
-from moesaic.engine.triton.tile import dot, even, halves, load_rows, offsets, place, precision
+from moesaic.engine.triton.tile import compiled, dot, even, halves, load_rows, place, strided
 
 
 def outer(
@@ -32,16 +32,12 @@ def outer(
         right,
         layout.ends,
         layout.token_of,
-        out,
-        *out.stride(),
+        strided(out),
         a,
         b,
         GATHER_LEFT=gather == "left",
         ACCUMULATE=accumulate,
-        PRECISION=precision(left.dtype),
-        EVEN=even(a, blocks.rows) and even(b, blocks.columns),
-        OFFSETS=offsets(out),
-        **blocks.arguments,
+        **compiled(blocks, left.dtype, out, even(a, blocks.rows) and even(b, blocks.columns)),
     )
     return out
 
@@ -52,22 +48,17 @@ def _outer(
     right,
     ends,
     token_of,
-    out,
-    out_expert,
-    out_row,
-    out_column,
+    matrices,
     height,
     width,
     GATHER_LEFT: tl.constexpr,
     ACCUMULATE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    EVEN: tl.constexpr,
-    OFFSETS: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    DEPTH: tl.constexpr,
-    GROUP: tl.constexpr,
+    TILE: tl.constexpr,
 ):
+    ROWS: tl.constexpr = TILE.rows
+    COLUMNS: tl.constexpr = TILE.columns
+    GROUP: tl.constexpr = TILE.group
+    EVEN: tl.constexpr = TILE.even
     high, wide = tl.cdiv(height, ROWS), tl.cdiv(width, COLUMNS)
     expert = tl.program_id(0) // (high * wide)
     stop = tl.load(ends + expert)
@@ -78,12 +69,12 @@ def _outer(
     above, beside = place(tl.program_id(0) % (high * wide), high, wide, GROUP)
     row = above * ROWS + tl.arange(0, ROWS)
     column = beside * COLUMNS + tl.arange(0, COLUMNS)
-    steps = tl.arange(0, DEPTH)
+    steps = tl.arange(0, TILE.depth)
 
     left += row[None, :]
     right += column[None, :]
     total = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
-    for first in range(start, stop, DEPTH):
+    for first in range(start, stop, TILE.depth):
         here = first + steps
         valid = here < stop
         token = tl.load(token_of + here, mask=valid, other=0).to(tl.int64)
@@ -91,13 +82,14 @@ def _outer(
         of_right = (here.to(tl.int64) if GATHER_LEFT else token)[:, None] * width
         left_now = load_rows(left + of_left, valid, row < height, EVEN)
         right_now = load_rows(right + of_right, valid, column < width, EVEN)
-        total = dot(tl.trans(left_now), right_now, total, PRECISION)
+        total = dot(tl.trans(left_now), right_now, total, TILE)
 
+    out, out_expert, out_row, out_column = matrices
     out += expert.to(tl.int64) * out_expert
     parts = halves(total)
     for half in tl.static_range(2):
         line = beside * COLUMNS + half * (COLUMNS // 2) + tl.arange(0, COLUMNS // 2)
-        at = out + (row.to(OFFSETS)[:, None] * out_row + line.to(OFFSETS)[None, :] * out_column)
+        at = out + (row.to(TILE.offsets)[:, None] * out_row + line.to(TILE.offsets)[None, :] * out_column)
         there = (row < height)[:, None] & (line < width)[None, :]
         part = parts[half]
         if ACCUMULATE:

@@ -1,12 +1,50 @@
-"""What every kernel over tiles of rows shares: which tile a program has, which rows are in it, one step of a dot."""
+"""What every kernel over tiles of rows shares: which tile a program has, which rows are in it, the product itself."""
+
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from moesaic.engine.triton.blocks import Blocks
+
 # Under TRITON_INTERPRET bfloat16 is bit patterns to numpy: everything is widened to float32 before it is computed with.
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
+
+
+class Tile(NamedTuple):
+    """What a kernel over tiles is compiled for, beside what it computes; the first four are those of `Blocks`.
+
+    precision: how float32 is multiplied.  offsets: the integers that reach all of one expert's matrix; where it begins
+    is always reckoned in 64 bits.  even, even_depth: no masks are needed, anywhere or along the sum.
+
+    In a kernel a field is a bare number: one that a jitted function is to take has to be named as a constexpr first.
+    """
+
+    rows: int
+    columns: int
+    depth: int
+    group: int
+    precision: str
+    offsets: tl.dtype
+    even: bool
+    even_depth: bool
+
+
+def product(blocks: Blocks, dtype: torch.dtype, matrix: Tensor, width: int) -> dict[str, Any]:
+    """How a kernel is compiled that multiplies rows by `matrix` [E, depth, ...]; its tiles share `width` columns."""
+    even_depth = even(matrix.shape[1], blocks.depth)
+    return compiled(blocks, dtype, matrix, even_depth and even(width, blocks.columns), even_depth)
+
+
+def compiled(
+    blocks: Blocks, dtype: torch.dtype, matrix: Tensor, even: bool, even_depth: bool = False
+) -> dict[str, Any]:
+    """How a kernel over tiles of these blocks is compiled, for a `matrix` of every expert."""
+    cut = (blocks.rows, blocks.columns, blocks.depth, blocks.group)
+    tile = Tile(*cut, precision(dtype), offsets(matrix), even, even_depth)
+    return {"TILE": tile, "num_warps": blocks.warps, "num_stages": blocks.stages}
 
 
 def precision(dtype: torch.dtype) -> str:
@@ -21,15 +59,15 @@ def even(size: int, block: int) -> bool:
     return size % block == 0
 
 
-def strides(matrix: Tensor | None, count: int) -> tuple[int, ...]:
-    """Those of a tensor that may be missing."""
-    return (0,) * count if matrix is None else matrix.stride()
-
-
 def offsets(matrices: Tensor) -> tl.dtype:
     """The integers that reach all of one expert's matrix; where it begins is always reckoned in 64 bits."""
     reach = sum((size - 1) * stride for size, stride in zip(matrices.shape[1:], matrices.stride()[1:], strict=True))
     return tl.int32 if reach < 2**31 - 2**20 else tl.int64  # tiles may stick out, masked
+
+
+def strided(tensor: Tensor | None) -> tuple[Any, ...] | None:
+    """As kernels take a tensor that has something for every expert: (pointer, stride of experts, other strides)."""
+    return None if tensor is None else (tensor, *tensor.stride())
 
 
 @triton.jit
@@ -44,25 +82,65 @@ def place(program, tiles, columns, GROUP: tl.constexpr):
 
 
 @triton.jit
-def tile_rows(tile, expert_of_tile, start_of_tile, ends, num_experts, SORTED: tl.constexpr):
-    """(expert, first row, row after the last) of a tile. The expert is outside [0, num_experts) where there is none."""
-    expert = tl.load(expert_of_tile + tile)
+def my_rows(layout, tiles, columns, num_experts, TILE: tl.constexpr):
+    """(expert, first row, which of TILE.rows rows are the expert's, tile of columns) of this program. The expert is
+    outside [0, num_experts) where there is none."""
+    GROUP: tl.constexpr = TILE.group
+    tile, block = place(tl.program_id(0), tiles, columns, GROUP)
+    expert = tl.load(layout.expert_of_tile + tile)
     expert = tl.where(expert < num_experts, expert, num_experts).to(tl.int32)  # an id may be wider
-    if SORTED:
-        start = tl.load(start_of_tile + tile)
-        stop = tl.load(ends + expert, mask=expert < num_experts, other=0)
-    else:
+    if layout.ends is None:
         start, stop = tile, tile + 1
-    return expert, start, stop
+    else:
+        start = tl.load(layout.start_of_tile + tile)
+        stop = tl.load(layout.ends + expert, mask=expert < num_experts, other=0)
+    return expert, start, start + tl.arange(0, TILE.rows) < stop, block
 
 
 @triton.jit
-def tokens_of(rows, valid, token_of, k, SORTED: tl.constexpr):
+def tokens_of(start, valid, layout, k, TILE: tl.constexpr):
     """The token of each row; token 0, which every batch has, for rows that are not valid: so loads need no mask."""
-    if SORTED:
-        return tl.load(token_of + rows, mask=valid, other=0).to(tl.int64)
-    else:
+    rows = start + tl.arange(0, TILE.rows)
+    if layout.token_of is None:
         return tl.where(valid, rows // k, 0).to(tl.int64)
+    else:
+        return tl.load(layout.token_of + rows, mask=valid, other=0).to(tl.int64)
+
+
+@triton.jit
+def multiply(x_tile, valid, matrix, expert, column, inside, depth, pair, TILE: tl.constexpr):
+    """(rows through some columns of the expert's matrix, rows through the columns `pair` further on), in float32; zeros
+    for the second where pair is None."""
+    ROWS: tl.constexpr = TILE.rows
+    EVEN: tl.constexpr = TILE.even
+    EVEN_DEPTH: tl.constexpr = TILE.even_depth
+    w, w_expert, w_depth, w_column = matrix
+    w += expert.to(tl.int64) * w_expert
+    steps = tl.arange(0, TILE.depth)
+    ahead = tl.full((), TILE.depth, TILE.offsets) * w_depth
+    lines = steps.to(TILE.offsets)[:, None] * w_depth
+    w_tile = w + (lines + column.to(TILE.offsets)[None, :] * w_column)
+    total = tl.zeros((ROWS, column.shape[0]), dtype=tl.float32)
+    pair_total = tl.zeros((ROWS, column.shape[0]), dtype=tl.float32)
+    pair_tile = w_tile if pair is None else w + (lines + (column + pair).to(TILE.offsets)[None, :] * w_column)
+    for done in range(0, depth, TILE.depth):
+        left = steps < depth - done
+        x_now = load_tile(x_tile, valid, left, EVEN_DEPTH)
+        total = dot(x_now, load_tile(w_tile, left, inside, EVEN), total, TILE)
+        x_tile += TILE.depth
+        w_tile += ahead
+        if pair is not None:
+            pair_total = dot(x_now, load_tile(pair_tile, left, inside, EVEN), pair_total, TILE)
+            pair_tile += ahead
+    return total, pair_total
+
+
+@triton.jit
+def load_bias(bias, expert, column, inside):
+    """Those columns of the expert's bias, in float32."""
+    pointer, of_expert, of_column = bias
+    pointer += expert.to(tl.int64) * of_expert
+    return tl.load(pointer + column * of_column, mask=inside, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -94,9 +172,9 @@ def widened(tile):
 
 
 @triton.jit
-def dot(a, b, total, PRECISION: tl.constexpr):
+def dot(a, b, total, TILE: tl.constexpr):
     """total + a @ b in float32; b in a's dtype, as it is not under autocast."""
-    return tl.dot(a, b.to(a.dtype), total, input_precision=PRECISION)
+    return tl.dot(a, b.to(a.dtype), total, input_precision=TILE.precision)
 
 
 @triton.jit

@@ -8,22 +8,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from moesaic.engine.spec import ExpertSpec
-from moesaic.engine.triton.activation import activate
+from moesaic.engine.triton.activation import Activation, activate
 from moesaic.engine.triton.blocks import Blocks
 from moesaic.engine.triton.layout import Layout
-from moesaic.engine.triton.tile import (
-    dot,
-    even,
-    halves,
-    load_tile,
-    offsets,
-    place,
-    precision,
-    strides,
-    tile_rows,
-    tokens_of,
-    unzipped,
-)
+from moesaic.engine.triton.tile import halves, load_bias, multiply, my_rows, product, strided, tokens_of, unzipped
 from moesaic.types import ExpertWeights
 
 
@@ -57,29 +45,17 @@ def up(
     _up[(tiles * triton.cdiv(i, blocks.columns),)](
         tokens,
         k,
-        *layout.pointers,
-        matrix,
-        *matrix.stride(),
-        experts.up_bias,
-        *strides(experts.up_bias, 2),
+        layout,
+        strided(matrix),
+        strided(experts.up_bias),
         hidden,
         activated,
         tiles,
         len(matrix),
         d,
         i,
-        SORTED=layout.sorted,
-        ACTIVATION=spec.activation,
-        GATED=spec.gated,
-        INTERLEAVED=spec.gated and spec.interleaved,
-        LIMIT=spec.limit,
-        ALPHA=spec.alpha,
-        OFFSET=spec.up_offset,
-        PRECISION=precision(tokens.dtype),
-        OFFSETS=offsets(matrix),
-        EVEN_DEPTH=even(d, blocks.depth),
-        EVEN=even(d, blocks.depth) and even(i, blocks.columns),
-        **blocks.arguments,
+        ACT=Activation.of(spec),
+        **product(blocks, tokens.dtype, matrix, i),
     )
     return Projected(hidden, activated)
 
@@ -88,132 +64,62 @@ def up(
 def _up(
     x,
     k,
-    expert_of_tile,
-    start_of_tile,
-    ends,
-    token_of,
-    w,
-    w_expert,
-    w_depth,
-    w_column,
+    layout,
+    matrix,
     bias,
-    bias_expert,
-    bias_column,
     hidden,
     activated,
     tiles,
     num_experts,
     depth,
     width,
-    SORTED: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    GATED: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
-    LIMIT: tl.constexpr,
-    ALPHA: tl.constexpr,
-    OFFSET: tl.constexpr,
-    PRECISION: tl.constexpr,
-    OFFSETS: tl.constexpr,
-    EVEN_DEPTH: tl.constexpr,
-    EVEN: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    DEPTH: tl.constexpr,
-    GROUP: tl.constexpr,
+    ACT: tl.constexpr,
+    TILE: tl.constexpr,
 ):
     # a pair of gate and up is two columns that are apart, each with its accumulator, or neighbours in one accumulator
-    APART: tl.constexpr = GATED and not INTERLEAVED
-    ACROSS: tl.constexpr = 2 * COLUMNS if INTERLEAVED else COLUMNS
-    across = 2 * width if INTERLEAVED else width
+    APART: tl.constexpr = ACT.gated and not ACT.interleaved
+    ACROSS: tl.constexpr = 2 * TILE.columns if ACT.interleaved else TILE.columns
+    across = 2 * width if ACT.interleaved else width
 
-    tile, block = place(tl.program_id(0), tiles, tl.cdiv(width, COLUMNS), GROUP)
-    expert, start, stop = tile_rows(tile, expert_of_tile, start_of_tile, ends, num_experts, SORTED)
+    expert, start, valid, block = my_rows(layout, tiles, tl.cdiv(width, TILE.columns), num_experts, TILE)
     if (expert < 0) | (expert >= num_experts):
         return
-    rows = start + tl.arange(0, ROWS)
-    valid = rows < stop
-    token = tokens_of(rows, valid, token_of, k, SORTED)
+    token = tokens_of(start, valid, layout, k, TILE)
     column = block * ACROSS + tl.arange(0, ACROSS)
     inside = column < across
-
-    steps = tl.arange(0, DEPTH)
-    x_tile = x + token[:, None] * depth + steps[None, :]
-    w += expert.to(tl.int64) * w_expert
-    ahead = tl.full((), DEPTH, OFFSETS) * w_depth
-    w_steps = steps.to(OFFSETS)[:, None] * w_depth
-    gate_tile = w + (w_steps + column.to(OFFSETS)[None, :] * w_column)
-    up_tile = w + (w_steps + (column + width).to(OFFSETS)[None, :] * w_column)
-    gate = tl.zeros((ROWS, ACROSS), dtype=tl.float32)
-    up = tl.zeros((ROWS, ACROSS), dtype=tl.float32)
-    for done in range(0, depth, DEPTH):
-        left = steps < depth - done
-        x_now = load_tile(x_tile, valid, left, EVEN_DEPTH)
-        gate = dot(x_now, load_tile(gate_tile, left, inside, EVEN), gate, PRECISION)
-        x_tile += DEPTH
-        gate_tile += ahead
-        if APART:
-            up = dot(x_now, load_tile(up_tile, left, inside, EVEN), up, PRECISION)
-            up_tile += ahead
+    x_tile = x + token[:, None] * depth + tl.arange(0, TILE.depth)[None, :]
+    gate, up = multiply(x_tile, valid, matrix, expert, column, inside, depth, width if APART else None, TILE)
 
     if bias is not None:
-        bias += expert.to(tl.int64) * bias_expert
-        gate += tl.load(bias + column * bias_column, mask=inside, other=0.0).to(tl.float32)[None, :]
+        gate += load_bias(bias, expert, column, inside)[None, :]
         if APART:
-            up += tl.load(bias + (column + width) * bias_column, mask=inside, other=0.0).to(tl.float32)[None, :]
+            up += load_bias(bias, expert, column + width, inside)[None, :]
     if hidden is not None:
-        hidden += start.to(tl.int64) * (2 * width if GATED else width)
+        hidden += start.to(tl.int64) * (2 * width if ACT.gated else width)
     if activated is not None:
         activated += start.to(tl.int64) * width
     gates, ups = halves(gate), halves(up)
     for half in tl.static_range(2):
         first = block * ACROSS + half * (ACROSS // 2)
-        _store(
-            gates[half],
-            ups[half],
-            hidden,
-            activated,
-            valid,
-            first,
-            width,
-            ACTIVATION,
-            GATED,
-            INTERLEAVED,
-            LIMIT,
-            ALPHA,
-            OFFSET,
-        )
+        _store(gates[half], ups[half], hidden, activated, valid, first, width, ACT)
 
 
 @triton.jit
-def _store(
-    gate,
-    up,
-    hidden,
-    activated,
-    valid,
-    first,
-    width,
-    ACTIVATION: tl.constexpr,
-    GATED: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
-    LIMIT: tl.constexpr,
-    ALPHA: tl.constexpr,
-    OFFSET: tl.constexpr,
-):
+def _store(gate, up, hidden, activated, valid, first, width, ACT: tl.constexpr):
     """Columns from `first` on: as they lie in H, and what the activation makes of them."""
     row = tl.arange(0, gate.shape[0])[:, None]
     if hidden is not None:
         column = first + tl.arange(0, gate.shape[1])[None, :]
-        there = valid[:, None] & (column < (2 * width if INTERLEAVED else width))
-        at = hidden + (row * (2 * width if GATED else width) + column)
+        there = valid[:, None] & (column < (2 * width if ACT.interleaved else width))
+        at = hidden + (row * (2 * width if ACT.gated else width) + column)
         tl.store(at, gate.to(hidden.dtype.element_ty), mask=there)
-        if GATED and not INTERLEAVED:
+        if ACT.gated and not ACT.interleaved:
             tl.store(at + width, up.to(hidden.dtype.element_ty), mask=there)
     if activated is not None:
-        if INTERLEAVED:
+        if ACT.interleaved:
             gate, up = unzipped(gate)
             first = first // 2
         column = first + tl.arange(0, gate.shape[1])[None, :]
-        result = activate(gate, up, ACTIVATION, GATED, LIMIT, ALPHA, OFFSET)
+        result = activate(gate, up, ACT)
         there = valid[:, None] & (column < width)
         tl.store(activated + (row * width + column), result.to(activated.dtype.element_ty), mask=there)

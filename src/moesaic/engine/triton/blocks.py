@@ -111,8 +111,23 @@ def tiles_for(
 
     Weights may be wider than the rows, as under autocast; tiles are tuned without that.
     """
-    if weight_dtype in (None, dtype):
-        tuned = _tuned_here(capability).get(str(dtype).removeprefix("torch."), {})
+    device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
+    if device is not None:
+        _tuned(device)  # the first time it reads the file, and what was chosen before is forgotten
+    return _chosen(rows_per_expert, dtype, capability, weight_dtype, device)
+
+
+@cache
+def _chosen(
+    rows_per_expert: int,
+    dtype: torch.dtype,
+    capability: tuple[int, int],
+    weight_dtype: torch.dtype | None,
+    device: int | None,
+) -> Tiles:
+    here = device is not None and capability_of(torch.device("cuda", device)) == capability
+    if here and weight_dtype in (None, dtype):
+        tuned = _tuned(device).get(str(dtype).removeprefix("torch."), {})
         if tiles := tuned.get(_row(rows_per_expert, _table(dtype, capability))):
             return tiles
     return built_in(rows_per_expert, dtype, capability, weight_dtype)
@@ -137,18 +152,11 @@ def _row(rows_per_expert: int, table: dict[int, Tiles]) -> int:
     return next((most for most in table if rows_per_expert <= most), 0)
 
 
-def _tuned_here(capability: tuple[int, int]) -> dict[str, dict[int, Tiles]]:
-    """What was tuned on the current device, where that is the one asked for."""
-    if not torch.cuda.is_initialized():
-        return {}
-    device = torch.cuda.current_device()
-    return _tuned(device) if capability_of(torch.device("cuda", device)) == capability else {}
-
-
 @cache
 def _tuned(device: int) -> dict[str, dict[int, Tiles]]:
     from moesaic.engine.triton.tuned import read_tuned
 
+    _chosen.cache_clear()
     return read_tuned(torch.cuda.get_device_name(device))
 
 

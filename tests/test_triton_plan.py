@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("few", [0, 4096], ids=["three-launches", "one-launch"])
 @pytest.mark.parametrize(("tokens", "k", "experts"), [(1, 1, 1), (1, 8, 64), (40, 3, 5), (130, 2, 3), (97, 4, 300)])
 def test_the_sort_is_the_stable_one(monkeypatch, few, tokens, k, experts):
-    monkeypatch.setattr(plan, "FEW", few)
+    monkeypatch.setattr(plan, "ONE_LAUNCH", few)
     ids = torch.randint(0, experts + 1, (tokens, k))
     got, expected = group_by_expert(ids.to(DEVICE), experts), twin_of_sort(ids, experts)
     assert torch.equal(got.assignments.cpu(), expected.assignments)
@@ -30,7 +30,7 @@ def test_the_sort_is_the_stable_one(monkeypatch, few, tokens, k, experts):
 @pytest.mark.parametrize("few", [0, 4096], ids=["three-launches", "one-launch"])
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.uint8], ids=str)
 def test_ids_of_every_width(monkeypatch, few, dtype):
-    monkeypatch.setattr(plan, "FEW", few)
+    monkeypatch.setattr(plan, "ONE_LAUNCH", few)
     ids = torch.randint(0, 8, (70, 2)).to(dtype)
     got, expected = group_by_expert(ids.to(DEVICE), 7), twin_of_sort(ids, 7)
     assert torch.equal(got.assignments.cpu(), expected.assignments)
@@ -39,7 +39,7 @@ def test_ids_of_every_width(monkeypatch, few, dtype):
 
 @pytest.mark.parametrize("few", [0, 4096], ids=["three-launches", "one-launch"])
 def test_what_names_no_expert_comes_last(monkeypatch, few):
-    monkeypatch.setattr(plan, "FEW", few)
+    monkeypatch.setattr(plan, "ONE_LAUNCH", few)
     ids = torch.tensor([[4, -1], [0, 99], [2, 3], [3, -(2**31)]])
     got = group_by_expert(ids.to(DEVICE), 4)
     assert got.counts.tolist() == [1, 0, 1, 2]
@@ -48,7 +48,7 @@ def test_what_names_no_expert_comes_last(monkeypatch, few):
 
 @pytest.mark.parametrize("few", [0, 4096], ids=["three-launches", "one-launch"])
 def test_ids_that_do_not_lie_in_a_row(monkeypatch, few):
-    monkeypatch.setattr(plan, "FEW", few)
+    monkeypatch.setattr(plan, "ONE_LAUNCH", few)
     ids = torch.randint(0, 9, (3, 50)).to(DEVICE).mT[::2]
     got, expected = group_by_expert(ids, 8), twin_of_sort(ids.cpu(), 8)
     assert torch.equal(got.assignments.cpu(), expected.assignments)

@@ -25,7 +25,7 @@ from moesaic.engine.triton.sum_rows import sum_rows
 from moesaic.engine.triton.up import up
 from moesaic.types import ExpertWeights
 
-FEW = 4  # where E is this many times the assignments, each is a tile of its own and nothing is sorted (vLLM's rule)
+EXPERTS_PER_ASSIGNMENT = 4  # and more: every assignment is a tile of its own, nothing is sorted (vLLM's rule)
 
 
 def forward(
@@ -51,7 +51,7 @@ def forward(
         return _nothing(tokens, n, experts, spec, keep)
     tiles = _tiles(n, tokens, experts, batch_invariant=batch_invariant)
     down = experts.down if spec.transposed else experts.down.mT  # [E, I, O]
-    if keep == "nothing" and n * FEW <= n_experts and not batch_invariant:
+    if keep == "nothing" and n * EXPERTS_PER_ASSIGNMENT <= n_experts and not batch_invariant:
         rows = unsorted(expert_ids)
         activated = up(tokens, k, rows, experts, spec, tiles.up, keep_hidden=False).activated
         out = down_and_combine(activated, expert_ids, weights, down, experts.down_bias)

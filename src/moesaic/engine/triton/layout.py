@@ -11,7 +11,7 @@ from torch import Tensor
 
 from moesaic.engine.plan import Plan
 
-SLOTS = 1024  # assignments a program
+ASSIGNMENTS = 1024  # of a program
 
 
 class Layout(NamedTuple):
@@ -48,7 +48,7 @@ def layout(plan: Plan, k: int, block_rows: int) -> Layout:
         return torch.empty(size, dtype=torch.int32, device=plan.counts.device)
 
     result = Layout(empty(tiles), empty(tiles), empty(experts), empty(n), plan.assignments, empty(n))
-    _layout[(max(triton.cdiv(n, SLOTS), triton.cdiv(tiles, tiles_a_program)),)](
+    _layout[(max(triton.cdiv(n, ASSIGNMENTS), triton.cdiv(tiles, tiles_a_program)),)](
         plan.assignments,
         plan.counts,
         *result[:4],
@@ -59,7 +59,7 @@ def layout(plan: Plan, k: int, block_rows: int) -> Layout:
         tiles,
         ROWS=block_rows,
         EXPERTS=padded,
-        SLOTS=SLOTS,
+        ASSIGNMENTS=ASSIGNMENTS,
         TILES=tiles_a_program,
     )
     return result
@@ -85,7 +85,7 @@ def _layout(
     tiles,
     ROWS: tl.constexpr,
     EXPERTS: tl.constexpr,
-    SLOTS: tl.constexpr,
+    ASSIGNMENTS: tl.constexpr,
     TILES: tl.constexpr,
 ):
     program = tl.program_id(0)
@@ -96,7 +96,7 @@ def _layout(
     if program == 0:
         tl.store(ends + experts, end, mask=experts < num_experts)
 
-    rows = program * SLOTS + tl.arange(0, SLOTS)
+    rows = program * ASSIGNMENTS + tl.arange(0, ASSIGNMENTS)
     assignment = tl.load(assignments + rows, mask=rows < n, other=0)
     tl.store(token_of + rows, assignment.to(tl.int32) // k, mask=rows < n)
     tl.store(row_of + assignment, tl.where(rows < total, rows, -1), mask=rows < n)

@@ -8,20 +8,20 @@ from torch import Tensor
 
 from moesaic.engine.plan import Plan
 
-FEW = 4096  # assignments up to which every expert looks through all of them: one launch
+ONE_LAUNCH = 4096  # assignments up to which every expert looks through all of them
 BLOCK = 128  # assignments that one program ranks by comparing each with each
 
 
 def group_by_expert(expert_ids: Int[Tensor, "T K"], num_experts: int) -> Plan:
     """Twin of `engine.plan.group_by_expert`. Ids that name no expert (values are not checked on a GPU) come last, as E.
 
-    Up to FEW assignments in one launch; above in a count, a prefix sum over (expert, block) and a scatter.
+    Up to ONE_LAUNCH assignments in one launch; above in a count, a prefix sum over (expert, block) and a scatter.
     """
     ids = expert_ids.flatten()
     n = len(ids)
     assignments = torch.empty(n, dtype=torch.int64, device=ids.device)
     counts = torch.empty(num_experts, dtype=torch.int64, device=ids.device)
-    if n <= FEW:
+    if n <= ONE_LAUNCH:
         size = max(16, triton.next_power_of_2(n))
         _sort_few[(num_experts + 1,)](
             ids, assignments, counts, n, num_experts, SIZE=size, num_warps=max(1, min(16, size // 256))
@@ -47,21 +47,21 @@ def group_by_expert(expert_ids: Int[Tensor, "T K"], num_experts: int) -> Plan:
 
 
 @triton.jit
-def _load_ids(ids, slots, n, num_experts):
+def _load_ids(ids, assignment, n, num_experts):
     """The id E for whatever names no expert, E + 1 beyond the end."""
-    found = tl.load(ids + slots, mask=slots < n, other=0).to(tl.int64)
+    found = tl.load(ids + assignment, mask=assignment < n, other=0).to(tl.int64)
     found = tl.where((found < 0) | (found > num_experts), num_experts, found)
-    return tl.where(slots < n, found, num_experts + 1).to(tl.int32)
+    return tl.where(assignment < n, found, num_experts + 1).to(tl.int32)
 
 
 @triton.jit(do_not_specialize=["n"])
 def _sort_few(ids, assignments, counts, n, num_experts, SIZE: tl.constexpr):
     expert = tl.program_id(0)
-    slots = tl.arange(0, SIZE)
-    found = _load_ids(ids, slots, n, num_experts)
+    assignment = tl.arange(0, SIZE)
+    found = _load_ids(ids, assignment, n, num_experts)
     mine = (found == expert).to(tl.int32)
     first = tl.sum((found < expert).to(tl.int32), axis=0)
-    tl.store(assignments + first + tl.cumsum(mine, axis=0) - 1, slots.to(tl.int64), mask=mine != 0)
+    tl.store(assignments + first + tl.cumsum(mine, axis=0) - 1, assignment.to(tl.int64), mask=mine != 0)
     if expert < num_experts:
         tl.store(counts + expert, tl.sum(mine, axis=0).to(tl.int64))
 
@@ -80,15 +80,15 @@ def _scatter(
 ):
     block = tl.program_id(0)
     here = tl.arange(0, BLOCK)
-    slots = block * BLOCK + here
-    found = _load_ids(ids, slots, n, num_experts)
+    assignment = block * BLOCK + here
+    found = _load_ids(ids, assignment, n, num_experts)
     others = _load_ids(ids, block * BLOCK + tl.arange(0, BLOCK), n, num_experts)
     earlier = (found[:, None] == others[None, :]) & (here[:, None] > here[None, :])
     rank = tl.sum(earlier.to(tl.int32), axis=1)
     cell = found * blocks + block
-    inside = slots < n
+    inside = assignment < n
     first = tl.load(ends + cell, mask=inside, other=0) - tl.load(by_block + cell, mask=inside, other=0)
-    tl.store(assignments + first + rank, slots.to(tl.int64), mask=inside)
+    tl.store(assignments + first + rank, assignment.to(tl.int64), mask=inside)
     if block == 0:
         experts = tl.arange(0, EXPERTS)
         known = experts < num_experts

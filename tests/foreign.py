@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -101,6 +102,14 @@ class Canary:
 
 def equal(trace, picks: np.ndarray) -> bool:
     return trace.picks.shape == picks.shape and np.array_equal(trace.picks.numpy(), picks)
+
+
+def imported(name: str, files: list[Path], target: Target):
+    """(trace, what is said about it in English). In Chinese the same is said: every number of one is in the other."""
+    trace, notes = READERS[name](files, target)
+    for note in notes:
+        assert sorted(re.findall(r"\d+", note.en)) == sorted(re.findall(r"\d+", note.zh))
+    return trace, tuple(note.en for note in notes)
 
 
 def refused(name, files, target=KNOWN) -> str:

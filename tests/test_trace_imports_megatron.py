@@ -10,6 +10,7 @@ from foreign import (
     E,
     cases,
     equal,
+    imported,
     megatron,
     megatron_lines,
     picked,
@@ -22,7 +23,7 @@ from moesaic.trace.imports import READERS
 def test_megatron_records_are_the_picks_of_the_tokens(tmp_path):
     file = megatron(tmp_path, *(megatron_lines(picked(6, seed=step), step=step) for step in (3, 4)))
     other = megatron(tmp_path, megatron_lines(picked(2, seed=9), step=3, rank=1), name="router_trace_rank1.jsonl")
-    trace, notes = READERS["megatron"]([other, file], KNOWN)
+    trace, notes = imported("megatron", [other, file], KNOWN)
     assert equal(trace, np.concatenate([picked(6, seed=3), picked(6, seed=4), picked(2, seed=9)], 1))
     assert trace.layers == tuple(f"decoder.layers.{i}" for i in range(1, 5))
     assert trace.sequences.tolist() == [0] * 6 + [1] * 6 + [2] * 2
@@ -31,9 +32,10 @@ def test_megatron_records_are_the_picks_of_the_tokens(tmp_path):
 
 
 def test_megatron_micro_batches_follow_and_recomputed_forwards_count_once(tmp_path):
-    """Order of a step: forward 0, forward 1, and before the backward of each its recompute, last layer first."""
+    """Order of a step: forward 0, forward 1, and before the backward of each its recompute, last layer first; here
+    the second micro-batch goes back before the first."""
     first, second = megatron_lines(picked(6, seed=0)), megatron_lines(picked(6, seed=1))
-    trace, notes = READERS["megatron"]([megatron(tmp_path, first, second, first[::-1], second[::-1])], KNOWN)
+    trace, notes = imported("megatron", [megatron(tmp_path, first, second, second[::-1], first[::-1])], KNOWN)
     assert equal(trace, np.concatenate([picked(6, seed=0), picked(6, seed=1)], 1))
     assert notes[0].startswith("8 records repeat one of their step and layer")
 
@@ -43,7 +45,7 @@ def test_megatron_ranks_of_tensor_parallelism_count_once(tmp_path):
         megatron(tmp_path, megatron_lines(picked(6), rank=rank), name=f"router_trace_rank{rank}.jsonl")
         for rank in range(3)
     ]
-    trace, notes = READERS["megatron"](files, KNOWN)
+    trace, notes = imported("megatron", files, KNOWN)
     assert equal(trace, picked(6))
     assert notes[:2] == tuple(f"rank {r} repeats rank 0 (tensor parallelism) and is left out" for r in (1, 2))
 
@@ -51,7 +53,7 @@ def test_megatron_ranks_of_tensor_parallelism_count_once(tmp_path):
 def test_megatron_prediction_heads_and_incomplete_steps_are_left_out_and_said(tmp_path):
     heads = megatron_lines(picked(3, seed=5), block="mtp", mtp_idx=0)
     file = megatron(tmp_path, megatron_lines(picked(6)), heads, megatron_lines(picked(6, seed=1), step=1)[:-1])
-    trace, notes = READERS["megatron"]([file], KNOWN)
+    trace, notes = imported("megatron", [file], KNOWN)
     assert equal(trace, picked(6))
     assert notes[:2] == (
         "4 records of multi-token-prediction heads are left out",
@@ -61,7 +63,7 @@ def test_megatron_prediction_heads_and_incomplete_steps_are_left_out_and_said(tm
 
 def test_megatron_layers_that_count_from_1_are_put_right_where_the_config_says_so(tmp_path):
     file = megatron(tmp_path, megatron_lines(picked(6), first_layer=2))
-    trace, notes = READERS["megatron"]([file], KNOWN)
+    trace, notes = imported("megatron", [file], KNOWN)
     assert trace.layers == tuple(f"decoder.layers.{i}" for i in range(1, 5))
     assert "layers count from 1 in this record" in notes[0]
     assert READERS["megatron"]([file], SIZES).trace.layers == tuple(f"decoder.layers.{i}" for i in range(2, 6))

@@ -6,7 +6,7 @@ import zipfile
 import numpy as np
 import pytest
 import torch
-from foreign import KNOWN, SIZES, Canary, E, K, L, cases, equal, picked, refused, sglang_dump, sglang_record
+from foreign import KNOWN, SIZES, Canary, E, K, L, cases, equal, imported, picked, refused, sglang_dump, sglang_record
 
 from moesaic.trace.imports import READERS, Target, sglang
 
@@ -17,7 +17,7 @@ def test_sglang_prefill_and_decode_are_the_picks_of_the_tokens(tmp_path):
     records = [sglang_record(prefill, lengths=[5, 4], positions=[0, 1, 2, 3, 4, 0, 1, 2, 3])]
     for step, (ids, at) in enumerate(zip(decode, ([5, 4], [6, 5], [7]), strict=True), 1):
         records.append(sglang_record(ids, number=step, mode=2, lengths=None, positions=at, ids=[step] * len(at)))
-    trace, notes = READERS["sglang"]([sglang_dump(tmp_path / "a.pt", records)], KNOWN)
+    trace, notes = imported("sglang", [sglang_dump(tmp_path / "a.pt", records)], KNOWN)
     assert equal(trace, np.concatenate([prefill, *decode], 1))
     assert trace.layers == ("layers.1", "layers.2", "layers.3", "layers.4")
     assert trace.origins == ("imported",) * 4
@@ -51,7 +51,7 @@ def test_sglang_padding_is_left_out_and_masked_tokens_have_no_expert(tmp_path):
     record["topk_ids_of_layer"][:, 4:] = -1  # padding of a CUDA graph
     record["topk_ids_of_layer"][2, 1] = -1  # one layer without picks of one token
     record["topk_ids_of_layer"][3, 0, 2] = -1  # one slot
-    trace, notes = READERS["sglang"]([sglang_dump(tmp_path / "a.pt", [record])], KNOWN)
+    trace, notes = imported("sglang", [sglang_dump(tmp_path / "a.pt", [record])], KNOWN)
     expected = picks[:, :4].copy()
     expected[1, 1] = E
     expected[2, 0, 2] = E
@@ -73,7 +73,7 @@ def test_sglang_bytes_of_255_are_padding_and_not_expert_255(tmp_path):
 def test_sglang_fused_shared_experts_are_left_out_and_said(tmp_path):
     record = sglang_record(picked(5))
     record["topk_ids_of_layer"][1:, :, K] = E  # appended behind the routed ones
-    trace, notes = READERS["sglang"]([sglang_dump(tmp_path / "a.pt", [record])], KNOWN)
+    trace, notes = imported("sglang", [sglang_dump(tmp_path / "a.pt", [record])], KNOWN)
     assert equal(trace, picked(5))
     assert "1 ids a token are shared experts" in notes[0]
 
@@ -82,10 +82,14 @@ def test_sglang_ranks_that_repeat_count_once_and_others_follow(tmp_path):
     records = [[sglang_record(picked(4, seed=s), number=s, rank=rank) for s in (0, 1)] for rank in (0, 1)]
     other = [sglang_record(picked(4, seed=9), number=0, rank=2)]
     files = [sglang_dump(tmp_path / f"{i}.pt", r) for i, r in enumerate([*records, other])]
-    trace, notes = READERS["sglang"](files, KNOWN)
+    trace, notes = imported("sglang", files, KNOWN)
     assert equal(trace, np.concatenate([picked(4, seed=s) for s in (0, 1, 9)], 1))
     assert notes == ("rank 1 repeats rank 0 (tensor parallelism) and is left out",)
     assert trace.sequences.tolist() == [0] * 4 + [1] * 4 + [2] * 4
+    for change in ({"input_ids": [7] * 4}, {"topk_ids_of_layer": records[0][0]["topk_ids_of_layer"].flip(1)}):
+        data_parallel = [{**record, "rank": 1, **change} for record in records[0]]
+        both = READERS["sglang"]([files[0], sglang_dump(tmp_path / "dp.pt", data_parallel)], KNOWN)
+        assert (len(both.trace), both.notes) == (16, ())
     assert "rank 0 has a forward pass twice" in refused("sglang", [files[0], files[0]])
 
 
@@ -115,7 +119,7 @@ def test_sglang_requests_of_equal_length_keep_the_order_of_the_batch(tmp_path):
 
 
 def test_sglang_without_a_config_finds_k_and_leaves_the_rule_open(tmp_path):
-    trace, notes = READERS["sglang"]([sglang_dump(tmp_path / "a.pt", [sglang_record(picked(7))])], SIZES)
+    trace, notes = imported("sglang", [sglang_dump(tmp_path / "a.pt", [sglang_record(picked(7))])], SIZES)
     assert equal(trace, picked(7))
     assert not trace.configs[0].rule_is_known
     assert notes == ("no picks in layers.0: dense layers, or not recorded; the config does not say",)
@@ -124,12 +128,12 @@ def test_sglang_without_a_config_finds_k_and_leaves_the_rule_open(tmp_path):
 def test_a_layer_that_the_config_promises_is_missing_and_said(tmp_path):
     record = sglang_record(picked(5))
     record["topk_ids_of_layer"][2] = -1
-    trace, notes = READERS["sglang"]([sglang_dump(tmp_path / "a.pt", [record])], KNOWN)
+    trace, notes = imported("sglang", [sglang_dump(tmp_path / "a.pt", [record])], KNOWN)
     assert trace.layers == ("layers.1", "layers.3", "layers.4")
     assert trace.missing == ("layers.2",)
     assert notes == ("no data of layers.2, which the config says are MoE layers",)
     wrong = Target(n_experts=E, config=KNOWN.config, layers=(2, 3, 4, 5))
-    trace, notes = READERS["sglang"]([sglang_dump(tmp_path / "a.pt", [record])], wrong)
+    trace, notes = imported("sglang", [sglang_dump(tmp_path / "a.pt", [record])], wrong)
     assert trace.missing == ("layers.2", "layers.5")
     assert "picks in layers.1, which the config says have no experts" in notes[2]
 

@@ -12,6 +12,7 @@ from foreign import (
     cases,
     encoded,
     equal,
+    imported,
     picked,
     refused,
     vllm_array,
@@ -25,7 +26,7 @@ from moesaic.trace.imports import READERS, Target
 def test_vllm_arrays_are_the_picks_of_the_tokens(tmp_path, dtype, order):
     np.save(tmp_path / "prose.npy", np.asarray(vllm_array(picked(9), dtype), order=order))
     np.save(tmp_path / "code.npy", vllm_array(picked(5, seed=1), dtype))
-    trace, notes = READERS["vllm"]([tmp_path / "prose.npy", tmp_path / "code.npy"], KNOWN)
+    trace, notes = imported("vllm", [tmp_path / "prose.npy", tmp_path / "code.npy"], KNOWN)
     assert equal(trace, np.concatenate([picked(9), picked(5, seed=1)], 1))
     assert trace.layers == ("layers.1", "layers.2", "layers.3", "layers.4")
     assert trace.sequences.tolist() == [0] * 9 + [1] * 5
@@ -74,7 +75,7 @@ def test_vllm_rows_of_zeros_were_not_recorded_and_expert_0_was(tmp_path):
     ids[4] = 0  # a token that was not forwarded
     ids[2, 3] = 0
     np.save(tmp_path / "a.npy", ids)
-    trace, notes = READERS["vllm"]([tmp_path / "a.npy"], KNOWN)
+    trace, notes = imported("vllm", [tmp_path / "a.npy"], KNOWN)
     expected = np.delete(picks, 4, 1)
     expected[2, 2] = E
     assert equal(trace, expected)
@@ -156,6 +157,7 @@ def broken_vllm():
         ("no choices", text('{"choices": 3}'), "choices is not a list of objects"),
         ("nothing recorded", choice(None), "no routed_experts in these files: start the server with"),
         ("not base64", choice("§§§"), "routed_experts is not base64"),
+        ("base64 and more", choice(encoded(good)[:8] + "!!!!" + encoded(good)[8:]), "routed_experts is not base64"),
         ("a list", choice([[1]]), "routed_experts is not base64 of a .npy file"),
         ("base64 of nothing", choice("aGVsbG8="), "not a .npy array"),
         ("few tokens", choice(encoded(good), token_ids=[1], prompt_token_ids=[1]), r"5 rows of ids for 1 \+ 1 tokens"),

@@ -7,19 +7,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moesaic.trace.imports.notes import Note, note
 from moesaic.trace.imports.target import Target
 from moesaic.trace.store import Trace, versions
 
 R = TypeVar("R")
-MOST_PICKS = 1 << 30  # ids of one trace: 2 GB
+MOST_PICKS = 1 << 30  # ids of one trace, 2 GB; readers count while they read
 NONE = -1  # no expert, until the number of experts is put there
 
 
 class Imported(NamedTuple):
-    """A trace, and what a reader of it must know about how it was made, one sentence each."""
+    """A trace, and what a reader of it must know about how it was made."""
 
     trace: Trace
-    notes: tuple[str, ...]
+    notes: tuple[Note, ...]
 
 
 class Part(NamedTuple):
@@ -45,9 +46,6 @@ def assemble(parts: Sequence[Part], layers: Sequence[str], numbers: Sequence[int
     the record is not that of the config, and where nothing is left.
     """
     parts = [part for part in parts if part.picks.shape[1]]
-    total = sum(part.picks.size for part in parts)
-    if total > MOST_PICKS:
-        raise ValueError(f"the record holds {total:,} ids, and at most {MOST_PICKS:,} fit in a trace: import less")
     n_columns = _columns(parts, target)
     for part in parts:
         _check(part, n_columns, layers, target.n_experts)
@@ -57,9 +55,9 @@ def assemble(parts: Sequence[Part], layers: Sequence[str], numbers: Sequence[int
     dtype = torch.int16 if target.n_experts < 2**15 - 1 else torch.int32
     picks = torch.cat([_filled(part, with_data, rows, n_columns, target, dtype) for part, rows in kept], 1)
     if partly := int((picks == target.n_experts).all(-1).sum()):
-        notes.append(f'{partly} of {picks.shape[0] * picks.shape[1]} token-layers have no picks: there they are "none"')
+        notes.append(note("partly", count=partly, all=picks.shape[0] * picks.shape[1]))
     if left_out := sum(part.picks.shape[1] for part in parts) - picks.shape[1]:
-        notes.append(f"{left_out} tokens without any pick are left out")
+        notes.append(note("no_pick", count=left_out))
     sequences, labels = _numbered(kept)
     trace = Trace(
         picks=picks,
@@ -120,7 +118,7 @@ def _with_data(
     in_layer = np.zeros(len(layers), dtype=bool)
     kept = []
     for part in parts:
-        there: np.ndarray = (part.picks[:, :, :n_columns] >= 0).any(-1)  # [L, T]
+        there = np.any(part.picks[:, :, :n_columns] >= 0, axis=-1)  # [L, T]
         in_layer |= there.any(1)
         rows = np.flatnonzero(there.any(0))
         if len(rows):
@@ -130,20 +128,20 @@ def _with_data(
 
 def _missing(
     with_data: Sequence[int], layers: Sequence[str], numbers: Sequence[int], target: Target
-) -> tuple[tuple[str, ...], list[str]]:
+) -> tuple[tuple[str, ...], list[Note]]:
     """MoE layers that the config names and the record lacks, and what to say about layers without picks."""
     empty = [i for i in range(len(layers)) if i not in with_data]
     if target.layers is None:
-        names = ", ".join(layers[i] for i in empty)
-        return (), [f"no picks in {names}: dense layers, or not recorded; the config does not say"] if names else []
+        return (), [note("empty", names=", ".join(layers[i] for i in empty))] if empty else []
     expected = set(target.layers)
-    missing = tuple(layers[i] for i in empty if numbers[i] in expected)
-    notes = [f"no data of {', '.join(missing)}, which the config says are MoE layers"] if missing else []
+    missing, notes = tuple(layers[i] for i in empty if numbers[i] in expected), []
+    if missing:
+        notes.append(note("missing", names=", ".join(missing)))
     if absent := sorted(expected - set(numbers)):
-        notes.append(f"the record does not reach layers {', '.join(map(str, absent))}, which are MoE layers")
+        notes.append(note("absent", names=", ".join(map(str, absent))))
         missing += tuple(f"layers.{number}" for number in absent)
     if dense := [layers[i] for i in with_data if numbers[i] not in expected]:
-        notes.append(f"picks in {', '.join(dense)}, which the config says have no experts: is it the right config?")
+        notes.append(note("dense", names=", ".join(dense)))
     return missing, notes
 
 
@@ -177,16 +175,16 @@ def _joined(columns: Sequence[np.ndarray | None], dtype: torch.dtype) -> Tensor 
     return torch.from_numpy(np.concatenate(there)).to(dtype) if len(there) == len(columns) else None
 
 
-def without_copies(ranks: Mapping[int, R], same: Callable[[R, R], bool]) -> tuple[list[str], dict[int, R]]:
+def without_copies(ranks: Mapping[int, R], same: Callable[[R, R], bool]) -> tuple[list[Note], dict[int, R]]:
     """Ranks that hold the same as an earlier one, as under tensor parallelism, left out; and said so."""
-    notes: list[str] = []
+    notes: list[Note] = []
     kept: dict[int, R] = {}
     for rank in sorted(ranks):
         twin = next((other for other, theirs in kept.items() if same(ranks[rank], theirs)), None)
         if twin is None:
             kept[rank] = ranks[rank]
         else:
-            notes.append(f"rank {rank} repeats rank {twin} (tensor parallelism) and is left out")
+            notes.append(note("copy", rank=rank, twin=twin))
     return notes, kept
 
 

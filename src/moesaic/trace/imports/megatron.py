@@ -16,10 +16,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from moesaic.trace.imports.assemble import MOST_PICKS, Imported, Part, assemble, without_copies
+from moesaic.trace.imports.notes import Note, note
 from moesaic.trace.imports.target import MOST_LAYERS, Target
 from moesaic.trace.imports.untrusted import MOST_LINE, is_count, parsed, size_of, table
-
-ONE_SEQUENCE = "every micro-batch (in inference, every step) of a rank is one sequence: the record has no documents"
 
 
 class Call(NamedTuple):
@@ -56,11 +55,11 @@ def read(files: Sequence[Path], target: Target) -> Imported:
             ranks.setdefault(call.rank, {}).setdefault(call.step, {}).setdefault(call.layer, []).append(call.ids)
     if not ranks:
         raise ValueError("no decoder layer was traced in these files: nothing can be imported")
-    notes = [f"{n_mtp} records of multi-token-prediction heads are left out"] if n_mtp else []
+    notes = [note("heads", count=n_mtp)] if n_mtp else []
     layers = _layers(ranks)
     repeated = sum(_without_recomputes(calls) for steps in ranks.values() for calls in steps.values())
     if repeated:
-        notes.append(f"{repeated} records repeat one of their step and layer (a recomputed forward) and are left out")
+        notes.append(note("recomputed", count=repeated))
     copies, distinct = without_copies(ranks, _same)
     notes += copies
     parts, incomplete = [], 0
@@ -70,13 +69,13 @@ def read(files: Sequence[Path], target: Target) -> Imported:
             parts += found
             incomplete += lacking
     if incomplete:
-        notes.append(f"{incomplete} micro-batches lack a layer and are left out")
+        notes.append(note("incomplete", count=incomplete))
     if not parts:
         raise ValueError("no step has all layers: nothing can be imported")
     numbers, shifted = _numbers(layers, target)
     names = [f"decoder.layers.{number}" for number in numbers]
     imported = assemble(parts, names, numbers, target)
-    return imported._replace(notes=(*notes, *shifted, ONE_SEQUENCE, *imported.notes))
+    return imported._replace(notes=(*notes, *shifted, note("no_documents"), *imported.notes))
 
 
 def _calls(path: Path, n_experts: int) -> Iterator[Call | None]:
@@ -175,9 +174,9 @@ def _parts(calls: Mapping[int, list[np.ndarray]], layers: Sequence[int], where: 
     return parts, max(n_batches) - min(n_batches)
 
 
-def _numbers(layers: Sequence[int], target: Target) -> tuple[list[int], list[str]]:
+def _numbers(layers: Sequence[int], target: Target) -> tuple[list[int], list[Note]]:
     """Layer numbers from 0, as far as the config tells."""
     expected = set(target.layers or ())
     if expected and not set(layers) <= expected and {layer - 1 for layer in layers} <= expected:
-        return [layer - 1 for layer in layers], ["layers count from 1 in this record, and from 0 in the trace"]
+        return [layer - 1 for layer in layers], [note("from_1")]
     return list(layers), []

@@ -21,7 +21,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moesaic.trace.imports.assemble import MOST_PICKS, NONE, Imported, Part, assemble, without_copies, without_filler
+from moesaic.trace.imports.assemble import (
+    MOST_PICKS,
+    NONE,
+    Imported,
+    Part,
+    assemble,
+    without_copies,
+    without_filler,
+)
+from moesaic.trace.imports.notes import note
 from moesaic.trace.imports.target import MOST_LAYERS, Target
 from moesaic.trace.imports.untrusted import counts, is_count, size_of
 from moesaic.trace.store import PHASES
@@ -79,7 +88,7 @@ def read(files: Sequence[Path], target: Target) -> Imported:
             shared = max(shared, dropped)
             parts.append(Part(one.where, ids, sequences, one.input_ids, _phases(one)))
     if shared:
-        notes.append(f"{shared} ids a token are shared experts fused into the routed ones, and left out")
+        notes.append(note("shared", count=shared))
     names = [f"layers.{number}" for number in range(n_layers)]
     imported = assemble(parts, names, range(n_layers), target)
     return imported._replace(notes=(*notes, *imported.notes))
@@ -108,7 +117,7 @@ def _unpickled(path: Path) -> Any:
             entries = archive.infolist()
     except Exception:  # a damaged directory fails in many ways
         raise ValueError(f"{path}: not a file of torch.save, or cut short") from None
-    if len(entries) > MOST_ENTRIES or sum(e.file_size for e in entries) > size or any(e.compress_type for e in entries):
+    if len(entries) > MOST_ENTRIES or sum(entry.file_size for entry in entries) > size:
         raise ValueError(f"{path}: a compressed or overfull archive, which torch.save does not write")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)

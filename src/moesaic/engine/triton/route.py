@@ -1,4 +1,4 @@
-"""Routing in one kernel, one program a token, and the gradient of its weights in another. Twin of `rules.route`.
+"""Routing in one kernel, one program a token. Twin of `rules.route`; `route_backward` has the gradient.
 
 A row of logits stays in the registers of one warp, laid out [groups, experts of a group], both padded to powers of two;
 where nothing needs the whole row (a replay of sigmoid scores, its gradient) the compiler drops the load.
@@ -13,13 +13,15 @@ from torch import Tensor
 
 from moesaic.config import MoEConfig
 from moesaic.engine.route_op import RouteSpec
+from moesaic.engine.triton.route_backward import backward
+from moesaic.engine.triton.weigh import score_of, softmax_terms, warps, weigh, weighing
 from moesaic.types import Routing
+
+__all__ = ["backward", "forward", "route"]
 
 INFINITY = tl.constexpr(0x7F800000)  # the keys of +inf and -inf
 MINUS_INFINITY = tl.constexpr(-0x7F800001)
 TAKEN = tl.constexpr(-0x80000000)  # below the key of every float: chosen already, masked out, or padding
-LOWEST = tl.constexpr(float(torch.finfo(torch.float32).min))
-TINY = tl.constexpr(float(torch.finfo(torch.float32).tiny))
 
 
 def route(
@@ -60,49 +62,10 @@ def forward(
                 KEPT=spec.topk_group,
                 COUNTED=spec.counted,
                 ZERO_MASK=spec.zero_mask,
-                **_weighing(spec),
+                **weighing(spec),
                 num_warps=warps(n_experts),
             )
     return weights, expert_ids
-
-
-def backward(
-    grad_weights: Float[Tensor, "T K"], logits: Float[Tensor, "T E"], expert_ids: Int[Tensor, "T K"], spec: RouteSpec
-) -> Float[Tensor, "T E"]:
-    """The gradient of the logits, in their dtype."""
-    n_tokens, n_experts = logits.shape
-    grad_logits = torch.empty(n_tokens, n_experts, dtype=logits.dtype, device=logits.device)
-    if n_tokens:
-        with torch.cuda.device_of(logits):
-            _route_backward[(n_tokens,)](
-                grad_weights.contiguous(),
-                logits,
-                *logits.stride(),
-                expert_ids.contiguous(),
-                grad_logits,
-                spec.eps,
-                spec.scale,
-                EXPERTS=n_experts,
-                PADDED_EXPERTS=triton.next_power_of_2(n_experts),
-                **_weighing(spec),
-                num_warps=warps(n_experts),
-            )
-    return grad_logits
-
-
-def warps(n_experts: int) -> int:
-    """One up to 512 experts, so that nothing waits at a barrier; then one for each 512."""
-    return min(8, max(1, triton.next_power_of_2(n_experts) // 512))
-
-
-def _weighing(spec: RouteSpec) -> dict[str, int | str | bool]:
-    return {
-        "K": spec.k,
-        "SLOTS": triton.next_power_of_2(spec.k),
-        "SCORING": spec.scoring_func,
-        "AFTER": spec.score_after_topk,
-        "NORM": spec.norm,
-    }
 
 
 @triton.jit
@@ -139,11 +102,11 @@ def _route(
     x = tl.load(row + expert.to(tl.int64) * column_stride, mask=real, other=-float("inf")).to(tl.float32)
     highest, total = 0.0, 1.0
     if SCORING == "softmax" and not AFTER:
-        highest, total = _softmax_terms(x)
+        highest, total = softmax_terms(x)
     if replay is None:
         choice = x
         if not AFTER:
-            choice = _score(x, highest, total, SCORING)
+            choice = score_of(x, highest, total, SCORING)
         if bias is not None:
             choice += tl.load(bias + expert, mask=real, other=0.0).to(tl.float32)
         key = tl.where(real, _key(choice), TAKEN)
@@ -154,94 +117,10 @@ def _route(
     else:
         chosen = tl.load(replay + token * K + slot, mask=slot < K, other=EXPERTS).to(tl.int32)
     present = (chosen >= 0) & (chosen < EXPERTS)
-    _x, score, divisor = _weigh(row, column_stride, chosen, present, slot, highest, total, eps, K, SCORING, AFTER, NORM)
+    _x, score, divisor = weigh(row, column_stride, chosen, present, slot, highest, total, eps, K, SCORING, AFTER, NORM)
     place = token * K + slot
     tl.store(weights + place, tl.div_rn(score, divisor) * scale, mask=slot < K)
     tl.store(expert_ids + place, chosen.to(tl.int64), mask=slot < K)
-
-
-@triton.jit
-def _route_backward(
-    grad_weights,
-    logits,
-    row_stride,
-    column_stride,
-    expert_ids,
-    grad_logits,
-    eps,
-    scale,
-    EXPERTS: tl.constexpr,
-    PADDED_EXPERTS: tl.constexpr,
-    K: tl.constexpr,
-    SLOTS: tl.constexpr,
-    SCORING: tl.constexpr,
-    AFTER: tl.constexpr,
-    NORM: tl.constexpr,
-):
-    token = tl.program_id(0).to(tl.int64)
-    row = logits + token * row_stride
-    slot = tl.arange(0, SLOTS)
-    expert = tl.arange(0, PADDED_EXPERTS)
-    chosen = tl.load(expert_ids + token * K + slot, mask=slot < K, other=EXPERTS).to(tl.int32)
-    grad = tl.load(grad_weights + token * K + slot, mask=slot < K, other=0.0).to(tl.float32)
-    everyone = tl.load(row + expert.to(tl.int64) * column_stride, mask=expert < EXPERTS, other=-float("inf"))
-    everyone = everyone.to(tl.float32)
-    highest, total = 0.0, 1.0
-    if SCORING == "softmax" and not AFTER:
-        highest, total = _softmax_terms(everyone)
-    present = (chosen >= 0) & (chosen < EXPERTS)
-    x, score, divisor = _weigh(row, column_stride, chosen, present, slot, highest, total, eps, K, SCORING, AFTER, NORM)
-    grad = tl.where(present, grad * scale, 0.0)  # of the shares, then of the scores; what the absent get lands nowhere
-    if NORM:
-        share = tl.div_rn(score, divisor)
-        grad = tl.div_rn(grad - tl.sum(grad * share, axis=0), divisor)
-    if SCORING == "softmax":
-        mean = tl.sum(grad * score, axis=0)
-        if AFTER:
-            result = _spread(score * (grad - mean), chosen, expert, slot, K)
-        else:
-            result = _score(everyone, highest, total, SCORING) * (_spread(grad, chosen, expert, slot, K) - mean)
-    else:
-        result = _spread(grad * _slope(x, score, SCORING), chosen, expert, slot, K)
-    place = token * EXPERTS + expert
-    tl.store(grad_logits + place, result.to(grad_logits.dtype.element_ty), mask=expert < EXPERTS)
-
-
-@triton.jit
-def _softmax_terms(x):
-    """(what to subtract, what to divide by) for the softmax of a whole row."""
-    highest = tl.max(x)
-    return highest, tl.sum(tl.exp(x - highest))
-
-
-@triton.jit
-def _score(x, highest, total, SCORING: tl.constexpr):
-    if SCORING == "sigmoid":
-        score = tl.sigmoid(x)
-    elif SCORING == "softmax":
-        score = tl.exp(x - highest) / total
-    else:
-        softplus = _softplus(x)
-        score = tl.sqrt(tl.where(softplus < TINY, TINY, softplus))  # not tl.maximum, which loses NaN
-    return score
-
-
-@triton.jit
-def _slope(x, score, SCORING: tl.constexpr):
-    """The derivative of `_score` for those functions in which each expert stands for itself."""
-    if SCORING == "sigmoid":
-        slope = score * (1.0 - score)
-    else:
-        slope = tl.sigmoid(x) / (2.0 * score)  # at most 1e-19 where the score is clamped, and there it ought to be 0
-    return slope
-
-
-@triton.jit
-def _softplus(x):
-    """log(1 + exp(x)), exact to the last bits where exp(x) is small: the error of 1 + u cancels (Kahan)."""
-    u = tl.exp(-tl.abs(x))
-    w = 1.0 + u
-    return tl.where(x > 0.0, x, 0.0) + tl.where(w == 1.0, u, tl.log(w) * u / (w - 1.0))
 
 
 @triton.jit
@@ -284,46 +163,3 @@ def _best(key, expert, slot, EXPERTS: tl.constexpr, K: tl.constexpr):
         chosen = tl.where(slot == k, first, chosen)
         key = tl.where(expert == first, TAKEN, key)
     return chosen
-
-
-@triton.jit
-def _weigh(
-    row,
-    column_stride,
-    chosen,
-    present,
-    slot,
-    highest,
-    total,
-    eps,
-    K: tl.constexpr,
-    SCORING: tl.constexpr,
-    AFTER: tl.constexpr,
-    NORM: tl.constexpr,
-):
-    """(logits, scores, what the scores are divided by) of the chosen experts: what `rules.weigh` does before scaling.
-
-    Logits are read again, now that they are in the cache: finding each among the registers of a warp costs more.
-    """
-    x = tl.load(row + chosen.to(tl.int64) * column_stride, mask=present, other=0.0).to(tl.float32)
-    if SCORING == "softmax" and AFTER:
-        highest, total = _softmax_terms(tl.where(present, x, tl.where(slot < K, LOWEST, -float("inf"))))
-    score = tl.where(present, _score(x, highest, total, SCORING), 0.0)
-    divisor = 1.0
-    if NORM:
-        divisor = 0.0
-        for k in range(K):  # in the order of the slots, as TileKernels does
-            divisor += tl.sum(tl.where(slot == k, score, 0.0), axis=0)
-        anybody = tl.max(present.to(tl.int32), axis=0)
-        divisor = tl.where(anybody != 0, divisor + eps, 1.0)
-    return x, score, divisor
-
-
-@triton.jit
-def _spread(values, chosen, expert, slot, K: tl.constexpr):
-    """A row over all experts with the K values at the chosen ones, added where a replay names an expert twice."""
-    spread = tl.zeros(expert.shape, tl.float32)
-    for k in range(K):
-        here = tl.sum(tl.where(slot == k, chosen, 0), axis=0)
-        spread += tl.where(expert == here, tl.sum(tl.where(slot == k, values, 0.0), axis=0), 0.0)
-    return spread

@@ -1,0 +1,89 @@
+"""Reading a trace along with a model that runs: which of its tokens the next forward holds."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moesaic.trace.store import Trace
+
+
+class Reading:
+    """Hands out the tokens of a trace, each once. A token is known by its sequence and its place in it, so forwards may
+    be cut otherwise than they were recorded: a text at once, or its beginning and then token by token."""
+
+    def __init__(self, trace: Trace) -> None:
+        self.trace = trace
+        self._order = trace.sequences.argsort(stable=True)  # tokens, sequence by sequence
+        self._length = torch.bincount(trace.sequences, minlength=1)
+        self._begin = self._length.cumsum(0) - self._length
+        self._read = torch.zeros_like(self._length)  # tokens of each sequence that were handed out
+        self._start = self._end = 0  # first sequence of the last forward, and the first that nobody began
+        self._rows = 0
+        self._cached: dict[int, int] = {}  # id of a cache -> its first sequence
+        self._before: tuple = ()
+
+    def take(self, forward: Any) -> Tensor:
+        """Tokens of the trace in the order of this forward's, int64 [n], -1 for padding. `forward` as
+        `describe_forward` gives it. ValueError where they are not there, or are other tokens."""
+        self._before = self._read.clone(), self._start, self._end, self._rows, dict(self._cached)
+        rows, keep = forward.rows, forward.keep
+        kept = torch.ones_like(rows, dtype=torch.bool) if keep is None else keep
+        sequences = self._sequences_of(forward)[kept]
+        out = torch.full_like(rows, -1)
+        self.check_room(int(self._read.sum()) + len(sequences))
+        if len(sequences) and int(sequences.max()) >= len(self._length):
+            raise ValueError(
+                f"the trace has {len(self._length)} sequences and the model begins another: it is of another run"
+            )
+        counts = torch.bincount(sequences, minlength=len(self._length))
+        if len(over := (self._read + counts > self._length).nonzero()):
+            first = int(over[0])
+            raise ValueError(
+                f"sequence {first} of the trace has {int(self._length[first])} tokens and the model runs "
+                f"{int((self._read + counts)[first])} of it: it is of another run"
+            )
+        order = sequences.argsort(stable=True)
+        place = torch.empty_like(order)
+        place[order] = torch.arange(len(order)) - (counts.cumsum(0) - counts)[sequences[order]]
+        tokens = self._order[(self._begin + self._read)[sequences] + place]
+        self._check_ids(forward, kept, tokens)
+        self._read += counts
+        out[kept] = tokens
+        return out
+
+    def undo(self) -> None:
+        """Take back what the last forward took."""
+        if self._before:
+            self._read, self._start, self._end, self._rows, self._cached = self._before
+
+    def check_room(self, n_tokens: int) -> None:
+        """ValueError where the model has run more tokens than were recorded."""
+        if n_tokens > len(self.trace):
+            raise ValueError(f"the trace has {len(self.trace)} tokens and the model runs {n_tokens}: record them too")
+
+    def _sequences_of(self, forward: Any) -> Tensor:
+        """The number of the sequence of every token, counted as the recorder counts them."""
+        if self.trace.n_sequences <= 1:  # a record that does not tell texts apart is read in its order
+            return torch.zeros_like(forward.rows)
+        n_rows = int(forward.rows[-1]) + 1 if len(forward.rows) else 0
+        cache = getattr(forward, "cache", 0)
+        if forward.continues and cache in self._cached:
+            self._start = self._cached[cache]
+        elif not (forward.continues and n_rows == self._rows):
+            self._start = self._end
+        if cache:
+            self._cached[cache] = self._start
+        self._end, self._rows = max(self._end, self._start + n_rows), n_rows
+        return self._start + forward.rows
+
+    def _check_ids(self, forward: Any, kept: Tensor, tokens: Tensor) -> None:
+        if self.trace.input_ids is None or forward.input_ids is None:
+            return
+        here, there = forward.input_ids[kept], self.trace.input_ids[tokens]
+        if len(wrong := (here != there).nonzero()):
+            first = int(wrong[0])
+            raise ValueError(
+                f"token {int(tokens[first])} of the trace has id {int(there[first])} and the model is given "
+                f"{int(here[first])}: it is of another text"
+            )

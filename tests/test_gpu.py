@@ -293,3 +293,34 @@ def test_the_correction_bias_travels_unchanged():
     bias = layer.to("cuda", torch.bfloat16).gate.e_score_correction_bias
     assert (bias.device.type, bias.dtype) == ("cuda", torch.float32)
     assert bias.eq(torch.tensor(5.000123)).all()
+
+
+def test_a_cuda_graph_adds_to_gradients_that_exist():
+    """Two replays of a step are two steps: they write where `.grad` was when the step was captured."""
+    pytest.importorskip("triton")
+    layer = v3_layer(dtype=torch.float32)
+    x = torch.randn(500, 256, device="cuda")
+
+    def step():
+        layer(x).square().sum().backward()
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    places = [parameter.grad.data_ptr() for parameter in layer.parameters()]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    x.copy_(torch.randn_like(x))
+    layer.zero_grad(set_to_none=False)
+    for _ in range(2):
+        graph.replay()
+    assert [parameter.grad.data_ptr() for parameter in layer.parameters()] == places
+    held = [parameter.grad.clone() for parameter in layer.parameters()]
+    layer.zero_grad()
+    step()
+    for parameter, of_graph in zip(layer.parameters(), held, strict=True):
+        assert (of_graph - 2 * parameter.grad).norm() <= 1e-5 * of_graph.norm() > 0

@@ -1,7 +1,10 @@
-"""What the commands look at: the shipped or a given model, and real text as windows of tokens."""
+"""What the commands look at: the shipped or a given model, and real text as windows of tokens, or as documents."""
 
+import dataclasses
+import inspect
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +17,9 @@ WINDOW = 128  # tokens routed as one sequence
 CHARACTERS = 60_000  # of held-out text a domain that the sequences are drawn from: all of it would take 0.4 s longer
 BATCH = 10  # sequences in one forward
 SEQUENCES = 100  # of the four shipped domains together, in the shares the tiny model was trained on
+PASSAGES = 100  # documents of the four shipped domains together, for a record of documents
+PASSAGE = 400  # characters: a longer document is cut into passages, at ends of lines
+MOST_PIECE = 4096  # characters of the text of one token that a trace keeps
 SAMPLE = (
     "To be, or not to be: that is the question.\n床前明月光，疑是地上霜。\n"
     "A class definition is an executable statement.\nfor token in tokens: route(token)\n"
@@ -25,15 +31,147 @@ def read_text(text: str | None, file: Path | None) -> str | None:
     if text is not None and file is not None:
         raise ValueError("--text and --file are both given: use one of them")
     if file is not None:
-        try:
-            text = file.read_text(encoding="utf-8")
-        except UnicodeDecodeError:
-            raise ValueError(f"--file {file}: not UTF-8 text: give a text file") from None
-        except OSError as error:
-            raise ValueError(f"--file {file}: cannot be read ({error.strerror}): give a text file") from None
+        text = _text_of(file)
     if text is not None and not text.strip():
         raise ValueError("the text is empty: give a word at least")
     return text
+
+
+def _text_of(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise ValueError(f"--file {file}: not UTF-8 text: give a text file") from None
+    except OSError as error:
+        raise ValueError(f"--file {file}: cannot be read ({error.strerror}): give a text file") from None
+
+
+class Document(NamedTuple):
+    """A text that belongs together, and the name of what it is an example of."""
+
+    label: str
+    text: str
+
+
+def documents(text: str | None, files: Sequence[Path], corpus: bool, by_line: bool = False) -> list[Document]:
+    """What was asked for: one text, files (each with its name as label), or the shipped corpus.
+
+    by_line: every line that is not empty is a document. ValueError where nothing, or more than one of them, was given.
+    """
+    if (text is not None) + bool(files) + corpus != 1:
+        raise ValueError("give one of --text, --file (as often as needed) and --corpus: that is what the model reads")
+    if corpus:
+        return corpus_passages()
+    whole = [Document("text", text)] if text is not None else [Document(file.name, _text_of(file)) for file in files]
+    found = [part for document in whole for part in (_lines(document) if by_line else [document])]
+    if empty := next((document for document in whole if not document.text.strip()), None):
+        raise ValueError(f"{'--text' if text is not None else empty.label} is empty: give a word at least")
+    return found
+
+
+def _lines(document: Document) -> list[Document]:
+    return [document._replace(text=line) for line in document.text.splitlines() if line.strip()]
+
+
+def corpus_passages() -> list[Document]:
+    """Held-out passages of the four domains, PASSAGES of them in their shares, spread evenly over all documents."""
+    import numpy as np
+
+    from moesaic.train.data import DOMAINS, corpus
+
+    chosen = []
+    for name, domain in DOMAINS.items():
+        all_of_it = [passage for document in corpus(name, "held_out") for passage in _passages(document.text)]
+        places = np.linspace(0, len(all_of_it) - 1, round(PASSAGES * domain.share)).astype(int)
+        chosen += [Document(name, all_of_it[place]) for place in places]
+    return chosen
+
+
+def _passages(text: str) -> list[str]:
+    """A text in parts of at least PASSAGE characters that end where lines do; a short rest goes with the last one."""
+    parts = [""]
+    for line in text.splitlines(keepends=True):
+        if len(parts[-1]) >= PASSAGE:
+            parts.append("")
+        parts[-1] += line
+    if len(parts) > 1 and len(parts[-1]) < PASSAGE // 2:
+        rest = parts.pop()
+        parts[-1] += rest
+    return parts
+
+
+class Tokens(NamedTuple):
+    """Documents as a model reads them.
+
+    batches: ids [n, length], in order; a document longer than the window is several rows, each read by itself.
+    sequences: int64 [T], the document of a token. offsets: int64 [T, 2], its place in the document in characters; None
+    where the tokenizer does not tell. pieces: id -> its text.
+    """
+
+    batches: list[Tensor]
+    sequences: Tensor
+    offsets: Tensor | None
+    pieces: dict[int, str]
+
+
+def tokens_of(tokenizer: Any, texts: Sequence[Document], window: int = WINDOW) -> Tokens:
+    """Documents as tokens, with the special ones that the tokenizer adds. ValueError where one gives no token."""
+    with_offsets = bool(getattr(tokenizer, "is_fast", False))
+    encoded = tokenizer([document.text for document in texts], return_offsets_mapping=with_offsets)
+    rows = encoded["input_ids"]
+    if empty := [document.label for document, row in zip(texts, rows, strict=True) if not row]:
+        raise ValueError(f"the tokenizer makes nothing of a text of {empty[0]!r}: give another")
+    parts = [torch.tensor(row[at : at + window]) for row in rows for at in range(0, len(row), window)]
+    batches: list[list[Tensor]] = []
+    for part in parts:
+        if batches and len(batches[-1]) < BATCH and len(batches[-1][0]) == len(part):
+            batches[-1].append(part)
+        else:
+            batches.append([part])
+    lengths = torch.tensor([len(row) for row in rows])
+    offsets = [pair for row in encoded["offset_mapping"] for pair in row] if with_offsets else None
+    return Tokens(
+        [torch.stack(batch) for batch in batches],
+        torch.arange(len(rows)).repeat_interleave(lengths),
+        None if offsets is None else torch.tensor(offsets, dtype=torch.int64),
+        {number: piece_of(tokenizer, number)[:MOST_PIECE] for number in sorted({i for row in rows for i in row})},
+    )
+
+
+def piece_of(tokenizer: Any, number: int) -> str:
+    """The text of a token, or the tokenizer's own name for it where it is only part of a character. Raw: data."""
+    piece = tokenizer.decode([number])
+    return str(tokenizer.convert_ids_to_tokens(number)) if "\ufffd" in piece else piece
+
+
+def record_documents(
+    model: Any, tokens: Tokens, labels: Sequence[str], detail: str, *, seed: int = 0, done: Callable[[int], None]
+) -> Trace:
+    """The trace of a model that reads documents: ids only, ids and weights ("picks"), or "scores" too.
+
+    `done` hears the number of tokens of every batch that was read.
+    """
+    accepted = inspect.signature(model.forward).parameters
+    less = {name: value for name, value in (("use_cache", False), ("logits_to_keep", 1)) if name in accepted}
+    torch.manual_seed(seed)
+    level = "scores" if detail == "scores" else "picks"
+    with torch.inference_mode(), record(model, detail=level, seed=seed) as recorder:
+        for ids in tokens.batches:
+            model(input_ids=ids.to(model.device), **less)
+            done(ids.numel())
+    trace = recorder.trace
+    if len(trace) != len(tokens.sequences):
+        raise ValueError(
+            f"{len(tokens.sequences)} tokens were read and {len(trace)} recorded: the model's layers see other tokens"
+        )
+    return dataclasses.replace(
+        trace,
+        weights=None if detail == "ids" else trace.weights,
+        sequences=tokens.sequences,
+        labels=tuple(labels),
+        offsets=tokens.offsets,
+        pieces=tokens.pieces,
+    )
 
 
 def windows_of(tokenizer: Any, text: str, label: str = "text") -> list[tuple[str, Tensor]]:
@@ -93,6 +231,4 @@ def word_of(tokenizer: Any, trace: Trace, token: int) -> str:
     """A token as it may be shown: its text, or its bytes where it is only part of a character."""
     if trace.input_ids is None:
         return ""
-    number = int(trace.input_ids[token])
-    piece = tokenizer.decode([number])
-    return repr(tokenizer.convert_ids_to_tokens(number) if "\ufffd" in piece else piece)
+    return repr(piece_of(tokenizer, int(trace.input_ids[token])))

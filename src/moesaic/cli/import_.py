@@ -1,0 +1,60 @@
+"""`moesaic import`: records of other engines as traces."""
+
+import gc
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from moesaic.cli.output import check_lang, print_json, say_how_again
+from moesaic.cli.trace import check_target, described, show
+
+FORMATS = {  # name -> what files are meant
+    "sglang": ".pt of the expert distribution recorder, mode per_token",
+    "vllm": "routed_experts: .npy, or the .json or .jsonl of responses",
+    "megatron": "router_trace_rank*.jsonl",
+}
+
+
+def import_(
+    source: Annotated[str, typer.Argument(metavar="FORMAT", help="sglang, vllm or megatron.")],
+    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="The record: all its files.")],
+    config: Annotated[
+        str | None, typer.Option(help="The model: a preset's name, a config.json, or the folder of a model.")
+    ] = None,
+    experts: Annotated[
+        int | None, typer.Option(min=1, help="Instead: how many experts a layer has. The rule stays unknown.")
+    ] = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="The file to write.")] = Path("run.safetensors"),
+    as_json: Annotated[bool, typer.Option("--json", help="Print what was imported as JSON.")] = False,
+    lang: Annotated[str, typer.Option(help="en or zh.")] = "en",
+) -> int:
+    """Read what another engine recorded into a trace: SGLang's dumps, vLLM's routed_experts, Megatron's router traces.
+
+    Nothing in the files is executed, and everything in them is checked.
+    """
+    gc.disable()  # as in demo
+    check_lang(lang)
+    if source not in FORMATS:
+        known = "; ".join(f"{name} ({what})" for name, what in FORMATS.items())
+        raise ValueError(f"FORMAT {source!r} is unknown: use one of {known}")
+    if twice := next((file for file in files if files.count(file) > 1), None):
+        raise ValueError(f"{twice} is given twice: give every file once")
+    check_target(out)
+    if any(out.exists() and file.exists() and out.samefile(file) for file in files):
+        raise ValueError(f"--out {out} is one of the files to read: give another name")
+    from moesaic.trace.imports import READERS, read_target
+
+    trace, notes = READERS[source](files, read_target(config, experts))
+    trace.save(out)
+    said = [getattr(note, lang) for note in notes]
+    if as_json:
+        print_json({"format": source, **described(trace, out), "notes": said})
+    else:
+        from moesaic.trace.pieces import visible
+
+        for note in said:
+            print("! " + visible(note))
+        show(trace, out, lang)
+        say_how_again(trace, lang)
+    return 0

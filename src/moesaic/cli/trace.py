@@ -1,0 +1,197 @@
+"""`moesaic trace`: what the gates of a model did with a text, recorded into a file."""
+
+import gc
+import shlex
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from moesaic.cli.output import check_lang, print_json, say_how_again
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from moesaic.trace.store import Trace
+
+DETAILS = ("ids", "picks", "scores")
+WORDS = {
+    "en": {
+        "reading": "Reading", "next": "Next:", "no_name": "a model without a name", "more": "{n} more",
+        "model": "{model}: {layers} MoE layers, top {k} of {experts} experts",
+        "text": "{tokens:,} tokens of {documents:,} documents", "label": "{label} {documents:,}",
+        "missing": "MoE layers without data: {names}",
+        "saved": "Saved in {out}: {size}, {detail}",
+        "detail": {
+            "ids": "the experts of every token", "picks": "the experts of every token and their weights",
+            "scores": "experts, weights, and the logits and biases of the routers",
+        },
+        "unknown_rule": "How this family routes is not known here: loads can be judged, the steps not derived.",
+        "stats": "is the load balanced, and does it matter?", "diff": "does another record route alike?",
+        "steps": "what the gate did with one token",
+    },
+    "zh": {
+        "reading": "正在读取", "next": "接下来：", "no_name": "未命名的模型", "more": "另有 {n} 个",
+        "model": "{model}：{layers} 个 MoE 层，每个 token 选 {k} / {experts} 个专家",
+        "text": "{documents:,} 个文档，共 {tokens:,} 个 token", "label": "{label} {documents:,}",
+        "missing": "没有数据的 MoE 层：{names}",
+        "saved": "已保存到 {out}：{size}，{detail}",
+        "detail": {
+            "ids": "每个 token 的专家", "picks": "每个 token 的专家与权重",
+            "scores": "专家、权重，以及路由器的 logits 与偏置",
+        },
+        "unknown_rule": "这里不知道该模型家族的路由规则：可以判断负载，不能推导各步骤。",
+        "stats": "负载均衡吗？要紧吗？", "diff": "另一份记录的路由相同吗？",
+        "steps": "门控对一个 token 做了什么",
+    },
+}  # fmt: skip
+MOST_LABELS = 8  # shown by name
+
+
+def trace(
+    model: Annotated[
+        Path | None, typer.Argument(help="Folder of a Hugging Face MoE model; the shipped one unless given.")
+    ] = None,
+    text: Annotated[str | None, typer.Option(help="Let the model read this text.")] = None,
+    file: Annotated[
+        list[Path] | None, typer.Option(help="Let it read this file; may be given several times, each a document.")
+    ] = None,
+    corpus: Annotated[bool, typer.Option("--corpus", help="Let it read the shipped corpus: four domains.")] = False,
+    lines: Annotated[bool, typer.Option("--lines", help="Every line of the text or the files is a document.")] = False,
+    out: Annotated[Path, typer.Option("--out", "-o", help="The file to write.")] = Path("run.safetensors"),
+    detail: Annotated[
+        str, typer.Option(help="ids (experts only), picks (and weights), scores (and logits and biases).")
+    ] = "picks",
+    window: Annotated[int, typer.Option(min=1, help="Tokens read at once; longer documents are cut.")] = 128,
+    device: Annotated[str, typer.Option(help="Where the model runs: cpu, cuda, cuda:1.")] = "cpu",
+    as_json: Annotated[bool, typer.Option("--json", help="Print what was recorded as JSON.")] = False,
+    lang: Annotated[str, typer.Option(help="en or zh.")] = "en",
+) -> int:
+    """Record which experts a model chose for every token of a text, as it chose them.
+
+    The record is one .safetensors file with the tokens, their text and their documents in it.
+    """
+    gc.disable()  # as in demo
+    check_lang(lang)
+    if detail not in DETAILS:
+        raise ValueError(f"--detail {detail!r} is unknown: use one of {', '.join(DETAILS)}")
+    from moesaic.cli import sources
+    from moesaic.hf.load import TINY, load_model
+
+    documents = sources.documents(text, file or [], corpus, lines)
+    check_target(out)
+    network, tokenizer = load_model(model or TINY)
+    _check_window(network, window)
+    network = _moved(network, device)
+    tokens = sources.tokens_of(tokenizer, documents, window)
+    labels = [document.label for document in documents]
+    sources.check_before(network, [("", ids) for ids in tokens.batches], None, None)
+    with progress(WORDS[lang]["reading"], len(tokens.sequences)) as done:
+        recorded = sources.record_documents(network, tokens, labels, detail, done=done)
+    recorded.save(out)
+    if as_json:
+        print_json(described(recorded, out))
+    else:
+        show(recorded, out, lang)
+        say_how_again(recorded, lang)
+    return 0
+
+
+def check_target(out: Path) -> None:
+    """Refuse a file that cannot be written, before any work."""
+    if out.is_dir():
+        raise ValueError(f"--out {out}: is a folder: give the name of a file in it")
+    import tempfile
+
+    try:
+        with tempfile.TemporaryFile(dir=out.parent):
+            pass
+    except OSError as error:
+        raise ValueError(f"--out {out}: cannot be written ({error.strerror}): give another file") from None
+
+
+@contextmanager
+def progress(what: str, total: int) -> "Iterator[Callable[[int], None]]":
+    """A bar on stderr, where that is a terminal; what it yields is called with the number of things done."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(what, total=total)
+        yield lambda count: bar.advance(task, count)
+
+
+def show(recorded: "Trace", out: Path, lang: str) -> None:
+    """What is in a trace that was just written, and what to do with it."""
+    from moesaic.trace.pieces import visible
+
+    say, config = WORDS[lang], recorded.configs[0]
+    name = visible(recorded.model, 60) or say["no_name"]
+    sizes = {"layers": recorded.n_layers, "k": config.num_experts_per_tok, "experts": config.n_routed_experts}
+    print(say["model"].format(model=name, **sizes))
+    line = say["text"].format(tokens=len(recorded), documents=recorded.n_sequences)
+    by_label = Counter(recorded.labels or ())
+    names = [say["label"].format(label=visible(k, 40), documents=n) for k, n in by_label.most_common(MOST_LABELS)]
+    if len(by_label) > MOST_LABELS:
+        names.append(say["more"].format(n=len(by_label) - MOST_LABELS))
+    separator = "，" if lang == "zh" else ", "
+    print(line + (f" ({separator.join(names)})" if names else ""))
+    if recorded.missing:
+        print(say["missing"].format(names=", ".join(visible(name, 60) for name in recorded.missing)))
+    if not config.rule_is_known:
+        print(say["unknown_rule"])
+    what = say["detail"][recorded.detail]
+    print(say["saved"].format(out=visible(str(out)), size=_in_words(out.stat().st_size), detail=what))
+    print("\n" + say["next"])
+    path = visible(shlex.quote(str(out)))
+    commands = [(f"moesaic stats {path}", say["stats"])]
+    if recorded.detail == "scores" and config.rule_is_known:
+        commands.append((f"moesaic steps --trace {path} --layer 0 --token 0", say["steps"]))
+    commands.append((f"moesaic diff {path} OTHER.safetensors", say["diff"]))
+    width = max(len(command) for command, _ in commands)
+    for command, why in commands:
+        print(f"   {command:<{width}}   {why}")
+
+
+def described(recorded: "Trace", out: Path) -> dict[str, Any]:
+    """The same for a program."""
+    config = recorded.configs[0]
+    return {
+        "file": str(out),
+        "bytes": out.stat().st_size,
+        "model": recorded.model,
+        "detail": recorded.detail,
+        "layers": list(recorded.layers),
+        "origins": list(recorded.origins),
+        "missing": list(recorded.missing),
+        "tokens": len(recorded),
+        "documents": recorded.n_sequences,
+        "labels": dict(Counter(recorded.labels or ())),
+        "n_routed_experts": config.n_routed_experts,
+        "num_experts_per_tok": config.num_experts_per_tok,
+        "rule_is_known": config.rule_is_known,
+        "config": config.digest(),
+        "seed": recorded.seed,
+        "versions": dict(recorded.versions),
+    }
+
+
+def _in_words(size: int) -> str:
+    return f"{size / 1e6:.1f} MB" if size >= 1e6 else f"{size / 1e3:.1f} kB"
+
+
+def _check_window(model: Any, window: int) -> None:
+    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if isinstance(most, int) and window > most:
+        raise ValueError(f"--window {window}: the model reads {most} tokens at most: use {most} or fewer")
+
+
+def _moved(model: Any, device: str) -> Any:
+    try:
+        return model.to(device)
+    except (RuntimeError, AssertionError):  # torch has no one kind for an unknown or a missing device
+        raise ValueError(f"--device {device!r} is not there: use cpu, or cuda where torch has a GPU") from None

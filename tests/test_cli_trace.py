@@ -1,0 +1,252 @@
+"""`moesaic trace` as a user meets it: the record is what the model chose, and tokens lie where they are said to lie."""
+
+import json
+
+import pytest
+import torch
+from commands import runner
+from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from moesaic.cli import sources
+from moesaic.cli.trace import progress, trace
+from moesaic.hf.load import TINY, load_model
+from moesaic.trace.store import load
+from moesaic.train.data import DOMAINS
+
+VERSE = "床前明月光，疑是地上霜。\nTo be, or not to be 😀\n\n  \nfor x in y:\n"
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    return load_model()
+
+
+@pytest.fixture
+def run(monkeypatch, capsys, tmp_path, loaded):
+    """The shipped model is loaded once; other folders as they are."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("moesaic.hf.load.load_model", lambda folder: loaded if folder == TINY else load_model(folder))
+    return runner(monkeypatch, capsys, trace=trace)
+
+
+def chosen(model, rows: list[list[int]]) -> list[torch.Tensor]:
+    """What each MoE layer's experts are handed, by a spy of the test: ids [T, K] per layer."""
+    caught: dict[int, list[torch.Tensor]] = {}
+    handles = [
+        layer.mlp.gate.register_forward_hook(lambda _m, _a, out, i=i: caught.setdefault(i, []).append(out[2]))
+        for i, layer in enumerate(model.model.layers)
+        if hasattr(layer.mlp, "gate")
+    ]
+    with torch.inference_mode():
+        for row in rows:
+            model(input_ids=torch.tensor([row]), use_cache=False)
+    for handle in handles:
+        handle.remove()
+    return [torch.cat(caught[i]) for i in sorted(caught)]
+
+
+@pytest.mark.parametrize("detail", ["ids", "picks", "scores"])
+def test_the_record_is_what_the_model_chose(run, loaded, detail):
+    code, out, err = run("trace", "--text", VERSE, "--detail", detail)
+    assert (code, err) == (0, "")
+    model, tokenizer = loaded
+    recorded = load("run.safetensors")
+    row = tokenizer(VERSE)["input_ids"]
+    assert recorded.input_ids.tolist() == row
+    assert torch.equal(recorded.picks.long(), torch.stack(chosen(model, [row])))
+    assert recorded.detail == detail
+    assert (recorded.weights is None) == (detail == "ids")
+    assert (recorded.logits is None) == (detail != "scores")
+    assert recorded.n_sequences == 1
+    assert recorded.labels == ("text",)
+    assert "4 MoE layers, top 4 of 32 experts" in out
+    assert f"{len(row)} tokens of 1 documents (text 1)" in out
+    assert ("moesaic steps --trace run.safetensors" in out) == (detail == "scores")
+    assert "moesaic stats run.safetensors" in out
+    assert "Reproduce: moesaic trace --text" in out
+
+
+def test_a_document_longer_than_the_window_is_read_in_parts_and_stays_one_document(run, loaded):
+    assert run("trace", "--text", VERSE * 20, "--window", "17")[0] == 0
+    model, tokenizer = loaded
+    recorded = load("run.safetensors")
+    row = tokenizer(VERSE * 20)["input_ids"]
+    assert len(row) > 10 * 17, "several batches, and a shorter rest"
+    assert len(row) % 17
+    parts = [row[at : at + 17] for at in range(0, len(row), 17)]
+    agree = recorded.picks.long().sort(-1).values == torch.stack(chosen(model, parts)).sort(-1).values
+    assert agree.all(-1).float().mean() > 0.99, "a batch of rows differs in the last bits"
+    assert recorded.sequences.tolist() == [0] * len(row)
+
+
+def test_pieces_and_offsets_lead_back_to_the_text(run):
+    assert run("trace", "--text", VERSE * 3, "--lines")[0] == 0
+    recorded = load("run.safetensors")
+    lines = [line for line in (VERSE * 3).splitlines() if line.strip()]
+    assert recorded.n_sequences == len(lines) == 9
+    of_line = [[] for _ in lines]
+    for token, (sequence, number) in enumerate(
+        zip(recorded.sequences.tolist(), recorded.input_ids.tolist(), strict=True)
+    ):
+        start, end = recorded.offsets[token].tolist()
+        text = lines[sequence][start:end]
+        of_line[sequence].append((start, end))
+        piece = recorded.pieces[number]
+        assert piece == text or len(text) == 1, "only parts of one character are named otherwise"
+    for line, places in zip(lines, of_line, strict=True):
+        assert (places[0][0], places[-1][1]) == (0, len(line))
+        assert all(start <= before for (start, _), (_, before) in zip(places[1:], places[:-1], strict=True))
+    assert set(recorded.pieces) == set(recorded.input_ids.tolist())
+
+
+def test_files_are_documents_with_their_names(run, tmp_path):
+    (tmp_path / "a.txt").write_text(VERSE, encoding="utf-8")
+    (tmp_path / "b.py").write_text("for x in y:\n    pass\n")
+    code, out, _ = run("trace", "--file", "a.txt", "--file", "b.py", "--file", "a.txt")
+    assert code == 0
+    recorded = load("run.safetensors")
+    assert recorded.labels == ("a.txt", "b.py", "a.txt")
+    assert recorded.n_sequences == 3
+    assert "(a.txt 2, b.py 1)" in out
+    first, last = (recorded.picks[:, recorded.sequences == i] for i in (0, 2))
+    assert torch.equal(first, last), "every document is read by itself"
+    run("trace", "--file", "a.txt", "--file", "b.py", "--lines", "-o", "lines.safetensors")
+    assert load("lines.safetensors").labels == ("a.txt",) * 3 + ("b.py",) * 2
+
+
+def test_the_corpus_is_documents_of_four_domains(run, monkeypatch):
+    monkeypatch.setattr(sources, "PASSAGES", 20)
+    code, out, err = run("trace", "--corpus")
+    assert (code, err) == (0, "")
+    recorded = load("run.safetensors")
+    shares = {label: recorded.labels.count(label) for label in recorded.labels}
+    assert shares == {name: 20 * domain.share for name, domain in DOMAINS.items()}
+    assert len(set(recorded.sequences.tolist())) == 20
+    assert "20 documents (english_verse 6, chinese_verse 6, python 6, manual 2)" in out
+
+
+def test_passages_hold_the_whole_text_and_end_with_lines():
+    text = "".join(f"line {i} of a play\n" for i in range(200)) + "no newline at the end"
+    parts = sources._passages(text)
+    assert "".join(parts) == text
+    assert len(parts) > 5
+    assert all(part.endswith("\n") for part in parts[:-1])
+    assert all(len(part) >= sources.PASSAGE for part in parts[:-1])
+    assert sources._passages("short") == ["short"]
+
+
+def test_json_is_one_document_and_nothing_else(run):
+    code, out, err = run("trace", "--text", "To be", "--json", "--lang", "zh")
+    assert (code, err) == (0, "")
+    found = json.loads(out)
+    recorded = load(found["file"])
+    assert found["tokens"] == len(recorded)
+    assert found["layers"] == list(recorded.layers)
+    assert found["bytes"] > 0
+    assert (found["labels"], found["documents"], found["detail"]) == ({"text": 1}, 1, "picks")
+    assert (found["n_routed_experts"], found["num_experts_per_tok"], found["seed"]) == (32, 4, 0)
+
+
+def test_chinese_is_chinese(run):
+    out = run("trace", "--text", "To be", "--lang", "zh")[1]
+    assert "4 个 MoE 层" in out
+    assert "接下来：" in out
+    assert "Next" not in out
+
+
+def test_labels_cannot_steer_a_terminal(run, tmp_path):
+    (tmp_path / "evil\x1b[31m[bold].txt").write_text("To be")
+    out = run("trace", "--file", "evil\x1b[31m[bold].txt")[1].split("Reproduce")[0]
+    assert "evil\\x1b[31m[bold].txt 1" in out
+    assert "\x1b" not in out
+
+
+def test_a_tokenizer_that_tells_no_offsets_leaves_them_out():
+    class Slow:
+        """A tokenizer in Python: no offsets."""
+
+        is_fast = False
+
+        def __call__(self, texts, return_offsets_mapping):
+            assert not return_offsets_mapping
+            return {"input_ids": [[ord(c) for c in text] for text in texts]}
+
+        def decode(self, ids):
+            return chr(ids[0])
+
+    found = sources.tokens_of(Slow(), [sources.Document("a", "ab"), sources.Document("b", "b")], 1)
+    assert found.offsets is None
+    assert found.pieces == {97: "a", 98: "b"}
+    assert [batch.tolist() for batch in found.batches] == [[[97], [98], [98]]]
+    assert found.sequences.tolist() == [0, 0, 1]
+
+
+def test_a_model_without_the_usual_arguments_is_read_too(loaded):
+    model, tokenizer = loaded
+    forward = model.forward
+
+    def plain(input_ids):
+        return forward(input_ids=input_ids, use_cache=False)
+
+    tokens = sources.tokens_of(tokenizer, [sources.Document("a", "To be")])
+    heard = []
+    model.forward = plain
+    try:
+        recorded = sources.record_documents(model, tokens, ["a"], "picks", done=heard.append)
+    finally:
+        del model.forward
+    assert heard == [len(recorded)]
+
+
+def test_the_bar_is_on_stderr_and_only_in_a_terminal(capsys):
+    with progress("Reading", 3) as done:
+        done(3)
+    assert capsys.readouterr() == ("", "")
+
+
+MISTAKES = {
+    "nothing to read": (["--window", "8"], "give one of --text, --file (as often as needed) and --corpus"),
+    "two things to read": (["--text", "x", "--corpus"], "give one of --text, --file (as often as needed) and --corpus"),
+    "empty text": (["--text", " \n"], "--text is empty: give a word at least"),
+    "empty file": (["--file", "empty.txt"], "empty.txt is empty: give a word at least"),
+    "empty file of lines": (["--file", "empty.txt", "--lines"], "empty.txt is empty: give a word at least"),
+    "missing file": (["--file", "nowhere.txt"], "--file nowhere.txt: cannot be read (No such file"),
+    "binary file": (["--file", "bytes.bin"], "bytes.bin: not UTF-8 text"),
+    "unknown detail": (["--text", "x", "--detail", "all"], "--detail 'all' is unknown: use one of ids, picks, scores"),
+    "no window": (["--text", "x", "--window", "0"], "Invalid value for '--window'"),
+    "window beyond the model": (["--text", "x", "--window", "4096"], "the model reads 1024 tokens at most"),
+    "unknown language": (["--text", "x", "--lang", "fr"], "--lang 'fr' is unknown"),
+    "no such device": (["--text", "x", "--device", "banana"], "--device 'banana' is not there: use cpu"),
+    "no such model": (["nowhere", "--text", "x"], "nowhere: no such folder"),
+    "not a model": ([".", "--text", "x"], "not a model folder: it has no config.json"),
+    "a dense model": (["dense", "--text", "x"], "not an MoE model"),
+    "a foreign tokenizer": (["foreign", "--text", "x"], "and the model knows 64: they do not belong together"),
+    "out is a folder": (["--text", "x", "-o", "."], "--out .: is a folder"),
+    "out is nowhere": (["--text", "x", "-o", "no/run.safetensors"], "cannot be written (No such file"),
+}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Models that cannot be traced."""
+    folder = tmp_path_factory.mktemp("models")
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=16)).save_pretrained(folder / "dense")
+    DeepseekV3ForCausalLM(DeepseekV3Config.from_pretrained(TINY, vocab_size=64)).save_pretrained(folder / "foreign")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / "foreign" / name).write_bytes((TINY / name).read_bytes())
+    (folder / "empty.txt").touch()
+    (folder / "bytes.bin").write_bytes(bytes(range(128, 256)))
+    return folder
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_line_and_exit_code_2_and_leaves_nothing(run, folders, monkeypatch, mistake):
+    monkeypatch.chdir(folders)
+    arguments, message = MISTAKES[mistake]
+    before = sorted(folders.rglob("*"))
+    code, out, err = run("trace", *arguments)
+    assert (code, out) == (2, "")
+    assert err.count("\n") == 1
+    assert message in err
+    assert sorted(folders.rglob("*")) == before

@@ -10,6 +10,7 @@ from hf_models import FAMILIES, MORE_FAMILIES, tiny, token_ids
 from torch.utils.checkpoint import checkpoint
 
 from moesaic.config import MoEConfig
+from moesaic.hf.experts import attach
 from moesaic.hf.modules import moe_layers
 from moesaic.layer.moe import DeepseekV3MoE, MoE
 from moesaic.layer.router import Router
@@ -408,6 +409,57 @@ def test_inner_blocks_that_are_called_alone_are_replayed_in_order():
         hook.remove()
     assert torch.equal(torch.cat([ids for _, ids in seen]), trace.picks[1].long())
     assert replayer.tokens == 20
+
+
+class Wrapped(torch.nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.module = model
+
+    def forward(self, *args, **kwargs):
+        return self.module(*args, **kwargs)
+
+
+def test_wrapped_models_know_their_padding_and_the_model_without_its_head_can_be_called():
+    model = Wrapped(tiny("mixtral"))
+    ids, mask = token_ids(2, 6), torch.ones(2, 6, dtype=torch.long)
+    mask[1, :4] = 0
+    call = {"input_ids": ids, "attention_mask": mask}
+    (expected,), trace = recorded(model.module, call)
+    trace = replace(trace, layers=tuple(f"module.{name}" for name in trace.layers))
+    with replay(model, trace) as replayer, torch.no_grad():
+        assert torch.equal(model(**call).logits, expected)
+    assert replayer.tokens == 8
+    inner = replace(trace, layers=tuple(name.removeprefix("module.") for name in trace.layers))
+    with replay(model.module, inner) as replayer, torch.no_grad():
+        model.module.model(**call)
+    assert replayer.tokens == 8
+
+
+def test_a_record_of_a_replay_and_a_replay_inside_a_record_hold_the_replayed_experts():
+    model, ids = tiny("mixtral"), token_ids()
+    _, trace = recorded(model, {"input_ids": ids})
+    change_routers(model)
+    with record(model) as outer, replay(model, trace), record(model) as inner, torch.no_grad():
+        model(input_ids=ids)
+    assert same_picks(outer.trace, trace)
+    assert same_picks(inner.trace, trace)
+
+
+def test_our_engine_in_a_model_of_transformers_replays_too():
+    model, ids = attach(tiny("qwen3_moe")), token_ids()
+    (expected,), trace = recorded(model, {"input_ids": ids})
+    with replay(model, trace), torch.no_grad():
+        assert torch.equal(model(input_ids=ids).logits, expected)
+
+
+def test_a_block_called_alone_after_the_model_is_refused():
+    model, ids = tiny("mixtral"), token_ids()
+    _, trace = recorded(model, {"input_ids": ids})
+    with replay(model, trace), torch.no_grad():
+        model(input_ids=ids)
+        with pytest.raises(ValueError, match=r"layer 'model.layers.1.mlp' runs outside of the model's forward"):
+            model.model.layers[1].mlp(torch.randn(1, 3, 32))
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch.compile itself

@@ -52,6 +52,11 @@ class Reading:
         out[kept] = tokens
         return out
 
+    @property
+    def began(self) -> bool:
+        """Whether any token was handed out."""
+        return bool(self._read.any())
+
     def undo(self) -> None:
         """Take back what the last forward took."""
         if self._before:

@@ -61,6 +61,7 @@ class Replayer:
         self._reading = Reading(trace)
         self._row = {name: index for index, name in enumerate(trace.layers)}
         self._current: Tensor | None = None  # tokens of the forward that runs
+        self._outer: list[Tensor | None] = []  # of the calls of models inside each other that are open
         self._ran: set[str] = set()  # layers that ran in it
         self._alone = dict.fromkeys(self._row, 0)  # tokens that a layer took outside of any forward of the model
         self._calls: dict[str, list[Call]] = {name: [] for name in self._row}
@@ -71,7 +72,8 @@ class Replayer:
     def running(self) -> Iterator[None]:
         """Inside the block the hooks are there."""
         with ExitStack() as stack:
-            stack.callback(self.model.register_forward_pre_hook(self._open, with_kwargs=True, prepend=True).remove)
+            for module in _models_in(self.model):
+                stack.callback(module.register_forward_pre_hook(self._open, with_kwargs=True, prepend=True).remove)
             for layer in self.layers:
                 router, experts = layer.router, layer.experts
                 if isinstance(router, Router):
@@ -83,7 +85,8 @@ class Replayer:
                 stack.callback(router.register_forward_hook(self._look_at_router(layer), with_kwargs=True).remove)
                 hook = experts.register_forward_pre_hook(self._before_experts(layer), with_kwargs=True, prepend=True)
                 stack.callback(hook.remove)
-            stack.callback(self.model.register_forward_hook(self._close, always_call=True).remove)
+            for module in _models_in(self.model):  # after the hooks of layers: a bare gate is both
+                stack.callback(module.register_forward_hook(self._close, always_call=True).remove)
             yield
 
     # the forward of the model
@@ -92,18 +95,23 @@ class Replayer:
         _refuse_graph()
         if is_recompute():
             return
-        forward = describe_forward(model, args, kwargs)
-        self._ran.clear()
-        self._current = None if forward is None else self._reading.take(forward)
+        if not self._outer:
+            self._ran.clear()
+        self._outer.append(self._current)
+        if self._current is None:  # the outermost call that says which tokens it has
+            forward = describe_forward(model, args, kwargs)
+            self._current = None if forward is None else self._reading.take(forward)
 
     def _close(self, _model: nn.Module, _args: tuple, output: Any) -> None:
-        if is_recompute():
+        if is_recompute() or not self._outer:
+            return
+        current, self._current = self._current, self._outer.pop()
+        if current is None or self._current is not None:
             return
         if output is None:  # it failed: its tokens are still to come
             self._reading.undo()
-        elif self._ran and self._current is not None:
-            self.tokens += int((self._current >= 0).sum())
-        self._current = None
+        elif self._ran:
+            self.tokens += int((current >= 0).sum())
         self._now.clear()
 
     # the forward of a layer
@@ -127,6 +135,10 @@ class Replayer:
         elif current is not None:
             raise ValueError(f"layer {name!r} routes {len(rows)} tokens of a forward of {len(current)}: not replayable")
         else:
+            if self._reading.began:
+                raise ValueError(
+                    f"layer {name!r} runs outside of the model's forward after others inside: not replayable"
+                )
             tokens = self._alone[name] + torch.arange(len(rows))
             self._alone[name] += len(rows)
             self._reading.check_room(self._alone[name])
@@ -257,6 +269,13 @@ def _check(model: nn.Module, trace: Trace, weights: str, layers: list[MoELayer])
             raise ValueError(f"layer {layer.name!r} has no router and experts that can be reached: not replayable")
         if getattr(layer, "origin", "experts") != "experts" and not isinstance(layer.router, Router):
             raise ValueError(f"the experts of layer {layer.name!r} are not told which were chosen: not replayable")
+
+
+def _models_in(model: nn.Module) -> list[nn.Module]:
+    """The modules that are called with token ids or embeddings, inside wrappers or not; the model where none is."""
+    taking = {"input_ids", "inputs_embeds"}
+    found = [module for module in model.modules() if taking & inspect.signature(module.forward).parameters.keys()]
+    return found or [model]
 
 
 def _is_compiled(module: nn.Module) -> bool:

@@ -15,7 +15,7 @@ from moesaic.trace.what_if import WhatIf
 WORDS = {
     "en": {
         "same": "unchanged settings: the recorded rule, applied to the recorded scores",
-        "asked": "what if {what}",
+        "asked": "what if: {what}",
         "k": "k = {0}", "n_group": "n_group = {0}", "topk_group": "topk_group = {0}",
         "group_score": "group_score = {0}", "group_mask": "group_mask = {0}",
         "no_bias": "no correction bias", "bias": "another correction bias", "deltas": "bias {0}",
@@ -38,7 +38,7 @@ WORDS = {
     },
     "zh": {
         "same": "设置不变：用记录的规则处理记录的分数",
-        "asked": "假如 {what}",
+        "asked": "假如：{what}",
         "k": "k = {0}", "n_group": "n_group = {0}", "topk_group": "topk_group = {0}",
         "group_score": "group_score = {0}", "group_mask": "group_mask = {0}",
         "no_bias": "去掉修正偏置", "bias": "换一组修正偏置", "deltas": "偏置 {0}",

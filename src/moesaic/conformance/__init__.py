@@ -1,0 +1,60 @@
+"""The gate conformance suite: known ways to get an MoE gate wrong, each as a named probe.
+
+    from moesaic.conformance import PROBES, as_gate, assert_conforms, check
+
+`check` runs all probes and reports, `assert_conforms` raises for pytest, `PROBES` can be parametrized over. What is
+judged is anything that `as_gate` takes. Probes have two levels: "wrong" (the result differs from the definition on
+lawful input) and "fragile" (right until something usual happens).
+"""
+
+from collections.abc import Collection
+from typing import Any
+
+import torch
+
+from moesaic.config import MoEConfig
+from moesaic.conformance import groups, precision, selection, tensors, training, weighing  # they register their probes
+from moesaic.conformance.asking import random_bias
+from moesaic.conformance.gates import ModuleGate
+from moesaic.conformance.parts import NoTuple
+from moesaic.conformance.targets import as_gate
+from moesaic.conformance.verdict import LEVELS, GateRaised, Probe, Report, Result
+from moesaic.conformance.verdict import PROBES as _REGISTERED
+
+__all__ = ["LEVELS", "PROBES", "Probe", "Report", "Result", "as_gate", "assert_conforms", "check"]
+
+_TOPICS = (selection, groups, weighing, tensors, precision, training)
+PROBES: tuple[Probe, ...] = tuple(
+    sorted(_REGISTERED.values(), key=lambda p: [t.__name__ for t in _TOPICS].index(p.ask.__module__))
+)
+
+
+def check(target: Any, config: MoEConfig | None = None, *, level: str = "fragile") -> Report:
+    """Judge a gate: a Router, a layer or model that holds one, a module, a class, or a function.
+
+    `config` is the rule that it should follow; modules of ours and of transformers carry their own. level="wrong" runs
+    the probes of that level alone. ValueError where there is no gate, or no rule to judge it by.
+    """
+    if level not in LEVELS:
+        raise ValueError(f"level={level!r} is unknown: use one of {', '.join(LEVELS)}")
+    gate = as_gate(target, config)
+    try:
+        gate.answer(torch.zeros(1, gate.config.n_routed_experts), random_bias(gate.config))
+        if isinstance(gate, ModuleGate):
+            gate.check_logits()
+    except GateRaised as raised:
+        if isinstance(raised.error, NoTuple):
+            raise ValueError(f"{gate.name} is no gate: {raised.error}: give its router") from None
+    wanted = [p for p in PROBES if level == "fragile" or p.level == level]
+    return Report(gate, tuple(p.judge(gate) for p in wanted))
+
+
+def assert_conforms(
+    target: Any, config: MoEConfig | None = None, *, level: str = "wrong", allowed: Collection[str] = ()
+) -> None:
+    """AssertionError with the numbers of every failed probe that is not in `allowed`. level="fragile" asks for both."""
+    if unknown := set(allowed) - {p.id for p in PROBES}:
+        raise ValueError(f"allowed={min(unknown)!r} is no probe: use ids of moesaic.conformance.PROBES")
+    report = check(target, config, level=level)
+    failed = [r for r in report.failed() if r.probe.id not in allowed]
+    assert not failed, "\n".join([f"{report.gate.name} does not conform:", *map(str, failed)])

@@ -1,0 +1,217 @@
+"""From what a user names to a gate: a preset, a model or its folder, a config, `module:Class`."""
+
+import copy
+import importlib
+import json
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from moesaic.config import MoEConfig
+from moesaic.conformance.building import gate_of_class, ours, router_in
+from moesaic.conformance.gates import FunctionGate, Gate, ModuleGate, replace
+from moesaic.conformance.verdict import GateRaised, NotApplicable
+from moesaic.families import ALIASES, PRESETS
+from moesaic.hf.load import quiet_transformers
+from moesaic.hf.modules import MoELayer, moe_layers, routed_blocks
+from moesaic.layer.router import Router
+
+WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+BY_FAMILY = ("scoring_func", "topk_method")  # transformers' routers have these in their code, whatever the config says
+
+
+def as_gate(target: Any, config: MoEConfig | None = None) -> Gate:
+    """A gate of whatever was given: a Gate, a Router, a layer or model that holds one, a module, a class, a function.
+
+    ValueError where a config is needed and was not given, or there is no gate in it.
+    """
+    if isinstance(target, FunctionGate | ModuleGate):
+        return target
+    if isinstance(target, Router):
+        return ModuleGate(target, target.config, rebuild=ours(target.config, type(target)))
+    if isinstance(target, nn.Module) and config is None:
+        return gate_in(target)
+    if not callable(target):
+        raise ValueError(f"a {type(target).__name__} is no gate: give a module, a class or a function")
+    if config is None:
+        raise ValueError("config=None: a class or a function does not say its rule, give config=MoEConfig(...)")
+    if isinstance(target, nn.Module):
+        return ModuleGate(router_in(target), config)
+    if isinstance(target, type):
+        return gate_of_class(target, config)
+    return FunctionGate(target, config)
+
+
+def find(target: str, *, layer: int | None = None, config: str | None = None) -> Gate:
+    """The gate that a command line names: PRESET, a model folder, a config.json, or module:Class (which is imported).
+
+    `config` is a preset or a config.json for module:Class. Raises ValueError, in one line, where there is none.
+    """
+    path = Path(target)
+    if ":" in target and not path.exists():
+        return gate_of_code(target, read_config(config or "deepseek-v3"))
+    if config is not None:
+        raise ValueError(f"--config {config!r} is for module:Class: {target} says its own rule")
+    if target in PRESETS:
+        return gate_of_preset(target)
+    if not path.exists():
+        raise ValueError(
+            f"{target}: no such folder, file or preset: give a model folder, a config.json, module:Class, or one of "
+            f"{', '.join(PRESETS)}"
+        )
+    if path.is_dir() and any(next(path.glob(pattern), None) for pattern in WEIGHTS):
+        return gate_in(load(path), layer)
+    return gate_in(build(path), layer, random=True)
+
+
+def gate_of_preset(name: str) -> ModuleGate:
+    """Our own router by a released model's rule, its hidden size cut to the number of experts."""
+    whole = MoEConfig.preset(name)
+    return gate_of_class(Router, MoEConfig.preset(name, hidden_size=whole.n_routed_experts), f"moesaic Router, {name}")
+
+
+def read_config(source: str) -> MoEConfig:
+    """A preset by name, or a config.json, or the folder of one; its hidden size no larger than is needed."""
+    config = MoEConfig.preset(source) if source in PRESETS else MoEConfig.from_hf(source)
+    return replace(config, {"hidden_size": config.n_routed_experts, "moe_intermediate_size": 8, "output_size": None})
+
+
+def gate_of_code(target: str, config: MoEConfig) -> Gate:
+    """`module:Class` or `module:function`, imported from the current folder or the installed packages. Runs that code.
+
+    ValueError where it cannot be imported, or is no gate.
+    """
+    module_name, _, name = target.partition(":")
+    sys.path.insert(0, str(Path.cwd()))
+    try:
+        found: Any = importlib.import_module(module_name)
+        for part in name.split("."):
+            found = getattr(found, part)
+    except (Exception, SystemExit) as error:  # whatever the user's module raises while it is imported
+        raise ValueError(f"{target}: cannot be imported ({type(error).__name__}: {error})") from None
+    finally:
+        sys.path.remove(str(Path.cwd()))
+    try:
+        return as_gate(found, config)
+    except GateRaised as error:
+        raise ValueError(
+            f"{target}: cannot be built ({error}): it is called with a config, or with arguments named as its fields"
+        ) from None
+
+
+def gate_in(model: nn.Module, layer: int | None = None, *, random: bool = False) -> ModuleGate:
+    """The gate of the MoE layer number `layer` of a model, in forward order; None is the first that can be judged.
+
+    `random` where the model's weights mean nothing. ValueError where there is no MoE layer, or not that many.
+    """
+    layers = moe_layers(model)
+    if layer is not None:
+        if not 0 <= layer < len(layers):
+            raise ValueError(f"layer={layer} is not there: use 0 to {len(layers) - 1}")
+        return gate_of_layer(model, layers[layer], random=random)
+    reasons = []
+    for one in layers:
+        try:
+            return gate_of_layer(model, one, random=random)
+        except ValueError as error:  # as hash routing in the first layers of DeepSeek-V4
+            reasons.append(error)
+    raise reasons[0]
+
+
+def gate_of_layer(model: nn.Module, layer: MoELayer, *, random: bool) -> ModuleGate:
+    """The gate of one MoE layer. ValueError where it has none, or one that cannot be asked."""
+    name, router, config = layer.name, layer.router, layer.config
+    if router is None:
+        raise ValueError(f"{name}: nothing beside its experts looks like a router: give the gate and a MoEConfig")
+    if isinstance(router, Router):
+        return ModuleGate(router, config, name or "gate", ours(config, type(router)))
+    rebuild = hf_rebuild(type(router), nearest_config(model, name), config)
+    if random:
+        router, config = rebuild({}, True)
+    return ModuleGate(router, config, f"{type(router).__name__} {name}", rebuild)
+
+
+def nearest_config(model: Any, block: str) -> Any:
+    """The Hugging Face config of a block, or of what holds it."""
+    parts = block.split(".")
+    owners = [model.get_submodule(block), getattr(model.get_submodule(block), "experts", None)]
+    owners += [model.get_submodule(".".join(parts[:n])) for n in range(len(parts) - 1, -1, -1)]
+    for owner in owners:
+        config = getattr(owner, "config", None)
+        if config is not None and any(hasattr(config, name) for name in ALIASES["n_routed_experts"]):
+            return config
+    raise ValueError(f"{type(model).__name__} has no config that names its experts: give the gate and a MoEConfig")
+
+
+def hf_rebuild(
+    router_class: Callable[..., nn.Module], hf_config: Any, config: MoEConfig
+) -> Callable[[dict[str, Any], bool], tuple[nn.Module, MoEConfig]]:
+    """The router of transformers with other settings, as far as its config has them and its rule reads them."""
+
+    def rebuild(fields: dict[str, Any], checked: bool) -> tuple[nn.Module, MoEConfig]:
+        settings = copy.deepcopy(hf_config)
+        for field, value in fields.items():
+            alias = next((a for a in ALIASES.get(field, (field,)) if hasattr(settings, a)), None)
+            if alias is None or field in BY_FAMILY:
+                raise NotApplicable(f"it has no setting {field}", f"它没有 {field} 这项设置")
+            setattr(settings, alias, value)
+        changed = replace(config, fields, checked=checked)
+        if checked and fields:
+            changed = MoEConfig.from_hf(settings)  # a family may not read a field, or derive others from it
+            unread = [field for field, value in fields.items() if getattr(changed, field) != value]
+            if unread:
+                raise NotApplicable(f"it does not read {unread[0]}", f"它不读取 {unread[0]}")
+        try:
+            router = router_class(settings)
+        except Exception as error:  # whatever the family's code raises
+            raise GateRaised(error) from error
+        for parameter in router.parameters():  # they come as zeros, or as whatever memory held
+            nn.init.normal_(parameter, std=0.02, generator=torch.Generator().manual_seed(0))
+        return router, changed
+
+    return rebuild
+
+
+def build(path: Path) -> nn.Module:
+    """The model of a config.json on the meta device: no weights, no memory. ValueError where there is no such model."""
+    file = path / "config.json" if path.is_dir() else path
+    try:
+        given = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no config.json there: give a model folder or a config.json") from None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{file}: not a JSON file ({error})") from None
+    if not isinstance(given, dict) or not given.get("model_type"):
+        raise ValueError(f"{file}: names no model_type: give the config.json of a Hugging Face model")
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with quiet_transformers(), warnings.catch_warnings(), torch.device("meta"):
+        warnings.simplefilter("ignore")
+        try:
+            kind = given.pop("model_type")
+            return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **given))
+        except Exception as error:  # transformers raises many kinds
+            raise ValueError(f"{file}: no model can be built ({first_line(error)})") from None
+
+
+def load(folder: Path) -> nn.Module:
+    """The model of a folder with its weights. Offline; runs no code of the folder."""
+    from transformers import AutoModelForCausalLM
+
+    if not list(routed_blocks(build(folder))):  # asked first: a dense model may take minutes to load
+        raise ValueError(f"{folder}: not an MoE model: it has no experts beside a gate")
+    with quiet_transformers(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            return AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        except Exception as error:  # transformers, safetensors and torch each raise their own kinds
+            raise ValueError(f"{folder}: the model cannot be loaded ({first_line(error)})") from None
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

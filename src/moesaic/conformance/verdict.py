@@ -1,0 +1,137 @@
+"""What a probe is and what it says: registered by `probe`, run by `check`, asserted by `assert_conforms`."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from moesaic.conformance.gates import Gate
+
+LEVELS = ("wrong", "fragile")
+OUTCOMES = ("pass", "fail", "not applicable")
+
+
+class Both(NamedTuple):
+    """One text in both languages."""
+
+    en: str
+    zh: str
+
+    def format(self, **values: Any) -> "Both":
+        return Both(self.en.format(**values), self.zh.format(**values))
+
+    def __str__(self) -> str:
+        return self.en
+
+
+class Fault(Exception):
+    """A gate failed a probe. `says` is one sentence with the numbers, `numbers` the same for a program."""
+
+    def __init__(self, en: str, zh: str, **numbers: Any) -> None:
+        super().__init__(en)
+        self.says, self.numbers = Both(en, zh), numbers
+
+
+class NotApplicable(Exception):
+    """A probe has nothing to judge in this gate, and why."""
+
+    def __init__(self, en: str, zh: str) -> None:
+        super().__init__(en)
+        self.says = Both(en, zh)
+
+
+class GateRaised(Exception):
+    """The gate's own code raised while it was asked."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+        message = (str(error).strip().splitlines() or [""])[0]
+        super().__init__(f"{type(error).__name__}: {message}"[:200])
+
+
+class Result(NamedTuple):
+    """What one probe found: outcome "pass", "fail" or "not applicable", and what there is to say about it."""
+
+    probe: "Probe"
+    outcome: str
+    says: Both = Both("", "")
+    numbers: dict[str, Any] = {}  # noqa: RUF012 (a NamedTuple's default, never written)
+
+    def __str__(self) -> str:
+        return f"{self.probe.id} ({self.probe.level}): {self.outcome}{': ' if self.says.en else ''}{self.says}"
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One known trap.
+
+    level: "wrong" (the result differs from the definition on lawful input) or "fragile" (right until something usual
+    happens).  story: what goes wrong in production.  advice: what to do.  references: public reports of the trap.
+    needs_rule: the gate's rule must be known, not only its sizes.
+    """
+
+    id: str
+    level: str
+    name: Both
+    story: Both
+    advice: Both
+    references: tuple[str, ...]
+    ask: Callable[["Gate"], None] = field(repr=False, compare=False)
+    needs_rule: bool = True
+
+    def __str__(self) -> str:
+        return self.id
+
+    def judge(self, gate: "Gate") -> Result:
+        """Ask the gate. Anything its code raises on lawful input is a failure too."""
+        if self.needs_rule and not gate.config.rule_is_known:
+            return Result(self, "not applicable", Both("the rule of this gate is not known", "不知道这个门控的规则"))
+        try:
+            self.ask(gate)
+        except Fault as fault:
+            return Result(self, "fail", fault.says, fault.numbers)
+        except NotApplicable as reason:
+            return Result(self, "not applicable", reason.says)
+        except GateRaised as error:
+            return Result(self, "fail", Both(f"the gate raised {error}", f"门控抛出 {error}"), {"raised": str(error)})
+        return Result(self, "pass")
+
+
+PROBES: dict[str, Probe] = {}  # filled by the decorator, in the order of the topics
+
+
+def probe(
+    id: str,
+    level: str,
+    *,
+    name: tuple[str, str],
+    story: tuple[str, str],
+    advice: tuple[str, str],
+    references: tuple[str, ...],
+    needs_rule: bool = True,
+) -> Callable[[Callable[["Gate"], None]], Callable[["Gate"], None]]:
+    """Register a function as the probe `id`; texts are (en, zh)."""
+    assert level in LEVELS
+    assert id not in PROBES
+
+    def register(ask: Callable[["Gate"], None]) -> Callable[["Gate"], None]:
+        PROBES[id] = Probe(id, level, Both(*name), Both(*story), Both(*advice), references, ask, needs_rule)
+        return ask
+
+    return register
+
+
+class Report(NamedTuple):
+    """What all probes found in one gate."""
+
+    gate: "Gate"
+    results: tuple[Result, ...]
+
+    def failed(self, level: str | None = None) -> list[Result]:
+        """The failures, of one level or of both."""
+        return [r for r in self.results if r.outcome == "fail" and level in (None, r.probe.level)]
+
+    @property
+    def conforms(self) -> bool:
+        """No probe of the level "wrong" failed."""
+        return not self.failed("wrong")

@@ -40,7 +40,7 @@ def test_a_record_becomes_a_trace_file(run, source, file, model):
     assert set(trace.origins) == {"imported"}
     assert trace.configs[0].rule_is_known == (model[0] == "--config")
     assert "4 MoE layers, top 4 of 16 experts" in out
-    assert "5 tokens of 1 documents" in out
+    assert "5 tokens of 1 document" in out
     assert "moesaic stats x.safetensors" in out
     assert f"Reproduce: moesaic import {source} {file}" in out
     assert "moesaic steps" not in out, "nothing can be derived from ids alone"

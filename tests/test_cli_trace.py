@@ -60,7 +60,7 @@ def test_the_record_is_what_the_model_chose(run, loaded, detail):
     assert recorded.n_sequences == 1
     assert recorded.labels == ("text",)
     assert "4 MoE layers, top 4 of 32 experts" in out
-    assert f"{len(row)} tokens of 1 documents (text 1)" in out
+    assert f"{len(row)} tokens of 1 document (text 1)" in out
     assert ("moesaic steps --trace run.safetensors" in out) == (detail == "scores")
     assert "moesaic stats run.safetensors" in out
     assert "Reproduce: moesaic trace --text" in out

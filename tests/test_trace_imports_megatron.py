@@ -37,7 +37,7 @@ def test_megatron_micro_batches_follow_and_recomputed_forwards_count_once(tmp_pa
     first, second = megatron_lines(picked(6, seed=0)), megatron_lines(picked(6, seed=1))
     trace, notes = imported("megatron", [megatron(tmp_path, first, second, second[::-1], first[::-1])], KNOWN)
     assert equal(trace, np.concatenate([picked(6, seed=0), picked(6, seed=1)], 1))
-    assert notes[0].startswith("8 records repeat one of their step and layer")
+    assert notes[0].endswith("repeat one of their step and layer (a recomputed forward): 8")
 
 
 def test_megatron_ranks_of_tensor_parallelism_count_once(tmp_path):
@@ -56,8 +56,8 @@ def test_megatron_prediction_heads_and_incomplete_steps_are_left_out_and_said(tm
     trace, notes = imported("megatron", [file], KNOWN)
     assert equal(trace, picked(6))
     assert notes[:2] == (
-        "4 records of multi-token-prediction heads are left out",
-        "1 micro-batches lack a layer and are left out",
+        "records of multi-token-prediction heads that are left out: 4",
+        "micro-batches left out because they lack a layer: 1",
     )
 
 

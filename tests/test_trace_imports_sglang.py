@@ -58,7 +58,7 @@ def test_sglang_padding_is_left_out_and_masked_tokens_have_no_expert(tmp_path):
     assert equal(trace, expected)
     assert notes == (
         '1 of 16 token-layers have no picks: there they are "none"',
-        "2 tokens without any pick are left out",
+        "tokens left out because they have no pick: 2",
     )
     assert trace.input_ids.tolist() == [100, 101, 102, 103]
 
@@ -75,7 +75,7 @@ def test_sglang_fused_shared_experts_are_left_out_and_said(tmp_path):
     record["topk_ids_of_layer"][1:, :, K] = E  # appended behind the routed ones
     trace, notes = imported("sglang", [sglang_dump(tmp_path / "a.pt", [record])], KNOWN)
     assert equal(trace, picked(5))
-    assert "1 ids a token are shared experts" in notes[0]
+    assert "shared experts fused into the routed ones: 1" in notes[0]
 
 
 def test_sglang_ranks_that_repeat_count_once_and_others_follow(tmp_path):

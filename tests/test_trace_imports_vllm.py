@@ -81,7 +81,7 @@ def test_vllm_rows_of_zeros_were_not_recorded_and_expert_0_was(tmp_path):
     assert equal(trace, expected)
     assert notes == (
         '1 of 20 token-layers have no picks: there they are "none"',
-        "1 tokens without any pick are left out",
+        "tokens left out because they have no pick: 1",
     )
 
 

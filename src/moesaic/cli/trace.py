@@ -22,7 +22,7 @@ WORDS = {
     "en": {
         "reading": "Reading", "next": "Next:", "no_name": "a model without a name", "more": "{n} more",
         "model": "{model}: {layers} MoE layers, top {k} of {experts} experts",
-        "text": "{tokens:,} tokens of {documents:,} documents", "label": "{label} {documents:,}",
+        "text": "{tokens} of {documents}", "token": "token", "document": "document", "labels": " ({labels})",
         "missing": "MoE layers without data: {names}",
         "saved": "Saved in {out}: {size}, {detail}",
         "detail": {
@@ -36,7 +36,7 @@ WORDS = {
     "zh": {
         "reading": "正在读取", "next": "接下来：", "no_name": "未命名的模型", "more": "另有 {n} 个",
         "model": "{model}：{layers} 个 MoE 层，每个 token 选 {k} / {experts} 个专家",
-        "text": "{documents:,} 个文档，共 {tokens:,} 个 token", "label": "{label} {documents:,}",
+        "text": "{documents}，共 {tokens}", "token": " 个 token", "document": " 个文档", "labels": "（{labels}）",
         "missing": "没有数据的 MoE 层：{names}",
         "saved": "已保存到 {out}：{size}，{detail}",
         "detail": {
@@ -133,13 +133,7 @@ def show(recorded: "Trace", out: Path, lang: str) -> None:
     name = visible(recorded.model, 60) or say["no_name"]
     sizes = {"layers": recorded.n_layers, "k": config.num_experts_per_tok, "experts": config.n_routed_experts}
     print(say["model"].format(model=name, **sizes))
-    line = say["text"].format(tokens=len(recorded), documents=recorded.n_sequences)
-    by_label = Counter(recorded.labels or ())
-    names = [say["label"].format(label=visible(k, 40), documents=n) for k, n in by_label.most_common(MOST_LABELS)]
-    if len(by_label) > MOST_LABELS:
-        names.append(say["more"].format(n=len(by_label) - MOST_LABELS))
-    separator = "，" if lang == "zh" else ", "
-    print(line + (f" ({separator.join(names)})" if names else ""))
+    print(_read(recorded, lang))
     if recorded.missing:
         print(say["missing"].format(names=", ".join(visible(name, 60) for name in recorded.missing)))
     if not config.rule_is_known:
@@ -155,6 +149,23 @@ def show(recorded: "Trace", out: Path, lang: str) -> None:
     width = max(len(command) for command, _ in commands)
     for command, why in commands:
         print(f"   {command:<{width}}   {why}")
+
+
+def _read(recorded: "Trace", lang: str) -> str:
+    """How much was read: "12 tokens of 2 documents (prose 1, code 1)"."""
+    from moesaic.trace.pieces import visible
+
+    say = WORDS[lang]
+    many = {  # English has a plural
+        name: f"{n:,} {say[name]}{'' if n == 1 else 's'}" if lang == "en" else f"{n:,}{say[name]}"
+        for name, n in (("token", len(recorded)), ("document", recorded.n_sequences))
+    }
+    by_label = Counter(recorded.labels or ())
+    names = [f"{visible(label, 40)} {n:,}" for label, n in by_label.most_common(MOST_LABELS)]
+    if len(by_label) > MOST_LABELS:
+        names.append(say["more"].format(n=len(by_label) - MOST_LABELS))
+    line = say["text"].format(tokens=many["token"], documents=many["document"])
+    return line + (say["labels"].format(labels=("，" if lang == "zh" else ", ").join(names)) if names else "")
 
 
 def described(recorded: "Trace", out: Path) -> dict[str, Any]:

@@ -15,7 +15,7 @@ NOTES = {
         '{count} of {all} token-layers have no picks: there they are "none"',
         "{all} 个（token，层）中有 {count} 个没有选择，记为“无专家”",
     ),
-    "no_pick": ("{count} tokens without any pick are left out", "{count} 个没有任何选择的 token 已略去"),
+    "no_pick": ("tokens left out because they have no pick: {count}", "{count} 个没有任何选择的 token 已略去"),
     "empty": (
         "no picks in {names}: dense layers, or not recorded; the config does not say",
         "{names} 没有选择：是稠密层或未被记录，配置没有说明",
@@ -31,19 +31,19 @@ NOTES = {
         "rank {rank} 与 rank {twin} 相同（张量并行），已略去",
     ),
     "shared": (
-        "{count} ids a token are shared experts fused into the routed ones, and left out",
+        "ids a token that are left out because they are shared experts fused into the routed ones: {count}",
         "每个 token 有 {count} 个编号是并入路由的共享专家，已略去",
     ),
     "heads": (
-        "{count} records of multi-token-prediction heads are left out",
+        "records of multi-token-prediction heads that are left out: {count}",
         "{count} 条多 token 预测头的记录已略去",
     ),
     "recomputed": (
-        "{count} records repeat one of their step and layer (a recomputed forward) and are left out",
+        "records left out because they repeat one of their step and layer (a recomputed forward): {count}",
         "{count} 条记录与同一步同一层的另一条相同（重计算的前向），已略去",
     ),
     "incomplete": (
-        "{count} micro-batches lack a layer and are left out",
+        "micro-batches left out because they lack a layer: {count}",
         "{count} 个缺少某层的 micro-batch 已略去",
     ),
     "from_1": (

@@ -20,7 +20,7 @@ from moesaic.engine.triton.layout import unsorted
 from moesaic.engine.triton.matmul import matmul
 from moesaic.engine.triton.outer import outer
 from moesaic.engine.triton.sum_rows import sum_rows
-from moesaic.engine.triton.tile import place
+from moesaic.engine.triton.tile import place, product
 from moesaic.engine.triton.up import up
 from moesaic.types import ExpertWeights
 
@@ -166,13 +166,13 @@ def test_d_hidden_under_any_routing(routing):
     check_d_hidden(problem("gpt-oss", routing))
 
 
-def check_d_hidden(p):
+def check_d_hidden(p, blocks=BLOCKS):
     layout, wide = p.layout(), p.to(torch.float64)
     hidden = rows_like(p, p.spec.up_size(p.experts))
-    args = (layout, p.experts, p.spec, BLOCKS)
+    args = (layout, p.experts, p.spec, blocks)
     got = d_hidden(p.grad, hidden, p.weights, *args, wanted=(True, True, True))
     expected = twins.d_hidden(
-        wide.grad, hidden.double(), wide.weights, layout, wide.experts, p.spec, BLOCKS, wanted=(True, True, True)
+        wide.grad, hidden.double(), wide.weights, layout, wide.experts, p.spec, blocks, wanted=(True, True, True)
     )
     close(written(got.d_hidden, layout), written(expected.d_hidden, layout))
     close(written(got.scaled, layout), written(expected.scaled, layout))
@@ -285,3 +285,20 @@ def test_tiles_of_other_sizes(blocks):
         grad,
         twins.outer(theirs.d_hidden, wide.tokens, torch.empty_like(wide.experts.up), layout, blocks, gather="right"),
     )
+
+
+@pytest.mark.parametrize("spec", ["silu", "gpt-oss", "not-gated"])
+def test_columns_beyond_the_last_may_be_read_but_count_nowhere(spec):
+    """Widths that are a multiple of 16 and not of a tile, as gpt-oss has: no masks, as long as the depth is even."""
+    blocks = Blocks(16, 32, 16)
+    p = problem(spec, d=48, i=48)
+    assert product(blocks, torch.float32, torch.empty(5, 48, 96), 48)["TILE"].wrapped
+    wide, layout = p.to(torch.float64), p.layout()
+    got = up(p.tokens, p.k, layout, p.experts, p.spec, blocks, keep_hidden=True)
+    expected = twins.up(wide.tokens, p.k, layout, wide.experts, p.spec, blocks, keep_hidden=True)
+    for mine, theirs in zip(got, expected, strict=True):
+        close(written(mine, layout), written(theirs, layout))
+    matrix = torch.randn(5, 48, 80, device=DEVICE)
+    theirs = twins.matmul(expected.activated, matrix.double(), None, layout, blocks)
+    close(written(matmul(got.activated, matrix, None, layout, blocks), layout), written(theirs, layout))
+    check_d_hidden(problem(spec, d=46, i=48), blocks)  # its depth is 48

@@ -108,7 +108,7 @@ def _d_hidden(
     steps = tl.arange(0, TILE.depth)
     g_tile = g + token[:, None] * depth + steps[None, :]
     if (d_hidden is not None) | (partials is not None):
-        a_grad, _ = multiply(g_tile, valid, matrix, expert, column, column < width, depth, None, TILE)
+        a_grad, _ = multiply(g_tile, valid, matrix, expert, column, width, depth, None, TILE)
     else:
         a_grad = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
 

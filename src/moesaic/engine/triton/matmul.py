@@ -41,7 +41,7 @@ def _matmul(x, layout, matrix, bias, out, tiles, num_experts, depth, width, TILE
     column = block * TILE.columns + tl.arange(0, TILE.columns)
     inside = column < width
     x_tile = x + start.to(tl.int64) * depth + (row * depth + tl.arange(0, TILE.depth)[None, :])
-    total, _ = multiply(x_tile, valid, matrix, expert, column, inside, depth, None, TILE)
+    total, _ = multiply(x_tile, valid, matrix, expert, column, width, depth, None, TILE)
     if bias is not None:
         total += load_bias(bias, expert, column, inside)[None, :]
     there = valid[:, None] & inside[None, :]

@@ -17,7 +17,8 @@ class Tile(NamedTuple):
     """What a kernel over tiles is compiled for, beside what it computes; the first four are those of `Blocks`.
 
     precision: how float32 is multiplied.  offsets: the integers that reach all of one expert's matrix; where it begins
-    is always reckoned in 64 bits.  even, even_depth: no masks are needed, anywhere or along the sum.
+    is always reckoned in 64 bits.  even, even_depth: no masks are needed, anywhere or along the sum.  wrapped: columns
+    beyond the last read the first ones, and nobody stores them.
 
     In a kernel a field is a bare number: one that a jitted function is to take has to be named as a constexpr first.
     """
@@ -30,20 +31,23 @@ class Tile(NamedTuple):
     offsets: tl.dtype
     even: bool
     even_depth: bool
+    wrapped: bool
 
 
 def product(blocks: Blocks, dtype: torch.dtype, matrix: Tensor, width: int) -> dict[str, Any]:
     """How a kernel is compiled that multiplies rows by `matrix` [E, depth, ...]; its tiles share `width` columns."""
     even_depth = even(matrix.shape[1], blocks.depth)
-    return compiled(blocks, dtype, matrix, even_depth and even(width, blocks.columns), even_depth)
+    wrapped = even_depth and even(width, 16) and not even(width, blocks.columns)  # 2880 columns of gpt-oss by 128
+    whole = wrapped or (even_depth and even(width, blocks.columns))
+    return compiled(blocks, dtype, matrix, whole, even_depth, wrapped)
 
 
 def compiled(
-    blocks: Blocks, dtype: torch.dtype, matrix: Tensor, even: bool, even_depth: bool = False
+    blocks: Blocks, dtype: torch.dtype, matrix: Tensor, even: bool, even_depth: bool = False, wrapped: bool = False
 ) -> dict[str, Any]:
     """How a kernel over tiles of these blocks is compiled, for a `matrix` of every expert."""
     cut = (blocks.rows, blocks.columns, blocks.depth, blocks.group)
-    tile = Tile(*cut, precision(dtype), offsets(matrix), even, even_depth)
+    tile = Tile(*cut, precision(dtype), offsets(matrix), even, even_depth, wrapped)
     return {"TILE": tile, "num_warps": blocks.warps, "num_stages": blocks.stages}
 
 
@@ -108,7 +112,7 @@ def tokens_of(start, valid, layout, k, TILE: tl.constexpr):
 
 
 @triton.jit
-def multiply(x_tile, valid, matrix, expert, column, inside, depth, pair, TILE: tl.constexpr):
+def multiply(x_tile, valid, matrix, expert, column, across, depth, pair, TILE: tl.constexpr):
     """(rows through some columns of the expert's matrix, rows through the columns `pair` further on), in float32; zeros
     for the second where pair is None."""
     ROWS: tl.constexpr = TILE.rows
@@ -117,6 +121,9 @@ def multiply(x_tile, valid, matrix, expert, column, inside, depth, pair, TILE: t
     w, w_expert, w_depth, w_column = matrix
     w += expert.to(tl.int64) * w_expert
     steps = tl.arange(0, TILE.depth)
+    inside = column < across
+    if TILE.wrapped:  # less than a mask costs; 16 numbers still lie side by side
+        column = tl.max_contiguous(tl.multiple_of(column % across, 16), 16)
     ahead = tl.full((), TILE.depth, TILE.offsets) * w_depth
     lines = steps.to(TILE.offsets)[:, None] * w_depth
     w_tile = w + (lines + column.to(TILE.offsets)[None, :] * w_column)

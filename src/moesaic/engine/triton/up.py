@@ -88,7 +88,7 @@ def _up(
     column = block * ACROSS + tl.arange(0, ACROSS)
     inside = column < across
     x_tile = x + token[:, None] * depth + tl.arange(0, TILE.depth)[None, :]
-    gate, up = multiply(x_tile, valid, matrix, expert, column, inside, depth, width if APART else None, TILE)
+    gate, up = multiply(x_tile, valid, matrix, expert, column, across, depth, width if APART else None, TILE)
 
     if bias is not None:
         gate += load_bias(bias, expert, column, inside)[None, :]

@@ -233,6 +233,8 @@ def _rule_differences(a: Trace, b: Trace) -> tuple[dict[str, str], ...]:
             told = ", ".join(f"{name} {getattr(one, name)} / {getattr(two, name)}" for name in unlike)
             out.append({"en": f"layer {layer}: {told}", "zh": f"第 {layer} 层：{told}"})
             break
+    if a.logits is None or b.logits is None:
+        return tuple(out)
     if (a.bias is None) != (b.bias is None):
         out.append({"en": "a correction bias is recorded in one only", "zh": "只有一方记录了修正偏置"})
     elif a.bias is not None and b.bias is not None and not torch.equal(a.bias, b.bias):

@@ -143,7 +143,6 @@ def _steps(
         agrees = {"experts": bool(check.experts[0]), "scaled": None if weights is None else bool(check.weights[0])}
         agrees["output"] = agrees["experts"] and agrees["scaled"]
         if without_bias:
-            values |= dict.fromkeys(NEED_BIAS)
             notes = dict.fromkeys(NEED_BIAS, BIAS_NOT_RECORDED) | notes
         if config.topk_method == "balanced" or without_bias or bool((ids >= config.n_routed_experts).any()):
             agrees |= {"experts": None, "output": agrees["scaled"]}

@@ -31,10 +31,8 @@ WORDS = {
         "lost": "score lost: {lost:.2%} of the recorded choice's",
         "gained": "score won: {lost:.2%} of the recorded choice's",
         "kept": "{n} (layer, token) pairs had no experts and stay without",
-        "columns": (
-            "layer", "flipped", "load max / mean\nbefore -> after", "CV\nbefore -> after",
-            "unused\nbefore -> after", "nodes / token\nbefore -> after", "score\nlost",
-        ),
+        "columns": ("layer", "flipped", "max / mean\nload", "CV", "unused", "nodes\n/ token", "score\nlost"),
+        "pairs": "before -> after",
     },
     "zh": {
         "same": "设置不变：用记录的规则处理记录的分数",
@@ -52,10 +50,8 @@ WORDS = {
         "nodes": "每个 token 到达的组或节点：原为 {a:.2f}，改后 {b:.2f}",
         "lost": "分数损失：原选择总分的 {lost:.2%}", "gained": "分数增加：原选择总分的 {lost:.2%}",
         "kept": "{n} 个（层，token）本来没有专家，照旧",
-        "columns": (
-            "层", "换专家", "最大 / 平均负载\n前 -> 后", "CV\n前 -> 后",
-            "未用专家\n前 -> 后", "到达节点\n前 -> 后", "分数\n损失",
-        ),
+        "columns": ("层", "换专家", "最大 / 平均\n负载", "CV", "未用\n专家", "到达\n节点", "分数\n损失"),
+        "pairs": "改前 -> 改后",
     },
 }  # fmt: skip
 
@@ -95,7 +91,7 @@ def what_if_table(found: WhatIf, lang: str = "en") -> Group:
     words, rows = words_of(WORDS, lang), found.by_layer()
     with_nodes = found.nodes is not None
     heads = [head for i, head in enumerate(words["columns"]) if with_nodes or i != 5]
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, caption=words["pairs"], caption_justify="left", pad_edge=False)
     for index, head in enumerate(heads):
         table.add_column(head, justify="right" if index else "left", overflow="fold")
     for index, row in enumerate(rows):

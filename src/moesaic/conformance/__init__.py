@@ -14,7 +14,7 @@ import torch
 
 from moesaic.config import MoEConfig
 from moesaic.conformance import groups, precision, selection, tensors, training, weighing  # they register their probes
-from moesaic.conformance.asking import random_bias
+from moesaic.conformance.asking import numbers, random_bias
 from moesaic.conformance.gates import ModuleGate
 from moesaic.conformance.parts import NoTuple
 from moesaic.conformance.targets import as_gate
@@ -39,12 +39,13 @@ def check(target: Any, config: MoEConfig | None = None, *, level: str = "fragile
         raise ValueError(f"level={level!r} is unknown: use one of {', '.join(LEVELS)}")
     gate = as_gate(target, config)
     try:
-        gate.answer(torch.zeros(1, gate.config.n_routed_experts), random_bias(gate.config))
+        gate.answer(torch.randn(4, gate.config.n_routed_experts, generator=numbers(0)), random_bias(gate.config))
         if isinstance(gate, ModuleGate):
             gate.check_logits()
     except GateRaised as raised:
         if isinstance(raised.error, NoTuple):
             raise ValueError(f"{gate.name} is no gate: {raised.error}: give its router") from None
+        raise ValueError(f"{gate.name} cannot be asked: on plain logits it raised {raised}") from None
     wanted = [p for p in PROBES if level == "fragile" or p.level == level]
     return Report(gate, tuple(p.judge(gate) for p in wanted))
 

@@ -20,6 +20,7 @@ from moesaic.families import ALIASES, PRESETS
 from moesaic.hf.load import quiet_transformers
 from moesaic.hf.modules import MoELayer, moe_layers, routed_blocks
 from moesaic.layer.router import Router
+from moesaic.trace.pieces import visible
 
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 BY_FAMILY = ("scoring_func", "topk_method")  # transformers' routers have these in their code, whatever the config says
@@ -93,7 +94,8 @@ def gate_of_code(target: str, config: MoEConfig) -> Gate:
         for part in name.split("."):
             found = getattr(found, part)
     except (Exception, SystemExit) as error:  # whatever the user's module raises while it is imported
-        raise ValueError(f"{target}: cannot be imported ({type(error).__name__}: {error})") from None
+        why = visible(f"{type(error).__name__}: {error}")
+        raise ValueError(f"{target}: cannot be imported ({why})") from None
     finally:
         sys.path.remove(str(Path.cwd()))
     try:
@@ -214,4 +216,4 @@ def load(folder: Path) -> nn.Module:
 
 
 def first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+    return visible((str(error).strip() or type(error).__name__).splitlines()[0], most=200)

@@ -4,6 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from moesaic.trace.pieces import visible
+
 if TYPE_CHECKING:
     from moesaic.conformance.gates import Gate
 
@@ -46,7 +48,7 @@ class GateRaised(Exception):
     def __init__(self, error: Exception) -> None:
         self.error = error
         message = (str(error).strip().splitlines() or [""])[0]
-        super().__init__(f"{type(error).__name__}: {message}"[:200])
+        super().__init__(visible(f"{type(error).__name__}: {message}", most=200))  # foreign text, bound for a terminal
 
 
 class Result(NamedTuple):

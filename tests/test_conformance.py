@@ -1,0 +1,250 @@
+"""The conformance suite: its definition, what it takes, and what it says of our gate."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from broken_gates import ZeroFill
+from hypothesis import given
+from hypothesis import strategies as st
+from oracles import route_one
+from sound_gate import SoundGate
+from torch import nn
+
+import moesaic as ms
+from moesaic.config import MoEConfig
+from moesaic.conformance import PROBES, as_gate, assert_conforms, check
+from moesaic.conformance.definition import decide
+from moesaic.families import PRESETS
+from moesaic.layer.router import Router
+from moesaic.rules import route
+
+SMALL = MoEConfig(
+    hidden_size=40, n_routed_experts=32, num_experts_per_tok=4, n_group=4, topk_group=2, routed_scaling_factor=2.5
+)
+
+
+def router_of(preset: str) -> Router:
+    n_experts = MoEConfig.preset(preset).n_routed_experts
+    return Router(MoEConfig.preset(preset, hidden_size=n_experts + 8))
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_our_router_passes_both_levels_for_every_preset(preset):
+    report = check(router_of(preset))
+    assert [str(result) for result in report.failed()] == []
+    asked = [result for result in report.results if result.outcome == "pass"]
+    assert len(asked) >= 24
+    assert report.conforms
+
+
+def test_our_router_passes_in_training_mode_bfloat16_and_with_biases_as_released():
+    router = Router(SMALL).train()
+    with torch.no_grad():
+        router.e_score_correction_bias.uniform_(2.0, 12.0)
+    assert_conforms(router.bfloat16(), level="fragile")
+
+
+def test_our_function_passes_too():
+    assert_conforms(route_as_function, SMALL, level="fragile")
+
+
+def route_as_function(logits, bias, config):
+    _, weights, ids = route(logits, bias, config)
+    return ids, weights
+
+
+def test_the_old_bug_that_a_convention_keeps_is_found():
+    failed = {result.probe.id for result in check(Router(SMALL.with_convention("deepseek-v3-remote"))).failed("wrong")}
+    assert "masked-groups" in failed
+
+
+@given(data=st.data(), n_group=st.sampled_from([1, 2, 4]), k=st.integers(1, 6))
+def test_the_definition_agrees_with_the_other_oracle(data, n_group, k):
+    numbers = st.floats(-8, 8, allow_nan=False)
+    logits, bias = (data.draw(st.lists(numbers, min_size=16, max_size=16)) for _ in range(2))
+    kept = max(data.draw(st.integers(1, n_group)), math.ceil(k / (16 // n_group)))
+    config = MoEConfig(
+        hidden_size=16, n_routed_experts=16, num_experts_per_tok=k, n_group=n_group, topk_group=kept, norm_eps=0.0,
+        routed_scaling_factor=2.5,
+    )  # fmt: skip
+    decision = decide(logits, bias, config)
+    scores = [1 / (1 + math.exp(-z)) for z in logits]
+    expected = route_one(scores, bias, k=k, n_group=n_group, topk_group=kept, counted=2, scale=2.5, norm=True)
+    assert decision.experts == list(expected)
+    assert decision.weights == pytest.approx(expected, rel=1e-12)
+
+
+def test_the_margin_says_how_far_the_choice_is_from_another_one():
+    config = MoEConfig(hidden_size=4, n_routed_experts=4, num_experts_per_tok=1, n_group=2, topk_group=1)
+    near_groups = decide([0.0, 0.0, 0.1, 0.0], None, dataclasses.replace(config, group_score="max"))
+    assert near_groups.experts == [2]
+    assert near_groups.margin == pytest.approx(1 / (1 + math.exp(-0.1)) - 0.5)
+    assert decide([1.0, 1.0, 1.0, 1.0], None, config).margin == 0.0
+    everything = dataclasses.replace(config, n_group=1, topk_group=1, num_experts_per_tok=4)
+    assert decide([1.0, 2.0, 3.0, 4.0], None, everything).margin == math.inf
+
+
+def test_masked_experts_cannot_be_chosen_whatever_group_mask_says():
+    config = MoEConfig(
+        hidden_size=4, n_routed_experts=4, num_experts_per_tok=2, n_group=2, topk_group=1, group_mask="zero"
+    )
+    assert decide([-1.0, -1.0, -2.0, -2.0], [-3.0] * 4, config).experts == [0, 1]
+
+
+def gates():
+    layer = ms.DeepseekV3MoE(dataclasses.replace(SMALL, moe_intermediate_size=8, n_shared_experts=1))
+    classic = ms.MoE.classic(16, 8, 4, num_experts=8, k=2)
+    return [
+        pytest.param(Router(SMALL), None, id="a router"),
+        pytest.param(layer, None, id="a layer"),
+        pytest.param(nn.Sequential(nn.Identity(), layer), None, id="a model"),
+        pytest.param(classic, None, id="a classic layer"),
+        pytest.param(SoundGate(SMALL), SMALL, id="a module and its rule"),
+        pytest.param(SoundGate, SMALL, id="a class and its rule"),
+        pytest.param(ms.DeepseekV3MoE, dataclasses.replace(SMALL, moe_intermediate_size=8), id="a class of layers"),
+        pytest.param(ms.MoEGate, SMALL, id="the article's class"),
+        pytest.param(route_as_function, SMALL, id="a function"),
+        pytest.param(as_gate(SoundGate, SMALL), None, id="a gate"),
+    ]
+
+
+@pytest.mark.parametrize(("target", "config"), gates())
+def test_a_gate_is_taken_as(target, config):
+    assert check(target, config, level="wrong").conforms
+
+
+class Keywords(SoundGate):
+    """Built from keyword arguments, [D, E] weight, [B, S, D] alone, older tuple, dense weights."""
+
+    def __init__(self, hidden_size, num_experts, top_k, n_group, topk_group, routed_scaling_factor=1.0):
+        config = dataclasses.replace(
+            SMALL, hidden_size=hidden_size, n_routed_experts=num_experts, num_experts_per_tok=top_k, n_group=n_group,
+            topk_group=topk_group, routed_scaling_factor=routed_scaling_factor,
+        )  # fmt: skip
+        super().__init__(config)
+        self.weight = nn.Parameter(self.weight.data.T.contiguous())
+
+    def logits(self, x):
+        with torch.autocast("cpu", enabled=False):
+            return x.float() @ self.weight.float()
+
+    def forward(self, x):
+        _batch, _sequence, _width = x.shape
+        ids, weights = super().forward(x)
+        return torch.zeros(len(ids), self.config.n_routed_experts).scatter(1, ids, weights), ids
+
+
+def test_other_constructors_layouts_and_tuples_are_understood():
+    assert_conforms(Keywords, SMALL)
+
+
+class LogitsAlone(SoundGate):
+    def forward(self, x):
+        return self.logits(x)
+
+
+class NeedsIds(SoundGate):
+    def forward(self, x, input_ids):  # noqa: ARG002
+        return super().forward(x)
+
+
+class Tempered(SoundGate):
+    def forward(self, x):
+        ids, weights = super().forward(x)
+        return 0.5 * self.logits(x), weights, ids
+
+
+NOTHING_TO_JUDGE = [
+    (nn.Linear(8, 8), None, "not an MoE model"),
+    (SoundGate, None, "config=None: a class or a function does not say its rule"),
+    (3.0, SMALL, "a float is no gate: give a module, a class or a function"),
+    (nn.Linear(8, 8), SMALL, r"Linear holds 0 weights of \[32, 40\]"),
+    (nn.Linear(40, 32, bias=False), SMALL, "Linear has no correction bias, a tensor of .32. with 'bias' in its name"),
+    (nn.Linear(40, 32), dataclasses.replace(SMALL, topk_method="greedy"), "Linear is no gate: a Tensor came"),
+    (LogitsAlone, SMALL, "LogitsAlone is no gate: a Tensor came back"),
+    (NeedsIds, SMALL, "NeedsIds needs input_ids beside the hidden states"),
+    (Tempered, SMALL, "its logits are not its weight times the hidden states .2 came out as 1"),
+    (SoundGate, dataclasses.replace(SMALL, hidden_size=8), "hidden_size=8 is below n_routed_experts=32"),
+]
+
+
+@pytest.mark.parametrize(("target", "config", "message"), NOTHING_TO_JUDGE)
+def test_what_is_no_gate_is_refused_in_one_line(target, config, message):
+    with pytest.raises(ValueError, match=message) as error:
+        check(target, config)
+    assert "\n" not in str(error.value)
+
+
+def test_unknown_names_are_refused():
+    with pytest.raises(ValueError, match="level='bad' is unknown: use one of wrong, fragile"):
+        check(SoundGate, SMALL, level="bad")
+    with pytest.raises(ValueError, match="allowed='nope' is no probe"):
+        assert_conforms(SoundGate, SMALL, allowed=["nope"])
+
+
+def test_a_gate_whose_rule_is_not_known_is_asked_what_needs_none():
+    config = MoEConfig(hidden_size=40, n_routed_experts=32, num_experts_per_tok=4, topk_method="unknown")
+    report = check(SoundGate(SMALL), config)
+    assert not report.failed()
+    asked = {result.probe.id for result in report.results if result.outcome == "pass"}
+    assert {"distinct", "shapes", "bad-neighbours", "one-token"} <= asked
+    assert not asked & {"definition", "masked-groups", "weight-sum"}
+    skipped = next(result for result in report.results if result.probe.id == "definition")
+    assert skipped.says.en == "the rule of this gate is not known"
+
+
+def function_with(spoiled):
+    """A gate of logits that is right but for rows that `spoiled` says."""
+
+    def gate(logits, bias, config):
+        ids, weights = route_as_function(logits, bias, config)
+        bad = spoiled(logits)[:, None]
+        return ids.masked_fill(bad, 3), weights
+
+    return gate
+
+
+@pytest.mark.parametrize(
+    ("kind", "spoiled"),
+    [
+        ("all NaN", lambda z: z.isnan().all(-1)),
+        ("one NaN", lambda z: z.isnan().sum(-1) == 1),
+        ("+inf", lambda z: z.isposinf().any(-1)),
+        ("all -inf", lambda z: z.isneginf().all(-1)),
+    ],
+)
+def test_a_function_is_asked_every_kind_of_bad_row(kind, spoiled):
+    failed = {result.probe.id: result for result in check(function_with(spoiled), SMALL).failed()}
+    assert failed.keys() == {"bad-rows"}
+    assert failed["bad-rows"].says.en == f"{kind}: row 2: expert 3 was chosen 4 times in [3, 3, 3, 3]"
+
+
+def test_a_gate_that_refuses_bad_rows_passes():
+    def gate(logits, bias, config):
+        if not logits.isfinite().all():
+            raise ValueError("not finite")
+        return route_as_function(logits, bias, config)
+
+    assert_conforms(gate, SMALL, level="fragile")
+
+
+def test_asserting_names_every_failure_with_its_numbers_and_lets_the_allowed_pass():
+    with pytest.raises(AssertionError) as error:
+        assert_conforms(ZeroFill, SMALL)
+    lines = str(error.value).splitlines()
+    assert lines[0] == "ZeroFill does not conform:"
+    assert [line.split()[0] for line in lines[1:]] == ["bias-shift", "masked-groups", "exactly-enough", "biased-weight"]
+    assert all("row " in line for line in lines[1:])
+    assert_conforms(ZeroFill, SMALL, allowed=["bias-shift", "masked-groups", "exactly-enough", "biased-weight"])
+
+
+@pytest.mark.parametrize("probe", PROBES, ids=str)
+def test_a_probe_says_what_it_is_in_both_languages(probe):
+    for texts in (probe.name, probe.story, probe.advice):
+        assert texts.en
+        assert texts.zh != texts.en
+        assert "\n" not in texts.en + texts.zh
+    assert probe.level in ("wrong", "fragile")
+    assert probe.judge(as_gate(SoundGate, SMALL)).outcome in ("pass", "not applicable")

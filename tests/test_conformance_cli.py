@@ -1,0 +1,178 @@
+"""`moesaic check`: what it prints, and its exit codes."""
+
+import json
+import re
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from moesaic.cli.check import check
+from moesaic.conformance import PROBES
+from moesaic.hf.load import TINY
+
+app = typer.Typer()
+app.command()(check)
+
+SOUND = """
+import torch
+def gate(logits, bias, config):
+    scores = logits.sigmoid()
+    ids = (scores + bias).topk(config.num_experts_per_tok).indices
+    weights = scores.gather(-1, ids)
+    return ids, config.routed_scaling_factor * weights / (weights.sum(-1, keepdim=True) + 1e-20)
+"""
+GLM = {"model_type": "glm4_moe", "hidden_size": 64, "n_routed_experts": 16, "num_experts_per_tok": 4, "n_group": 1,
+       "topk_group": 1, "routed_scaling_factor": 1.5, "norm_topk_prob": True}  # fmt: skip
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, [str(a) for a in arguments], env={"COLUMNS": "160", "TERM": "dumb"})
+
+
+def rows_of(output):
+    """Probe -> (level, result) as the table shows them."""
+    return {m[1]: (m[2], m[3]) for m in re.finditer(r"^│ ([a-z][\w-]+) +│ (\S+) +│ (\S+) +│", output, re.MULTILINE)}
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    return run(TINY)
+
+
+def test_a_model_folder_conforms_and_its_fragile_points_are_listed(shipped):
+    assert shipped.exit_code == 0
+    rows = rows_of(shipped.output)
+    assert rows.keys() == {probe.id for probe in PROBES}
+    assert rows["definition"] == ("wrong", "pass")
+    assert rows["bias-cast"] == ("fragile", "FAIL")
+    assert rows["softmax-before-mask"] == ("wrong", "-")
+    assert ".bfloat16(): 5.0001 becomes 5.0000" in shipped.output
+    assert "in production: " in shipped.output
+    assert "→ rank by (score, -id)" in shipped.output
+    assert "No result differs from the definition." in shipped.output
+    assert re.search(r"^\d+ passed, 0 wrong, 7 fragile, 2 not applicable\.$", shipped.output, re.MULTILINE)
+    assert "Reproduce: moesaic " in shipped.output
+
+
+def test_strict_makes_fragile_findings_a_bad_verdict():
+    assert run(TINY, "--strict", "--level", "wrong").exit_code == 0
+    assert run(TINY, "--strict").exit_code == 1
+
+
+def test_a_preset_is_our_gate_and_passes_strictly():
+    result = run("deepseek-v2", "--strict", "--lang", "zh")
+    assert result.exit_code == 0
+    assert "moesaic Router, deepseek-v2：160 个专家，取前 6，8 组保留 3 组，softmax" in result.output
+    assert "没有任何结果与定义不同。" in result.output
+    assert rows_of(result.output)["group-score"] == ("错误", "通过")
+
+
+def test_json_is_one_strict_document():
+    result = run(TINY, "--json", "--level", "wrong")
+    document = json.loads(result.stdout, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    assert document["conforms"] is True
+    assert document["config"]["n_routed_experts"] == 32
+    assert {r["level"] for r in document["results"]} == {"wrong"}
+    first = document["results"][0]
+    assert first.keys() == {
+        "probe", "level", "name", "outcome", "says", "numbers", "story", "advice", "references"
+    }  # fmt: skip
+    assert first["outcome"] == "pass"
+
+
+@pytest.fixture
+def code(tmp_path, monkeypatch):
+    """A module in the current folder, under a name of its own: imports are kept."""
+
+    def write(text):
+        name = f"gate_{abs(hash((str(tmp_path), text)))}"
+        (tmp_path / f"{name}.py").write_text(text)
+        monkeypatch.chdir(tmp_path)
+        return f"{name}:gate"
+
+    return write
+
+
+def test_code_in_the_current_folder_is_judged_by_the_rule_that_is_named(code, tmp_path):
+    (tmp_path / "glm.json").write_text(json.dumps(GLM))
+    target = code(SOUND)
+    assert run(target, "--config", tmp_path / "glm.json", "--level", "wrong").exit_code == 0
+    assert run(target, "--config", "glm4-moe", "--level", "wrong").exit_code == 0
+    by_v3 = run(target, "--json")  # it knows no groups
+    assert by_v3.exit_code == 1
+    failed = {r["probe"]: r for r in json.loads(by_v3.stdout)["results"] if r["outcome"] == "fail"}
+    assert failed["group-score"]["numbers"]["row"] == 0
+    assert "one-group" not in failed
+
+
+def test_a_failing_gate_is_told_what_to_do(code):
+    target = code(SOUND.replace("scores.gather", "(scores + bias).gather"))
+    result = run(target, "--config", "glm4-moe", "--lang", "zh")
+    assert result.exit_code == 1
+    assert rows_of(result.output)["biased-weight"] == ("错误", "失败")
+    assert "→ 从不带偏置的分数里取权重" in result.output
+    assert "在合法输入上结果与定义不同" in result.output
+
+
+def test_names_and_messages_of_foreign_code_cannot_steer_the_terminal(code):
+    spoiled = "    if not len(logits):\n        raise ValueError('\\x1b[31m[bold]red')\n    scores ="
+    target = code(SOUND.replace("    scores =", spoiled, 1) + "gate.__qualname__ = 'a\\x1b[1m'\n")
+    result = run(target)
+    assert result.exit_code == 1
+    assert "\x1b" not in result.output
+    assert "the gate raised ValueError: \\x1b[31m[bold]red" in result.output
+    assert "a\\x1b[1m: 256 experts" in result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere"], "nowhere: no such folder, file or preset: give a model folder, a config.json, module:Class"),
+        (["nowhere:Gate"], "nowhere:Gate: cannot be imported .ModuleNotFoundError: No module named 'nowhere'"),
+        (["math:nope"], "math:nope: cannot be imported .AttributeError: module 'math' has no attribute 'nope'"),
+        (["math:pi"], "a float is no gate: give a module, a class or a function"),
+        (["torch.nn:Bilinear"], "torch.nn:Bilinear: cannot be built .TypeError"),
+        (["math:floor"], "floor cannot be asked: on plain logits it raised TypeError: math.floor.. takes exactly one"),
+        (["deepseek-v3", "--lang", "fr"], "--lang 'fr' is unknown"),
+        (["deepseek-v3", "--level", "bad"], "--level 'bad' is unknown: use wrong or fragile"),
+        (["deepseek-v3", "--config", "mixtral"], "--config 'mixtral' is for module:Class"),
+        ([TINY, "--layer", "9"], "layer=9 is not there: use 0 to "),
+    ],
+)
+def test_what_cannot_be_judged_is_a_users_mistake(arguments, message):
+    result = run(*arguments)
+    assert isinstance(result.exception, ValueError)
+    assert re.search(message, str(result.exception))
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (None, "no config.json there: give a model folder or a config.json"),
+        ("{", "not a JSON file"),
+        ("[]", "names no model_type"),
+        ('{"hidden_size": 4}', "names no model_type"),
+        ('{"model_type": "llama", "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}', "not an MoE"),
+        ('{"model_type": "no_such_family"}', "no model can be built"),
+    ],
+)
+def test_a_folder_without_a_moe_model_is_refused(tmp_path, config, message):
+    if config is not None:
+        (tmp_path / "config.json").write_text(config)
+    result = run(tmp_path)
+    assert isinstance(result.exception, ValueError)
+    assert message in str(result.exception)
+
+
+def test_a_damaged_model_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text((TINY / "config.json").read_text())
+    (tmp_path / "model.safetensors").write_bytes(b"no weights")
+    result = run(tmp_path)
+    assert isinstance(result.exception, ValueError)
+    assert "the model cannot be loaded" in str(result.exception)
+
+
+def test_help_says_that_code_is_run():
+    output = " ".join(run("--help").output.replace("│", " ").split())
+    assert "imported from the current folder: that runs its code" in output

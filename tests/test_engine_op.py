@@ -117,6 +117,7 @@ def test_what_graphs_are_told_about_the_operator_is_so(dtype, keep):
         order,
         counts,
         *args[7:14],
+        False,
         [True, True, True, False, *[False] * 2],
     )
     torch.library.opcheck(torch.ops.moesaic.experts_backward.default, back)

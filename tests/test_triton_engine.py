@@ -12,6 +12,7 @@ from moesaic.engine import triton as room
 from moesaic.engine.op import Gradients, run_experts
 from moesaic.engine.reference import reference
 from moesaic.engine.triton import experts as engine
+from moesaic.engine.triton.blocks import INTERPRETED
 from moesaic.engine.triton.experts import backward, forward
 from moesaic.types import ExpertWeights
 
@@ -168,6 +169,33 @@ def test_the_invariant_mode_takes_the_same_tiles_for_every_number_of_tokens(monk
     sizes = (8, 1024, 262144)
     assert len({engine._tiles(n, OnGpu(), matrices, batch_invariant=True) for n in sizes}) == 1
     assert len({engine._tiles(n, OnGpu(), matrices) for n in sizes}) > 1, "or the test could not fail"
+
+
+def test_in_the_invariant_mode_h_is_computed_again_with_the_bits_it_had(monkeypatch):
+    def tiles(*_, batch_invariant=False):
+        return INTERPRETED._replace(up=INTERPRETED.up._replace(depth=64 if batch_invariant else 16))
+
+    computed = []
+    real = engine.up
+
+    def recorded(*args, **options):
+        projected = real(*args, **options)
+        computed.append((args[-1], projected.hidden))
+        return projected
+
+    monkeypatch.setattr(engine, "_tiles", tiles)
+    monkeypatch.setattr(engine, "up", recorded)
+    p = problem("biases", d=70)
+    grads = []
+    for recompute in (False, True):
+        leaves = leaves_of(p)
+        run(p, leaves, batch_invariant=True, recompute=recompute).backward(p.grad)
+        grads.append([leaf.grad for leaf in leaves])
+    (_, kept), (forwards, _), (again, recomputed) = computed
+    assert again == forwards
+    assert torch.equal(kept, recomputed)
+    assert all(map(torch.equal, *grads))
+    assert forwards != tiles().up, "or the test could not fail"
 
 
 def test_a_nan_stays_in_its_token():

@@ -77,27 +77,31 @@ def backward(
     wanted: Gradients,
     up_into: Tensor | None = None,
     down_into: Tensor | None = None,
+    *,
+    batch_invariant: bool = False,
 ) -> Gradients:
     """All gradients in one walk over the experts. With A' = the gradient of A = act(H), s the routing weight:
     A' = g W2, ds = rowsum(A' A), dW2 = g^T (s A), dH = act'(H) s A', dW1 = dH^T x, dx = dH W1
     (SonicMoE, arXiv 2512.14080, sec. 3). A frozen matrix costs no product of its own; where `down` alone is trained
     there is no A'.
 
-    An empty `hidden` is computed again from the tokens. `up_into`, `down_into`: gradients that are added to in place.
+    An empty `hidden` is computed again from the tokens, to the same bits where the forward was `batch_invariant` too.
+    `up_into`, `down_into`: gradients that are added to in place.
     """
     dtype, wide = matmul_dtype(tokens.dtype), torch.promote_types(tokens.dtype, torch.float32)
     up, down = _as_in_out(experts, spec)
     into = _to_fill(wanted, tokens, weights, experts, counts, up_into, down_into)
     scales = weights.flatten()[assignments].to(wide)[:, None]
-    multiply = Multiply(tokens.dtype)
+    multiply, again = Multiply(tokens.dtype), Multiply(tokens.dtype, batch_invariant=batch_invariant)
+    cut = INVARIANT_ROWS if batch_invariant and not hidden.numel() else PIECE_ROWS
     beyond_down = wanted.tokens or wanted.weights or wanted.up or wanted.up_bias
-    for batch in batches(counts.tolist(), assignments // weights.shape[1]):
+    for batch in batches(counts.tolist(), assignments // weights.shape[1], cut):
         scale = scales[batch.here]
         g, x = grad_out.index_select(0, batch.rows), tokens.index_select(0, batch.rows).to(dtype)
         if hidden.numel():
             projected = hidden[batch.here]
         else:
-            projected = multiply(batch, x, up, "projected")
+            projected = again(batch, x, up, "projected")
             _add_bias(projected, experts.up_bias, batch)
         if beyond_down:
             d_activated = multiply(batch, g, down.mT, "d_activated").to(wide)

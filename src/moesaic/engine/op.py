@@ -41,7 +41,7 @@ torch.library.define(
 torch.library.define(
     "moesaic::experts_backward",
     f"(Tensor grad_out, Tensor tokens, Tensor weights, {_EXPERTS}, Tensor hidden, Tensor assignments, Tensor counts,"
-    f" {_SPEC}, bool[] wanted) -> Tensor[]",
+    f" {_SPEC}, bool batch_invariant, bool[] wanted) -> Tensor[]",
 )
 
 
@@ -127,9 +127,9 @@ def _refuse_vmap(*_: Any) -> NoReturn:
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    tokens, expert_ids, weights, up, down, up_bias, down_bias, *fields, _keep, _batch_invariant = inputs
+    tokens, expert_ids, weights, up, down, up_bias, down_bias, *fields, _keep, batch_invariant = inputs
     _out, hidden, assignments, counts = output
-    ctx.spec = ExpertSpec(*fields)
+    ctx.spec, ctx.batch_invariant = ExpertSpec(*fields), batch_invariant
     ctx.save_for_backward(tokens, expert_ids, weights, up, down, up_bias, down_bias, hidden, assignments, counts)
     ctx.mark_non_differentiable(hidden, assignments, counts)
     ctx.set_materialize_grads(False)  # or zeros as large as `hidden` would come along
@@ -147,12 +147,13 @@ def _backward(ctx: Any, grad_out: Tensor | None, *_: Any) -> tuple:
         grads = _differentiable_backward(grad_out, expert_ids, inputs, wanted, ctx.spec)
     else:
         args = (grad_out, tokens, weights, up, down, up_bias, down_bias, hidden, assignments, counts)
+        rules = (*ctx.spec.fields, ctx.batch_invariant)
         into = accumulation_targets(ctx, grad_out, up, down)
         if into == (None, None):
-            returned = torch.ops.moesaic.experts_backward(*args, *ctx.spec.fields, wanted)
+            returned = torch.ops.moesaic.experts_backward(*args, *rules, wanted)
         else:
             with _ADDING:
-                returned = ACCUMULATING[grad_out.device.type](*args, *ctx.spec.fields, wanted, *into)
+                returned = ACCUMULATING[grad_out.device.type](*args, *rules, wanted, *into)
             wanted = [w and target is None for w, target in zip(wanted, (None, None, *into, None, None), strict=True)]
         grads = [g if want else None for g, want in zip(returned, wanted, strict=True)]
     return (grads[0], None, *grads[1:], *rest)
@@ -186,7 +187,7 @@ def kernels(forward: Callable[..., Any], backward: Callable[..., Gradients]) -> 
 
     forward(tokens, expert_ids, weights, experts, spec, *, keep, batch_invariant) -> (out, hidden, assignments, counts),
     backward(grad_out, tokens, weights, experts, hidden, assignments, counts, spec, wanted, up_into=None,
-    down_into=None) -> Gradients; with `..._into` a matrix's gradient is added to that tensor in place.
+    down_into=None, *, batch_invariant) -> Gradients; with `..._into` a matrix's gradient is added to that tensor.
     """
 
     def experts(tokens: Tensor, expert_ids: Tensor, weights: Tensor, *rest: Any) -> Any:
@@ -195,9 +196,10 @@ def kernels(forward: Callable[..., Any], backward: Callable[..., Gradients]) -> 
         return forward(tokens, expert_ids, weights, matrices, spec, keep=keep, batch_invariant=batch_invariant)
 
     def accumulating(grad_out: Tensor, tokens: Tensor, weights: Tensor, *rest: Any) -> Gradients:
-        matrices, saved, fields = ExpertWeights(*rest[:4]), rest[4:7], rest[7:14]
-        spec, wanted = ExpertSpec(*fields), Gradients(*rest[14])
-        return backward(grad_out, tokens, weights, matrices, *saved, spec, wanted, *rest[15:])
+        matrices, saved, spec = ExpertWeights(*rest[:4]), rest[4:7], ExpertSpec(*rest[7:14])
+        batch_invariant, wanted, *into = rest[14:]
+        args = (grad_out, tokens, weights, matrices, *saved, spec, Gradients(*wanted), *into)
+        return backward(*args, batch_invariant=batch_invariant)
 
     def experts_backward(*args: Any) -> list[Tensor]:
         return [args[1].new_empty(0) if grad is None else grad for grad in accumulating(*args)]

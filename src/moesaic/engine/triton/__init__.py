@@ -71,11 +71,11 @@ def _forward(tokens: Tensor, *args: Any, **options: Any) -> Any:
         return forward(tokens, *args, **options)
 
 
-def _backward(grad_out: Tensor, *args: Any) -> Any:
+def _backward(grad_out: Tensor, *args: Any, **options: Any) -> Any:
     from moesaic.engine.triton.experts import backward
 
     with torch.cuda.device_of(grad_out):
-        return backward(grad_out, *args)
+        return backward(grad_out, *args, **options)
 
 
 register_kernels("cuda", _forward, _backward)

@@ -77,13 +77,18 @@ def backward(
     wanted: Gradients,
     up_into: Tensor | None = None,
     down_into: Tensor | None = None,
+    *,
+    batch_invariant: bool = False,
 ) -> Gradients:
-    """All gradients that are wanted; None for the others, and for those that were added to `up_into`, `down_into`."""
+    """All gradients that are wanted; None for the others, and for those that were added to `up_into`, `down_into`.
+
+    batch_invariant: as the forward was, whose tiles are taken again, so that an H that was not kept has the same bits.
+    """
     n, k, n_experts = weights.numel(), weights.shape[1], len(counts)
     if n == 0 or n_experts == 0:
         return _no_gradients(tokens, weights, experts, wanted, up_into, down_into)
     grad_out, tokens, weights = grad_out.contiguous(), tokens.contiguous(), weights.contiguous()
-    tiles = _tiles(n, tokens, experts)
+    tiles = _tiles(n, tokens, experts, batch_invariant=batch_invariant)
     rows = layout(Plan(assignments, counts), k, tiles.up.rows)
     if not hidden.numel():
         hidden = up(tokens, k, rows, experts, spec, tiles.up, keep_hidden=True, keep_activated=False).hidden

@@ -44,12 +44,13 @@ def test_a_layer_and_a_gate_are_models_too():
     assert gate[0].experts is None
 
 
-def test_a_given_config_stands_in_for_one_that_cannot_be_read(monkeypatch):
+def test_of_a_family_that_is_not_known_the_sizes_are_read_and_a_given_config_stands_in(monkeypatch):
     model = tiny("mixtral")
     config = MoEConfig.from_hf(model.config)
     monkeypatch.setattr(type(model.config), "model_type", "never_heard_of")
-    with pytest.raises(ValueError, match="'never_heard_of' is not a family known here"):
-        moe_layers(model)
+    found = moe_layers(model)[0].config
+    assert not found.rule_is_known
+    assert (found.n_routed_experts, found.num_experts_per_tok, found.hidden_size) == (8, 2, 32)
     assert moe_layers(model, config)[0].config is config
 
 

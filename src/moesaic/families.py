@@ -27,6 +27,84 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gpt_oss": GPT_OSS,
 }
 
+# More families whose routing is one of ours: rules, and which of them config.json decides. Only the routing is claimed,
+# so MoEConfig.from_hf makes a gate of them, without experts. Each is proven by tests/test_trace_families.py: what the
+# rule derives from the logits of a random model is what that model picked.
+ALL_IN_MODEL_DTYPE = {"router_dtype": "model", "score_dtype": "model", "weights_dtype": "model"}
+GROUPS = ("n_group", "topk_group", "norm_topk_prob", "routed_scaling_factor")
+SOFTMAX_OF_KEPT = {**SOFTMAX, "score_after_topk": True, "norm_topk_prob": False}
+ALWAYS_NORMALISED = {"norm_topk_prob": True, "norm_eps": 0.0}
+Rules = dict[str, Any] | Callable[[Mapping[str, Any]], dict[str, Any]]
+
+
+def _openai_privacy_filter(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The weights of gpt-oss, divided by K."""
+    scale = 1.0 / given["num_experts_per_tok"]
+    return {**SOFTMAX_OF_KEPT, "router_dtype": "float32", "router_bias": True, "routed_scaling_factor": scale}
+
+
+ROUTING: dict[str, tuple[Rules, tuple[str, ...]]] = {
+    **dict.fromkeys(
+        (
+            "axk1", "bailing_hybrid", "deepseek_v32", "dots3_note_text", "exaone_moe", "glm4_moe_lite",
+            "glm_moe_dsa", "hy_v4", "kimi_linear", "nemotron_h",
+            "solar_open",
+        ),
+        (V3, GROUPS),
+    ),
+    "afmoe": ({**V3, "norm_topk_prob": True, "router_dtype": "model"}, ("routed_scaling_factor",)),
+    "aria_text": ({**SOFTMAX_OF_KEPT, "score_dtype": "model"}, ()),
+    "axk2": ({**V3, "group_mask": "zero"}, GROUPS),
+    "beam": (V3, ("n_group", "topk_group", "norm_topk_prob")),
+    "cohere2_moe": (SOFTMAX_OF_KEPT, ("scoring_func", "norm_topk_prob")),
+    **dict.fromkeys(
+        ("deepseek_ocr2_text", "unlimited_ocr_text"),
+        ({"scoring_func": "softmax", "norm_topk_prob": False}, ("topk_method", *GROUPS[:2], "routed_scaling_factor")),
+    ),
+    **dict.fromkeys(
+        ("deepseek_v4", "inkling2_text"),
+        ({"topk_method": "noaux_tc", "norm_topk_prob": True, **ALL_IN_MODEL_DTYPE},
+         ("scoring_func", "routed_scaling_factor")),
+    ),
+    "ernie4_5_moe": (
+        {"scoring_func": "softmax", "topk_method": "noaux_tc", "weights_dtype": "model", **ALWAYS_NORMALISED}, (),
+    ),
+    "flint": ({"scoring_func": "sigmoid", "topk_method": "greedy", "norm_eps": 0.0}, ("norm_topk_prob",)),
+    **dict.fromkeys(
+        ("granitemoe", "granitemoe_swa", "granitemoehybrid", "granitemoeshared"), (SOFTMAX_OF_KEPT, ())
+    ),
+    "hunyuan_v1_moe": ({"scoring_func": "softmax", "topk_method": "greedy", **ALWAYS_NORMALISED}, ()),
+    "hy_v3": ({**V3, "norm_topk_prob": True}, ("routed_scaling_factor",)),
+    "jamba": ({**SOFTMAX, "norm_topk_prob": False}, ()),
+    "kolibri1": ({**V3, "score_after_topk": True, "norm_eps": 0.0}, ("norm_topk_prob",)),
+    "laguna": ({**V3, **ALWAYS_NORMALISED, **IN_MODEL_DTYPE}, ()),
+    "lfm2_moe": ({**V3, "norm_eps": 1e-6, **ALL_IN_MODEL_DTYPE}, ("norm_topk_prob", "routed_scaling_factor")),
+    "minimax": ({**SOFTMAX, "norm_topk_prob": True, "weights_dtype": "float32"}, ()),
+    **dict.fromkeys(
+        ("minimax_m2", "minimax_m3_vl_text"), ({**V3, **ALWAYS_NORMALISED, "router_dtype": "model"}, ())
+    ),
+    "mistral4": (
+        {"scoring_func": "softmax", "topk_method": "group_limited_greedy", "group_score": "top2_sum",
+         "group_mask": "zero", **ALL_IN_MODEL_DTYPE},
+        GROUPS,
+    ),
+    "mistral_large4_text": (
+        {"scoring_func": "softmax", "topk_method": "group_limited_greedy", "group_score": "top2_sum",
+         "group_mask": "zero", "norm_topk_prob": True},
+        ("n_group", "topk_group", "routed_scaling_factor"),
+    ),
+    "muse_spark_text": ({**V3, "norm_topk_prob": True, "norm_eps": 1e-15}, ("routed_scaling_factor",)),
+    "openai_privacy_filter": (_openai_privacy_filter, ()),
+    **dict.fromkeys(
+        ("flex_olmo", "mellum", "qwen3_next", "qwen4_exp_text"),
+        (SOFTMAX, ("norm_topk_prob",)),
+    ),
+    **dict.fromkeys(
+        ("qwen3_5_moe_text", "qwen3_omni_moe_text", "qwen3_vl_moe_text"), ({**SOFTMAX, "norm_topk_prob": True}, ())
+    ),
+}  # fmt: skip
+GATE_SIZES = ("hidden_size", "n_routed_experts", "num_experts_per_tok")  # what a gate needs, whatever its rules
+
 # transformers hard-codes these for the family, whatever config.json says
 FIXED: dict[str, tuple[str, ...]] = {
     "deepseek_v2": ("norm_topk_prob",),  # its router never normalises
@@ -36,10 +114,16 @@ FIXED: dict[str, tuple[str, ...]] = {
 
 ALIASES: dict[str, tuple[str, ...]] = {
     "n_routed_experts": ("n_routed_experts", "num_local_experts", "num_experts", "moe_num_experts"),
-    "num_experts_per_tok": ("num_experts_per_tok", "moe_topk", "moe_k", "num_experts_per_token", "top_k"),
+    "num_experts_per_tok": (
+        "num_experts_per_tok", "moe_topk", "moe_k", "num_experts_per_token", "top_k", "top_k_experts",
+    ),
+    "routed_scaling_factor": ("routed_scaling_factor", "route_scale", "router_scaling_factor"),
+    "scoring_func": ("scoring_func", "expert_selection_fn"),
+    "n_group": ("n_group", "num_expert_group"),
+    "norm_topk_prob": ("norm_topk_prob", "moe_renormalize"),
     "moe_intermediate_size": ("moe_intermediate_size", "intermediate_size"),
     "n_shared_experts": ("n_shared_experts", "num_shared_experts", "moe_num_shared_experts"),
-}
+}  # fmt: skip
 
 
 def read_family(source: Any, known: set[str]) -> dict[str, Any]:
@@ -53,18 +137,30 @@ def read_family(source: Any, known: set[str]) -> dict[str, Any]:
         raise ValueError(
             f"model_type={model_type!r} has no experts (no {', '.join(ALIASES['n_routed_experts'])}): not an MoE model"
         )
+    if model_type in ROUTING:
+        return _read_gate(given, *ROUTING[model_type])
     if model_type and model_type not in FAMILIES and not {"scoring_func", "topk_method"} <= given.keys():
         raise ValueError(
             f"model_type={model_type!r} is not a family known here and its config has no scoring_func and topk_method: "
             f"build MoEConfig(...) by hand, or use one of {', '.join(FAMILIES)}"
         )
-    fields = dict(FAMILIES.get(model_type, {}))
-    fixed = FIXED.get(model_type, ())
-    for name in known - set(fixed):
-        for alias in ALIASES.get(name, (name,)):
-            if alias in given:
-                fields[name] = given[alias]
-                break
+    read = known - set(FIXED.get(model_type, ()))
+    return _with_sizes({**FAMILIES.get(model_type, {}), **_given(given, read)})
+
+
+def _read_gate(given: Mapping[str, Any], rules: Rules, decided: tuple[str, ...]) -> dict[str, Any]:
+    """The fields of a family of which only the routing is known."""
+    fixed = rules(given) if callable(rules) else rules
+    return _with_sizes({**fixed, **_given(given, {*decided, *GATE_SIZES})})
+
+
+def _given(given: Mapping[str, Any], names: set[str]) -> dict[str, Any]:
+    """What a config sets of these fields, whatever it calls them."""
+    found = {name: next((a for a in ALIASES.get(name, (name,)) if a in given), None) for name in names}
+    return {name: given[alias] for name, alias in found.items() if alias is not None}
+
+
+def _with_sizes(fields: dict[str, Any]) -> dict[str, Any]:
     if missing := {"hidden_size", "num_experts_per_tok"} - set(fields):
         raise ValueError(f"{min(missing)} is missing from the config: add it")
     return fields

@@ -1,63 +1,144 @@
 """Where the MoE layers of a model are: Hugging Face 5.x models, our own layers, and bare gates, found by one rule."""
 
+import inspect
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from moesaic.config import MoEConfig
+from moesaic.families import ALIASES
+from moesaic.hf.experts import is_on_seam
+from moesaic.layer.experts import Experts
 from moesaic.layer.router import Router
 
 ROUTER_NAMES = ("gate", "router")  # what families call the router beside their `experts`
+ROUTER_CLASSES = ("Router", "Gate", "Gating")  # how its class name ends where it is called something else
+# the selection bias as a name in the router, in a part of it, or in the block that hands it to the router
+BIAS_NAMES = ("e_score_correction_bias", "expert_bias", "moe_statics.e_score_correction_bias")
+# attributes in which wrappers keep what they wrap: torch.compile, PEFT, DDP, checkpoint_wrapper
+WRAPPED = ("_orig_mod", "base_layer", "module", "_checkpoint_wrapped_module")
 
 
 class MoELayer(NamedTuple):
     """One MoE layer inside a model.
 
     name: path of the block in the model ("" where the model itself is the block).
-    router: returns (logits, weights, expert_ids).  experts: takes (tokens, expert_ids, weights); None for a bare gate.
+    router: returns (logits, weights, expert_ids); None where nothing in the block looks like one.
+    experts: takes (tokens, expert_ids, weights); None for a bare gate.  block: what holds both, None for a bare gate.
+    origin: where its picks can be taken, "experts" or, where the experts are not told their ids, "router".
     """
 
     name: str
-    router: nn.Module
+    router: nn.Module | None
     experts: nn.Module | None
     config: MoEConfig
+    block: nn.Module | None = None
+    origin: str = "experts"
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        """The live correction bias, [E], where there is one."""
+        return None if self.router is None else correction_bias(self.router, self.block)
 
 
 def moe_layers(model: nn.Module, config: MoEConfig | None = None) -> list[MoELayer]:
     """The MoE layers of `model` in forward order.
 
-    A bare Router is a layer without experts. `config` stands in for families whose config.json does not say how they
-    route. Raises ValueError where there is no such layer.
+    A bare Router is a layer without experts. `config` stands in for what the model's own says; without it a layer
+    whose rule is not known gets a config of its sizes alone, topk_method="unknown". Raises ValueError, with the
+    reason, where there is no layer whose picks can be seen.
     """
-    if isinstance(model, Router):
-        return [MoELayer("gate", model, None, model.config)]
-    layers = [
-        MoELayer(name, router, experts, config or _config_of(model.get_submodule(name), model))
-        for name, router, experts in routed_blocks(model)
-    ]
+    bare = unwrapped(model)
+    if isinstance(bare, Router):
+        return [MoELayer("gate", bare, None, bare.config, origin="router")]
+    layers, refused = [], []
+    for name, block, router, experts in blocks(model):
+        origin = _origin(router, experts)
+        if origin is None:
+            refused.append(f"{type(experts).__name__} are not told which experts were chosen")
+            continue
+        own = config or config_of(block, router, experts, model)
+        layers.append(MoELayer(name, router, experts, own, block, origin))
+    if refused and not layers:
+        raise ValueError(f"{type(bare).__name__} cannot be recorded: {refused[0]}, and its router returns no ids")
     if not layers:
         raise ValueError(
-            f"not an MoE model: {type(model).__name__} has no module with a gate and fused experts: "
+            f"not an MoE model: {type(bare).__name__} has no module with a gate and fused experts: "
             "give a transformers>=5 MoE model or a moesaic layer"
         )
     return layers
 
 
+def blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Module | None, nn.Module]]:
+    """(name, block, router, experts) of every block that holds `experts` that are one module, in forward order.
+
+    Names are those of the model without wrappers: a compiled or adapted layer keeps the name it had.
+    """
+    seen = set()
+    for path, holder in model.named_modules():
+        block = unwrapped(holder)
+        for experts in _experts_in(block):
+            if id(experts) in seen:
+                continue
+            router = _router_in(block, experts)
+            if router is None and not is_on_seam(experts):
+                continue
+            seen.add(id(experts))
+            parts = [part for part in path.split(".") if part not in WRAPPED]
+            yield ".".join(parts), block, router, experts
+
+
 def routed_blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Module]]:
-    """(name, router, experts) of every block that holds `experts` that are one module (fused weights, as all of
-    transformers 5) beside a `gate` or `router`, in forward order."""
-    for name, block in model.named_modules():
-        experts = getattr(block, "experts", None)
-        router = next((r for n in ROUTER_NAMES if isinstance(r := getattr(block, n, None), nn.Module)), None)
-        if router is not None and isinstance(experts, nn.Module) and not isinstance(experts, nn.ModuleList):
+    """(name, router, experts) of every block that has both, in forward order."""
+    for name, _block, router, experts in blocks(model):
+        if router is not None:
             yield name, router, experts
 
 
-def correction_bias(router: nn.Module) -> torch.Tensor | None:
-    """The selection bias of a router, [E], where it has one."""
-    return getattr(router, "e_score_correction_bias", None)
+def unwrapped(module: nn.Module) -> nn.Module:
+    """What a compiled, adapted or distributed wrapper wraps; the module itself where it is none."""
+    while True:
+        inner = next((part for name in WRAPPED if isinstance(part := module._modules.get(name), nn.Module)), None)
+        if inner is None or is_on_seam(module) or isinstance(module, Experts | Router):
+            return module
+        module = inner
+
+
+def _experts_in(block: nn.Module) -> list[nn.Module]:
+    found = []
+    for name, child in block.named_children():
+        inner = unwrapped(child)
+        if (
+            is_on_seam(inner)
+            or isinstance(inner, Experts)
+            or (name == "experts" and not isinstance(inner, nn.ModuleList))
+        ):
+            found.append(inner)
+    return found
+
+
+def _router_in(block: nn.Module, experts: nn.Module) -> nn.Module | None:
+    children = {name: unwrapped(child) for name, child in block.named_children()}
+    named = next((children[name] for name in ROUTER_NAMES if name in children), None)
+    if named is not None:
+        return named
+    alike = [c for c in children.values() if c is not experts and type(c).__name__.endswith(ROUTER_CLASSES)]
+    return alike[0] if len(alike) == 1 else None
+
+
+def correction_bias(router: nn.Module, block: nn.Module | None = None) -> torch.Tensor | None:
+    """The selection bias of a router, [E], where it has one: its own, or one that `block` hands to it."""
+    for owner in (router, block):
+        for path in BIAS_NAMES if owner is not None else ():
+            found: Any = owner
+            for part in path.split("."):
+                found = getattr(found, part, None)
+            if isinstance(found, torch.Tensor):
+                return found.flatten()
+    return None
 
 
 def is_router(module: nn.Module) -> bool:
@@ -74,12 +155,87 @@ def is_recompute() -> bool:
     return torch._C._current_graph_task_id() >= 0
 
 
-def _config_of(block: nn.Module, model: Any) -> MoEConfig:
-    """Ours where the block is ours; else read from the nearest Hugging Face config."""
-    for owner in (block, getattr(block, "experts", None), model):
-        config = getattr(owner, "config", None)
-        if isinstance(config, MoEConfig):
-            return config
-        if config is not None:
-            return MoEConfig.from_hf(config)
+def parameters_of(module: nn.Module) -> tuple[str, ...]:
+    """Names of the arguments of a module's forward, without those it only passes on (*args, **kwargs)."""
+    return _names_in(type(unwrapped(module)).forward)
+
+
+@lru_cache(maxsize=4096)
+def _names_in(forward: Any) -> tuple[str, ...]:
+    kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    try:
+        return tuple(name for name, p in inspect.signature(forward).parameters.items() if p.kind not in kinds)[1:]
+    except (TypeError, ValueError):  # written in C
+        return ()
+
+
+def _origin(router: nn.Module | None, experts: nn.Module) -> str | None:
+    """Where picks can be taken: from what the experts are given, or from what the router returns."""
+    if is_on_seam(experts) or isinstance(experts, Experts) or len(parameters_of(experts)) >= 3:
+        return "experts"
+    return "router" if router is not None and len(parameters_of(router)) >= 1 else None
+
+
+def config_of(block: nn.Module, router: nn.Module | None, experts: nn.Module, model: Any) -> MoEConfig:
+    """Ours where the block is ours; else the nearest Hugging Face config; sizes alone where that leaves the rule open
+    or contradicts what the layer holds."""
+    n_experts = experts_held(experts)
+    for owner in (block, experts, unwrapped(model), *_parts_with_config(model)):
+        source = getattr(owner, "config", None)
+        if isinstance(source, MoEConfig):
+            return source
+        if source is None:
+            continue
+        try:
+            config = MoEConfig.from_hf(source)
+        except ValueError:
+            return unknown_config(source, experts, n_experts)
+        has_bias = router is not None and correction_bias(router, block) is not None
+        if n_experts not in (None, config.n_routed_experts) or has_bias != config.has_correction_bias:
+            return unknown_config(source, experts, n_experts)
+        return config
     raise ValueError(f"{type(block).__name__} has no config: give moe_layers(model, config=MoEConfig(...))")
+
+
+def _parts_with_config(model: nn.Module) -> list[nn.Module]:
+    return [part for part in model.modules() if hasattr(part, "config")][:1]
+
+
+def experts_held(experts: nn.Module) -> int | None:
+    """How many experts a module holds: by its weights, or by what it says; None where it does neither."""
+    stacks = [p for p in experts.parameters(recurse=False) if p.dim() == 3]
+    said = getattr(experts, "num_experts", None)
+    return len(stacks[0]) if stacks else said if isinstance(said, int) else None
+
+
+def unknown_config(source: Any, experts: nn.Module, n_experts: int | None = None) -> MoEConfig:
+    """Sizes only, topk_method="unknown": nothing may be derived from it. K is what the config says, or 1 for now."""
+    given = source.to_dict() if hasattr(source, "to_dict") else vars(source)
+    given = {**given, **(given.get("text_config") or {})}
+
+    def first(name: str) -> int | None:
+        values = (given.get(alias) for alias in ALIASES.get(name, (name,)))
+        return next((value for value in values if isinstance(value, int) and value > 0), None)
+
+    n_experts = n_experts or experts_held(experts) or first("n_routed_experts")
+    if n_experts is None:
+        raise ValueError(f"{type(experts).__name__} does not say how many experts it holds: give config=MoEConfig(...)")
+    hidden = first("hidden_size") or next((p.shape[-1] for p in experts.parameters()), 1)
+    return MoEConfig(
+        hidden_size=hidden,
+        n_routed_experts=n_experts,
+        num_experts_per_tok=min(first("num_experts_per_tok") or 1, n_experts),
+        topk_method="unknown",
+    )
+
+
+def with_sizes(config: MoEConfig, n_chosen: int) -> MoEConfig:
+    """`config` where it says that many experts per token; else its sizes alone, with what was recorded."""
+    if config.num_experts_per_tok == n_chosen:
+        return config
+    return MoEConfig(
+        hidden_size=config.hidden_size,
+        n_routed_experts=max(config.n_routed_experts, n_chosen),
+        num_experts_per_tok=n_chosen,
+        topk_method="unknown",
+    )

@@ -1,6 +1,7 @@
 """Experts: stacked weights of all routed experts; (tokens, expert_ids, weights) -> weighted sum per token."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,6 +25,9 @@ class Experts(nn.Module):
     `load_state_dict` also takes the per-expert spelling found on disk, `7.gate_proj.weight`: all experts or none.
     """
 
+    # told the ids and weights of every call, and gives back the ids to use; put there by trace.watch
+    watcher: Callable[[nn.Module, Tensor, Tensor], Tensor] | None = None
+
     def __init__(
         self,
         config: MoEConfig,
@@ -40,6 +44,7 @@ class Experts(nn.Module):
         self.config = config
         self.engine = check_engine(engine, batch_invariant=batch_invariant, recompute=recompute)
         self.batch_invariant, self.recompute = batch_invariant, recompute
+        self.watcher = None  # on the instance, where a compiled graph looks whether it is still so
         self.spec = ExpertSpec.of(config)
         n, d, i = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
         u, o = (2 * i if config.gated else i), config.output_size or d
@@ -77,6 +82,8 @@ class Experts(nn.Module):
         self, tokens: Float[Tensor, "T D"], expert_ids: Int[Tensor, "T K"], weights: Float[Tensor, "T K"]
     ) -> Float[Tensor, "T O"]:
         """Weighted sum of the chosen experts per token. The id E is skipped, its weight ignored."""
+        if self.watcher is not None:
+            expert_ids = self.watcher(self, expert_ids, weights)
         engine = select_engine(
             self.engine,
             tokens.device,

@@ -1,41 +1,23 @@
-"""Recording: hooks that copy what a model handed to its experts. The model and its results stay as they are."""
+"""Recording what a model handed to its experts. The model and its results stay as they are."""
 
-import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from moesaic.config import MoEConfig
-from moesaic.hf.modules import MoELayer, correction_bias, is_recompute, is_router, moe_layers
+from moesaic.hf.modules import MoELayer, moe_layers
+from moesaic.trace.assemble import assemble, id_dtype
+from moesaic.trace.calls import listening
+from moesaic.trace.columns import Column
+from moesaic.trace.forwards import Forward, describe_forward, forward_of, models_in, unseen
 from moesaic.trace.store import Trace
+from moesaic.trace.watch import DETAILS, Observer, observe
 from moesaic.types import Routing
 
-Observer = Callable[[str, Routing], None]
-
-
-@contextmanager
-def observe(modules: Mapping[str, nn.Module], observer: Observer) -> Iterator[None]:
-    """Hand every call of the watched modules to `observer`; the modules' own results are untouched.
-
-    A router is reported after its call, with logits. An experts module is reported before its call, with the ids and
-    weights it was given and logits None: that is what the model really used. Recomputation under activation
-    checkpointing is not reported again. Tensors are the live ones: copy what you keep.
-    """
-    handles = []
-    for name, module in modules.items():
-        if is_router(module):
-            handles.append(module.register_forward_hook(_router_reporter(name, observer)))
-        else:
-            handles.append(module.register_forward_pre_hook(_experts_reporter(name, observer), with_kwargs=True))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+__all__ = ["Forward", "Observer", "Recorder", "describe_forward", "observe", "record"]
 
 
 @contextmanager
@@ -46,200 +28,220 @@ def record(
     config: MoEConfig | None = None,
     labels: Sequence[str] | None = None,
     seed: int | None = None,
+    tokenizer: Any = None,
 ) -> Iterator["Recorder"]:
     """Record the routing of every forward of `model` inside the block; `.trace` of what it yields is the result.
 
-    detail: "picks" (ids and weights) or "scores" (the routers' logits and biases too). Padding is left out where the
-    model was given a 2-D attention mask. labels: one name per sequence, in the order of the forwards.
+    detail: "ids" (expert ids only), "picks" (ids and weights) or "scores" (the routers' logits and biases too).
+    Padding is left out where the model was given a 2-D attention mask. labels: one name per sequence, in the order of
+    the forwards. tokenizer: gives the text of the tokens to the trace. A model may be compiled, before or inside.
+
+    Raises ValueError, before anything runs, where `model` has no MoE layer whose picks can be seen, or, for "scores",
+    one of them has no router that can be.
     """
-    if detail not in ("picks", "scores"):
-        raise ValueError(f"detail={detail!r} is unknown: use 'picks' or 'scores'")
-    recorder = Recorder(model, moe_layers(model, config), detail == "scores", labels, seed)
+    if detail not in DETAILS:
+        raise ValueError(f"detail={detail!r} is unknown: use {', '.join(map(repr, DETAILS[:-1]))} or {DETAILS[-1]!r}")
+    if isinstance(labels, str):
+        raise ValueError(f"labels={labels!r} is one name: give a list, one name a sequence")
+    recorder = Recorder(model, moe_layers(model, config), detail, labels, seed, tokenizer)
     with recorder.watching():
         yield recorder
 
 
-class Forward(NamedTuple):
-    """What one call of a model says about its tokens, batch-major, padding still in."""
+class Rows(NamedTuple):
+    """What one call of one layer gave, copied, before it is known whether its forward comes to an end."""
 
-    rows: Tensor  # int64 [n], the row of the batch a token is in
-    keep: Tensor | None = None  # bool [n]; False is padding
-    input_ids: Tensor | None = None  # [n]
-    continues: bool = False  # a decoding step: its rows go on with the sequences of the forward before
-
-    def kept(self, tensor: Tensor) -> Tensor:
-        return tensor if self.keep is None else tensor[self.keep.to(tensor.device)]
+    layer: str
+    forward: Forward
+    columns: dict[str, Tensor]  # "ids", "weights" or "logits" -> [n, width]
 
 
 class Recorder:
     """Collects copies on the CPU; `trace` puts them together. Made by `record`."""
 
     def __init__(
-        self, model: nn.Module, layers: Sequence[MoELayer], scores: bool, labels: Sequence[str] | None, seed: int | None
+        self,
+        model: nn.Module,
+        layers: Sequence[MoELayer],
+        detail: str,
+        labels: Sequence[str] | None,
+        seed: int | None,
+        tokenizer: Any = None,
     ) -> None:
-        self.model, self.layers, self.scores = model, layers, scores
+        self.model, self.layers, self.detail = model, layers, detail
         self.labels, self.seed = labels, torch.initial_seed() if seed is None else seed
-        self._routers = {layer.name: layer.router for layer in layers}
-        self._picks: dict[str, list[Routing]] = {layer.name: [] for layer in layers}
-        self._logits: dict[str, list[Tensor | None]] = {layer.name: [] for layer in layers}
+        self.tokenizer = tokenizer
+        self._by_name = {layer.name: layer for layer in layers}
+        self._columns: dict[str, dict[str, Column]] = {layer.name: {} for layer in layers}
         self._forwards: dict[str, list[Forward]] = {layer.name: [] for layer in layers}
-        self._biases: dict[str, Tensor | None] = {}
-        self._moved_biases: set[str] = set()
+        self._biases = Biases()
         self._dtypes = {"logits": "float32", "weights": "float32"}
         self._current: Forward | None = None
+        self._running = 0  # calls of models, inside each other
+        self._pending: list[Rows] = []  # of the forward that runs
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        experts = {layer.name: layer.router if layer.experts is None else layer.experts for layer in self.layers}
+        """Inside the block every forward of the model is recorded."""
+        scores = self.detail == "scores"
+        experts = {
+            layer.name: layer.experts
+            for layer in self.layers
+            if layer.origin == "experts" and layer.experts is not None
+        }
+        asked = [layer for layer in self.layers if scores or layer.origin != "experts"]
+        routers = {layer.name: layer.router for layer in asked if layer.router is not None}
+        if blind := [layer.name for layer in asked if layer.router is None]:
+            raise ValueError(f"layer {blind[0]!r} has no router that can be watched: use detail='picks'")
         with ExitStack() as stack:
-            stack.callback(self.model.register_forward_pre_hook(self._open, with_kwargs=True, prepend=True).remove)
-            stack.enter_context(observe(experts, self._take_picks))
-            if self.scores:
-                stack.enter_context(observe(self._routers, self._take_logits))
-            stack.callback(self.model.register_forward_hook(self._close, always_call=True).remove)
+            stack.enter_context(observe(experts, self._take_picks, self.detail))
+            stack.enter_context(observe(routers, self._take_routing))
+            for module in models_in(self.model):  # after the hooks of layers: a bare gate reports before its call ends
+                stack.enter_context(listening(module, self))
             yield
+        self._commit()
 
     @property
     def trace(self) -> Trace:
-        """Everything recorded so far. Layers that never ran are left out; if nothing ran, all layers and no tokens."""
-        seen = [layer for layer in self.layers if self._picks[layer.name]] or list(self.layers)
-        if moved := sorted(self._moved_biases):
+        """Everything recorded so far. Layers that never ran are named in `missing`; if nothing ran, all layers and no
+        tokens. The record goes on from here: what it holds is then this trace's own memory."""
+        self._commit()
+        if moved := sorted(self._biases.moved):
             raise ValueError(
                 f"the correction bias of layer {moved[0]!r} changed while its scores were recorded: "
                 "record one step at a time, or detail='picks'"
             )
-        forwards = self._forwards[seen[0].name]
-        ids = [f.kept(f.input_ids) for f in forwards if f.input_ids is not None]
-        return Trace.from_routings(
-            {layer.name: self._joined(layer) for layer in seen},
-            [layer.config for layer in seen],
-            self._biases,
-            sequences=_number(forwards),
-            input_ids=torch.cat(ids) if ids and len(ids) == len(forwards) else None,
+        return assemble(
+            self.layers,
+            self._columns,
+            self._forwards,
+            self._biases.values,
+            detail=self.detail,
+            model=self.model,
+            tokenizer=self.tokenizer,
             labels=None if self.labels is None else tuple(self.labels),
-            dtypes=self._dtypes,
-            model=Path(getattr(self.model, "name_or_path", "")).name or type(self.model).__name__,
+            dtypes=dict(self._dtypes),
             seed=self.seed,
         )
 
-    def _joined(self, layer: MoELayer) -> Routing:
-        picks, logits = self._picks[layer.name], self._logits[layer.name]
-        if not picks:
-            e, k = layer.config.n_routed_experts, layer.config.num_experts_per_tok
-            none = torch.zeros(0, e) if self.scores else None
-            return Routing(none, torch.zeros(0, k), torch.zeros(0, k, dtype=torch.int64))
-        scores = None
-        if self.scores:
-            scores = torch.cat([row for row in logits if row is not None] or [torch.zeros(0)])
-            if len(scores) != sum(len(row.expert_ids) for row in picks):
-                raise ValueError(f"the router of layer {layer.name!r} gave no logits per token: use detail='picks'")
-        return Routing(
-            scores,
-            torch.cat([row.weights for row in picks]),
-            torch.cat([row.expert_ids for row in picks]),
-        )
+    # calls of the model
 
-    def _open(self, _model: nn.Module, args: tuple, kwargs: dict) -> None:
-        if not is_recompute():
-            self._current = describe_forward(self.model, args, kwargs)
+    def open(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
+        """A call of a model begins."""
+        if not self._running:
+            self._commit()
+        self._running += 1
+        if self._running == 1:
+            self._current = describe_forward(model, args, kwargs)
 
-    def _close(self, *_: Any) -> None:
-        if not is_recompute():
+    def close(self, failed: bool) -> None:
+        """It is over. What a failed one has left is dropped."""
+        if not self._running:  # it began before the recording
+            return
+        self._running -= 1
+        if failed:
+            self._pending.clear()
+        if not self._running:
+            self._commit()
             self._current = None
 
-    def _forward_of(self, n_tokens: int) -> Forward:
-        """The root call these tokens belong to; one sequence of its own where an inner module was called alone."""
-        if self._current is not None and len(self._current.rows) == n_tokens:
-            return self._current
-        return Forward(torch.zeros(n_tokens, dtype=torch.int64))
+    def opened_in_graph(self, tokens: Tensor, mask: Tensor | None, unused: None, cached: bool) -> None:
+        """A call begins whose end nobody will tell."""
+        del unused
+        if not self._running:
+            self._commit()
+            self._current = forward_of(tokens, mask, cached=cached)
+
+    def _forward_of(self, layer: str | None, n_tokens: int) -> Forward:
+        """The call these tokens belong to; one sequence of its own where an inner module was called alone."""
+        current = self._current
+        if current is None:
+            return unseen(n_tokens)
+        if current.keep is not None and n_tokens == int(current.keep.sum()) != len(current.rows):  # padding was cut out
+            ids = None if current.input_ids is None else current.kept(current.input_ids)
+            return current._replace(rows=current.kept(current.rows), keep=None, input_ids=ids)
+        if len(current.rows) != n_tokens:
+            return unseen(n_tokens)
+        if not self._running and any(rows.layer == layer and "ids" in rows.columns for rows in self._pending):
+            self._commit()  # a compiled model does not say when it ends; the layer ran again, by itself
+            self._current = None
+            return unseen(n_tokens)
+        return current
+
+    # what layers report
 
     def _take_picks(self, name: str, routing: Routing) -> None:
-        forward = self._forward_of(len(routing.expert_ids))
-        self._dtypes["weights"] = _name_of(routing.weights)
-        self._forwards[name].append(forward)
-        ids = _copy(forward.kept(routing.expert_ids), torch.int32)
-        weights = _copy(forward.kept(routing.weights), torch.float32)
-        self._picks[name].append(Routing(None, weights, ids))
+        ids, weights = routing.expert_ids, routing.weights
+        n_experts = self._by_name[name].config.n_routed_experts
+        columns = {"ids": ids.detach().to(id_dtype(n_experts), copy=True)}
+        if self.detail != "ids" and weights is not None:
+            self._dtypes["weights"] = name_of(weights)
+            columns["weights"] = weights.detach().to(torch.float32, copy=True)
+        self._add(Rows(name, self._forward_of(name, len(ids)), columns))
 
-    def _take_logits(self, name: str, routing: Routing) -> None:
-        if routing.logits is None:
+    def _take_routing(self, name: str, routing: Routing) -> None:
+        layer = self._by_name[name]
+        if layer.origin != "experts":
+            self._take_picks(name, routing)
+        logits = routing.logits
+        if self.detail != "scores" or logits is None or logits.shape[-1] != layer.config.n_routed_experts:
             return
-        forward = self._forward_of(len(routing.logits))
-        self._dtypes["logits"] = _name_of(routing.logits)
-        self._logits[name].append(_copy(forward.kept(routing.logits), torch.float32))
-        bias = correction_bias(self._routers[name])
-        bias = None if bias is None else _copy(bias, torch.float32)
-        before = self._biases.setdefault(name, bias)
-        if bias is not None and before is not None and not torch.equal(bias, before):
-            self._moved_biases.add(name)
+        self._dtypes["logits"] = name_of(logits)
+        self._biases.see(name, layer.bias)
+        columns = {"logits": logits.detach().to(torch.float32, copy=True)}
+        self._add(Rows(name, self._forward_of(None, len(logits)), columns))
+
+    def _add(self, rows: Rows) -> None:
+        self._pending.append(rows)
+        if not self._running and self._current is None:
+            self._commit()
+
+    def _commit(self) -> None:
+        """Keep what is pending: its forward came to an end."""
+        pending, self._pending = self._pending, []
+        for rows in pending if all(t.is_cpu for r in pending for t in r.columns.values()) else on_cpu(pending):
+            columns = self._columns[rows.layer]
+            for name, tensor in rows.columns.items():
+                columns.setdefault(name, Column(tensor.dtype)).append(rows.forward.kept(tensor))
+            if "ids" in rows.columns:
+                self._forwards[rows.layer].append(rows.forward)
 
 
-def _router_reporter(name: str, observer: Observer) -> Callable[..., None]:
-    def report(_module: nn.Module, _args: Any, output: Any) -> None:
-        if not is_recompute():
-            if len(output) == 2:  # a gate that returns (expert_ids, weights), DeepSeek's order
-                output = (None, output[1], output[0])
-            logits, weights, ids = output[:3]
-            if ids.is_floating_point():
-                raise ValueError(f"router {name!r} returns no expert ids where transformers 5 has them: not recordable")
-            logits = None if logits is None else logits.flatten(0, -2)
-            routing = Routing(logits, weights.flatten(0, -2), ids.flatten(0, -2))
-            observer(name, routing)
+class Biases:
+    """The correction biases under which scores were recorded; one that moved is known by name."""
 
-    return report
+    def __init__(self) -> None:
+        self.values: dict[str, Tensor] = {}
+        self.moved: set[str] = set()
+        self._versions: dict[str, tuple[int, int]] = {}
 
-
-def _experts_reporter(name: str, observer: Observer) -> Callable[..., None]:
-    def report(module: nn.Module, args: tuple, kwargs: dict) -> None:
-        if not is_recompute():
-            if kwargs:
-                args = inspect.signature(module.forward).bind(*args, **kwargs).args
-            _, ids, weights = args[:3]
-            routing = Routing(None, weights.flatten(0, -2), ids.flatten(0, -2))
-            observer(name, routing)
-
-    return report
+    def see(self, name: str, bias: Tensor | None) -> None:
+        """Keep a copy of the first, compare the others with it; no look at values where nothing was written to it."""
+        if bias is None:
+            return
+        version = (bias.data_ptr(), -1 if bias.is_inference() else bias._version)
+        if self._versions.get(name) == version and version[1] >= 0:
+            return
+        self._versions[name] = version
+        now = bias.detach().to("cpu", torch.float32, copy=True)
+        if not torch.equal(self.values.setdefault(name, now), now):
+            self.moved.add(name)
 
 
-def describe_forward(model: nn.Module, args: tuple, kwargs: dict) -> Forward | None:
-    """Rows, padding and token ids of one call of the root model; None where its inputs do not say."""
-    given = {**inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments, **kwargs}
-    ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
-    if isinstance(ids, Tensor) and ids.dim() == 2:
-        shape = ids.shape
-    elif isinstance(embeds, Tensor) and embeds.dim() == 3:
-        ids, shape = None, embeds.shape[:2]
-    else:
-        x = next((value for value in given.values() if isinstance(value, Tensor)), None)
-        if x is None or not x.is_floating_point() or x.dim() < 2:
-            return None
-        ids, shape = None, (x.shape[:-2].numel(), x.shape[-2])  # [..., S, D]; a plain [T, D] is one sequence
-    n_rows, length = shape
-    rows = torch.arange(n_rows).repeat_interleave(length)
-    mask = given.get("attention_mask")
-    keep = None
-    if isinstance(mask, Tensor) and mask.dim() == 2 and len(mask) == n_rows and mask.shape[1] >= length:
-        keep = mask[:, mask.shape[1] - length :].flatten().bool().cpu()  # with a cache the mask covers the past too
-    cache = given.get("past_key_values")
-    continues = hasattr(cache, "get_seq_length") and cache.get_seq_length() > 0
-    return Forward(rows, keep, None if ids is None else ids.detach().flatten().long().cpu(), continues)
+def on_cpu(pending: Sequence[Rows]) -> list[Rows]:
+    """The same rows on the CPU, with one transfer for every dtype and device instead of one for every tensor."""
+    tensors = [tensor for rows in pending for tensor in rows.columns.values()]
+    groups: dict[tuple, list[int]] = {}
+    for place, tensor in enumerate(tensors):
+        groups.setdefault((tensor.dtype, tensor.device), []).append(place)
+    for places in groups.values():
+        flat = torch.cat([tensors[place].flatten() for place in places]).cpu()
+        pieces = flat.split([tensors[place].numel() for place in places])
+        for place, piece in zip(places, pieces, strict=True):
+            tensors[place] = piece.view(tensors[place].shape)
+    moved = iter(tensors)
+    return [rows._replace(columns={name: next(moved) for name in rows.columns}) for rows in pending]
 
 
-def _number(forwards: Sequence[Forward]) -> Tensor:
-    """Sequences numbered through all forwards, one number per kept token."""
-    start = end = 0
-    numbers = [torch.zeros(0, dtype=torch.int64)]
-    for forward in forwards:
-        start = start if forward.continues else end
-        if len(forward.rows):
-            end = max(end, start + int(forward.rows[-1]) + 1)
-        numbers.append(forward.kept(start + forward.rows))
-    return torch.cat(numbers)
-
-
-def _copy(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    return tensor.detach().to("cpu", dtype, copy=True)
-
-
-def _name_of(tensor: Tensor) -> str:
+def name_of(tensor: Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")

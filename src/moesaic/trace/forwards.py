@@ -1,0 +1,154 @@
+"""What one call of a model says about its tokens: rows of the batch, padding, token ids, prefill or decoding."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from moesaic.hf.modules import parameters_of
+
+TOKEN_ARGUMENTS = ("input_ids", "inputs_embeds")
+
+
+class Forward(NamedTuple):
+    """One call of a model, batch-major, padding still in.
+
+    rows: int64 [n], the row of the batch a token is in. keep: bool [n], False is padding; None where all are kept.
+    input_ids: [n] or None. continues: a step whose rows go on with sequences that a cache holds. decoding: it has one
+    token a row. cache: id of that cache, 0 for none. known: False where the call itself was not seen.
+    """
+
+    rows: Tensor
+    keep: Tensor | None = None
+    input_ids: Tensor | None = None
+    continues: bool = False
+    decoding: bool = False
+    cache: int = 0
+    known: bool = True
+    of_tokens: bool = True
+
+    def kept(self, tensor: Tensor) -> Tensor:
+        return tensor if self.keep is None else tensor[self.keep.to(tensor.device)]
+
+
+def takes_tokens(module: nn.Module) -> bool:
+    """True for a model that is called with token ids or their embeddings."""
+    return any(name in TOKEN_ARGUMENTS for name in parameters_of(module))
+
+
+def models_in(model: nn.Module) -> list[nn.Module]:
+    """The outermost modules whose calls describe tokens; `model` itself where there are none.
+
+    A wrapper that passes everything on says nothing of its own: what it wraps does.
+    """
+    found, inside = [], set()
+    for module in model.modules():
+        if id(module) not in inside and takes_tokens(module):
+            found.append(module)
+            inside |= {id(part) for part in module.modules()}
+    return found or [model]
+
+
+class Arguments(NamedTuple):
+    """What of a model's arguments describes its tokens."""
+
+    tokens: Tensor  # token ids [rows, length], embeddings [rows, length, D], or hidden states [..., D]
+    mask: Tensor | None  # a 2-D attention mask, 1 where there is a token
+    cache: Any
+
+
+def read_arguments(model: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> Arguments | None:
+    """None where the arguments do not say which tokens there are."""
+    names = parameters_of(model)
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    tokens = given.get("input_ids")
+    if not isinstance(tokens, Tensor) or tokens.dim() != 2:
+        tokens = given.get("inputs_embeds")
+        if not isinstance(tokens, Tensor) or tokens.dim() != 3:
+            if takes_tokens(model):
+                return None
+            values = [*given.values(), *args[len(names) :]]
+            tokens = next((value for value in values if isinstance(value, Tensor)), None)
+            if tokens is None or tokens.dim() < 2 or not tokens.is_floating_point():
+                return None
+    mask = given.get("attention_mask")
+    if not isinstance(mask, Tensor) or mask.dim() != 2:
+        mask = None
+    return Arguments(tokens, mask, given.get("past_key_values"))
+
+
+def forward_of(
+    tokens: Tensor, mask: Tensor | None, *, cached: bool = False, cache: int = 0, of_tokens: bool = True
+) -> Forward:
+    """The description of a call with these tokens; a mask that does not fit them is not a padding mask."""
+    ids = None
+    if not tokens.is_floating_point():
+        ids, (n_rows, length) = tokens, tokens.shape
+    elif tokens.dim() == 3:
+        n_rows, length = tokens.shape[:2]
+    else:
+        n_rows, length = tokens.shape[:-2].numel(), tokens.shape[-2]  # [..., S, D]; a plain [T, D] is one sequence
+    keep = None
+    if mask is not None and len(mask) == n_rows and mask.shape[1] >= length:
+        keep = mask[:, mask.shape[1] - length :].detach().flatten().bool().cpu()  # with a cache it covers the past too
+        keep = None if keep.all() else keep
+    return Forward(
+        rows=torch.arange(n_rows).repeat_interleave(length),
+        keep=keep,
+        input_ids=None if ids is None else ids.detach().flatten().to("cpu", torch.int64),
+        continues=cached,
+        decoding=cached and length == 1,
+        cache=cache,
+        of_tokens=of_tokens,
+    )
+
+
+def describe_forward(model: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> Forward | None:
+    """Rows, padding and token ids of one call of `model`; None where its inputs do not say."""
+    found = read_arguments(model, args, kwargs)
+    if found is None:
+        return None
+    return forward_of(
+        found.tokens,
+        found.mask,
+        cached=tokens_in(found.cache) > 0,
+        cache=0 if found.cache is None else id(found.cache),
+        of_tokens=takes_tokens(model),
+    )
+
+
+def tokens_in(cache: Any) -> int:
+    """How many tokens a key-value cache holds; 0 for no cache and for one that does not say."""
+    if not hasattr(cache, "get_seq_length"):
+        return 0
+    try:
+        return int(cache.get_seq_length())
+    except ValueError:  # only layers of linear attention, which count nothing
+        return int(bool(getattr(cache, "has_previous_state", lambda: False)()))
+
+
+def unseen(n_tokens: int) -> Forward:
+    """An inner module was called alone: its tokens are taken for one sequence."""
+    return Forward(torch.zeros(n_tokens, dtype=torch.int64), known=False)
+
+
+def number_sequences(forwards: Sequence[Forward]) -> Tensor:
+    """Sequences numbered through all forwards, int64, one number per kept token.
+
+    A forward that continues goes on with the numbers of the last one with its cache, or of the one before it.
+    """
+    start = end = 0
+    last_rows, starts = 0, {}
+    numbers = [torch.zeros(0, dtype=torch.int64)]
+    for forward in forwards:
+        n_rows = int(forward.rows[-1]) + 1 if len(forward.rows) else 0
+        if forward.continues and forward.cache in starts:
+            start = starts[forward.cache]
+        elif not (forward.continues and n_rows == last_rows):
+            start = end
+        if forward.cache:
+            starts[forward.cache] = start
+        end, last_rows = max(end, start + n_rows), n_rows
+        numbers.append(forward.kept(start + forward.rows))
+    return torch.cat(numbers)

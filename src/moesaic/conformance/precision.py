@@ -79,8 +79,8 @@ def expect_kept(got: Tensor, wanted: Tensor, how: str) -> None:
         return
     left = len(got.unique())
     raise Fault(
-        f"{how}: {wanted[0].item():.4f} becomes {got[0].item():.4f} ({got.dtype}); {len(wanted)} distinct values become "
-        f"{left}",
+        f"{how}: {wanted[0].item():.4f} becomes {got[0].item():.4f} ({got.dtype}); {len(wanted)} distinct values "
+        f"become {left}",
         f"{how}：{wanted[0].item():.4f} 变成 {got[0].item():.4f}（{got.dtype}）；"
         f"{len(wanted)} 个不同的值变成 {left} 个",
         got=got[0].item(), expected=wanted[0].item(), distinct_before=len(wanted), distinct_after=left,

@@ -119,6 +119,10 @@ def test_biases_are_left_out_replaced_or_shifted():
     agrees_with(what_if(trace, bias=other), CONFIG, other)
     agrees_with(what_if(trace, bias=other[0]), CONFIG, other[:1].expand(2, 16))
     shifted = trace.bias.clone()
+    shifted[:, 3] += 0.2
+    shifted[:, 5] -= 0.3
+    agrees_with(what_if(trace, bias={3: 0.2, 5: -0.3}), CONFIG, shifted)
+    shifted = trace.bias.clone()
     shifted[:, 3] += 5.0
     found = what_if(trace, bias={3: 5.0})
     agrees_with(found, CONFIG, shifted)

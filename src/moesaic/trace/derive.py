@@ -1,5 +1,6 @@
 """Every stage of routing derived from recorded logits, and whether it leads to what was recorded."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -38,8 +39,8 @@ def logits_of(trace: Trace, layer: int) -> Tensor:
     return trace.logits[layer].to(dtype_of(trace.dtypes.get("logits")) or torch.float32)
 
 
-def derived_layer(trace: Trace, layer: int = 0) -> dict[str, Tensor]:
-    """`derive` for a recorded layer. ValueError where something that it takes is not known or not recorded."""
+def check_can_derive(trace: Trace, layer: int = 0) -> None:
+    """ValueError, with the reason, where the picks of a recorded layer cannot be derived."""
     if reason := why_not_derived(trace, layer):
         what = {
             RULE_UNKNOWN["en"]: "give the trace a config that says how it routes",
@@ -48,8 +49,32 @@ def derived_layer(trace: Trace, layer: int = 0) -> dict[str, Tensor]:
         }[reason["en"]]
         subject = "logits were " if reason is NOT_RECORDED else ""
         raise ValueError(f"nothing can be derived for layer {trace.layers[layer]!r}: {subject}{reason['en']}; {what}")
-    bias = None if trace.bias is None else trace.bias[layer]
-    return derive(logits_of(trace, layer), bias, trace.configs[layer], trace.picks[layer].long())
+
+
+def bias_of(trace: Trace, layer: int) -> Tensor | None:
+    """The correction bias of a recorded layer, [E], or None."""
+    return None if trace.bias is None else trace.bias[layer]
+
+
+def follows(
+    trace: Trace, layer: int, config: MoEConfig, bias: Tensor | None, tolerance: Callable[..., Tensor] | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Which recorded tokens follow from their own logits by a rule: (scores [T, E], derived ids [T, K], same, allowed).
+
+    same: the derived set is the recorded one, bool [T]. allowed: that, or it differs by exact ties only, or, where a
+    `tolerance` is given, by what it allows: it is called with the stages of those tokens, their ids and the config.
+    """
+    ids, logits = trace.picks[layer].long(), logits_of(trace, layer)
+    scores = rules.score(logits, config).float()
+    derived_ids = rules.select(scores if bias is None else scores + bias, config)
+    same = (ids.sort(-1).values == derived_ids.sort(-1).values).all(-1)
+    allowed = same.clone()
+    if len(rows := (~same).nonzero().flatten()):  # few: all the stages are derived for these alone
+        derived = derive(logits[rows], bias, config, ids[rows])
+        allowed[rows] = compare(derived, ids[rows], None, config).experts
+        if tolerance is not None:
+            allowed[rows] |= tolerance(derived, ids[rows], config)
+    return scores, derived_ids, same, allowed
 
 
 def derive(logits: Tensor, bias: Tensor | None, config: MoEConfig, expert_ids: Tensor) -> dict[str, Tensor]:
@@ -98,10 +123,15 @@ def compare(
     experts = same | (tied & _allowed_by_ties(derived, expert_ids, config))
     if weights is None:
         return Check(experts, torch.ones_like(experts), tied)
-    expected = derived["scaled"].float()
+    return Check(experts, weights_follow(derived["scaled"], weights, tolerance), tied)
+
+
+def weights_follow(expected: Tensor, weights: Tensor, tolerance: float) -> Tensor:
+    """Whether weights [T, K] are the expected ones, bool [T]; `tolerance` is relative to the row's largest."""
+    expected = expected.float()
     scale = expected.abs().amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
     close = ((weights - expected).abs() <= tolerance * scale) | (weights.isnan() & expected.isnan())
-    return Check(experts, close.all(-1), tied)
+    return close.all(-1)
 
 
 def _allowed_by_ties(derived: dict[str, Tensor], expert_ids: Tensor, config: MoEConfig) -> Tensor:
@@ -146,7 +176,8 @@ def _margin_is_nil(values: Tensor, k: int) -> Tensor:
 
 def check_layer(trace: Trace, layer: int = 0) -> Check:
     """`compare` for every token of a recorded layer: the proof that config and record belong together."""
-    derived = derived_layer(trace, layer)
+    check_can_derive(trace, layer)
+    derived = derive(logits_of(trace, layer), bias_of(trace, layer), trace.configs[layer], trace.picks[layer].long())
     weights = None if trace.weights is None else trace.weights[layer]
     tolerance = weight_tolerance(dtype_of(trace.dtypes.get("weights")))
     return compare(derived, trace.picks[layer].long(), weights, trace.configs[layer], tolerance)

@@ -153,7 +153,7 @@ def _compare_layer(
     counts = [(rows < a.n_experts).sum(-1) for rows in ids]
     incomplete = counts[0] != counts[1]
     flips = (ordered[0].values != ordered[1].values).any(-1) & ~incomplete
-    finding = explain_layer(a, b, layer, precision)
+    finding = explain_layer(a, b, layer, precision, flips)
     weights, apart = None, None
     if a.weights is not None and b.weights is not None:
         same = ~flips & ~incomplete

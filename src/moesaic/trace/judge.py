@@ -6,8 +6,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from moesaic import rules
 from moesaic.config import MoEConfig
-from moesaic.trace.derive import compare, derive, derived_layer, dtype_of, logits_of, weight_tolerance, why_not_derived
+from moesaic.trace.derive import (
+    bias_of,
+    compare,
+    derive,
+    dtype_of,
+    follows,
+    logits_of,
+    weight_tolerance,
+    weights_follow,
+    why_not_derived,
+)
 from moesaic.trace.margins import margin_between, rounding_bound
 from moesaic.trace.store import Trace
 
@@ -52,42 +63,67 @@ class Judgement(NamedTuple):
 NOT_OWN = {"en": "its picks do not follow from its scores by its rule", "zh": "按它记录的规则，由分数推不出它的选择"}
 
 
-def explain_layer(a: Trace, b: Trace, layer: int, precision: torch.dtype) -> Finding:
-    """What the scores of a layer say about the choices of both traces."""
+def explain_layer(a: Trace, b: Trace, layer: int, precision: torch.dtype, flips: Tensor) -> Finding:
+    """What the scores of a layer say about the choices of both traces. `flips` [T]: where they differ."""
     finding = Finding((None, None), torch.zeros(len(a), dtype=torch.bool))
-    why: list[dict[str, str] | None] = []
-    for mine, other in ((a, b), (b, a)):
-        reason = why_not_derived(mine, layer)
-        derived = {} if reason else derived_layer(mine, layer)
-        if not reason and float(_strays(derived, mine, layer, mine.configs[layer]).float().mean()) > OWN:
-            reason = NOT_OWN
-        why.append(reason)
-        if not reason:
-            finding = _seen_from(finding, derived, mine, other, layer, precision)
+    why = [why_not_derived(trace, layer) for trace in (a, b)]
+    own = [None if reason else _against(trace, trace, layer) for reason, trace in zip(why, (a, b), strict=True)]
+    same_rule = a.configs[layer] == b.configs[layer] and _equal(bias_of(a, layer), bias_of(b, layer))
+    for side, (mine, other) in enumerate(((a, b), (b, a))):
+        found = own[side]
+        if found is None:
+            continue
+        if float(found[0].float().mean()) > OWN:
+            why[side] = NOT_OWN
+            continue
+        finding = _seen_from(finding, mine, other, layer, precision, flips.nonzero().flatten())
+        if other.logits is not None:
+            strays, off = (same_rule and own[1 - side]) or _against(mine, other, layer)
+            finding = finding._replace(
+                broken=_either(finding.broken, strays),
+                weights_broken=finding.weights_broken if off is None else _either(finding.weights_broken, off),
+            )
     return finding._replace(why=(why[0], why[1]))
 
 
+def _equal(one: Tensor | None, two: Tensor | None) -> bool:
+    return one is two or (one is not None and two is not None and torch.equal(one, two))
+
+
 def _seen_from(
-    finding: Finding, derived: dict[str, Tensor], mine: Trace, other: Trace, layer: int, precision: torch.dtype
+    finding: Finding, mine: Trace, other: Trace, layer: int, precision: torch.dtype, rows: Tensor
 ) -> Finding:
-    """Add what is seen from the side of a trace whose rule is known: its margins, and the other under its rule."""
-    config, target = mine.configs[layer], other.picks[layer].long()
-    margins = margin_between(derived, target, config)
-    near = margins <= rounding_bound(derived, config, precision)
-    finding = finding._replace(
-        tied=finding.tied | compare(derived, target, None, config).experts,
+    """Add how far the scores of a trace whose rule is known were from the other's choice, where the two differ."""
+    config, target = mine.configs[layer], other.picks[layer][rows].long()
+    derived = derive(logits_of(mine, layer)[rows], bias_of(mine, layer), config, target)
+    nowhere = torch.zeros(len(mine), dtype=torch.bool)
+    here = margin_between(derived, target, config)
+    margins = torch.full((len(mine),), torch.nan).index_put((rows,), here)
+    near = nowhere.index_put((rows,), here <= rounding_bound(derived, config, precision))
+    tied = nowhere.index_put((rows,), compare(derived, target, None, config).experts)
+    return finding._replace(
+        tied=finding.tied | tied,
         margins=margins if finding.margins is None else torch.fmin(finding.margins, margins),
-        near=near if finding.near is None else finding.near | near,
+        near=_either(finding.near, near),
     )
-    if other.logits is None:
-        return finding
-    by_my_rule = derive(logits_of(other, layer), _bias_for(mine, other, layer), config, target)
-    finding = finding._replace(broken=_either(finding.broken, _strays(by_my_rule, other, layer, config)))
-    if other.weights is not None:
-        tolerance = weight_tolerance(dtype_of(other.dtypes.get("weights")))
-        off = ~compare(by_my_rule, target, other.weights[layer], config, tolerance).weights
-        finding = finding._replace(weights_broken=_either(finding.weights_broken, off))
-    return finding
+
+
+def _against(ruler: Trace, trace: Trace, layer: int) -> tuple[Tensor, Tensor | None]:
+    """Tokens of `trace` whose picks do not follow from its own scores by the rule of `ruler`, by more than the scores'
+    own rounding, and those whose weights do not, bool [T]; None where no weights were recorded."""
+    config, ids = ruler.configs[layer], trace.picks[layer].long()
+    dtype = dtype_of(trace.dtypes.get("logits")) or torch.float32
+
+    def rounded(derived: dict[str, Tensor], target: Tensor, config: MoEConfig) -> Tensor:
+        nan = derived["biased"].isnan().any(-1)
+        return nan | (margin_between(derived, target, config) <= rounding_bound(derived, config, dtype))
+
+    scores, _, _, allowed = follows(trace, layer, config, _bias_for(ruler, trace, layer), rounded)
+    strays = ~allowed & (ids < config.n_routed_experts).all(-1)
+    if trace.weights is None:
+        return strays, None
+    tolerance = weight_tolerance(dtype_of(trace.dtypes.get("weights")))
+    return strays, ~weights_follow(rules.weigh(scores, ids, config), trace.weights[layer], tolerance)
 
 
 def _bias_for(mine: Trace, other: Trace, layer: int) -> Tensor | None:
@@ -102,16 +138,6 @@ def _is_rounded(one: Tensor, two: Tensor) -> bool:
     """One of two biases is the other cast to bfloat16 or float16."""
     narrow = (torch.bfloat16, torch.float16)
     return any(torch.equal(x.to(dtype).float(), y) for dtype in narrow for x, y in ((one, two), (two, one)))
-
-
-def _strays(derived: dict[str, Tensor], trace: Trace, layer: int, config: MoEConfig) -> Tensor:
-    """Tokens whose recorded picks are not those of the derivation, by more than the scores' own rounding, bool [T]."""
-    ids = trace.picks[layer].long()
-    dtype = dtype_of(trace.dtypes.get("logits")) or torch.float32
-    margins = margin_between(derived, ids, config)
-    rounded = margins <= rounding_bound(derived, config, dtype)
-    whole = (ids < config.n_routed_experts).all(-1) & ~derived["biased"].isnan().any(-1)
-    return ~compare(derived, ids, None, config).experts & ~rounded & whole
 
 
 def _either(before: Tensor | None, now: Tensor) -> Tensor:

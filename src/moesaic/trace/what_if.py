@@ -12,7 +12,7 @@ from moesaic import rules
 from moesaic.config import MoEConfig
 from moesaic.trace import settings
 from moesaic.trace.chance import balance_numbers
-from moesaic.trace.derive import compare, derive, derived_layer, dtype_of, logits_of, why_not_derived
+from moesaic.trace.derive import bias_of, check_can_derive, derive, dtype_of, follows, logits_of
 from moesaic.trace.margins import chosen
 from moesaic.trace.store import Trace
 
@@ -127,8 +127,7 @@ def what_if(
     for layer, config in enumerate(trace.configs):
         if config.topk_method == "balanced":
             raise ValueError(f"layer {trace.layers[layer]!r} deals experts out in turn: its scores decide nothing")
-        if why_not_derived(trace, layer):
-            derived_layer(trace, layer)  # raises, with the reason
+        check_can_derive(trace, layer)
     left_out = settings.dropped(trace, drop_experts)
     biases = settings.biases(trace, bias, left_out)
     gets_bias = biases is not None and trace.bias is None
@@ -137,11 +136,11 @@ def what_if(
     ]
     new_picks, weights, columns = [], [], []
     for layer in range(trace.n_layers):
-        derived, tied, astray, empty = _check(trace, layer, force)
-        ids, flipped = _route_again(trace, layer, derived, configs[layer], biases, tied, empty)
+        scores, base, tied, astray, empty = _check(trace, layer, force)
+        ids, flipped = _route_again(trace, layer, base, configs[layer], biases, empty)
         new_picks.append(ids)
         weights.append(_weights(trace, layer, configs[layer], ids, flipped))
-        lost = _score_lost(derived["scores"], trace.picks[layer].long(), ids, trace.configs[layer])
+        lost = _score_lost(scores, trace.picks[layer].long(), ids, trace.configs[layer])
         columns.append((flipped, tied.sum(), astray.sum(), empty.sum(), lost))
     flips, ties, strays, empties, lost = (torch.stack(column) for column in zip(*columns, strict=True))
     after = replace(
@@ -159,13 +158,11 @@ def what_if(
     return WhatIf(trace, after, changes, flips, ties, strays, int(empties.sum()), lost, nodes)
 
 
-def _check(trace: Trace, layer: int, force: bool) -> tuple[dict[str, Tensor], Tensor, Tensor, Tensor]:
-    """All stages by the recorded rule, and tokens whose record differs by ties, by more, and that have no experts."""
-    config = trace.configs[layer]
-    derived = derived_layer(trace, layer)
-    ids = trace.picks[layer].long()
-    allowed = compare(derived, ids, None, config).experts
-    same = (ids.sort(-1).values == derived["derived_ids"].sort(-1).values).all(-1)
+def _check(trace: Trace, layer: int, force: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """By the recorded rule: scores [T, E], the ids [T, K] that flips are counted from, and tokens whose record differs
+    from it by ties, by more, and that have no experts."""
+    config, ids = trace.configs[layer], trace.picks[layer].long()
+    scores, derived_ids, same, allowed = follows(trace, layer, config, bias_of(trace, layer))
     empty = (ids >= config.n_routed_experts).all(-1)
     astray = ~allowed & ~empty
     if astray.any() and not force:
@@ -176,32 +173,34 @@ def _check(trace: Trace, layer: int, force: bool) -> tuple[dict[str, Tensor], Te
             f"layer {trace.layers[layer]!r}: unchanged settings do not give the recorded picks of {n} of {len(ids)} "
             f"tokens, such as token {first}: {why}; correct the trace's configs, or ask with force"
         )
-    return derived, allowed & ~same & ~empty, astray, empty
+    tied = allowed & ~same & ~empty
+    base = torch.where(tied[:, None], derived_ids, ids)  # a tie may fall as it fell: that is no flip
+    return scores, base, tied, astray, empty
 
 
 def _route_again(
     trace: Trace,
     layer: int,
-    derived: dict[str, Tensor],
+    base: Tensor,
     config: MoEConfig,
     biases: Tensor | None,
-    tied: Tensor,
     empty: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Ids [T, K] by the changed rule, and who flipped, bool [T]. Where nobody did, the record stays as it is."""
     recorded = trace.picks[layer].long()
     bias = None if biases is None else biases[layer]
-    new = derive(logits_of(trace, layer), bias, config, recorded[:, :1])
-    ids = new["derived_ids"]
-    if bias is not None and bias.isneginf().any():
-        # the mask "zero" would bring dropped experts back
-        masked = new["masked"].masked_fill(bias.isneginf(), -torch.inf)
+    logits = logits_of(trace, layer)
+    if bias is None or not bias.isneginf().any():
+        scores = rules.score(logits, config).float()
+        ids = rules.select(scores if bias is None else scores + bias, config)
+    else:
+        masked = derive(logits, bias, config, recorded[:, :1])["masked"]
+        masked = masked.masked_fill(bias.isneginf(), -torch.inf)  # the mask "zero" would bring dropped experts back
         _check_enough(masked, config, trace.layers[layer], empty)
         ids = rules.largest(masked, config.num_experts_per_tok)
     ids = ids.masked_fill(empty[:, None], config.n_routed_experts)
     if ids.shape[1] != recorded.shape[1]:
         return ids, ~empty
-    base = torch.where(tied[:, None], derived["derived_ids"], recorded)  # a tie may fall as it fell: that is no flip
     flipped = (ids.sort(-1).values != base.sort(-1).values).any(-1)
     return torch.where(flipped[:, None], ids, recorded), flipped
 

@@ -5,6 +5,7 @@ import pytest
 import torch
 from cases import v3
 
+from moesaic.trace import preference
 from moesaic.trace.preference import domain_preference, sequence_loads
 from moesaic.trace.store import Trace
 from moesaic.types import Routing
@@ -67,10 +68,10 @@ def test_a_planted_preference_is_found_and_named():
 
 
 def test_lift_is_the_rate_in_the_domain_over_the_rate_in_all_text():
-    ids = torch.tensor([[0, 1, 2, 3]] * 4 + [[0, 4, 5, 6]] * 4)
+    ids = torch.tensor([[0, 1, 2, 3]] * 6 + [[0, 4, 5, 6]] * 6)
     trace = Trace.from_routings(
-        {"a": Routing(None, torch.ones(8, 4), ids)}, CONFIG,
-        sequences=torch.tensor([0, 0, 1, 1, 2, 2, 3, 3]), labels=("x", "x", "y", "y"),
+        {"a": Routing(None, torch.ones(12, 4), ids)}, CONFIG,
+        sequences=torch.arange(6).repeat_interleave(2), labels=("x", "x", "x", "y", "y", "y"),
     )  # fmt: skip
     found = domain_preference(trace)
     assert found.lift[0, 1] == pytest.approx(2.0)
@@ -79,7 +80,7 @@ def test_lift_is_the_rate_in_the_domain_over_the_rate_in_all_text():
     assert found.p_value[0, 0] == 1.0  # always used, so nowhere more
     assert np.isnan(found.lift[0, 31])
     assert found.p_value[0, 31] == 1.0  # never used
-    assert found.p_value[0, 1] > 0.05  # two sequences a domain are too few to tell
+    assert found.p_value[0, 1] > 0.05  # three sequences a domain are too few to tell
 
 
 def test_sequences_of_different_length_are_compared_by_rate():
@@ -103,12 +104,33 @@ def test_five_layers_and_a_thousand_permutations_take_no_time():
     assert time.perf_counter() - start < 1.0
 
 
+def test_a_test_in_pieces_is_the_test_in_one(monkeypatch):
+    trace = made()
+    whole = domain_preference(trace, permutations=100)
+    monkeypatch.setattr(preference, "CELLS", 2000)
+    pieces = domain_preference(trace, permutations=100)
+    assert np.array_equal(whole.domain, pieces.domain)
+    assert np.array_equal(whole.p_value, pieces.p_value)
+    assert whole.lift == pytest.approx(pieces.lift, rel=1e-5)
+
+
+def test_the_least_number_of_sequences_that_can_be_tested_is():
+    """Six sequences, three a domain, can be labelled in 20 ways, so a p-value of 0.05 is within reach."""
+    domain_preference(made(1, 6, 5), ["a", "b"] * 3, permutations=20)
+    with pytest.raises(ValueError, match="5 sequences in 2 domains can be labelled in 10 ways only"):
+        domain_preference(made(1, 5, 5), ["a", "b", "a", "b", "a"], permutations=20)
+
+
 def test_what_cannot_be_tested_is_refused():
     trace = made(1, 4, 5)
     with pytest.raises(ValueError, match="3 labels for 4 sequences: give one label a sequence"):
         domain_preference(trace, ["a", "b", "a"])
     with pytest.raises(ValueError, match="1 domains with tokens: a preference needs at least two"):
         domain_preference(trace, ["a"] * 4)
+    with pytest.raises(ValueError, match="4 sequences in 2 domains can be labelled in 6 ways only, so that no pref"):
+        domain_preference(trace, ["a", "a", "b", "b"])
+    with pytest.raises(ValueError, match="permutations=0 gives no p-value: use 1000"):
+        domain_preference(made(1, 8, 5), permutations=0)
     empty = trace.select(slice(0, 0))
     with pytest.raises(ValueError, match="0 domains with tokens"):
         domain_preference(empty)

@@ -4,8 +4,9 @@ Random routing is "every token scores every expert independently and the rule de
 in it. A pool of such tokens is made once by the rule itself; runs are drawn from the pool.
 """
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from functools import lru_cache
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 
 from moesaic import rules
 from moesaic.config import MoEConfig
+from moesaic.trace.placement import distinct_places
 
 POOL = 8192  # tokens routed by random scores; enough to know co-occurrence within 1 %
 RUNS = 2000  # random runs behind a band: the 5 % quantile then lies at 5 ± 0.5 %
@@ -64,15 +66,61 @@ def balance_numbers(load: np.ndarray) -> dict[str, np.ndarray]:
     return {name: np.where(empty, np.nan, value) for name, value in numbers.items()}
 
 
-def chance_bands(config: MoEConfig, n_tokens: int, seed: int = 0) -> Mapping[str, Band]:
+def chance_bands(
+    config: MoEConfig, n_tokens: int, seed: int = 0, capacities: tuple[float, ...] = ()
+) -> Mapping[str, Band]:
     """Bands of every balance number, and of `groups_reached` and `overlap` (means over tokens), for random routing of
-    `n_tokens` tokens. Same config and count, same bands: the seed is fixed and the result kept."""
-    return _bands(_rule_only(config), n_tokens, seed)
+    `n_tokens` tokens. Same config and count, same bands: the seed is fixed and the result kept.
+
+    capacities: most assignments an expert takes, over the mean; "dropped_at_C" is the share of all that goes beyond.
+    """
+    return _bands(_rule_only(config), n_tokens, seed, capacities)
+
+
+def bands_between(
+    config: MoEConfig, n_tokens: float, seed: int = 0, capacities: tuple[float, ...] = ()
+) -> Mapping[str, Band]:
+    """`chance_bands` for a number of effective tokens, which need not be whole: between the two nearest powers of 2,
+    along 1/sqrt(tokens), so that layers share their simulations; within 3 % of a band's distance from balance.
+    `dead`, which falls too fast for that, is binomial: each of E experts, missed with probability (1 - K/E)^tokens."""
+    n_tokens = max(n_tokens, 1.0)
+    ends = [2 ** math.floor(math.log2(n_tokens)), 2 ** (math.floor(math.log2(n_tokens)) + 1)]
+    low, high = (chance_bands(config, end, seed, capacities) for end in ends)
+    part = (ends[0] ** -0.5 - n_tokens**-0.5) / (ends[0] ** -0.5 - ends[1] ** -0.5)
+    between = {
+        name: Band(*((1 - part) * a + part * b for a, b in zip(astuple(band), astuple(high[name]), strict=True)))
+        for name, band in low.items()
+    }
+    e, missed = config.n_routed_experts, (1 - config.num_experts_per_tok / config.n_routed_experts) ** n_tokens
+    if 0 < missed < 1:
+        cdf = _binomial_cdf(e, missed)
+        ends_of = np.minimum(np.searchsorted(cdf, (0.05, 0.95, 0.999)), e).astype(float)
+        between["dead"] = Band(e * missed, *map(float, ends_of))
+    return between
+
+
+def dropped(load: np.ndarray, capacity: float) -> np.ndarray:
+    """Share of assignments beyond `capacity` times the mean load, for loads [..., E]; NaN where nothing was routed."""
+    load = np.asarray(load, np.float64)
+    total = load.sum(-1)
+    beyond = np.maximum(load - capacity * load.mean(-1, keepdims=True), 0.0).sum(-1)
+    return np.divide(beyond, total, out=np.full(total.shape, np.nan), where=total > 0)
+
+
+def mean_band(random_values: np.ndarray, n_tokens: float, error: float = 0.0) -> Band:
+    """Band of the mean over tokens of a number, given that number for tokens of the random pool.
+
+    error: standard error of the measured mean over documents, where it exceeds that of independent tokens.
+    """
+    spread = float(random_values.std())
+    spread = math.hypot(max(spread / math.sqrt(n_tokens), error), spread / math.sqrt(len(random_values)))
+    mean, most = float(random_values.mean()), float(random_values.max())  # a mean cannot exceed what a token can reach
+    return Band(mean, mean - 1.645 * spread, min(mean + 1.645 * spread, most), min(mean + 3.09 * spread, most))
 
 
 def random_loads(config: MoEConfig, n_tokens: int, runs: int, rng: np.random.Generator) -> np.ndarray:
     """Loads [runs, E] of random routing, drawn token by token or, where that is too much, from the copula."""
-    pool = _pool(_rule_only(config))
+    pool = random_picks(config)
     draw = drawn_loads if n_tokens * runs * config.num_experts_per_tok <= EXACT_DRAWS else copula_loads
     return draw(pool, config, n_tokens, runs, rng)
 
@@ -117,21 +165,16 @@ def copula_loads(pool: np.ndarray, config: MoEConfig, n_tokens: int, runs: int, 
 
 
 @lru_cache(maxsize=256)
-def _bands(config: MoEConfig, n_tokens: int, seed: int) -> Mapping[str, Band]:
+def _bands(config: MoEConfig, n_tokens: int, seed: int, capacities: tuple[float, ...]) -> Mapping[str, Band]:
     rng = np.random.default_rng(seed)
     loads = random_loads(config, n_tokens, RUNS, rng)
+    numbers = balance_numbers(loads) | {f"dropped_at_{c:g}": dropped(loads, c) for c in capacities}
     bands = {}
-    for name, values in balance_numbers(loads).items():
+    for name, values in numbers.items():
         low, high = np.quantile(values, (0.05, 0.95))
         limit = np.quantile(values, 0.001 if name in HIGHER_IS_BETTER else 0.999)
         bands[name] = Band(float(values.mean()), float(low), float(high), float(limit))
-    for name, per_token in _per_token(config).items():
-        error = float(per_token.std() * np.sqrt(1 / n_tokens + 1 / POOL))  # the pool's own mean is uncertain too
-        mean = float(per_token.mean())
-        low, high, limit = (mean + z * error for z in (-1.645, 1.645, 3.09))
-        most = per_token.max()  # no mean can exceed what a single token can reach
-        bands[name] = Band(mean, low, min(high, most), min(limit, most))
-    return bands
+    return bands | {name: mean_band(values, n_tokens) for name, values in per_token(config).items()}
 
 
 @lru_cache(maxsize=64)
@@ -144,8 +187,14 @@ def _routed_pool(config: MoEConfig) -> tuple[np.ndarray, np.ndarray]:
     return ruled.numpy().astype(np.int32), plain.numpy().astype(np.int32)
 
 
-def _pool(config: MoEConfig) -> np.ndarray:
-    return _routed_pool(config)[0]
+def random_picks(config: MoEConfig) -> np.ndarray:
+    """Ids [POOL, K] of tokens with random scores, chosen by the rule; where it is not known, K of E without groups."""
+    return _routed_pool(_rule_only(config))[0]
+
+
+def per_token(config: MoEConfig) -> dict[str, np.ndarray]:
+    """`groups_reached` and `overlap` (experts shared with plain top-k) of every token of the random pool."""
+    return _per_token(_rule_only(config))
 
 
 @lru_cache(maxsize=64)
@@ -161,9 +210,7 @@ def limits_groups(config: MoEConfig) -> bool:
 
 def groups_reached(picks: np.ndarray, config: MoEConfig) -> np.ndarray:
     """Distinct groups that the experts of each token lie in, [T], for picks [T, K]; the id E reaches none."""
-    group = np.sort(np.where(picks < config.n_routed_experts, picks // config.experts_per_group, config.n_group), -1)
-    first = np.concatenate([np.ones_like(group[:, :1], bool), group[:, 1:] != group[:, :-1]], axis=-1)
-    return (first & (group < config.n_group)).sum(-1).astype(float)
+    return distinct_places(picks, np.arange(config.n_routed_experts) // config.experts_per_group)
 
 
 def overlap(picks: np.ndarray, others: np.ndarray) -> np.ndarray:

@@ -1,11 +1,15 @@
 """Which experts prefer which domain, tested against relabelled sequences."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from moesaic.trace.store import Trace
+
+LEVEL = 0.05  # the level that a preference must be able to reach
+CELLS = 8_000_000  # rates of shuffles, domains and experts held at once: 32 MB
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,37 +43,48 @@ def domain_preference(
     excess rate is put in units of its own spread over the shuffles, and the largest of all pairs in each shuffle is
     the yardstick (max-statistic of Westfall and Young, which bounds the chance of any false finding).
 
-    Raises ValueError where there are no tokens, fewer than two domains, or not one label a sequence.
+    Raises ValueError where there are no tokens, fewer than two domains, not one label a sequence, or so few sequences
+    that no shuffle could be significant.
     """
     names = trace.labels if labels is None else tuple(labels)
     if names is None:
         raise ValueError("no domain labels: give one label for each sequence")
     if len(names) < trace.n_sequences:
         raise ValueError(f"{len(names)} labels for {trace.n_sequences} sequences: give one label a sequence")
+    if permutations < 1:
+        raise ValueError(f"permutations={permutations} gives no p-value: use 1000, say")
     counts, n_tokens = sequence_loads(trace, len(names))  # [N, L*E], [N]
     counts, n_tokens, names = counts[n_tokens > 0], n_tokens[n_tokens > 0], _kept(names, n_tokens > 0)
     domains = tuple(dict.fromkeys(names))
     if len(domains) < 2:
         raise ValueError(f"{len(domains)} domains with tokens: a preference needs at least two")
     label = np.array([domains.index(name) for name in names])
+    _check_documents(label, len(domains))
 
     rng = np.random.default_rng(seed)
     shuffled = np.stack([label, *(rng.permutation(label) for _ in range(permutations))])
     member = (shuffled[:, None, :] == np.arange(len(domains))[:, None]).astype(np.float32)  # [P+1, domains, N]
-    rate = (member @ counts.astype(np.float32)) / (member @ n_tokens.astype(np.float32))[..., None]
+    member /= (member @ n_tokens.astype(np.float32))[..., None]  # a product with counts is then a rate
     overall = counts.sum(0) / n_tokens.sum()
-    excess = rate - overall.astype(np.float32)  # [P+1, domains, L*E]
-    spread = excess[1:].std(0)
-    used = spread > 1e-9  # an expert that is never, or always, used prefers nothing
-    z = np.divide(excess, spread, out=np.zeros_like(excess), where=used)
-
-    best = z[0].argmax(0)
-    observed = z[0].max(0)
-    largest = np.sort(z[1:].max(axis=(1, 2)))
-    reached = permutations - np.searchsorted(largest, observed - 1e-6, side="left")
+    step = max(CELLS // (len(shuffled) * len(domains)), 1)
+    best, observed = np.zeros(len(overall), np.int64), np.zeros(len(overall), np.float32)
+    rate, largest = np.zeros(len(overall), np.float32), np.full(permutations, -np.inf, np.float32)
+    for start in range(0, len(overall), step):
+        here = slice(start, start + step)
+        excess = member @ counts[:, here].astype(np.float32)  # [P+1, domains, step]
+        own = excess[0].copy()
+        excess -= overall[here].astype(np.float32)
+        spread = excess[1:].std(0)
+        used = spread > 1e-9  # an expert that is never, or always, used prefers nothing
+        z = np.divide(excess, spread, out=np.zeros_like(excess), where=used)
+        best[here] = z[0].argmax(0)
+        observed[here] = z[0].max(0)
+        rate[here] = np.take_along_axis(own, best[None, here], 0)[0]
+        largest = np.maximum(largest, z[1:].max(axis=(1, 2)))
+    reached = permutations - np.searchsorted(np.sort(largest), observed - 1e-6, side="left")
     shape = (trace.n_layers, trace.n_experts)
     with np.errstate(divide="ignore", invalid="ignore"):
-        lift = np.take_along_axis(rate[0], best[None], 0)[0] / overall
+        lift = rate / overall
     return Preferences(
         domains=domains,
         domain=best.reshape(shape),
@@ -83,11 +98,24 @@ def domain_preference(
 def sequence_loads(trace: Trace, n_sequences: int) -> tuple[np.ndarray, np.ndarray]:
     """Assignments of every sequence to every (layer, expert), int64 [N, L*E], and tokens of every sequence, [N]."""
     n_layers, e = trace.n_layers, trace.n_experts
-    picks, sequence = trace.picks.numpy().astype(np.int64), trace.sequences.numpy()
-    cell = (sequence[None, :, None] * n_layers + np.arange(n_layers)[:, None, None]) * (e + 1) + picks
-    counts = np.bincount(cell.ravel(), minlength=n_sequences * n_layers * (e + 1))
-    counts = counts.reshape(n_sequences, n_layers, e + 1)[..., :e]  # the last column is the id E, "no expert"
+    sequence = trace.sequences.numpy()
+    counts = np.empty((n_sequences, n_layers, e), np.int64)
+    for layer in range(n_layers):
+        cell = sequence[:, None] * (e + 1) + trace.picks[layer].numpy()
+        here = np.bincount(cell.ravel(), minlength=n_sequences * (e + 1))
+        counts[:, layer] = here.reshape(n_sequences, e + 1)[:, :e]  # the last column is the id E, "no expert"
     return counts.reshape(n_sequences, n_layers * e), np.bincount(sequence, minlength=n_sequences)
+
+
+def _check_documents(label: np.ndarray, n_domains: int) -> None:
+    """Refuse what cannot come out significant: labels that can be dealt to the sequences in few ways only."""
+    sizes = np.bincount(label, minlength=n_domains)
+    ways = math.exp(min(math.lgamma(len(label) + 1) - sum(math.lgamma(size + 1) for size in sizes.tolist()), 50.0))
+    if ways < 1 / LEVEL:
+        raise ValueError(
+            f"{len(label)} sequences in {n_domains} domains can be labelled in {ways:.0f} ways only, so that no "
+            f"preference could have a p-value below {LEVEL}: give more sequences, four a domain, say"
+        )
 
 
 def _kept(names: Sequence[str], keep: np.ndarray) -> tuple[str, ...]:

@@ -1,16 +1,17 @@
 """Console tables of a recorded routing, as rich renderables. Nothing here prints."""
 
-import re
 from collections.abc import Sequence
 
 from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from moesaic.trace.pieces import visible
 from moesaic.trace.preference import Preferences
 from moesaic.trace.stats import LayerReport, Measure
 from moesaic.trace.steps_table import WORDS as STEPS_WORDS
 from moesaic.trace.steps_table import rank_changes, short, sparkline, steps_table, words_of
+from moesaic.trace.verdict import short_layer
 
 __all__ = [
     "WORDS", "load_table", "preference_table", "rank_changes", "short_layer", "sparkline", "steps_table",
@@ -79,16 +80,12 @@ def preference_table(
             experts = experts[(-preferences.lift[layer, experts]).argsort(kind="stable")]
             shown = "  ".join(f"e{e}:{preferences.lift[layer, e]:.1f}x" for e in experts[:most])
             rest = f"  +{len(experts) - most}" if len(experts) > most else ""
-            table.add_row(name, Text(domain), shown + rest, f"{preferences.p_value[layer, experts].min():.2g}")
+            table.add_row(
+                name, Text(visible(domain, 60)), shown + rest, f"{preferences.p_value[layer, experts].min():.2g}"
+            )
             name = Text()
         table.add_section()
     return table
-
-
-def short_layer(name: str) -> str:
-    """ "layers.3" for "model.layers.3.mlp"; a name without a number stays."""
-    found = re.search(r"[^.]+\.\d+", name)
-    return found.group() if found else name
 
 
 def _measure(measure: Measure | None, name: str, words: dict) -> Text:

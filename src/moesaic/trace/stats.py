@@ -1,66 +1,57 @@
-"""How balanced the routing of a layer is, beside what chance gives, and what that means."""
+"""How balanced the routing of every layer is, beside what chance gives, and what that means."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from moesaic import rules
 from moesaic.config import MoEConfig
-from moesaic.trace.chance import Band, balance_numbers, chance_bands, groups_reached, overlap
+from moesaic.trace import verdict
+from moesaic.trace.chance import Band
+from moesaic.trace.documents import Documents, LoadCounts, count_loads
+from moesaic.trace.measures import Measure, layer_measures
+from moesaic.trace.placement import place_experts
 from moesaic.trace.preference import Preferences, domain_preference
+from moesaic.trace.run_verdict import run_status, run_verdict
 from moesaic.trace.store import Trace
+from moesaic.trace.verdict import HEALTHY, STATUSES
 
 __all__ = [
-    "HEALTHY", "STATUSES", "LayerReport", "Measure", "Preferences", "domain_preference", "expert_loads",
-    "layer_report", "layer_reports",
+    "HEALTHY", "STATUSES", "LayerReport", "Measure", "Preferences", "Stats", "domain_preference", "expert_loads",
+    "layer_report", "layer_reports", "stats",
 ]  # fmt: skip
 
-MATTERS = 0.3  # an imbalance matters where an expert carries 30 % more than chance explains, or spreads that much
-COLLAPSED = 0.5  # of what chance gives: fewer experts than that carrying 99 % of the work is a collapse
-ENOUGH = 8  # assignments per expert on average: with fewer, a sentence would look like a collapse
-
-STATUSES = {
-    "no_data": {"en": "no data", "zh": "没有数据"},
-    "too_few": {"en": "too few tokens to judge", "zh": "token 太少，无法判断"},
-    "chance": {"en": "within chance", "zh": "在随机范围内"},
-    "balanced": {"en": "balanced: beyond chance but small", "zh": "均衡：超出随机，但幅度很小"},
-    "imbalanced": {"en": "imbalanced", "zh": "不均衡"},
-    "dead": {"en": "dead experts", "zh": "有专家从未被选中"},
-    "collapsed": {"en": "collapsed", "zh": "坍缩"},
-}
-HEALTHY = ("chance", "balanced")
-
-
-@dataclass(frozen=True)
-class Measure:
-    """One number of a layer and its chance band (None where there is no data)."""
-
-    value: float
-    band: Band | None
-
-    @property
-    def is_chance(self) -> bool:
-        """Inside what 90 of 100 runs of random routing give."""
-        return self.band is not None and self.value in self.band
+CAPACITIES = (1.0, 1.25, 2.0)  # capacity factors that papers and frameworks use
 
 
 @dataclass(frozen=True, eq=False)
 class LayerReport:
     """Balance of one layer over a whole run.
 
-    load: assignments per expert, [E]. measures: by name (see `balance_numbers`), with "groups_reached" where experts
-    are grouped and "overlap" (experts shared with plain top-k) where scores were recorded. status: a key of STATUSES.
+    load: assignments per expert, [E]. measures: by name, see `moesaic.trace.measures`. status: a key of STATUSES.
+    by_documents: whether the verdict holds for texts like these (documents were resampled) or for these texts only.
+    hot, starved, dead: experts significantly above or below their share, by more than the effect sizes of
+    `moesaic.trace.verdict`. p_value: corrected for all experts and layers. design_effect: by how much the likeness of a
+    document's tokens inflates variances. least_seen: the smallest load, over a fair one, that would have been found.
     """
 
     layer: str
     n_tokens: int
+    n_documents: int
     config: MoEConfig
     load: np.ndarray
     measures: Mapping[str, Measure]
     status: str
     verdict_en: str
     verdict_zh: str
+    by_documents: bool
+    hot: tuple[int, ...]
+    starved: tuple[int, ...]
+    dead: tuple[int, ...]
+    p_value: float
+    design_effect: float
+    least_seen: float
 
     def verdict(self, lang: str = "en") -> str:
         return self.verdict_zh if lang == "zh" else self.verdict_en
@@ -72,86 +63,195 @@ class LayerReport:
 
     @property
     def load_band(self) -> Band | None:
-        """5th to 95th percentile of one expert's load under random routing: binomial(T, K/E), as a normal."""
+        """5th to 95th percentile of one expert's load under random routing: binomial(T, K/E), as a normal, as much
+        wider as the likeness of a document's tokens makes it."""
         if not self.n_tokens:
             return None
-        p = self.config.num_experts_per_tok / self.config.n_routed_experts
-        mean, spread = self.n_tokens * p, float(np.sqrt(self.n_tokens * p * (1 - p)))
+        p = float(self.load.sum()) / (self.n_tokens * len(self.load))
+        mean, spread = self.n_tokens * p, float(np.sqrt(self.n_tokens * p * (1 - p) * self.design_effect))
         return Band(mean, max(mean - 1.645 * spread, 0.0), mean + 1.645 * spread, mean + 3.09 * spread)
+
+
+@dataclass(frozen=True, eq=False)
+class Stats:
+    """Balance of all layers of a trace. Arrays are [L] or [L, E], in the order of `layers`.
+
+    layers: a report for each. missing: MoE layers of the model that the trace has no data of. load: int64 [L, E].
+    values, low, high: every number by name and its band, float64 [L], NaN where there is no data. placement: the node
+    of every expert or None. status: of the run, a key of STATUSES or "partly" (what was judged is healthy, some layers
+    could not be judged). verdict_en, verdict_zh: sentences, the worst first.
+    """
+
+    model: str
+    n_tokens: int
+    n_documents: int
+    layers: tuple[LayerReport, ...]
+    missing: tuple[str, ...]
+    load: np.ndarray
+    values: Mapping[str, np.ndarray]
+    low: Mapping[str, np.ndarray]
+    high: Mapping[str, np.ndarray]
+    placement: np.ndarray | None
+    alpha: float
+    seed: int
+    status: str
+    verdict_en: tuple[str, ...]
+    verdict_zh: tuple[str, ...]
+
+    def verdict(self, lang: str = "en") -> str:
+        """The sentences of the verdict, one a line."""
+        return "\n".join(self.verdict_zh if lang == "zh" else self.verdict_en)
+
+    @property
+    def is_healthy(self) -> bool:
+        """Every layer of the model was judged and none is imbalanced, dead or collapsed."""
+        return self.status in HEALTHY
+
+    @property
+    def is_sick(self) -> bool:
+        return self.status in verdict.SICK
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it for strict JSON: numbers that are not known are None."""
+        from moesaic.trace.stats_dict import as_dict
+
+        return as_dict(self)
+
+    def _repr_html_(self) -> str:
+        from moesaic.trace.html import stats_html
+
+        return stats_html(self)
+
+
+def stats(
+    trace: Trace,
+    *,
+    placement: Sequence[int] | np.ndarray | None = None,
+    nodes: int | None = None,
+    capacity: Sequence[float] = CAPACITIES,
+    alpha: float = 0.05,
+    seed: int = 0,
+) -> Stats:
+    """Balance numbers of every layer beside chance, and a verdict on the run.
+
+    A verdict other than "within chance" needs a load that a run of random routing has anywhere, in any expert of any
+    layer, with probability `alpha` at most, and one other than "balanced" an effect that matters as well. Documents
+    are what is resampled; where there are too few of them the verdict is about these texts only, and says so.
+
+    placement: the node of every expert, or nodes: their number, experts in equal runs. capacity: factors c; what goes
+    beyond ceil(c*T*K/E) assignments of an expert counts as dropped, the whole trace being one batch.
+    """
+    _check(alpha, capacity)
+    placed = None
+    if placement is not None or nodes is not None:
+        placed = place_experts(trace.n_experts, nodes=nodes, placement=placement)
+    reports = _reports(trace, range(trace.n_layers), placed, tuple(capacity), alpha, seed)
+    names = list(dict.fromkeys(name for report in reports for name in report.measures))
+    measured = {name: [report.measures.get(name) for report in reports] for name in names}
+    missing = tuple(trace.missing)
+    documents = int(np.unique(trace.sequences.numpy()).size)
+    en, zh = (run_verdict(reports, missing, len(trace), documents, lang) for lang in ("en", "zh"))
+    return Stats(
+        model=trace.model,
+        n_tokens=len(trace),
+        n_documents=documents,
+        layers=reports,
+        missing=missing,
+        load=np.stack([report.load for report in reports]) if reports else np.zeros((0, trace.n_experts), np.int64),
+        values={name: _column(row, "value") for name, row in measured.items()},
+        low={name: _column(row, "low") for name, row in measured.items()},
+        high={name: _column(row, "high") for name, row in measured.items()},
+        placement=placed,
+        alpha=alpha,
+        seed=seed,
+        status=run_status(reports, missing),
+        verdict_en=en,
+        verdict_zh=zh,
+    )
 
 
 def expert_loads(trace: Trace) -> np.ndarray:
     """Assignments per expert and layer, int64 [L, E]; the id E is counted nowhere."""
-    return np.stack([_load(picks, trace.n_experts) for picks in trace.picks.numpy()])
+    documents = Documents.whole(len(trace))
+    return np.stack([count_loads(picks, trace.n_experts, documents).load for picks in trace.picks.numpy()])
 
 
 def layer_report(trace: Trace, layer: int = 0) -> LayerReport:
-    """Load of one recorded layer, its balance numbers beside chance, and a verdict.
-
-    A verdict other than "within chance" needs numbers that 999 of 1000 random runs of as many tokens do not reach,
-    and one other than "balanced" an effect that matters as well.
-    """
-    routing, config = trace.layer(layer), trace.configs[layer]
-    load = _load(routing.expert_ids.numpy(), config.n_routed_experts)
-    n_tokens = len(trace) if load.sum() else 0
-    bands = chance_bands(config, n_tokens) if n_tokens else {}
-    values = {name: float(value) for name, value in balance_numbers(load).items()}
-    picks = routing.expert_ids.numpy()
-    if config.n_group > 1:
-        values["groups_reached"] = float(groups_reached(picks, config).mean()) if n_tokens else float("nan")
-    if routing.logits is not None:
-        plain = rules.largest(rules.score(routing.logits, config), config.num_experts_per_tok).numpy()
-        values["overlap"] = float(overlap(picks, plain).mean()) if n_tokens else float("nan")
-    measures = {name: Measure(value, bands.get(name)) for name, value in values.items()}
-    status = _status(measures, config, n_tokens)
-    en, zh = _verdict(status, measures, load)
-    return LayerReport(trace.layers[layer], n_tokens, config, load, measures, status, en, zh)
+    """The report of one layer, the same as `stats` gives: corrected for all layers of the trace."""
+    return _reports(trace, [range(trace.n_layers)[layer]], None, CAPACITIES, 0.05, 0)[0]
 
 
 def layer_reports(trace: Trace) -> list[LayerReport]:
     """`layer_report` of every layer, in forward order."""
-    return [layer_report(trace, layer) for layer in range(trace.n_layers)]
+    return list(_reports(trace, range(trace.n_layers), None, CAPACITIES, 0.05, 0))
 
 
-def _load(picks: np.ndarray, n_experts: int) -> np.ndarray:
-    return np.bincount(picks.ravel().astype(np.int64), minlength=n_experts + 1)[:n_experts]
+def _reports(
+    trace: Trace,
+    layers: Sequence[int],
+    placement: np.ndarray | None,
+    capacity: tuple[float, ...],
+    alpha: float,
+    seed: int,
+) -> tuple[LayerReport, ...]:
+    documents, counts, by_documents = Documents.of(trace), [], []
+    for layer in layers:
+        count = count_loads(trace.picks[layer].numpy(), trace.n_experts, documents)
+        needed = verdict.documents_needed(count.rate, trace.n_experts, trace.n_layers, alpha)
+        counts.append(count)
+        by_documents.append(count.n_clusters >= needed)
+    tests = verdict.judge_loads(counts, trace.n_layers, by_documents)
+    seen = verdict.least_seen(counts, tests, by_documents, alpha) if counts else np.zeros(0)
+    rows = zip(layers, counts, tests, by_documents, seen, strict=True)
+    found = []
+    for layer, count, test, whole, least in rows:
+        measures = layer_measures(trace, layer, count, documents if whole else None, placement, capacity, seed)
+        found.append(_report(trace, layer, count, test, whole, measures, float(least), documents, alpha))
+    return tuple(found)
 
 
-def _status(measures: Mapping[str, Measure], config: MoEConfig, n_tokens: int) -> str:
-    if not n_tokens:
-        return "no_data"
-    if n_tokens * config.num_experts_per_tok < ENOUGH * config.n_routed_experts:
-        return "too_few"
-    top, cv, dead, carriers = (measures[name] for name in ("max_over_mean", "cv", "dead", "carriers"))
-    assert top.band is not None
-    assert cv.band is not None
-    assert dead.band is not None
-    assert carriers.band is not None
-    if carriers.value < carriers.band.limit and carriers.value <= COLLAPSED * carriers.band.mean:
-        return "collapsed"
-    if dead.value > dead.band.limit:
-        return "dead"
-    if top.value <= top.band.limit and cv.value <= cv.band.limit:
-        return "chance"
-    spread = np.sqrt(max(cv.value**2 - cv.band.mean**2, 0.0))  # of the true shares: chance adds its variance
-    matters = top.value > (1 + MATTERS) * top.band.mean or spread > MATTERS
-    return "imbalanced" if matters else "balanced"
+def _report(
+    trace: Trace,
+    layer: int,
+    counts: LoadCounts,
+    test: verdict.LoadTest,
+    by_documents: bool,
+    measures: Mapping[str, Measure],
+    least: float,
+    documents: Documents,
+    alpha: float,
+) -> LayerReport:
+    numbers = {name: measure.value for name, measure in measures.items()}
+    chance = {name: measure.band.mean for name, measure in measures.items() if measure.band is not None}
+    status = verdict.status_of(counts, test, numbers, chance, alpha)
+    words = verdict.words_of_layer(status, counts, test, numbers["carriers"], alpha)
+    named = {"hot": verdict.hot, "starved": verdict.starved, "dead": verdict.dead}
+    judged = status not in verdict.UNJUDGED
+    experts = {name: tuple(find(counts, test, alpha).tolist()) if judged else () for name, find in named.items()}
+    return LayerReport(
+        layer=trace.layers[layer],
+        n_tokens=counts.n_tokens if counts.load.sum() else 0,
+        n_documents=documents.n_documents if counts.load.sum() else 0,
+        config=trace.configs[layer],
+        load=counts.load,
+        measures=measures,
+        status=status,
+        verdict_en=words["en"],
+        verdict_zh=words["zh"],
+        by_documents=by_documents,
+        p_value=test.p_value if judged else float("nan"),
+        design_effect=counts.design_effect if by_documents else 1.0,
+        least_seen=least,
+        **experts,
+    )
 
 
-def _verdict(status: str, measures: Mapping[str, Measure], load: np.ndarray) -> tuple[str, str]:
-    en, zh = STATUSES[status]["en"], STATUSES[status]["zh"]
-    n_experts = len(load)
-    if status == "collapsed":
-        n = int(measures["carriers"].value)
-        return f"{en} onto {n} of {n_experts} experts", f"{zh}：{n_experts} 个专家中只有 {n} 个在工作"
-    if status == "dead":
-        n = int(measures["dead"].value)
-        noun = "expert" if n == 1 else "experts"
-        return f"{n} dead {noun} of {n_experts}", f"{n_experts} 个专家中有 {n} 个从未被选中"
-    if status == "imbalanced":
-        busiest, times = int(load.argmax()), measures["max_over_mean"].value
-        return (
-            f"{en}: e{busiest} at {times:.2f}x its share",
-            f"{zh}：e{busiest} 为均值的 {times:.2f} 倍",
-        )
-    return en, zh
+def _column(row: Sequence[Measure | None], what: str) -> np.ndarray:
+    return np.array([float("nan") if measure is None else getattr(measure, what) for measure in row])
+
+
+def _check(alpha: float, capacity: Sequence[float]) -> None:
+    if not 0 < alpha < 1:
+        raise ValueError(f"alpha={alpha} must lie between 0 and 1: use 0.05, say")
+    if bad := [factor for factor in capacity if not 0 < factor < float("inf")]:
+        raise ValueError(f"capacity={bad[0]} must be a positive number: use 1.25, say")

@@ -1,0 +1,158 @@
+"""`moesaic stats`: the balance of a recorded run beside chance, and a verdict."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from moesaic.cli.output import check_lang, print_json, say_how_again
+
+if TYPE_CHECKING:
+    from moesaic.trace.store import Trace
+
+WORDS = {
+    "en": {
+        "about": "{model}: {layers} MoE layers, {tokens:,} tokens of {documents:,} documents, top {k} of {e} experts",
+        "prefer": "Which experts prefer which domain?",
+        "pairs": "Which experts are chosen together?",
+        "against": "The same tokens in {other}:",
+        "checked": "Not both records hold token ids, so whether the tokens are the same could not be checked.",
+        "counting": "Counting...",
+        "no_test": "Domains are not tested: {why}.",
+    },
+    "zh": {
+        "about": "{model}：{layers} 个 MoE 层，{documents:,} 个文档共 {tokens:,} 个 token，选 {k}/{e} 个专家",
+        "prefer": "哪些专家偏好哪个领域？",
+        "pairs": "哪些专家常被同时选中？",
+        "against": "同样的 token 在 {other} 中：",
+        "checked": "两份记录没有都存 token 编号，无法核对 token 是否相同。",
+        "counting": "正在统计……",
+        "no_test": "未检验领域偏好：{why}。",
+    },
+}
+
+
+def stats(
+    trace: Annotated[Path, typer.Argument(help="A recorded .safetensors.")],
+    nodes: Annotated[int | None, typer.Option(help="Machines; experts are placed on them in equal runs.")] = None,
+    placement: Annotated[
+        Path | None, typer.Option(help="JSON list with the node of every expert, instead of --nodes.")
+    ] = None,
+    capacity: Annotated[str, typer.Option(help="Capacity factors: what each would drop.")] = "1,1.25,2",
+    coselection: Annotated[
+        bool, typer.Option("--coselection", help="Pairs of experts chosen together beyond chance; takes longer.")
+    ] = False,
+    against: Annotated[
+        Path | None, typer.Option(help="Another record of the same tokens (another checkpoint, say): how alike.")
+    ] = None,
+    alpha: Annotated[float, typer.Option(help="Chance of any false alarm in the whole run.")] = 0.05,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of the simulations behind the bands.")] = 0,
+    lang: Annotated[str, typer.Option(help="en or zh.")] = "en",
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON document instead of tables.")] = False,
+) -> None:
+    """Judge the load of every layer of a record, each number beside what chance gives.
+
+    Exit code 0: every layer was judged and is healthy; 1: a layer is imbalanced, has dead experts or has collapsed; 2:
+    layers without data or with too few tokens, and none that is bad.
+    """
+    check_lang(lang)
+    factors = _factors(capacity)
+    if nodes is not None and placement is not None:
+        raise ValueError("--nodes and --placement are both given: use one of them")
+    from rich.console import Console
+
+    from moesaic.trace.coselection import coselection as pairs_of
+    from moesaic.trace.placement import read_placement
+    from moesaic.trace.stability import stability
+    from moesaic.trace.stats import stats as stats_of
+    from moesaic.trace.store import load
+
+    recorded = load(trace)
+    placed = None if placement is None else read_placement(placement, recorded.n_experts)
+    other = None if against is None else load(against)
+    with Console(stderr=True).status(WORDS[lang]["counting"]):
+        found = stats_of(recorded, placement=placed, nodes=nodes, capacity=factors, alpha=alpha, seed=seed)
+        alike = None if other is None else stability(recorded, other)
+        pairs = pairs_of(recorded, alpha=alpha) if coselection else None
+        domains = _domains(recorded, seed)
+    if as_json:
+        print_json(_json(recorded, found, domains, pairs, alike))
+    else:
+        _show(recorded, found, domains, pairs, alike, against, lang)
+    if found.is_sick:
+        raise typer.Exit(1)
+    if not found.is_healthy:
+        raise ValueError("not every layer could be judged: " + found.verdict(lang).replace("\n", " "))
+
+
+def _factors(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in text.split(",") if part.strip())
+    except ValueError:
+        raise ValueError(f"--capacity {text!r} is not a list of numbers: use 1,1.25,2, say") from None
+
+
+def _domains(trace: "Trace", seed: int) -> Any:
+    """The test of domain preference, the reason why there is none, or None where no domains are named."""
+    from moesaic.trace.preference import domain_preference
+
+    if trace.labels is None or len(set(trace.labels)) < 2 or not len(trace):
+        return None
+    try:
+        return domain_preference(trace, seed=seed)
+    except ValueError as error:
+        return str(error)
+
+
+def _show(trace: "Trace", found: Any, domains: Any, pairs: Any, alike: Any, against: Path | None, lang: str) -> None:
+    from rich.console import Console
+    from rich.text import Text
+
+    from moesaic.trace.pieces import visible
+    from moesaic.trace.render import preference_table
+    from moesaic.trace.tables import coselection_table, stability_table, stats_tables
+
+    say, show = WORDS[lang], Console().print
+    sizes = {"layers": trace.n_layers, "tokens": len(trace), "documents": found.n_documents}
+    model = visible(trace.model, 80) or "–"
+    show(Text(say["about"].format(model=model, k=trace.top_k, e=trace.n_experts, **sizes)))
+    show(Text(found.verdict(lang), style="bold"))
+    show(stats_tables(found, lang))
+    if isinstance(domains, str):
+        show(Text("\n" + say["no_test"].format(why=domains)))
+    elif domains is not None:
+        show(Text("\n" + say["prefer"]))
+        show(preference_table(domains, trace.layers, lang))
+    if pairs is not None:
+        show(Text("\n" + say["pairs"]))
+        show(coselection_table(pairs, lang))
+    if alike is not None and against is not None:
+        show(Text("\n" + say["against"].format(other=visible(str(against), 80))))
+        show(stability_table(alike, lang))
+        if not alike.checked:
+            show(Text(say["checked"], style="dim"))
+    if trace.n_layers:
+        say_how_again(trace, lang)
+
+
+def _json(trace: "Trace", found: Any, domains: Any, pairs: Any, alike: Any) -> dict[str, Any]:
+    document = found.to_dict() | {"versions": dict(trace.versions)}
+    if pairs is not None:
+        document["coselection"] = pairs.to_dict()
+    if alike is not None:
+        document["against"] = alike.to_dict()
+    if isinstance(domains, str):
+        document["domains"] = {"not_tested": domains}
+    elif domains is not None:
+        rows = [
+            {
+                "layer": trace.layers[layer],
+                "expert": int(expert),
+                "domain": domains.domains[domains.domain[layer, expert]],
+                "lift": float(domains.lift[layer, expert]),
+                "p_value": float(domains.p_value[layer, expert]),
+            }
+            for layer, expert in zip(*domains.found().nonzero(), strict=True)
+        ]
+        document["domains"] = {"permutations": domains.permutations, "preferences": rows}
+    return document

@@ -133,6 +133,8 @@ def test_passages_hold_the_whole_text_and_end_with_lines():
     assert all(part.endswith("\n") for part in parts[:-1])
     assert all(len(part) >= sources.PASSAGE for part in parts[:-1])
     assert sources._passages("short") == ["short"]
+    line = "x" * sources.PASSAGE + "\n"
+    assert sources._passages(line + "a short rest\n") == [line + "a short rest\n"]
 
 
 def test_json_is_one_document_and_nothing_else(run):

@@ -51,10 +51,8 @@ def import_(
     if as_json:
         print_json({"format": source, **described(trace, out), "notes": said})
     else:
-        from moesaic.trace.pieces import visible
-
-        for note in said:
-            print("! " + visible(note))
+        for note in said:  # our own words and numbers, nothing of the files
+            print(f"! {note}")
         show(trace, out, lang)
         say_how_again(trace, lang)
     return 0

@@ -79,7 +79,7 @@ def trace(
     if detail not in DETAILS:
         raise ValueError(f"--detail {detail!r} is unknown: use one of {', '.join(DETAILS)}")
     from moesaic.cli import sources
-    from moesaic.hf.load import TINY, load_model
+    from moesaic.hf.load import TINY, load_model, quiet_transformers
 
     documents = sources.documents(text, file or [], corpus, lines)
     check_target(out)
@@ -89,7 +89,7 @@ def trace(
     tokens = sources.tokens_of(tokenizer, documents, window)
     labels = [document.label for document in documents]
     sources.check_before(network, [("", ids) for ids in tokens.batches], None, None)
-    with progress(WORDS[lang]["reading"], len(tokens.sequences)) as done:
+    with quiet_transformers(), progress(WORDS[lang]["reading"], len(tokens.sequences)) as done:
         recorded = sources.record_documents(network, tokens, labels, detail, done=done)
     recorded.save(out)
     if as_json:

@@ -113,6 +113,19 @@ def test_without_groups_a_margin_is_that_of_the_widest_pair():
         assert margin_between(derived, torch.tensor([target]), config)[0].isnan()
 
 
+def test_with_groups_a_margin_is_that_of_the_group_that_went_in_or_out():
+    config = v3(8, 4, 2, 2)
+    scores = torch.tensor([[0.9, 0.5, 0.8, 0.1, 0.45, 0.44, 0.05, 0.05]])  # groups 1.4, 0.9, 0.89, 0.1
+    derived = derive(scores.logit(), None, config, torch.tensor([[0, 2]]))
+    for target, margin in (
+        ([0, 4], 0.01),  # group 2 instead of group 1
+        ([0, 1], 0.01),  # the same, and none of group 2 was good enough
+        ([0, 3], 0.7),  # both groups stay
+        ([2, 6], 0.8),  # group 3 came in, at the cost of the least kept
+    ):
+        assert margin_between(derived, torch.tensor([target]), config)[0] == pytest.approx(margin, abs=1e-6)
+
+
 def both_precisions(family):
     wide = tiny(family, num_hidden_layers=4)
     narrow = copy.deepcopy(wide).bfloat16()

@@ -6,6 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 from cases import v3
+from hf_every_family import families, run, tiny_of
+from hf_every_family import token_ids as few_ids
 from hf_models import FAMILIES, MORE_FAMILIES, tiny, token_ids
 from torch.utils.checkpoint import checkpoint
 
@@ -17,6 +19,7 @@ from moesaic.layer.router import Router
 from moesaic.rules import route
 from moesaic.trace.record import record
 from moesaic.trace.replay import replay
+from moesaic.trace.steps import steps
 from moesaic.trace.what_if import what_if
 
 KNOWN = [*FAMILIES, *(name for name in MORE_FAMILIES if name in {"glm4_moe", "olmoe"})]
@@ -27,6 +30,37 @@ def recorded(model, *calls, **options):
     with record(model, detail="scores", **options) as recorder, torch.no_grad():
         outputs = [model(**call) for call in calls]
     return [getattr(output, "logits", output) for output in outputs], recorder.trace
+
+
+@pytest.mark.slow  # a model of each of 60 families
+@pytest.mark.parametrize("family", families())
+def test_every_family_is_replayed_routed_again_and_shown_or_refused_by_its_unknown_rule(family):
+    model = tiny_of(family).model
+    if model is None:
+        pytest.skip(tiny_of(family).reasons[0])
+    try:
+        with record(model, detail="scores") as recorder:
+            expected = run(model, few_ids())
+        trace = recorder.trace
+    except ValueError:
+        with record(model) as recorder:
+            expected = run(model, few_ids())
+        trace = recorder.trace
+    with replay(model, trace, weights="recorded"):
+        assert torch.equal(run(model, few_ids()), expected)
+    known = all(config.rule_is_known for config in trace.configs)
+    if known:
+        with replay(model, trace):
+            assert torch.equal(run(model, few_ids()), expected)
+        if trace.logits is not None:
+            assert not what_if(trace).flipped.any()
+    else:
+        with pytest.raises(ValueError, match="is not known"):
+            what_if(trace)
+        with pytest.raises(ValueError, match="is not known, so its weights cannot be made again"):
+            replay(model, trace).__enter__()
+    derived = [step for step in steps(trace, 0, 3) if step.stage.key in ("scores", "masked", "normalised")]
+    assert known or all(step.value is None for step in derived)
 
 
 def change_routers(model):
@@ -347,7 +381,7 @@ def test_another_trace_is_refused_with_what_does_not_fit():
     ):
         with pytest.raises(ValueError, match=message):
             replay(model, **{"trace": trace, **options}).__enter__()
-    for run, message in (
+    for call, message in (
         (lambda: deeper(input_ids=ids), "layer 'model.layers.3.mlp' runs and is not in the trace"),
         (lambda: deeper(input_ids=token_ids(2, 11)), "the trace has 20 tokens and the model runs 22"),
         (lambda: deeper(input_ids=(ids + 1) % 64), "of the trace has id .* and the model is given"),
@@ -359,7 +393,7 @@ def test_another_trace_is_refused_with_what_does_not_fit():
     ):
         with pytest.raises(ValueError, match=message):  # noqa: SIM117
             with replay(deeper, trace):
-                run()
+                call()
         assert not any(module._forward_hooks or module._forward_pre_hooks for module in deeper.modules())
 
 

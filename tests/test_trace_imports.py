@@ -1,5 +1,6 @@
 """Records of other engines as traces: what they are read against, and what holds for all of them."""
 
+import ast
 import json
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from foreign import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import moesaic
 from moesaic.config import MoEConfig
 from moesaic.trace.imports import READERS, read_target, sglang, vllm
 from moesaic.trace.imports import megatron as megatron_reader
@@ -183,3 +185,20 @@ def test_an_imported_trace_is_saved_and_read_as_any_other(tmp_path):
     assert again.weights is None
     assert torch.equal(again.sequences, trace.sequences)
     assert torch.equal(again.phases, trace.phases)
+
+
+def test_nothing_in_the_package_runs_what_a_file_says():
+    """Every torch.load reads tensors only, and pickle is asked for nothing but the name of its error."""
+    source = Path(moesaic.__file__).parent
+    seen = 0
+    for path in source.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.Call):
+                continue
+            name = ast.unparse(node.func)
+            assert name not in ("eval", "exec", "pickle.load", "pickle.loads", "np.load", "numpy.load"), path
+            if name == "torch.load":
+                seen += 1
+                options = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+                assert options["weights_only"] == "True", path
+    assert seen == 1

@@ -91,6 +91,8 @@ def test_vllm_one_expert_a_token_may_be_expert_0(tmp_path):
     np.save(tmp_path / "a.npy", ids)
     trace = READERS["vllm"]([tmp_path / "a.npy"], Target(n_experts=4)).trace
     assert trace.picks[:, :, 0].tolist() == [[0] * 5, [0, 3, 0, 1, 2]]
+    trace = READERS["vllm"]([tmp_path / "a.npy"], Target(n_experts=4, layers=(1,))).trace
+    assert (trace.layers, trace.picks[:, :, 0].tolist()) == (("layers.1",), [[0, 3, 0, 1, 2]])
 
 
 def test_vllm_255_is_an_expert_of_256_and_padding_of_fewer(tmp_path):

@@ -58,7 +58,7 @@ def read(files: Sequence[Path], target: Target) -> Imported:
                 f"{choices[0][0].where} has {shape[0]} of {shape[1]}: import models one by one"
             )
     numbers = _numbers(shape[0], target)
-    parts = [_part(choice, label, target) for choice, label in choices]
+    parts = [_part(choice, label, target, numbers) for choice, label in choices]
     return assemble(parts, [f"layers.{number}" for number in numbers], numbers, target)
 
 
@@ -152,14 +152,16 @@ def _name(dtype: np.dtype) -> str:
     return "Python objects" if dtype.hasobject else dtype.name
 
 
-def _part(choice: Choice, label: str, target: Target) -> Part:
+def _part(choice: Choice, label: str, target: Target, numbers: Sequence[int]) -> Part:
     ids = choice.ids
     if ids.dtype.kind == "u":
         if ids.dtype.itemsize > 2:
             raise ValueError(f"{choice.where}: the array holds {ids.dtype.name}: uint8, uint16 and int32 are read")
         ids = without_filler(ids, target.n_experts)
-    if ids.shape[2] > 1:  # one expert a token may well be expert 0
-        ids = np.where((ids == 0).all(-1, keepdims=True), NONE, ids)
+    unused = (ids == 0).all(-1, keepdims=True)
+    if ids.shape[2] == 1:  # one expert a token may well be expert 0, but in a layer that has none
+        unused &= np.array([number not in (target.layers or numbers) for number in numbers])[None, :, None]
+    ids = np.where(unused, NONE, ids)
     tokens, phases = _tokens(choice)
     return Part(choice.where, ids.transpose(1, 0, 2), input_ids=tokens, phases=phases, label=label)
 

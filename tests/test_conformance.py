@@ -1,6 +1,7 @@
 """The conformance suite: its definition, what it takes, and what it says of our gate."""
 
 import dataclasses
+import json
 import math
 
 import pytest
@@ -78,9 +79,11 @@ def test_the_definition_agrees_with_the_other_oracle(data, n_group, k):
 
 def test_the_margin_says_how_far_the_choice_is_from_another_one():
     config = MoEConfig(hidden_size=4, n_routed_experts=4, num_experts_per_tok=1, n_group=2, topk_group=1)
-    near_groups = decide([0.0, 0.0, 0.1, 0.0], None, dataclasses.replace(config, group_score="max"))
+    near_groups = decide([0.0, -5.0, 0.1, -5.0], None, dataclasses.replace(config, group_score="max"))
     assert near_groups.experts == [2]
     assert near_groups.margin == pytest.approx(1 / (1 + math.exp(-0.1)) - 0.5)
+    near_experts = decide([-5.0, -5.0, 0.1, 0.0], None, dataclasses.replace(config, group_score="max"))
+    assert near_experts.margin == pytest.approx(near_groups.margin)
     assert decide([1.0, 1.0, 1.0, 1.0], None, config).margin == 0.0
     everything = dataclasses.replace(config, n_group=1, topk_group=1, num_experts_per_tok=4)
     assert decide([1.0, 2.0, 3.0, 4.0], None, everything).margin == math.inf
@@ -248,3 +251,45 @@ def test_a_probe_says_what_it_is_in_both_languages(probe):
         assert "\n" not in texts.en + texts.zh
     assert probe.level in ("wrong", "fragile")
     assert probe.judge(as_gate(SoundGate, SMALL)).outcome in ("pass", "not applicable")
+
+
+FILLS = (math.nan, math.inf, -math.inf, 0.0, -1.0, 1e30)
+
+
+class Garbage(SoundGate):
+    """Any shapes and values; the same for the same input."""
+
+    mood = 0
+
+    def forward(self, x):
+        numbers = torch.Generator().manual_seed(self.mood)
+        ids, weights = super().forward(x)
+        if self.mood % 3 == 0:
+            ids = torch.randint(-2, 36, ids.shape, generator=numbers)
+        if self.mood % 2 == 0:
+            weights = torch.full_like(weights, FILLS[self.mood // 2 % len(FILLS)])
+        elif self.mood % 5 == 0:
+            weights = weights[:, : 1 + self.mood % 4]
+        return ids[: self.mood % 7 + 4], weights
+
+
+@pytest.mark.parametrize("mood", range(30))
+def test_whatever_a_gate_returns_is_judged_and_written_as_strict_json(mood):
+    class Moody(Garbage):
+        pass
+
+    Moody.mood = mood
+    report = check(Moody, SMALL)
+    assert not report.conforms or mood == 0
+    json.loads(json.dumps([r.numbers for r in report.results], allow_nan=False))
+
+
+def test_a_wrong_shape_is_what_every_probe_says():
+    def narrow(logits, bias, config):
+        ids, weights = route_as_function(logits, bias, config)
+        return ids, weights[:, :1].contiguous()
+
+    failed = check(narrow, SMALL).failed()
+    assert {"shapes", "definition", "one-token"} <= {result.probe.id for result in failed}
+    shapes = next(result for result in failed if result.probe.id == "shapes")
+    assert shapes.says.en == "weights have shape (6, 1), not [T, K] = (6, 4)"

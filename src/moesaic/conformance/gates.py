@@ -13,7 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from moesaic.config import MoEConfig
-from moesaic.conformance.parts import Answer, call, find_parts, read_answer, read_logits, tensor_of, through_linear
+from moesaic.conformance.parts import (
+    Answer,
+    call,
+    check_shape,
+    find_parts,
+    read_answer,
+    read_logits,
+    tensor_of,
+    through_linear,
+)
 from moesaic.conformance.verdict import GateRaised, NotApplicable
 from moesaic.layer.router import Router
 
@@ -48,9 +57,10 @@ class FunctionGate:
 
         def run(rows: Tensor) -> Answer:
             try:
-                return read_answer(self.function(rows, bias, self.config), self.config)
+                answer = read_answer(self.function(rows, bias, self.config), self.config)
             except Exception as error:  # whatever the gate's own code raises
                 raise GateRaised(error) from error
+            return check_shape(answer, len(rows), self.config)
 
         return Ready(run, inputs, None, lambda: inputs.grad)
 
@@ -121,13 +131,13 @@ class ModuleGate:
         return module
 
     def run(self, module: nn.Module, hidden: Tensor, bias: Tensor | None = None) -> Answer:
-        """What a prepared module answers to hidden states. GateRaised where its code raises."""
+        """What a prepared module answers to hidden states. GateRaised where its code raises, Fault by a wrong shape."""
+        output = self.call(module, hidden, bias)
         try:
-            return read_answer(self.call(module, hidden, bias), self.config)
-        except GateRaised:
-            raise
-        except Exception as error:  # of another shape than a gate's
+            answer = read_answer(output, self.config)
+        except Exception as error:  # not what a gate returns
             raise GateRaised(error) from error
+        return check_shape(answer, hidden.shape[:-1].numel(), self.config)
 
     def call(self, module: nn.Module, hidden: Tensor, bias: Tensor | None = None) -> Any:
         """What the module returns, as it is. GateRaised where its code raises."""

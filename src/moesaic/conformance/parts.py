@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from moesaic.config import MoEConfig
+from moesaic.conformance.verdict import Fault
 
 
 class Answer(NamedTuple):
@@ -122,3 +123,19 @@ def read_answer(output: Any, config: MoEConfig) -> Answer:
     if weights.shape != ids.shape and weights.shape[-1] == config.n_routed_experts:
         weights = weights.gather(-1, ids)  # a dense map, as routers of transformers 4 returned
     return Answer(ids, weights)
+
+
+def check_shape(answer: Answer, n_tokens: int, config: MoEConfig) -> Answer:
+    """Fault where ids or weights are not [T, K]: nothing else can be asked of such an answer."""
+    wanted = (n_tokens, config.num_experts_per_tok)
+    for what, tensor in (("ids", answer.ids), ("weights", answer.weights)):
+        if tuple(tensor.shape) != wanted:
+            shape = tuple(tensor.shape)
+            raise Fault(
+                f"{what} have shape {shape}, not [T, K] = {wanted}",
+                f"{what} 的形状是 {shape}，应为 [T, K] = {wanted}",
+                what=what,
+                got=list(shape),
+                expected=list(wanted),
+            )
+    return answer

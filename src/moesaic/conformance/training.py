@@ -45,7 +45,7 @@ def gradient(gate: Gate) -> None:
     ready = gate.ready(logits, bias)
     answer = ready.run(ready.inputs)
     if answer.weights.requires_grad:
-        (answer.weights * worth[answer.ids]).sum().backward()
+        (answer.weights * worth[answer.ids.clamp(0, len(worth) - 1)]).sum().backward()
     got = ready.logits_gradient()
     got = torch.zeros_like(logits) if got is None else got
     for row, values in enumerate(logits.tolist()):
@@ -173,11 +173,14 @@ def in_training(gate: Gate) -> tuple[torch.nn.Module, Ready]:
 )
 def recompute_plan(gate: Gate) -> None:
     for reentrant in (True, False):
-        _, ready = in_training(gate)
-        answers = recompute(ready, reentrant)
-        if len(answers) < 2:
-            raise NotApplicable("nothing was recomputed: its weights carry no gradient", "没有重计算：权重没有梯度")
+        need_gradient(in_training(gate)[1])
+        answers = recompute(in_training(gate)[1], reentrant)
         expect_same(answers[1], answers[0], "in the recompute, first", "（重计算），第一次为")
+
+
+def need_gradient(ready: Ready) -> None:
+    if not ready.run(ready.inputs).weights.requires_grad:
+        raise NotApplicable("nothing to recompute: its weights carry no gradient", "没有可重计算的：权重没有梯度")
 
 
 def recompute(ready: Ready, reentrant: bool) -> list[Answer]:
@@ -191,8 +194,7 @@ def recompute(ready: Ready, reentrant: bool) -> list[Answer]:
 
     with set_checkpoint_early_stop(False):  # else the second forward ends by an exception inside the gate
         weights: Tensor = checkpoint(forward, ready.inputs, use_reentrant=reentrant)
-    if weights.requires_grad:
-        weights.square().sum().backward()
+    weights.square().sum().backward()
     return answers
 
 
@@ -211,7 +213,7 @@ def recompute(ready: Ready, reentrant: bool) -> list[Answer]:
 )
 def recompute_counts(gate: Gate) -> None:
     once, ready = in_training(gate)
-    ready.run(ready.inputs)
+    need_gradient(ready)
     twice, ready = in_training(gate)
     recompute(ready, reentrant=False)
     for (name, first), second in zip(once.named_buffers(), twice.buffers(), strict=True):

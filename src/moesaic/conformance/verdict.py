@@ -1,5 +1,6 @@
 """What a probe is and what it says: registered by `probe`, run by `check`, asserted by `assert_conforms`."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -31,7 +32,14 @@ class Fault(Exception):
 
     def __init__(self, en: str, zh: str, **numbers: Any) -> None:
         super().__init__(en)
-        self.says, self.numbers = Both(en, zh), numbers
+        self.says, self.numbers = Both(en, zh), {name: strict(value) for name, value in numbers.items()}
+
+
+def strict(value: Any) -> Any:
+    """The value for a strict JSON document: NaN and infinities become None."""
+    if isinstance(value, list):
+        return [strict(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class NotApplicable(Exception):

@@ -50,8 +50,8 @@ class Coselection:
 def coselection(trace: Trace, *, alpha: float = 0.05) -> Coselection:
     """Pairs of experts that tokens choose together beyond chance, by TOGETHER or more.
 
-    Chance is the rule's own rate for two experts (of one group, or of two) times both relative loads, scaled to the
-    number of pairs there are. A pair counts as found where chance gives so many in any pair of any layer with
+    Chance is the rule's own rate for two experts (of one group, or of two) times both loads, scaled to the number of
+    pairs that there are of these groups. A pair is found where chance gives so many in any pair of any layer with
     probability `alpha` at most (binomial tail in clumps of documents, Bonferroni). Experts that prefer the same domain
     are chosen together too, and are found. Memory does not grow with the tokens.
     """
@@ -140,9 +140,7 @@ def _pairs_of(
     if not load.sum():
         return []
     counts = count_pairs(picks, e, documents)
-    relative = load / load.mean()
-    expected = np.triu(pair_rates(trace.configs[layer]) * np.outer(relative, relative)).ravel() * n_tokens
-    expected *= counts.together.sum() / max(expected.sum(), 1e-12)
+    expected = _expected(trace.configs[layer], load, counts.together.reshape(e, e)).ravel()
     p = np.clip(expected / n_tokens, 0.0, 1.0 - 1e-9)
     maybe = np.flatnonzero((counts.together >= TOGETHER * expected) & (expected > 0))
     clump = _clumps(counts, expected, p, documents)[maybe] if by_documents else 1.0
@@ -158,6 +156,18 @@ def _pairs_of(
         )
         for i in order
     ]  # fmt: skip
+
+
+def _expected(config: MoEConfig, load: np.ndarray, together: np.ndarray) -> np.ndarray:
+    """Tokens that choose both of two experts by chance, [E, E], the upper triangle: the rule's rate times both loads,
+    scaled so that every two groups have the pairs they really have (some groups are chosen together more than others,
+    which is the groups' doing and no pair's)."""
+    e, n = config.n_routed_experts, config.experts_per_group if limits_groups(config) else config.n_routed_experts
+    expected = np.triu(pair_rates(config) * np.outer(load, load))
+    blocks = (e // n, n, e // n, n)
+    have, give = (values.reshape(blocks).sum((1, 3)) for values in (together, expected))
+    scale = np.divide(have, give, out=np.zeros_like(have), where=give > 0)
+    return (expected.reshape(blocks) * scale[:, None, :, None]).reshape(e, e)
 
 
 def _clumps(counts: PairCounts, expected: np.ndarray, p: np.ndarray, documents: Documents) -> np.ndarray:

@@ -32,7 +32,7 @@ WORDS = {
         "sick": {"collapsed": "坍缩", "dead": "有从未被选中的专家", "imbalanced": "不均衡"},
         "layers": ("{all} 层中有 {n} 层{what}：", "仅有的一层{what}："),
         "one": {},
-        "each": "{layer}：{verdict}{experts}", "more": "；另有 {n} 层", "end": "。",
+        "each": "{layer} {verdict}{experts}", "more": "；另有 {n} 层", "end": "。",
         "sits": "（全部负载落在 {e} 上）", "carry": "（99% 的负载落在 {e} 上）", "are": "（{e}）",
         "chance": "{all} 层中有 {n} 层在随机范围内：没有专家的份额偏离得超出随机。",
         "balanced": "{all} 层中有 {n} 层均衡：超出随机，但幅度很小。",
@@ -102,7 +102,8 @@ def _sick(reports: Sequence["LayerReport"], status: str, count: int, words: dict
 
 def _detail(report: "LayerReport", lang: str) -> str:
     """The layer's verdict, less a status that the sentence has named already."""
-    return report.verdict(lang).split(": " if lang == "en" else "：", 1)[-1 if report.status == "imbalanced" else 0]
+    words = report.verdict(lang)
+    return words.split(": " if lang == "en" else "：", 1)[-1] if report.status == "imbalanced" else words
 
 
 def _experts(report: "LayerReport", words: dict, most: int = 8) -> str:

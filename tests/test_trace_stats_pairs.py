@@ -1,0 +1,201 @@
+"""Experts chosen together, and how alike two recordings of the same tokens are."""
+
+import dataclasses
+import itertools
+import json
+
+import numpy as np
+import pytest
+import torch
+from cases import v3
+from rich.console import Console
+
+from moesaic import rules
+from moesaic.trace import coselection as coselection_module
+from moesaic.trace.coselection import coselection, count_pairs, pair_rates
+from moesaic.trace.documents import Documents
+from moesaic.trace.stability import set_agreement, stability
+from moesaic.trace.store import Trace
+from moesaic.trace.tables import coselection_table, stability_table
+
+CONFIG = v3(32, 4, 2, 4)
+
+
+def traced(picks: torch.Tensor, config=CONFIG, documents: int = 1, **fields) -> Trace:
+    n_layers, n_tokens, _ = picks.shape
+    return Trace(
+        picks=picks.to(torch.int16),
+        layers=tuple(f"model.layers.{i}.mlp" for i in range(n_layers)),
+        configs=(config,) * n_layers,
+        sequences=torch.arange(n_tokens) * documents // max(n_tokens, 1),
+        **fields,
+    )
+
+
+def random_picks(config, *shape: int) -> torch.Tensor:
+    return rules.select(torch.rand(int(np.prod(shape)), config.n_routed_experts), config).view(*shape, -1)
+
+
+def shown(renderable) -> str:
+    console = Console(width=160, no_color=True)
+    with console.capture() as capture:
+        console.print(renderable)
+    return capture.get()
+
+
+@pytest.mark.parametrize("codes", [1, 100, 10**6])
+def test_pairs_are_counted_as_a_loop_counts_them(codes, monkeypatch):
+    monkeypatch.setattr(coselection_module, "CODES", codes)
+    picks = torch.stack([torch.randperm(9)[:3] for _ in range(90)])  # 8 experts, id 8 is none
+    sequences = torch.randint(0, 7, (90,))
+    trace = dataclasses.replace(traced(picks[None], v3(8, 2, 2, 3)), sequences=sequences)
+    counts = count_pairs(trace.picks[0].numpy(), 8, Documents.of(trace))
+    per_document = np.zeros((7, 64))
+    for token, row in enumerate(picks.tolist()):
+        for a, b in itertools.combinations(sorted(e for e in row if e < 8), 2):
+            per_document[sequences[token], 8 * a + b] += 1
+    share = np.bincount(sequences, minlength=7) / 90
+    assert counts.together.tolist() == per_document.sum(0).tolist()
+    assert counts.squares.tolist() == (per_document**2).sum(0).tolist()
+    assert counts.weighted == pytest.approx((per_document * share[:, None]).sum(0))
+
+
+@pytest.mark.parametrize("config", [CONFIG, v3(12, 1, 1, 5), v3(64, 8, 3, 6)], ids=["32", "12", "64"])
+def test_the_rate_of_pairs_is_that_of_random_routing(config):
+    picks = random_picks(config, 60_000)
+    chosen = torch.zeros(60_000, config.n_routed_experts).scatter(1, picks, 1.0)
+    measured = (chosen.T @ chosen / 60_000).numpy()
+    np.fill_diagonal(measured, 0.0)
+    rates = pair_rates(config)
+    assert rates.sum() == pytest.approx(config.num_experts_per_tok * (config.num_experts_per_tok - 1), rel=1e-6)
+    group = np.arange(config.n_routed_experts) // config.experts_per_group
+    inside = (group[:, None] == group) & ~np.eye(config.n_routed_experts, dtype=bool)
+    assert rates[inside].mean() == pytest.approx(measured[inside].mean(), rel=0.02)
+
+
+@pytest.mark.parametrize("config", [CONFIG, v3(32, 1, 1, 4)], ids=["groups", "flat"])
+@pytest.mark.parametrize("alike", [1, 25])
+def test_random_routing_has_no_pairs(alike, config):
+    """Also where all tokens of a document choose alike, and experts differ in load."""
+    found = 0
+    for _ in range(40):
+        scores = torch.rand(60 if alike > 1 else 1500, 32) + torch.linspace(0, 0.2, 32)
+        picks = rules.select(scores, config).repeat_interleave(alike, 0)[None]
+        found += bool(coselection(traced(picks, config, 60)).pairs)
+    assert found <= 5  # 5 % of 40 expected, at most
+
+
+@pytest.mark.parametrize("documents", [1, 60])
+def test_two_experts_that_go_together_are_found(documents):
+    picks = random_picks(v3(32, 1, 1, 4), 2, 3000)
+    with_both = torch.rand(3000) < 0.05
+    picks[1, with_both] = torch.tensor([5, 20, 1, 9])[None].repeat(int(with_both.sum()), 1)
+    picks[1, with_both, 2:] = torch.stack([torch.randperm(4)[:2] + 28 for _ in range(int(with_both.sum()))])
+    found = coselection(traced(picks, v3(32, 1, 1, 4), documents))
+    strongest = found.pairs[0]
+    pairs = {(pair.layer, pair.first, pair.second) for pair in found.pairs}
+    assert (1, 5, 20) in pairs
+    assert all(layer == 1 for layer, _, _ in pairs)
+    assert strongest.lift > 1.5
+    assert strongest.p_value <= 0.05
+    assert found.by_documents == (documents == 60)
+    assert found.tests == 2 * 32 * 31 // 2
+    read = json.loads(json.dumps(found.to_dict(), allow_nan=False))
+    assert {row["layer"] for row in read["pairs"]} == {"model.layers.1.mlp"}
+    for lang in ("en", "zh"):
+        assert "e5 e20" in shown(coselection_table(found, lang, 40))
+        assert "+" in shown(coselection_table(dataclasses.replace(found, pairs=found.pairs * 2), lang, 1))
+
+
+def test_what_has_no_pairs_is_said():
+    none = coselection(traced(random_picks(CONFIG, 1, 200)))
+    assert "no pair is chosen together beyond chance" in shown(coselection_table(none))
+    assert coselection(traced(torch.full((1, 50, 4), 32))).pairs == ()
+    assert coselection(traced(torch.zeros(1, 0, 4))).pairs == ()
+    with pytest.raises(ValueError, match="num_experts_per_tok=1 leaves no pairs"):
+        coselection(traced(random_picks(v3(8, 1, 1, 1), 1, 9), v3(8, 1, 1, 1)))
+    with pytest.raises(ValueError, match="alpha=2"):
+        coselection(none if isinstance(none, Trace) else traced(random_picks(CONFIG, 1, 9)), alpha=2)
+
+
+# stability
+
+
+def test_agreement_of_sets_is_that_of_python():
+    a, b = (np.random.default_rng(seed).integers(0, 9, (300, 4)) for seed in (0, 1))
+    a, b = (np.stack([np.random.default_rng(i).permutation(9)[:4] for i in range(s, s + 300)]) for s in (0, 1000))
+    a[:3], b[:3] = 8, 8  # nobody
+    a[3] = 8
+    jaccard, same = set_agreement(a, b, 8)
+    for token in range(300):
+        ours, theirs = ({e for e in row[token].tolist() if e < 8} for row in (a, b))
+        if not ours | theirs:
+            assert np.isnan(jaccard[token])
+            assert np.isnan(same[token])
+        else:
+            assert jaccard[token] == pytest.approx(len(ours & theirs) / len(ours | theirs))
+            assert same[token] == (ours == theirs)
+
+
+def test_a_trace_is_stable_against_itself_and_slots_may_differ():
+    trace = traced(random_picks(CONFIG, 3, 200), documents=10)
+    found = stability(trace, dataclasses.replace(trace, picks=trace.picks.flip(-1)))
+    for layer in range(3):
+        assert found.jaccard[layer].value == found.same_set[layer].value == 1.0
+        assert found.load_correlation[layer].value == pytest.approx(1.0)
+        assert not found.jaccard[layer].is_chance
+    assert found.checked is False
+
+
+def test_unrelated_routings_agree_as_chance_does():
+    inside = dict.fromkeys(("jaccard", "same_set", "load_correlation"), 0)
+    for _ in range(60):
+        found = stability(traced(random_picks(CONFIG, 1, 300)), traced(random_picks(CONFIG, 1, 300)))
+        for name in inside:
+            inside[name] += getattr(found, name)[0].is_chance
+    assert inside["jaccard"] >= 45  # 54 expected
+    assert inside["load_correlation"] >= 45
+    assert inside["same_set"] >= 40
+
+
+def test_a_moved_checkpoint_agrees_in_part():
+    logits = torch.randn(400, 32)
+    before, after = (rules.select(logits + noise, CONFIG) for noise in (0.0, torch.randn(400, 32) * 0.3))
+    a, b = (traced(picks[None], documents=20) for picks in (before, after))
+    found = stability(a, b)
+    expected = [
+        len(set(x) & set(y)) / len(set(x) | set(y)) for x, y in zip(before.tolist(), after.tolist(), strict=True)
+    ]
+    assert found.jaccard[0].value == pytest.approx(np.mean(expected))
+    assert found.errors[0] == pytest.approx(np.std(expected) / np.sqrt(400), rel=0.5)
+    read = json.loads(json.dumps(found.to_dict(), allow_nan=False))
+    assert read["layers"][0]["jaccard"]["value"] == pytest.approx(np.mean(expected))
+    for lang in ("en", "zh"):
+        assert "0 layers.0" in shown(stability_table(found, lang))
+
+
+def test_a_layer_without_data_has_no_agreement():
+    a = traced(torch.full((1, 50, 4), 32))
+    found = stability(a, a)
+    assert not found.jaccard[0].is_known
+    assert found.to_dict()["layers"][0]["jaccard"] is None
+    assert "no data" in shown(stability_table(found))
+    assert stability(traced(torch.zeros(0, 0, 4)), traced(torch.zeros(0, 0, 4))).jaccard == ()
+
+
+def test_traces_of_other_tokens_are_refused_with_the_reason():
+    ids = torch.arange(60)
+    a = traced(random_picks(CONFIG, 2, 60), input_ids=ids)
+    other = ids.clone()
+    other[7] = 99
+    for b, message in (
+        (traced(random_picks(CONFIG, 2, 61)), "the traces have 60 and 61 tokens"),
+        (traced(random_picks(CONFIG, 1, 60)), "the traces have 2 and 1 layers"),
+        (traced(random_picks(v3(16, 4, 2, 4), 2, 60), v3(16, 4, 2, 4)), "the traces have 32 and 16 experts"),
+        (dataclasses.replace(a, input_ids=other), "token 7 has ids 7 and 99: the texts differ"),
+        (dataclasses.replace(a, sequences=ids // 30), "split their tokens into documents differently"),
+        (dataclasses.replace(a, layers=("x\x1b[0m", "y")), r"layers 'model.layers.0.mlp' and 'x\\\\x1b\[0m' in one"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            stability(a, b)
+    assert stability(a, dataclasses.replace(a, picks=a.picks.roll(1, 1))).checked is True

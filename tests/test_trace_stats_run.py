@@ -1,0 +1,389 @@
+"""Statistics of whole runs: numbers against loops, what is not known, words, HTML, and the collapse of a real model."""
+
+import dataclasses
+import json
+import math
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+import torch
+from cases import v3
+from rich.console import Console
+
+import moesaic as ms
+from moesaic import rules
+from moesaic.trace.measures import MEANINGS, meaning
+from moesaic.trace.placement import distinct_places, place_experts, read_placement
+from moesaic.trace.stats import STATUSES, layer_report, stats
+from moesaic.trace.store import Trace
+from moesaic.trace.tables import stats_tables
+from moesaic.types import Routing
+
+CONFIG = v3(32, 4, 2, 4)
+
+
+def scored(config=CONFIG, n_tokens=300, n_layers=2, documents=1, **fields) -> Trace:
+    """A trace with scores, weights and biases, routed by the rule."""
+    routings, biases = {}, {}
+    for layer in range(n_layers):
+        bias = torch.randn(config.n_routed_experts) * 0.01 if config.has_correction_bias else None
+        name = f"model.layers.{layer}.mlp"
+        routings[name] = rules.route(torch.randn(n_tokens, config.n_routed_experts), bias, config)
+        biases[name] = bias
+    sequences = torch.arange(n_tokens) * documents // n_tokens
+    return Trace.from_routings(routings, config, biases, sequences=sequences, **fields)
+
+
+def shown(renderable, width=200) -> str:
+    console = Console(width=width, no_color=True)
+    with console.capture() as capture:
+        console.print(renderable)
+    return capture.get()
+
+
+# numbers
+
+
+def test_nodes_are_counted_as_a_loop_counts_them():
+    trace = scored()
+    placement = torch.randint(0, 5, (32,)).tolist()
+    run = stats(trace, placement=placement)
+    for layer in range(2):
+        counted = [len({placement[e] for e in row}) for row in trace.picks[layer].tolist()]
+        assert run.values["nodes"][layer] == pytest.approx(np.mean(counted))
+        assert run.layers[layer].measures["nodes"].band.low > 1
+    by_group = stats(trace, nodes=4)
+    assert by_group.values["nodes"] == pytest.approx(by_group.values["groups_reached"])
+    assert by_group.low["nodes"] == pytest.approx(by_group.low["groups_reached"])
+    assert "nodes" not in stats(trace).values
+
+
+@pytest.mark.parametrize("n_places", [1, 3, 8, 9, 63, 64, 130])
+def test_distinct_places_for_any_number_of_them(n_places):
+    place = np.random.default_rng(n_places).integers(0, n_places, 130)
+    place[0] = n_places - 1
+    picks = np.random.default_rng(0).integers(0, 131, (200, 6))
+    expected = [len({place[e] for e in row if e < 130}) for row in picks]
+    assert distinct_places(picks, place).tolist() == expected
+    assert distinct_places(picks[:0], place).tolist() == []
+
+
+def test_placements_that_make_no_sense_are_refused(tmp_path):
+    for given, message in (
+        ({"nodes": 5}, "nodes=5 does not divide n_routed_experts=32: use a divisor"),
+        ({"nodes": 0}, "nodes=0 does not divide"),
+        ({"placement": [0, 1]}, r"placement has shape \[2\], not \[32\]"),
+        ({"placement": [0.5] * 32}, "placement holds float64, not whole numbers"),
+        ({"placement": [-1] * 32}, "placement has nodes -1 to -1: number them from 0"),
+        ({"placement": [10**6] * 32}, "placement has nodes 1000000 to 1000000"),
+        ({"placement": [0] * 32, "nodes": 4}, "nodes and placement are both given"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            place_experts(32, **given)
+    file = tmp_path / "placement.json"
+    for content, message in (
+        ("{}", "not a list of whole numbers"),
+        ("[true]", "not a list of whole numbers"),
+        ("[[0]]", "not a list of whole numbers"),
+        ("[0, 1", "not a JSON file"),
+        ("[" * 100_000, "not a JSON file"),
+        ("[99999999999999999999]", "beyond 2"),
+        ("[0, 1]", r"placement has shape \[2\]"),
+    ):
+        file.write_text(content)
+        with pytest.raises(ValueError, match=message):
+            read_placement(file, 32)
+    with pytest.raises(ValueError, match="cannot be read"):
+        read_placement(tmp_path / "none.json", 32)
+    file.write_text(json.dumps([0, 1] * 16))
+    assert read_placement(file, 32).tolist() == [0, 1] * 16
+
+
+@pytest.mark.parametrize("factor", [0.5, 1.0, 1.25, 4.0])
+def test_what_a_capacity_drops_is_what_a_loop_drops(factor):
+    trace = scored(n_tokens=301)
+    run = stats(trace, capacity=[factor])
+    for layer in range(2):
+        room = dict.fromkeys(range(32), math.ceil(factor * 301 * 4 / 32))
+        dropped = 0
+        for expert in trace.picks[layer].flatten().tolist():
+            dropped += room[expert] == 0
+            room[expert] -= room[expert] > 0
+        assert run.values[f"dropped_at_{factor:g}"][layer] == pytest.approx(dropped / (301 * 4))
+    measure = run.layers[0].measures[f"dropped_at_{factor:g}"]
+    assert measure.band.low - 1e-4 <= measure.band.mean <= measure.band.limit
+    if factor == 0.5:
+        assert measure.value == pytest.approx(0.5, abs=0.01)
+
+
+@pytest.mark.parametrize("config", [CONFIG, v3(16, 1, 1, 3, topk_method="greedy", scoring_func="softmax")])
+def test_margins_are_the_lead_of_the_last_chosen_over_the_best_left(config):
+    trace = scored(config)
+    for layer in range(2):
+        leads = []
+        for token in range(len(trace)):
+            scores = rules.score(trace.logits[layer, token][None], config)[0]
+            scores = scores if trace.bias is None else scores + trace.bias[layer]
+            chosen = set(trace.picks[layer, token].tolist())
+            size, kept = config.experts_per_group, range(config.n_group)
+            if config.n_group > 1:
+                best_two = scores.view(config.n_group, size).topk(2).values.sum(-1)
+                kept = best_two.topk(config.topk_group).indices.tolist()
+            left = [e for e in range(config.n_routed_experts) if e // size in kept and e not in chosen]
+            leads.append(float(min(scores[e] for e in chosen)) - float(max(scores[e] for e in left)))
+        measure = layer_report(trace, layer).measures["margin"]
+        assert measure.value == pytest.approx(np.median(leads), rel=1e-4)
+        assert measure.kind == "sample"
+        assert measure.band.low < measure.value < measure.band.high
+
+
+def test_a_margin_is_no_data_where_it_cannot_be_known():
+    trace = scored()
+    unknown = tuple(dataclasses.replace(c, topk_method="unknown", n_group=1, topk_group=1) for c in trace.configs)
+    cases = {
+        "picks only": dataclasses.replace(trace, logits=None),
+        "bias not recorded": dataclasses.replace(trace, bias=None),
+        "rule not known": dataclasses.replace(trace, configs=unknown),
+        "another rule chose": dataclasses.replace(trace, picks=trace.picks.roll(1, 1)),
+        "nobody left": scored(v3(8, 4, 1, 2)),
+    }
+    for why, case in cases.items():
+        assert math.isnan(layer_report(case).measures["margin"].value), why
+        assert stats(case).to_dict()["layers"][0]["measures"]["margin"] == {"value": None, "band": None}, why
+    assert not math.isnan(layer_report(trace).measures["margin"].value)
+
+
+def test_weight_entropy_is_that_of_each_tokens_shares():
+    trace = scored()
+    share = trace.weights[0].double() / trace.weights[0].double().sum(-1, keepdim=True)
+    expected = -(share * share.log()).sum(-1).mean() / math.log(4)
+    assert layer_report(trace).measures["weight_entropy"].value == pytest.approx(float(expected), rel=1e-5)
+    even = dataclasses.replace(trace, weights=torch.full_like(trace.weights, 0.25))
+    assert layer_report(even).measures["weight_entropy"].value == pytest.approx(1.0)
+    none = dataclasses.replace(trace, weights=None, logits=None)
+    assert math.isnan(stats(none).values["weight_entropy"][0])
+    broken = trace.weights.clone()
+    broken[0, :150] = torch.nan
+    assert 0 < layer_report(dataclasses.replace(trace, weights=broken)).measures["weight_entropy"].value < 1
+
+
+def test_slots_without_an_expert_are_said_and_counted_nowhere_else():
+    trace = scored(n_tokens=400)
+    picks, weights = trace.picks.clone(), trace.weights.clone()
+    picks[0, :100], picks[0, 100:200, 3] = 32, 32
+    weights[0, 100:200, 3] = 99.0  # to be ignored
+    ragged = dataclasses.replace(trace, picks=picks, weights=weights)
+    report = layer_report(ragged)
+    assert report.n_tokens == 300
+    assert report.measures["no_expert"].value == pytest.approx(500 / 1600)
+    counted = [len({e // 8 for e in row if e < 32}) for row in picks[0, 100:].tolist()]
+    assert report.measures["groups_reached"].value == pytest.approx(np.mean(counted))
+    assert report.measures["weight_entropy"].value < 1
+    assert report.status == "chance"
+    assert report.load.sum() == 1100
+
+
+def test_a_rule_that_keeps_fewer_groups_than_are_reached_is_seen():
+    trace = scored()
+    wide = dataclasses.replace(trace, picks=torch.tensor([0, 8, 16, 24]).expand(2, 300, 4).to(torch.int16))
+    assert stats(wide).values["over_limit"].tolist() == [1.0, 1.0]
+    assert stats(trace).values["over_limit"].tolist() == [0.0, 0.0]
+    assert stats(trace).values["groups_kept"].tolist() == [2.0, 2.0]
+
+
+@pytest.mark.parametrize("method", ["unknown", "balanced", "greedy"])
+def test_a_layer_without_a_known_rule_is_judged_as_k_of_e(method):
+    config = dataclasses.replace(CONFIG, topk_method=method, n_group=1, topk_group=1)
+    picks = torch.rand(1, 500, 32).topk(4).indices.to(torch.int16)
+    run = stats(Trace(picks=picks, layers=("a",), configs=(config,), sequences=torch.zeros(500, dtype=torch.int64)))
+    assert run.status == "chance"
+    assert {"overlap", "groups_reached"}.isdisjoint(run.values)
+
+
+def test_the_report_of_a_layer_is_that_of_the_run():
+    trace = scored(documents=30)
+    one, run = layer_report(trace, 1), stats(trace).layers[1]
+    assert one.measures == run.measures
+    assert (one.status, one.p_value, one.verdict_en) == (run.status, run.p_value, run.verdict_en)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("alpha", 0.0), ("alpha", 1.0), ("capacity", [0.0]), ("capacity", [math.nan])]
+)
+def test_arguments_that_make_no_sense_are_refused(name, value):
+    with pytest.raises(ValueError, match=f"^{name}="):
+        stats(scored(n_tokens=10), **{name: value})
+
+
+# what is not there
+
+
+def test_layers_without_data_and_missing_layers_are_said():
+    trace = dataclasses.replace(scored(n_tokens=400), missing=("model.layers.9.mlp", "evil\x1b[31m.layers.7"))
+    run = stats(trace)
+    assert (run.status, run.is_healthy, run.is_sick) == ("partly", False, False)
+    assert "2 of 4 layers without data, so nothing is said of them: layers.9, layers.7" in run.verdict("en")
+    assert "4 层中有 2 层没有数据，对它们不作判断：layers.9, layers.7" in run.verdict("zh")
+    for text in (shown(stats_tables(run, "en")), shown(stats_tables(run, "zh")), run._repr_html_(), run.verdict()):
+        assert "layers.9" in text
+        assert "\x1b" not in text
+    picks = trace.picks.clone()
+    picks[1] = 32
+    run = stats(dataclasses.replace(trace, picks=picks, missing=()))
+    assert run.status == "partly"
+    assert run.layers[1].status == "no_data"
+    assert "1 of 2 layers without data" in run.verdict()
+    assert math.isnan(run.values["cv"][1])
+    assert "nan" not in shown(stats_tables(run)) + run._repr_html_() + json.dumps(run.to_dict(), allow_nan=False)
+
+
+@pytest.mark.parametrize("n_layers", [0, 2])
+def test_nothing_recorded_is_no_data_and_never_healthy(n_layers):
+    trace = Trace(
+        picks=torch.zeros(n_layers, 0, 4, dtype=torch.int16),
+        layers=tuple("ab"[:n_layers]),
+        configs=(CONFIG,) * n_layers,
+        missing=("c",),
+    )
+    run = stats(trace)
+    assert (run.status, run.is_healthy) == ("no_data", False)
+    assert run.verdict("en").startswith("Nothing can be said: no layer has data.")
+    assert run.verdict("zh").startswith("无法下结论：没有任何一层有数据。")
+    assert "healthy" not in run._repr_html_()
+    json.dumps(run.to_dict(), allow_nan=False)
+    assert "c" in shown(stats_tables(run))
+
+
+def test_too_few_tokens_are_no_ground_for_a_verdict():
+    run = stats(scored(n_tokens=20))
+    assert (run.status, run.is_healthy) == ("too_few", False)
+    assert "too few tokens to judge (it takes 8 assignments per expert)" in run.verdict()
+    assert run.layers[0].hot == run.layers[0].dead == ()
+
+
+def test_too_few_documents_of_alike_tokens_are_no_ground_either():
+    trace = scored(v3(64, 8, 4, 4), n_tokens=24)
+    alike = trace.select(torch.arange(24).repeat_interleave(50))
+    run = stats(dataclasses.replace(alike, sequences=torch.arange(24).repeat_interleave(50)))
+    assert run.status == "too_few"
+    assert run.layers[0].verdict() == "too few documents to judge: their tokens count as 24"
+
+
+# how it is shown
+
+
+class Parts(HTMLParser):
+    """Tags and attribute names of a piece of HTML, and whether every tag is closed."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags, self.attributes, self.open = set(), set(), []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.add(tag)
+        self.attributes |= {name for name, _ in attrs}
+        if tag not in ("br", "rect", "line"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.handle_starttag(tag, attrs)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def test_html_is_self_contained_escaped_and_says_the_verdict():
+    trace = scored(n_tokens=400)
+    evil = dataclasses.replace(
+        trace, model="<script>alert(1)</script>", layers=("<img src=x onerror=alert(1)>", 'a" onclick="x\u202e')
+    )
+    html = stats(evil, nodes=4)._repr_html_()
+    parts = Parts(html)
+    assert parts.open == []
+    assert parts.tags <= {"div", "details", "summary", "b", "br", "table", "thead", "tbody", "tr", "th", "td", "span",
+                          "svg", "rect", "line"}  # fmt: skip
+    assert not any(name.startswith("on") or name in ("src", "href") for name in parts.attributes)
+    assert not re.search(r"https?:|url\(|<script|<img|\u202e", html)
+    assert "within chance" in html
+    assert "在随机范围内" in html
+
+
+@pytest.mark.parametrize("lang", ["en", "zh"])
+def test_the_tables_hold_every_number_with_its_meaning(lang):
+    run = stats(scored(n_tokens=400), nodes=4)
+    text = shown(stats_tables(run, lang))
+    for name in run.values:
+        assert name in text
+        assert meaning(name, lang)[:12] in text
+    for report in run.layers:
+        assert report.verdict(lang) in text
+    with pytest.raises(ValueError, match="lang='fr' is unknown: use 'zh' or 'en'"):
+        stats_tables(run, "fr")
+
+
+def test_every_measure_has_a_meaning_in_both_languages():
+    run = stats(scored(n_tokens=400), nodes=4)
+    assert {name.partition("_at_")[0] for name in run.values} == set(MEANINGS)
+    assert all(set(words) == {"en", "zh"} for words in MEANINGS.values())
+
+
+def test_the_dictionary_is_strict_json_and_complete():
+    run = stats(scored(n_tokens=400, documents=40), nodes=4)
+    read = json.loads(json.dumps(run.to_dict(), allow_nan=False))
+    assert read["status"] in STATUSES
+    assert [layer["load"] for layer in read["layers"]] == run.load.tolist()
+    assert set(read["layers"][0]["measures"]) == set(run.values) == set(read["overall"]) == set(read["meanings"])
+    for name, about in read["overall"].items():
+        if about is not None:
+            assert about["median"] == pytest.approx(float(np.nanmedian(run.values[name])))
+
+
+# the collapse of ecosystem's first finding
+
+
+@pytest.fixture(scope="module")
+def collapsed() -> Trace:
+    """A tiny DeepSeek-V3 of transformers whose first layer is forced onto four experts by its correction bias."""
+    from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "moe_intermediate_size": 16, "vocab_size": 64}
+    heads = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8}
+    routing = {"n_routed_experts": 16, "n_group": 4, "topk_group": 2, "num_experts_per_tok": 4}
+    layers = {"num_hidden_layers": 2, "first_k_dense_replace": 0, "num_attention_heads": 2, "num_key_value_heads": 2}
+    model = DeepseekV3ForCausalLM(DeepseekV3Config(**sizes, **heads, **routing, **layers)).eval()
+    model.model.layers[0].mlp.gate.e_score_correction_bias[:4] = 50
+    with ms.record(model, detail="scores") as recorder, torch.no_grad():
+        model(torch.randint(0, 64, (1, 128)))
+    return recorder.trace
+
+
+def test_the_collapse_that_other_tools_miss_is_called_by_its_name(collapsed):
+    run = stats(collapsed)
+    assert run.load[0].tolist() == [128] * 4 + [0] * 12
+    assert run.status == run.layers[0].status == "collapsed"
+    assert run.is_sick
+    assert "layers.0 collapsed onto 4 of 16 experts (all load sits on e0 e1 e2 e3)" in run.verdict("en")
+    assert "layers.0 坍缩：16 个专家中只有 4 个在工作（全部负载落在 e0 e1 e2 e3 上）" in run.verdict("zh")
+    assert "about this text" in run.verdict("en")
+    assert run.layers[0].dead == tuple(range(4, 16))
+    assert run.layers[0].hot == (0, 1, 2, 3)
+    assert run.layers[0].measures["carriers"].value == 4
+    assert "collapsed onto 4 of 16 experts" in run._repr_html_()
+    assert run.layers[1].status != "collapsed"
+
+
+@pytest.mark.parametrize("n_documents", [1, 2, 4, 8, 64])
+def test_a_collapse_is_seen_in_any_number_of_documents(collapsed, n_documents):
+    split = dataclasses.replace(collapsed, sequences=torch.arange(128) * n_documents // 128)
+    assert stats(split).layers[0].verdict() == "collapsed onto 4 of 16 experts"
+
+
+def test_a_trace_from_routings_without_scores_is_judged_too():
+    ids = torch.arange(4).repeat(128, 1)
+    trace = Trace.from_routings({"moe": Routing(None, torch.ones(128, 4), ids)}, v3(16, 4, 2, 4))
+    assert stats(trace).verdict("en").startswith("The one layer is collapsed: moe collapsed onto 4 of 16 experts")
+    assert stats(trace).verdict("zh").startswith("仅有的一层坍缩：moe 坍缩：16 个专家中只有 4 个在工作")

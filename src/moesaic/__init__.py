@@ -18,10 +18,14 @@ _HOMES = {
     "Router": "moesaic.layer.router",
     "Routing": "moesaic.types",
     "attach": "moesaic.hf.experts",
+    "diff": "moesaic.trace.diff",
     "load": "moesaic.trace.reader",
     "record": "moesaic.trace.record",
+    "replay": "moesaic.trace.replay",
     "route": "moesaic.rules",
+    "stats": "moesaic.trace.stats",
     "steps": "moesaic.trace.steps",
+    "what_if": "moesaic.trace.what_if",
 }
 __all__ = list(_HOMES)
 

@@ -9,10 +9,17 @@ import typer
 
 from moesaic import __version__
 from moesaic.cli.bench import bench, tune
+from moesaic.cli.check import check
 from moesaic.cli.demo import demo
+from moesaic.cli.diff import diff
 from moesaic.cli.doctor import doctor
+from moesaic.cli.import_ import import_
+from moesaic.cli.models import models
+from moesaic.cli.stats import stats
 from moesaic.cli.steps import steps
+from moesaic.cli.trace import trace
 from moesaic.cli.train import train
+from moesaic.cli.what_if import what_if
 
 app = typer.Typer(
     name="moesaic",
@@ -24,11 +31,13 @@ app = typer.Typer(
 benches = typer.Typer(invoke_without_command=True)
 benches.callback()(bench)
 benches.command()(tune)
+# in the order of use: look first, then judge, then what is for builders
+for command in (demo, trace, steps, stats, diff, what_if, check):
+    app.command()(command)
+app.command(name="import")(import_)
+for command in (models, train, doctor):
+    app.command()(command)
 app.add_typer(benches, name="bench")
-app.command()(demo)
-app.command()(doctor)
-app.command()(steps)
-app.command()(train)
 
 
 def _print_version(wanted: bool) -> None:

@@ -1,7 +1,9 @@
 """A model run again with recorded experts."""
 
 import copy
+import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from hf_every_family import token_ids as few_ids
 from hf_models import FAMILIES, MORE_FAMILIES, tiny, token_ids
 from torch.utils.checkpoint import checkpoint
 
+from moesaic import rules
 from moesaic.config import MoEConfig
 from moesaic.hf.experts import attach
 from moesaic.hf.modules import moe_layers
@@ -337,6 +340,16 @@ def test_a_rule_that_is_not_the_models_is_found_before_its_weights_are_used():
             model(input_ids=ids)
 
 
+def test_a_gate_whose_code_rounds_otherwise_keeps_its_own_bits(monkeypatch):
+    """As a kernel on a GPU does: where the model would choose what was recorded, its own weights are taken."""
+    ulp = SimpleNamespace(score=rules.score, weigh=lambda *args: rules.weigh(*args) * (1 + 2.0**-22))
+    monkeypatch.setattr(sys.modules["moesaic.trace.replay"], "rules", ulp)
+    layer, x = DeepseekV3MoE(v3(16, 4, 2, 4)), torch.randn(2, 5, 32)
+    (expected,), trace = recorded(layer, {"x": x})
+    with replay(layer, trace), torch.no_grad():
+        assert torch.equal(layer(x), expected)
+
+
 def test_slots_without_an_expert_stay_empty():
     layer = DeepseekV3MoE(v3(16, 4, 2, 4))
     x = torch.randn(6, 32)
@@ -460,12 +473,11 @@ def test_wrapped_models_know_their_padding_and_the_model_without_its_head_can_be
     mask[1, :4] = 0
     call = {"input_ids": ids, "attention_mask": mask}
     (expected,), trace = recorded(model.module, call)
-    trace = replace(trace, layers=tuple(f"module.{name}" for name in trace.layers))
-    with replay(model, trace) as replayer, torch.no_grad():
+    wrapped = replace(trace, layers=tuple(layer.name for layer in moe_layers(model)))
+    with replay(model, wrapped) as replayer, torch.no_grad():
         assert torch.equal(model(**call).logits, expected)
     assert replayer.tokens == 8
-    inner = replace(trace, layers=tuple(name.removeprefix("module.") for name in trace.layers))
-    with replay(model.module, inner) as replayer, torch.no_grad():
+    with replay(model.module, trace) as replayer, torch.no_grad():
         model.module.model(**call)
     assert replayer.tokens == 8
 

@@ -40,13 +40,13 @@ def assemble(
         arrays["logits"] = torch.empty(len(seen), n_tokens, n_experts)
     for name, out in arrays.items():
         _move(name, [(layer.name, columns[layer.name]) for layer in seen], out)
-    bias = [biases.get(layer.name) for layer in seen]
+    bias = [biases[layer.name] for layer in seen if layer.name in biases]
     input_ids = _input_ids(calls)
     return Trace(
         picks=arrays["ids"],
         weights=arrays.get("weights"),
         logits=arrays.get("logits"),
-        bias=None if detail != "scores" or any(b is None for b in bias) else torch.stack(bias),
+        bias=torch.stack(bias) if len(bias) == len(seen) else None,
         layers=tuple(layer.name for layer in seen),
         configs=tuple(configs),
         origins=tuple(layer.origin for layer in seen),

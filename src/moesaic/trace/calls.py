@@ -22,7 +22,7 @@ class Listener(Protocol):
 
     def open(self, model: nn.Module, args: tuple, kwargs: dict) -> None: ...
 
-    def close(self, failed: bool) -> None: ...
+    def close(self, output: Any) -> None: ...
 
     def opened_in_graph(self, tokens: Tensor, mask: Tensor | None, unused: None, cached: bool) -> None: ...
 
@@ -65,7 +65,7 @@ def _before(model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] |
 def _after(model: nn.Module, _args: tuple, output: Any) -> None:
     if not torch.compiler.is_compiling() and not is_recompute():
         for listener in tuple(_listeners.get(model, ())):
-            listener.close(failed=output is None)
+            listener.close(output)
 
 
 def _begun_in_graph(model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:

@@ -33,13 +33,13 @@ class Column:
         """Copy `rows` [n, width] to the end. A width that differs from the first one is a ValueError."""
         if self._blocks and rows.shape[1] != self.width:
             raise ValueError(f"{rows.shape[1]} values a token after {self.width}: a layer keeps its width")
-        start = 0
-        while start < len(rows):
-            room = len(self._blocks[-1]) - self._used if self._blocks else 0
+        start, n_rows = 0, rows.shape[0]
+        while start < n_rows:
+            room = self._blocks[-1].shape[0] - self._used if self._blocks else 0
             if not room:
-                self._blocks.append(_block(max(FIRST_ROWS, self._rows, len(rows)), rows.shape[1], self.dtype))
-                self._used, room = 0, len(self._blocks[-1])
-            count = min(room, len(rows) - start)
+                self._blocks.append(_block(max(FIRST_ROWS, self._rows, n_rows), rows.shape[1], self.dtype))
+                self._used, room = 0, self._blocks[-1].shape[0]
+            count = min(room, n_rows - start)
             self._blocks[-1][self._used : self._used + count] = rows[start : start + count]
             self._used += count
             self._rows += count

@@ -134,16 +134,24 @@ class Recorder:
         if self._running == 1:
             self._current = describe_forward(model, args, kwargs)
 
-    def close(self, failed: bool) -> None:
-        """It is over. What a failed one has left is dropped."""
+    def close(self, output: Any) -> None:
+        """It is over. What a failed one, which has no output, has left is dropped."""
         if not self._running:  # it began before the recording
             return
         self._running -= 1
-        if failed:
+        if output is None:
             self._pending.clear()
         if not self._running:
+            self._name_cache(getattr(output, "past_key_values", None))
             self._commit()
             self._current = None
+
+    def _name_cache(self, cache: Any) -> None:
+        """Whose cache this is: a model that is called without one makes it."""
+        before = self._current
+        if cache is not None and before is not None and not before.cache:
+            after = before._replace(cache=id(cache))
+            self._pending = [r._replace(forward=after) if r.forward is before else r for r in self._pending]
 
     def opened_in_graph(self, tokens: Tensor, mask: Tensor | None, unused: None, cached: bool) -> None:
         """A call begins whose end nobody will tell."""

@@ -284,14 +284,17 @@ def test_recorded_families_are_reproduced_and_can_be_asked(family):
 
 
 def test_scores_that_a_model_computed_in_bfloat16_are_taken_in_bfloat16():
-    """gpt-oss scores the kept logits in the model's dtype."""
-    model = tiny("gpt_oss").bfloat16()
-    with record(model, detail="scores") as recorder, torch.no_grad():
-        model(input_ids=token_ids(4, 40))
-    trace = recorder.trace
-    assert trace.dtypes["logits"] == "bfloat16"
+    """There many of them tie; in float32 they would not, and other experts would be chosen."""
+    config = v3(64, 8, 4, 6, score_dtype="model", router_dtype="model")
+    logits, bias = torch.randn(200, 64).bfloat16(), torch.randn(64).mul(0.1)
+    routing = route(logits, bias, config)
+    trace = Trace.from_routings({"a": routing}, config, {"a": bias})
+    assert trace.dtypes == {"logits": "bfloat16", "weights": "bfloat16"}
+    assert not what_if(trace).flipped.any()
     found = what_if(replace(trace, weights=None))
-    assert torch.equal(found.trace.weights, trace.weights)
+    assert torch.equal(found.trace.weights[0], routing.weights.float())
+    with pytest.raises(ValueError, match="the recorded rule is not this one"):
+        what_if(replace(trace, dtypes={"logits": "float32", "weights": "float32"}))
 
 
 @pytest.mark.parametrize("lang", ["en", "zh"])

@@ -217,7 +217,7 @@ def _check_enough(masked: Tensor, config: MoEConfig, layer: str, empty: Tensor) 
 
 def _weights(trace: Trace, layer: int, config: MoEConfig, ids: Tensor, flipped: Tensor) -> Tensor:
     """Weights of the new choice from unbiased scores, rounded as the recorded ones; the recorded where none changed."""
-    scores = rules.score(logits_of(trace, layer), config).float()
+    scores = rules.score(logits_of(trace, layer), config)  # narrow where the model weighs in its own dtype
     weights = rules.weigh(scores, ids, config).to(dtype_of(trace.dtypes.get("weights")) or torch.float32).float()
     if trace.weights is None or trace.weights.shape[-1] != ids.shape[-1]:
         return weights

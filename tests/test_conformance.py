@@ -16,7 +16,9 @@ from torch import nn
 import moesaic as ms
 from moesaic.config import MoEConfig
 from moesaic.conformance import PROBES, as_gate, assert_conforms, check
+from moesaic.conformance.asking import CLEAR, clear_logits
 from moesaic.conformance.definition import decide
+from moesaic.conformance.verdict import NotApplicable
 from moesaic.families import PRESETS
 from moesaic.layer.router import Router
 from moesaic.rules import route
@@ -87,6 +89,14 @@ def test_the_margin_says_how_far_the_choice_is_from_another_one():
     assert decide([1.0, 1.0, 1.0, 1.0], None, config).margin == 0.0
     everything = dataclasses.replace(config, n_group=1, topk_group=1, num_experts_per_tok=4)
     assert decide([1.0, 2.0, 3.0, 4.0], None, everything).margin == math.inf
+
+
+def test_rows_that_rounding_could_decide_are_not_asked():
+    close = [decide(row.tolist(), None, SMALL) for row in clear_logits(SMALL, rows=12, spread=1e-4)]
+    assert len(close) == 12
+    assert min(decision.margin / max(decision.ranked_by) for decision in close) > CLEAR
+    with pytest.raises(NotApplicable, match="no row that would tell"):
+        clear_logits(SMALL, spread=0.0)
 
 
 def test_masked_experts_cannot_be_chosen_whatever_group_mask_says():

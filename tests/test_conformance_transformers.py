@@ -4,7 +4,8 @@ import json
 
 import pytest
 import torch
-from hf_models import FAMILIES, MORE_FAMILIES, tiny
+from hf_every_family import families, tiny_of
+from hf_models import FAMILIES, tiny
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
 
 from moesaic.config import MoEConfig
@@ -37,18 +38,26 @@ def test_a_router_of_transformers_follows_the_definition_and_its_fragile_points_
     assert sum(result.outcome == "pass" for result in report.results) >= 20
 
 
-MORE_WRONG: dict[str, set[str]] = {}
+# the suite cannot set their logits: hash routing, shared experts among the logits, a multiplier, a network before them
+CANNOT_BE_ASKED = {"deepseek_v4", "inkling", "muse_spark", "zaya"}
+# its float32 linear takes no bfloat16 weight, which it is never given; `families` calls its linear the model's dtype
+MAY_RAISE = {"inkling2": {"linear"}}
 
 
-@pytest.mark.parametrize("family", MORE_FAMILIES)
-def test_more_routers_of_transformers_are_asked_as_far_as_their_rule_is_known(family):
-    try:
-        report = check(tiny(family))
-    except ValueError as error:
-        assert "cannot be judged here" in str(error) or "give a function" in str(error)  # noqa: PT017
+@pytest.mark.parametrize("family", families())
+def test_no_router_of_any_family_differs_from_the_definition(family):
+    model = tiny_of(family).model
+    if model is None:
+        pytest.skip(f"{family} does not build tiny")
+    if family in CANNOT_BE_ASKED:
+        with pytest.raises(ValueError, match=r"cannot be judged|give the router itself|they cannot be set"):
+            check(model)
         return
-    assert {result.probe.id for result in report.failed("wrong")} == MORE_WRONG.get(family, set())
-    assert sum(result.outcome == "pass" for result in report.results) >= 10
+    report = check(model)
+    assert {result.probe.id for result in report.failed("wrong")} <= MAY_RAISE.get(family, set())
+    assert sum(result.outcome == "pass" for result in report.results) >= (
+        20 if report.gate.config.rule_is_known else 12
+    )
 
 
 def test_the_released_sizes_of_deepseek_v3_are_judged_from_its_config_alone(tmp_path):

@@ -200,13 +200,14 @@ def test_tokens_that_choose_alike_in_a_document_raise_no_alarm(lengths):
 
 def test_experts_for_one_domain_raise_no_alarm():
     """Every expert prefers one of four domains, and its use differs between documents; none is used more overall."""
-    config, runs, alarms = v3(16, 1, 1, 4), 120, 0
-    sequences = torch.arange(40).repeat_interleave(30)
+    config, runs, alarms = v3(16, 4, 2, 4), 120, 0
+    sequences = torch.arange(100).repeat_interleave(20)
     for _ in range(runs):
-        prefers = 2.0 * (torch.arange(16) % 4 == torch.randint(4, (40, 1)))
-        picks = (torch.randn(1200, 16) + prefers[sequences]).topk(4).indices
+        belongs = torch.randperm(16) % 4
+        prefers = 2.0 * (belongs == torch.randint(4, (100, 1)))
+        picks = rules.select(torch.randn(2000, 16) + prefers[sequences], config)
         alarms += stats(traced(picks[None], config, sequences)).is_sick
-    assert alarms <= 11
+    assert alarms <= 14  # 5 % expected; one variance for all experts would accuse a quarter
 
 
 @pytest.mark.parametrize(("config", "times"), [(v3(64, 8, 4, 8), 1.3), (v3(256, 8, 4, 8), 2.0)], ids=["64", "256"])

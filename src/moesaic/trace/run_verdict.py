@@ -1,5 +1,6 @@
 """The verdict on a whole run in sentences, worst first, and what its layers were judged by."""
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -19,7 +20,7 @@ WORDS = {
         "sits": " (all load sits on {e})", "carry": " (99 % of the load sits on {e})", "are": " ({e})",
         "chance": "{n} of {all} layers within chance: no expert has more or less than its share beyond chance.",
         "balanced": "{n} of {all} layers balanced: beyond chance but small.",
-        "seen": "An expert at {x:.2f}x its share would have been found in every layer judged.",
+        "seen": "An expert at {x:.2f}x its share would have been found in each of these.",
         "too_few": "{n} of {all} layers with too few tokens to judge (it takes {k} assignments per expert): {e}.",
         "no_data": "{n} of {all} layers without data, so nothing is said of them: {e}.",
         "documents": "Judged over {n:,} documents ({t:,} tokens), so it holds for texts like these.",
@@ -36,7 +37,7 @@ WORDS = {
         "sits": "（全部负载落在 {e} 上）", "carry": "（99% 的负载落在 {e} 上）", "are": "（{e}）",
         "chance": "{all} 层中有 {n} 层在随机范围内：没有专家的份额偏离得超出随机。",
         "balanced": "{all} 层中有 {n} 层均衡：超出随机，但幅度很小。",
-        "seen": "在每个判断过的层里，若有专家达到应得份额的 {x:.2f} 倍，都会被发现。",
+        "seen": "在这些层里，若有专家达到应得份额的 {x:.2f} 倍，都会被发现。",
         "too_few": "{all} 层中有 {n} 层 token 太少，无法判断（平均每个专家需要 {k} 次分配）：{e}。",
         "no_data": "{all} 层中有 {n} 层没有数据，对它们不作判断：{e}。",
         "documents": "依据 {n:,} 个文档（{t:,} 个 token），结论适用于同类文本。",
@@ -73,8 +74,8 @@ def run_verdict(
         if status in by_status:
             said.append(words[status].format(n=len(by_status[status]), all=count))
     judged = [report for report in reports if report.status not in UNJUDGED]
-    least = [report.least_seen for report in judged]
-    if "chance" in by_status and all(x == x for x in least):
+    least = [report.least_seen for report in by_status.get("chance", [])]
+    if least and all(map(math.isfinite, least)):
         said.append(words["seen"].format(x=max(least)))
     if few := by_status.get("too_few"):
         said.append(words["too_few"].format(n=len(few), all=count, k=ENOUGH, e=_names([r.layer for r in few], words)))

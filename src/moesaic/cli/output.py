@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     from moesaic.trace.store import Trace
 
 AGAIN = {
-    "en": ("Reproduce: {command}", "with {versions}, seed {seed}, config {digest}"),
-    "zh": ("复现：{command}", "版本 {versions}，随机种子 {seed}，配置 {digest}"),
+    "en": ("Reproduce: {command}", "with ", ", ", ("seed {}", "config {}")),
+    "zh": ("复现：{command}", "版本 ", "，", ("随机种子 {}", "配置 {}")),
 }
 
 
@@ -39,7 +39,10 @@ def make_ready(out: Path) -> None:
 
 def say_how_again(trace: "Trace", lang: str) -> None:
     """Print the command, versions, seed and config behind what was shown."""
-    command, with_what = AGAIN[lang]
-    versions = ", ".join(f"{name} {version}" for name, version in trace.versions.items())
+    from moesaic.trace.pieces import visible
+
+    command, begin, comma, (seed, config) = AGAIN[lang]
+    facts = [", ".join(f"{visible(name, 40)} {visible(version, 40)}" for name, version in trace.versions.items())]
+    facts += [seed.format(trace.seed)] if trace.seed is not None else []
     print("\n" + command.format(command=shlex.join(["moesaic", *sys.argv[1:]])))
-    print(with_what.format(versions=versions, seed=trace.seed, digest=trace.configs[0].digest()))
+    print(begin + comma.join([*facts, config.format(trace.configs[0].digest())]))

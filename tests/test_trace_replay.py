@@ -23,6 +23,7 @@ from moesaic.rules import route
 from moesaic.trace.record import record
 from moesaic.trace.replay import replay
 from moesaic.trace.steps import steps
+from moesaic.trace.store import load
 from moesaic.trace.what_if import what_if
 
 KNOWN = [*FAMILIES, *(name for name in MORE_FAMILIES if name in {"glm4_moe", "olmoe"})]
@@ -434,6 +435,32 @@ def test_a_forward_that_fails_gives_its_tokens_back():
         hook.remove()
         assert replayer.tokens == 0
         assert torch.equal(model(input_ids=ids).logits, expected)
+
+
+def test_a_record_of_ids_alone_and_one_read_from_a_file_are_enough(tmp_path):
+    model, ids = tiny("deepseek_v3"), token_ids()
+    (expected,), trace = recorded(model, {"input_ids": ids})
+    trace.save(tmp_path / "t.safetensors")
+    for enough in (replace(trace, weights=None, logits=None, bias=None), load(tmp_path / "t.safetensors")):
+        with replay(model, enough), torch.no_grad():
+            assert torch.equal(model(input_ids=ids).logits, expected)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+@pytest.mark.parametrize("family", ["deepseek_v3", "mixtral"])
+def test_on_a_gpu_an_unchanged_model_gives_the_recorded_logits_too(family):
+    model, ids = tiny(family).cuda(), token_ids().cuda()
+    (expected,), trace = recorded(model, {"input_ids": ids})
+    layer, x = DeepseekV3MoE(v3(16, 4, 2, 4)).cuda(), torch.randn(3, 5, 32, device="cuda")
+    (out,), own = recorded(layer, {"x": x})
+    with torch.no_grad():
+        with replay(model, trace):
+            assert torch.equal(model(input_ids=ids).logits, expected)
+        with replay(layer, own):
+            assert torch.equal(layer(x), out)
+        change_routers(layer)
+        with replay(layer, own):
+            assert torch.equal(recorded(layer, {"x": x})[1].picks, own.picks)
 
 
 def test_a_record_that_does_not_tell_texts_apart_is_read_in_its_order():

@@ -241,6 +241,12 @@ class DetachedSum(SoundGate):
         return weights / (weights.detach().sum(-1, keepdim=True) + 1e-20)
 
 
+class FrozenWeight(SoundGate):
+    def logits(self, x):
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(x.float(), self.weight.detach().float())
+
+
 class LearnedBias(SoundGate):
     def weigh(self, scores, biased, ids, x):
         through = (self.bias - self.bias.detach())[ids]  # zero, with a gradient

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from moesaic.cli.output import AGAIN, check_lang, print_json
+from moesaic.cli.output import check_lang, print_json
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -24,6 +24,7 @@ TEXTS: dict[str, dict[str, Any]] = {
         "good": "No result differs from the definition.",
         "bad": "Results differ from the definition on lawful input: do not train or serve with this gate.",
         "fragile_note": "Fragile: right until something usual happens. Each line says what.",
+        "again": "Reproduce: {command}\nwith {versions}, config {digest}",
         "unknown": "The rule of this family is not known here: only probes that need no rule were run.",
     },
     "zh": {
@@ -36,6 +37,7 @@ TEXTS: dict[str, dict[str, Any]] = {
         "good": "没有任何结果与定义不同。",
         "bad": "在合法输入上结果与定义不同：不要用这个门控训练或部署。",
         "fragile_note": "脆弱：现在正确，遇到常见情况就会出错。每一行说明是什么情况。",
+        "again": "复现：{command}\n版本 {versions}，配置 {digest}",
         "unknown": "这里不知道该模型家族的规则：只运行了不需要规则的探针。",
     },
 }  # fmt: skip
@@ -181,7 +183,6 @@ def versions() -> dict[str, str]:
 
 
 def _say_how_again(report: "Report", lang: str) -> None:
-    command, with_what = AGAIN[lang]
     listed = ", ".join(f"{name} {version}" for name, version in versions().items())
-    print("\n" + command.format(command=shlex.join(["moesaic", *sys.argv[1:]])))
-    print(with_what.format(versions=listed, seed=0, digest=report.gate.config.digest()))
+    command = shlex.join(["moesaic", *sys.argv[1:]])
+    print("\n" + TEXTS[lang]["again"].format(command=command, versions=listed, digest=report.gate.config.digest()))

@@ -88,14 +88,13 @@ def expect_definition(gate: Gate, logits: Tensor, bias: Tensor | None = None) ->
     return answer
 
 
-def compare(answer: Answer, logits: Tensor, bias: Tensor | None, config: MoEConfig, *, weights: bool = True) -> None:
+def compare(answer: Answer, logits: Tensor, bias: Tensor | None, config: MoEConfig) -> None:
     """Fault at the first row whose experts or weights are not the definition's."""
     bias_list = as_list(bias)
     for row, values in enumerate(logits.tolist()):
         decision = decide(values, bias_list, config)
         expect_experts(row, answer.ids[row].tolist(), decision)
-        if weights:
-            expect_weights(row, answer.ids[row].tolist(), answer.weights[row].tolist(), decision)
+        expect_weights(row, answer.ids[row].tolist(), answer.weights[row].tolist(), decision)
 
 
 def expect_experts(row: int, ids: list[int], decision: Decision) -> None:

@@ -112,13 +112,14 @@ class ModuleGate:
     def no_weight(self) -> Tensor:
         return torch.zeros(self.config.n_routed_experts, self.config.hidden_size)
 
-    def copy(self, dtype: torch.dtype | None = F32) -> nn.Module:
-        module = copy.deepcopy(self.module).cpu().eval()
-        return module if dtype is None else module.to(dtype)
+    def weight_gradient(self, module: nn.Module) -> Tensor | None:
+        """What a backward left at the weight of a prepared module, [E, D]."""
+        gradient = dict(module.named_parameters())[self._parts.weight].grad
+        return gradient.T if gradient is not None and self._parts.transposed else gradient
 
     def prepared(self, weight: Tensor, bias: Tensor | None = None, linear_bias: Tensor | None = None) -> nn.Module:
         """A copy with this [E, D] weight in its own dtype; the other tensors are float32. A bias left out is zero."""
-        module = self.copy()
+        module = copy.deepcopy(self.module).cpu().eval().to(F32)
         tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
         given = {self._parts.weight: weight, self._parts.linear_bias: linear_bias, self._parts.bias: bias}
         with torch.no_grad():

@@ -62,6 +62,20 @@ def gradient(gate: Gate) -> None:
                     f"{expected:.4g}",
                     row=row, expert=expert, got=got[row, expert].item(), expected=expected,
                 )  # fmt: skip
+    if isinstance(gate, ModuleGate) and ready.module is not None:
+        expect_weight_gradient(gate.weight_gradient(ready.module), got.T @ ready.inputs.detach())
+
+
+def expect_weight_gradient(got: Tensor | None, expected: Tensor) -> None:
+    """Fault where the router's weight did not get what arrived at the logits."""
+    got = torch.zeros_like(expected) if got is None else got
+    if not torch.allclose(got, expected, rtol=1e-3, atol=1e-6):
+        worst = (got - expected).abs().max().item()
+        raise Fault(
+            f"the router's weight misses up to {worst:.4g} of the gradient that its logits got",
+            f"路由器的权重少得了 logits 所得梯度中的 {worst:.4g}",
+            difference=worst,
+        )
 
 
 def slope(logits: list[float], expert: int, chosen: list[int], worth: list[float], config: MoEConfig) -> float:

@@ -21,6 +21,7 @@ from moesaic.trace.judge import VERDICTS
 from moesaic.trace.margins import margin_between
 from moesaic.trace.record import record
 from moesaic.trace.store import Trace
+from moesaic.trace.what_if import what_if
 
 CONFIG = v3(32, 4, 2, 4)
 
@@ -190,6 +191,31 @@ def test_a_rule_that_the_traces_name_is_named_in_the_reasons():
     reasons = [reason["en"] for reason in found.judgement.reasons]
     assert "layer 0: topk_group 2 / 3" in reasons
     assert any(reason.startswith("correction biases differ by up to") for reason in reasons)
+
+
+def test_another_bias_is_another_rule_although_each_follows_its_own():
+    logits, bias = logits_of(), biases_of()
+    found = diff(traced(logits, bias), traced(logits, bias * 0.5))
+    assert found.verdict == "different rule"
+    reasons = [reason["en"] for reason in found.judgement.reasons]
+    assert reasons[1:] == [f"correction biases differ by up to {float((bias / 2).abs().max()):.3g}"]
+    without = what_if(traced(logits, bias), drop_experts=[3, 7]).trace
+    found = diff(traced(logits, bias), without)
+    assert found.verdict == "different rule"
+    assert [reason["en"] for reason in found.judgement.reasons][1:] == ["never chosen in one of the two: e3 e7"]
+
+
+def test_scores_recorded_a_little_otherwise_than_they_were_used_are_no_other_rule():
+    """Another device rounds a sigmoid otherwise: wider than a tie of float32, and far from being a rule."""
+    config = v3(8, 1, 1, 2)
+    scores = torch.full((1, 200, 8), 0.2)
+    scores[..., 0], scores[..., 1], scores[..., 2] = 0.9, 0.5, 0.5 - 1e-6
+    a = traced(scores.logit(), torch.zeros(1, 8), config)
+    picks = a.picks.clone()
+    picks[0, :50] = torch.tensor([0, 2], dtype=torch.int16)
+    found = diff(a, replace(a, picks=picks), precision="float32")
+    assert found.verdict == "near-ties", found.sentences()
+    assert (found.by_layer()[0].flips, found.by_layer()[0].ties) == (50, 0)
 
 
 def test_a_rare_fault_is_another_rule_and_not_a_near_tie():

@@ -100,7 +100,8 @@ def _seen_from(
     here = margin_between(derived, target, config)
     margins = torch.full((len(mine),), torch.nan).index_put((rows,), here)
     near = nowhere.index_put((rows,), here <= rounding_bound(derived, config, precision))
-    tied = nowhere.index_put((rows,), compare(derived, target, None, config).experts)
+    check = compare(derived, target, None, config)
+    tied = nowhere.index_put((rows,), check.experts & check.tied)
     return finding._replace(
         tied=finding.tied | tied,
         margins=margins if finding.margins is None else torch.fmin(finding.margins, margins),
@@ -264,13 +265,18 @@ def _rule_differences(a: Trace, b: Trace) -> tuple[dict[str, str], ...]:
     if (a.bias is None) != (b.bias is None):
         out.append({"en": "a correction bias is recorded in one only", "zh": "只有一方记录了修正偏置"})
     elif a.bias is not None and b.bias is not None and not torch.equal(a.bias, b.bias):
-        largest = float((a.bias - b.bias).abs().max())
-        cast = all(_is_rounded(one, two) for one, two in zip(a.bias, b.bias, strict=True))
-        en, zh = (", as much as a cast to 16 bits does", "，即转为 16 位的误差") if cast else ("", "")
-        out.append({
-            "en": f"correction biases differ by up to {largest:.3g}{en}",
-            "zh": f"修正偏置最多相差 {largest:.3g}{zh}",
-        })  # fmt: skip
+        shut = a.bias.isneginf() != b.bias.isneginf()  # as a what-if leaves dropped experts
+        if shut.any():
+            names = " ".join(f"e{expert}" for expert in shut.any(0).nonzero().flatten().tolist())
+            out.append({"en": f"never chosen in one of the two: {names}", "zh": f"只在一方从不选用：{names}"})
+        apart = (a.bias - b.bias).abs().masked_fill(shut | a.bias.isneginf(), 0.0)
+        if largest := float(apart.max()):
+            cast = all(_is_rounded(one, two) for one, two in zip(a.bias, b.bias, strict=True))
+            en, zh = (", as much as a cast to 16 bits does", "，即转为 16 位的误差") if cast else ("", "")
+            out.append({
+                "en": f"correction biases differ by up to {largest:.3g}{en}",
+                "zh": f"修正偏置最多相差 {largest:.3g}{zh}",
+            })  # fmt: skip
     return tuple(out)
 
 

@@ -205,6 +205,15 @@ class CastBias(SoundGate):
         return nn.Module._apply(self, fn, recurse)
 
 
+class CastAndBack(SoundGate):
+    """Float32 again, and the value lost."""
+
+    def _apply(self, fn, recurse=True):
+        nn.Module._apply(self, fn, recurse)
+        self.bias.data = self.bias.data.float()
+        return self
+
+
 class LoadsAnyBias(SoundGate):
     @staticmethod
     def before_loading(module, state_dict, prefix, *_):

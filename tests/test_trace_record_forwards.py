@@ -13,6 +13,8 @@ from torch import nn
 
 from moesaic.layer.moe import DeepseekV3MoE, MoE
 from moesaic.trace.record import record
+from moesaic.trace.store import Trace
+from moesaic.types import Routing
 
 MEGABYTE = 1e6
 
@@ -362,6 +364,13 @@ def test_a_copy_made_while_recording_works_on_its_own_afterwards():
         other = copy.deepcopy(model)
     x = torch.randn(3, 32)
     assert torch.equal(other(x), model(x))
+
+
+def test_a_trace_of_ids_alone_can_be_made_by_hand():
+    ids = torch.tensor([[0, 3], [4, 1]])
+    trace = Trace.from_routings({"a": Routing(None, None, ids)}, v3(4, 1, 1, 2))
+    assert trace.detail == "ids"
+    assert torch.equal(trace.picks[0].long(), ids)
 
 
 def grown(n_tokens, detail):

@@ -112,12 +112,13 @@ class Trace:
         per_layer = (configs,) * len(rows) if isinstance(configs, MoEConfig) else tuple(configs)
         _check_one_size(names, rows, per_layer)
         with_logits = all(row.logits is not None for row in rows)
+        with_weights = all(row.weights is not None for row in rows)
         bias = [(biases or {}).get(name) for name in names]
         pick_dtype = torch.int16 if per_layer[0].n_routed_experts < 2**15 - 1 else torch.int32
         n_tokens = len(rows[0].expert_ids)
         return cls(
             picks=_stack([row.expert_ids for row in rows], pick_dtype),
-            weights=_stack([row.weights for row in rows], torch.float32),
+            weights=_stack([row.weights for row in rows], torch.float32) if with_weights else None,
             logits=_stack([row.logits for row in rows], torch.float32) if with_logits else None,
             bias=None if any(b is None for b in bias) else _stack(bias, torch.float32),
             sequences=torch.zeros(n_tokens, dtype=torch.int64) if sequences is None else sequences.long().cpu(),

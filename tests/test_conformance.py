@@ -303,3 +303,13 @@ def test_a_wrong_shape_is_what_every_probe_says():
     assert {"shapes", "definition", "one-token"} <= {result.probe.id for result in failed}
     shapes = next(result for result in failed if result.probe.id == "shapes")
     assert shapes.says.en == "weights have shape (6, 1), not [T, K] = (6, 4)"
+
+
+def test_a_bad_row_may_not_leave_the_group_limit():
+    def gate(logits, bias, config):
+        ids, weights = route_as_function(logits, bias, config)
+        return torch.where(logits.isnan().any(-1, keepdim=True), torch.tensor([0, 8, 16, 24]), ids), weights
+
+    (failed,) = check(gate, SMALL).failed()
+    assert failed.probe.id == "bad-rows"
+    assert failed.says.en == "all NaN: the bad row reaches 4 groups, 2 are allowed"

@@ -308,7 +308,8 @@ def test_a_wrong_shape_is_what_every_probe_says():
 def test_a_bad_row_may_not_leave_the_group_limit():
     def gate(logits, bias, config):
         ids, weights = route_as_function(logits, bias, config)
-        return torch.where(logits.isnan().any(-1, keepdim=True), torch.tensor([0, 8, 16, 24]), ids), weights
+        spread = torch.arange(ids.shape[1]) * 8 % 31  # another group each
+        return torch.where(logits.isnan().any(-1, keepdim=True), spread, ids), weights
 
     (failed,) = check(gate, SMALL).failed()
     assert failed.probe.id == "bad-rows"

@@ -39,6 +39,7 @@ def test_our_router_passes_both_levels_for_every_preset(preset):
     assert [str(result) for result in report.failed()] == []
     asked = [result for result in report.results if result.outcome == "pass"]
     assert len(asked) >= 24
+    assert ("too-many" in {result.probe.id for result in asked}) == (report.gate.config.n_group > 1)
     assert report.conforms
 
 

@@ -12,7 +12,7 @@ from moesaic.bench.timing import Entrant, Spread, interleave, spread
 from moesaic.trace.record import record
 
 PLAIN = "not recorded"
-MID_SIZE = {
+MID_SIZE: dict[str, Any] = {
     "vocab_size": 4096, "hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 8,
     "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 64, "num_experts": 64, "num_experts_per_tok": 8,
     "moe_intermediate_size": 256, "norm_topk_prob": True,

@@ -23,8 +23,12 @@ def check_lang(lang: str) -> str:
 
 
 def print_json(what: Any) -> None:
-    """One JSON document on stdout, strict: a number that is not finite must be None before it comes here."""
-    print(json.dumps(what, ensure_ascii=False, allow_nan=False))
+    """One JSON document on stdout, strict: a number that is not finite must be None before it comes here. Chinese is
+    written as it is, what could steer a terminal as an escape."""
+    from moesaic.trace.pieces import hidden
+
+    text = json.dumps(what, ensure_ascii=False, allow_nan=False)
+    print("".join(json.dumps(c)[1:-1] if hidden(c) else c for c in text))
 
 
 def make_ready(out: Path) -> None:

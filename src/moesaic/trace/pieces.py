@@ -10,8 +10,13 @@ def visible(text: str, most: int | None = None) -> str:
 
     most: characters of the result; longer ones end in "…".
     """
-    shown = "".join(_escaped(c) if unicodedata.category(c) in HIDDEN else c for c in text)
+    shown = "".join(_escaped(c) if hidden(c) else c for c in text)
     return shown if most is None or len(shown) <= most else shown[: most - 1] + "…"
+
+
+def hidden(character: str) -> bool:
+    """Whether a character is not to be seen but could change what is."""
+    return unicodedata.category(character) in HIDDEN
 
 
 def _escaped(character: str) -> str:

@@ -258,7 +258,8 @@ def test_provenance_is_kept():
 
 
 def test_a_detail_that_is_not_known_is_refused():
-    with pytest.raises(ValueError, match="detail='full' is unknown: use 'ids', 'picks' or 'scores'"), record(tiny(), "full"):
+    message = "detail='full' is unknown: use 'ids', 'picks' or 'scores'"
+    with pytest.raises(ValueError, match=message), record(tiny(), "full"):
         pass
 
 

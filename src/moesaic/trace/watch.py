@@ -32,8 +32,8 @@ DETAILS = ("ids", "picks", "scores")  # what an operator in a graph is given; a 
 _numbers = itertools.count()
 _told: dict[int, list[Callable[..., None]]] = {}  # number of a module -> whom to tell
 
-# No autograd: a copy of ids has no gradient, and what is reported of weights and logits is detached. The copy is what
-# the experts then use; an operator whose result nobody uses would be removed from a graph.
+# The copy is what the experts, or the model, then use: an operator whose result nobody uses would be removed from a
+# graph. Ids have no gradient, embeddings do, and it passes through; what is only reported is detached before.
 torch.library.define(
     "moesaic::watch",
     "(Tensor key, Tensor used, Tensor? first, Tensor? second, bool flag) -> Tensor",
@@ -48,6 +48,7 @@ def _watch(key: Tensor, used: Tensor, first: Tensor | None, second: Tensor | Non
 
 torch.library.impl("moesaic::watch", "CompositeExplicitAutograd")(_watch)
 torch.library.register_fake("moesaic::watch")(lambda _key, used, *_: torch.empty_like(used))
+torch.library.register_autograd("moesaic::watch", lambda _ctx, grad: (None, grad, None, None, None))
 
 
 def tell(key: Tensor, used: Tensor, first: Tensor | None = None, second: Tensor | None = None, flag: bool = False):

@@ -9,7 +9,7 @@ from foreign import E, config_file, encoded, megatron_lines, picked, sglang_dump
 
 from moesaic.cli.import_ import FORMATS, import_
 from moesaic.trace.imports import READERS
-from moesaic.trace.store import load
+from moesaic.trace.reader import load
 
 
 @pytest.fixture

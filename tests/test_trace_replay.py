@@ -20,10 +20,10 @@ from moesaic.hf.modules import moe_layers
 from moesaic.layer.moe import DeepseekV3MoE, MoE
 from moesaic.layer.router import Router
 from moesaic.rules import route
+from moesaic.trace.reader import load
 from moesaic.trace.record import record
 from moesaic.trace.replay import replay
 from moesaic.trace.steps import steps
-from moesaic.trace.store import load
 from moesaic.trace.what_if import what_if
 
 KNOWN = [*FAMILIES, *(name for name in MORE_FAMILIES if name in {"glm4_moe", "olmoe"})]

@@ -79,6 +79,17 @@ def test_a_trace_that_contradicts_itself_is_refused(fields, message):
         dataclasses.replace(made(v3(8, 1, 1, 2)), **fields)
 
 
+def test_a_layer_without_a_bias_among_layers_with_one_has_zeros_and_one_that_is_silent_leaves_none():
+    biased, plain = v3(8, 1, 1, 2), v3(8, 1, 1, 2, topk_method="greedy")
+    bias = torch.arange(8.0)
+    routings = {name: route(torch.randn(4, 8), None, plain) for name in "ab"}
+    assert torch.equal(
+        Trace.from_routings(routings, [biased, plain], {"a": bias}).bias, torch.stack([bias, torch.zeros(8)])
+    )
+    assert Trace.from_routings(routings, [biased, biased], {"a": bias}).bias is None
+    assert Trace.from_routings(routings, plain).bias is None
+
+
 def test_the_id_for_no_expert_may_be_recorded():
     ids = torch.tensor([[0, 8], [8, 8]])
     assert made(v3(8, 1, 1, 2)).n_experts == 8

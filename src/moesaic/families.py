@@ -61,10 +61,13 @@ ROUTING: dict[str, tuple[Rules, tuple[str, ...]]] = {
         ("deepseek_ocr2_text", "unlimited_ocr_text"),
         ({"scoring_func": "softmax", "norm_topk_prob": False}, ("topk_method", *GROUPS[:2], "routed_scaling_factor")),
     ),
-    **dict.fromkeys(
-        ("deepseek_v4", "inkling2_text"),
-        ({"topk_method": "noaux_tc", "norm_topk_prob": True, **ALL_IN_MODEL_DTYPE},
-         ("scoring_func", "routed_scaling_factor")),
+    "deepseek_v4": (
+        {"topk_method": "noaux_tc", "norm_topk_prob": True, **ALL_IN_MODEL_DTYPE},
+        ("scoring_func", "routed_scaling_factor"),
+    ),
+    "inkling2_text": (
+        {"topk_method": "noaux_tc", "norm_topk_prob": True, **ALL_IN_MODEL_DTYPE, "router_dtype": "float32"},
+        ("scoring_func", "routed_scaling_factor"),
     ),
     "ernie4_5_moe": (
         {"scoring_func": "softmax", "topk_method": "noaux_tc", "weights_dtype": "model", **ALWAYS_NORMALISED}, (),

@@ -46,7 +46,7 @@ def diff(
 
     from moesaic.trace.diff import diff as compare
     from moesaic.trace.diff_table import diff_table
-    from moesaic.trace.store import load
+    from moesaic.trace.reader import load
 
     with Console(stderr=True).status(WORDS[lang]["working"]):
         trace = load(a)

@@ -63,9 +63,9 @@ def stats(
 
     from moesaic.trace.coselection import coselection as pairs_of
     from moesaic.trace.placement import read_placement
+    from moesaic.trace.reader import load
     from moesaic.trace.stability import stability
     from moesaic.trace.stats import stats as stats_of
-    from moesaic.trace.store import load
 
     recorded = load(trace)
     placed = None if placement is None else read_placement(placement, recorded.n_experts)

@@ -40,7 +40,7 @@ def what_if(
         raise ValueError(f"--out {out} is the record itself: give another file")
     from rich.console import Console
 
-    from moesaic.trace.store import load
+    from moesaic.trace.reader import load
     from moesaic.trace.what_if import what_if as ask
     from moesaic.trace.what_if_table import what_if_table
 

@@ -11,7 +11,7 @@ from moesaic.config import MoEConfig
 from moesaic.hf.modules import MoELayer, unwrapped, with_sizes
 from moesaic.trace.columns import Column
 from moesaic.trace.forwards import Forward, number_sequences
-from moesaic.trace.store import Trace, versions
+from moesaic.trace.store import Trace, stacked_biases, versions
 
 Columns = Mapping[str, Column]  # "ids", "weights" and "logits" of one layer
 
@@ -40,13 +40,12 @@ def assemble(
         arrays["logits"] = torch.empty(len(seen), n_tokens, n_experts)
     for name, out in arrays.items():
         _move(name, [(layer.name, columns[layer.name]) for layer in seen], out)
-    bias = [biases[layer.name] for layer in seen if layer.name in biases]
     input_ids = _input_ids(calls)
     return Trace(
         picks=arrays["ids"],
         weights=arrays.get("weights"),
         logits=arrays.get("logits"),
-        bias=torch.stack(bias) if len(bias) == len(seen) else None,
+        bias=stacked_biases([biases.get(layer.name) for layer in seen], configs),
         layers=tuple(layer.name for layer in seen),
         configs=tuple(configs),
         origins=tuple(layer.origin for layer in seen),

@@ -166,7 +166,7 @@ def _draw_usage(axis: "Axes", report: LayerReport, labels: dict[str, Any]) -> No
 
 
 def _draw_weights(axis: "Axes", trace: Trace, layer: int, labels: dict[str, Any]) -> None:
-    weights = trace.weights[layer].numpy().ravel()
+    weights = trace.layer(layer).weights.numpy().ravel()
     weights = weights[np.isfinite(weights)]
     axis.hist(weights, bins=30, alpha=0.7, color="skyblue", edgecolor="black")
     if len(weights):
@@ -253,7 +253,7 @@ def _draw_flow(axis: "Axes", report: LayerReport, trace: Trace, layer: int, labe
     axis.axis("off")
     axis.set_title(labels["flow"])
     c, t = report.config, len(trace)
-    total = float(trace.weights[layer].sum(-1).mean()) if t else math.nan
+    total = float(trace.layer(layer).weights.sum(-1).mean()) if t else math.nan
     facts = (
         f"[{t}, {c.hidden_size}]",
         f"[{t}, {c.n_routed_experts}]\n{c.scoring_func}",

@@ -113,14 +113,13 @@ class Trace:
         _check_one_size(names, rows, per_layer)
         with_logits = all(row.logits is not None for row in rows)
         with_weights = all(row.weights is not None for row in rows)
-        bias = [(biases or {}).get(name) for name in names]
         pick_dtype = torch.int16 if per_layer[0].n_routed_experts < 2**15 - 1 else torch.int32
         n_tokens = len(rows[0].expert_ids)
         return cls(
             picks=_stack([row.expert_ids for row in rows], pick_dtype),
             weights=_stack([row.weights for row in rows], torch.float32) if with_weights else None,
             logits=_stack([row.logits for row in rows], torch.float32) if with_logits else None,
-            bias=None if any(b is None for b in bias) else _stack(bias, torch.float32),
+            bias=stacked_biases([(biases or {}).get(name) for name in names], per_layer),
             sequences=torch.zeros(n_tokens, dtype=torch.int64) if sequences is None else sequences.long().cpu(),
             layers=names,
             configs=per_layer,
@@ -197,10 +196,13 @@ class Trace:
         save(self, path)
 
 
-def load(path: str | Path) -> Trace:
-    from moesaic.trace.reader import load
-
-    return load(path)
+def stacked_biases(biases: Sequence[Tensor | None], configs: Sequence[MoEConfig]) -> Tensor | None:
+    """One bias a layer, float32 [L, E]: zeros for layers that have none. None where no layer has one, or one that has a
+    bias did not tell it."""
+    told = [bias is not None or not config.has_correction_bias for bias, config in zip(biases, configs, strict=True)]
+    if not all(told) or all(bias is None for bias in biases):
+        return None
+    return _stack([torch.zeros(configs[0].n_routed_experts) if b is None else b for b in biases], torch.float32)
 
 
 def versions() -> dict[str, str]:

@@ -3,6 +3,9 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 
+# a process for every core; the tests of a file stay together, because they share what they built
+IN_PARALLEL := -n auto --maxprocesses 8 --dist loadfile
+
 .PHONY: demo test test-all lint shapes setup clean
 .DELETE_ON_ERROR:
 
@@ -10,10 +13,10 @@ demo: setup
 	$(BIN)/moesaic demo
 
 test: lint shapes
-	$(BIN)/pytest
+	$(BIN)/pytest $(IN_PARALLEL)
 
 test-all: lint shapes
-	$(BIN)/pytest -m ""
+	$(BIN)/pytest $(IN_PARALLEL) -m ""
 
 # Shape annotations are executed here and only here: jaxtyping and beartype do not survive torch.compile.
 SHAPED := moesaic.types,moesaic.rules,moesaic.engine,moesaic.layer

@@ -129,8 +129,8 @@ def test_from_hf_refuses_what_it_cannot_know(tmp_path):
         MoEConfig.from_hf({"model_type": "llama", "hidden_size": 64})
     with pytest.raises(ValueError, match="not a family known here"):
         MoEConfig.from_hf({"model_type": "unheard_of", "hidden_size": 64, "num_experts": 8})
-    with pytest.raises(ValueError, match="model_type='deepseek_v4' is not a family known here"):
-        MoEConfig.from_hf(CONFIG_MAPPING["deepseek_v4"]())  # it has layers routed by hash
+    with pytest.raises(ValueError, match="model_type='phimoe' is not a family known here"):
+        MoEConfig.from_hf(CONFIG_MAPPING["phimoe"]())  # it chooses by a comparison of its own
     with pytest.raises(ValueError, match="hidden_size is missing"):
         MoEConfig.from_hf({"model_type": "mixtral", "num_experts": 8, "num_experts_per_tok": 2})
     with pytest.raises(ValueError, match=r"no config\.json there"):

@@ -52,7 +52,7 @@ def test_a_model_folder_conforms_and_its_fragile_points_are_listed(shipped):
     assert "→ rank by (score, -id)" in shipped.output
     assert "No result differs from the definition." in shipped.output
     assert re.search(r"^\d+ passed, 0 wrong, 7 fragile, 2 not applicable\.$", shipped.output, re.MULTILINE)
-    assert "Reproduce: moesaic " in shipped.output
+    assert "Reproduce: moesaic" in shipped.output
 
 
 def test_strict_makes_fragile_findings_a_bad_verdict():

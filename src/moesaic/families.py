@@ -99,7 +99,7 @@ ROUTING: dict[str, tuple[Rules, tuple[str, ...]]] = {
     "muse_spark_text": ({**V3, "norm_topk_prob": True, "norm_eps": 1e-15}, ("routed_scaling_factor",)),
     "openai_privacy_filter": (_openai_privacy_filter, ()),
     **dict.fromkeys(
-        ("flex_olmo", "mellum", "qwen3_next", "qwen4_exp_text"),
+        ("flex_olmo", "mellum", "qwen3_next"),
         (SOFTMAX, ("norm_topk_prob",)),
     ),
     **dict.fromkeys(

@@ -9,15 +9,15 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
+import pytest
+import torch
+from hypothesis import settings
+
 # torch keeps compiled graphs on disk and does not notice that an operator in them has changed: a cache for each version
 OPERATORS = [Path(__file__).parents[1] / "src" / "moesaic" / name for name in ("engine", "trace")]
 SOURCE = b"".join(path.read_bytes() for folder in OPERATORS for path in sorted(folder.rglob("*.py")))
 DIGEST = hashlib.sha256(SOURCE).hexdigest()[:12]
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(tempfile.gettempdir()) / f"moesaic-graphs-{DIGEST}"))
-
-import pytest
-import torch
-from hypothesis import settings
 
 if not torch.cuda.is_available():  # then Triton's kernels run on numpy; it asks when they are defined
     os.environ.setdefault("TRITON_INTERPRET", "1")

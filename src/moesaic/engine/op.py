@@ -31,8 +31,8 @@ class Gradients(NamedTuple):
     down_bias: Any
 
 
-# torch keeps compiled graphs on disk and knows these operators by name alone: once released, a schema that changes takes
-# a new name
+# torch keeps compiled graphs on disk and knows these operators by name alone: once released, a schema that changes
+# takes a new name
 _EXPERTS = "Tensor up, Tensor down, Tensor? up_bias, Tensor? down_bias"
 _SPEC = "str activation, bool gated, float? limit, float alpha, float up_offset, bool interleaved, bool transposed"
 torch.library.define(

@@ -129,6 +129,25 @@ def test_a_mistake_is_one_line_on_stderr_and_exit_code_2(mistake, run, mistakes_
     assert sorted(mistakes_folder.rglob("*")) == before, "something was left behind"
 
 
+@pytest.mark.parametrize(
+    ("error", "code", "told"),
+    [
+        (MemoryError(), 2, "moesaic: not enough memory for this: give less at once, or use a larger machine\n"),
+        (RuntimeError("DefaultCPUAllocator: not enough memory: you tried"), 2, "moesaic: not enough memory for this"),
+        (RuntimeError("a mistake of ours"), 3, "RuntimeError: a mistake of ours\n"),
+        (ValueError("no\x1b[31m such file"), 2, r"moesaic: no\x1b[31m such file"),
+    ],
+)
+def test_what_goes_wrong_is_never_taken_for_a_bad_verdict(run, monkeypatch, error, code, told):
+    def fail(**_):
+        raise error
+
+    monkeypatch.setattr(moesaic.cli, "app", fail)
+    found, out, err = run("doctor")
+    assert (found, out) == (code, "")
+    assert told in err
+
+
 def test_no_command_shows_the_help(run):
     code, out, err = run()
     assert "Usage" in out

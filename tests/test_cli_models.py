@@ -12,7 +12,7 @@ from packaging.version import Version
 
 from moesaic.cli.models import BY_THEMSELVES, ENGINE, EXPERTS, FAMILY_OF, SPELLINGS, models
 from moesaic.config import MoEConfig
-from moesaic.families import ALIASES, CONVENTIONS, FAMILIES, FIXED, PRESETS
+from moesaic.families import ALIASES, CONVENTIONS, FAMILIES, FIXED, PRESETS, ROUTING
 
 PAGE = Path(__file__).parents[1] / "docs" / "en" / "hf-drop-in.md"
 
@@ -103,7 +103,7 @@ def test_a_preset_shows_every_field_with_its_value_and_spelling(run):
         ("deepseek-v3", "its experts are computed: silu"),
         ("muse_spark", "its experts are refused: normalises the output"),
         ("dbrx", "computed by the family itself"),
-        ("aria", "How this family routes is not known here"),
+        ("phimoe", "How this family routes is not known here"),
         ("qwen3_moe", "num_experts"),
         ("megatron", "group_score=k_over_m_sum"),
         ("classic", "relu"),
@@ -116,6 +116,16 @@ def test_every_kind_of_name_is_answered(run, name, said):
     assert said in out
     assert run("models", name, "--lang", "zh")[0] == 0
     assert json.loads(run("models", name, "--json")[1])["kind"] in ("preset", "family", "convention")
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, *ROUTING])
+def test_no_family_whose_rule_is_known_is_called_unknown(run, family):
+    for name in {family, family.removesuffix("_text")}:
+        code, out, _ = run("models", name)
+        assert code == 0
+        assert "not known here" not in out, name
+        found = json.loads(run("models", name, "--json")[1])
+        assert found["kind"] == "preset" or found["rule"]
 
 
 def test_unknown_names_and_languages_are_mistakes(run):

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from broken_gates import ZeroFill
+from cases import v3
 from hypothesis import given
 from hypothesis import strategies as st
 from oracles import route_one
@@ -315,3 +316,11 @@ def test_a_bad_row_may_not_leave_the_group_limit():
     (failed,) = check(gate, SMALL).failed()
     assert failed.probe.id == "bad-rows"
     assert failed.says.en == "all NaN: the bad row reaches 4 groups, 2 are allowed"
+
+
+def test_a_gate_that_ends_the_program_has_failed_and_not_passed():
+    def leaves(_logits, _bias, _config):
+        raise SystemExit(0)
+
+    with pytest.raises(ValueError, match="cannot be asked: on plain logits it raised SystemExit: 0"):
+        check(leaves, v3(16, 4, 2, 4))

@@ -247,7 +247,51 @@ def test_weights_of_another_rule_are_found_where_all_picks_agree():
     assert "weights of the same experts differ by 60 %" in found.judgement.reasons[0]["en"]
     biased = right.weights + 0.01 * right.bias[:, None].expand(-1, 400, -1).gather(-1, right.picks.long())
     found = diff(right, replace(right, weights=biased))
-    assert "of the weights do not follow" in found.judgement.reasons[0]["en"]
+    assert "of the weights of a layer do not follow" in found.judgement.reasons[0]["en"]
+
+
+def with_weights(trace, change):
+    weights = trace.weights.clone()
+    change(weights)
+    return replace(trace, weights=weights)
+
+
+@pytest.mark.parametrize("scores", [True, False])
+@pytest.mark.parametrize(
+    ("change", "verdict"),
+    [
+        (lambda w: w[1].mul_(2), "different rule"),  # one layer of three
+        (lambda w: w[:, :180].mul_(2), "different rule"),  # 45 % of the tokens
+        (lambda w: w[2].fill_(torch.nan), "different rule"),
+        (lambda w: w[0, :7].mul_(1.5), "different scores"),
+        (lambda w: w[0, 3].fill_(torch.nan), "different scores"),
+    ],
+)
+def test_weights_that_are_wrong_somewhere_are_never_identical(change, verdict, scores):
+    right = traced(logits_of(), biases_of())
+    wrong = with_weights(right, change)
+    if not scores:
+        right, wrong = without_scores(right), without_scores(wrong)
+    for found in (diff(right, wrong), diff(wrong, right)):
+        assert found.verdict == verdict
+
+
+def test_weights_that_differ_for_some_tokens_are_told_by_layer():
+    right = traced(logits_of(), biases_of())
+    found = diff(right, with_weights(right, lambda w: w[0, :7].mul_(1.5)))
+    (reason,) = found.judgement.reasons
+    assert reason["en"].startswith("the same experts everywhere, but 7 weights differ by more than rounding, in ")
+    assert right.layers[0] in reason["en"]
+    assert right.layers[1] not in reason["en"]
+
+
+def test_layers_without_data_leave_no_good_verdict():
+    a = traced(logits_of(), biases_of())
+    found = diff(a, replace(a, missing=("layers.9\x1b[2J",)))
+    assert found.verdict == "cannot tell"
+    assert found.judgement.reasons[0]["en"] == r"1 layers of the model gave no data: layers.9\x1b[2J"
+    wrong = with_weights(a, lambda w: w[1].mul_(2))
+    assert diff(a, replace(wrong, missing=("x",))).verdict == "different rule"
 
 
 def test_without_scores_or_with_unknown_rules_nobody_can_tell():
@@ -272,7 +316,7 @@ def test_exact_ties_are_counted_apart():
     logits[0, :10, 2] = logits[0, :10, 1]
     a = traced(logits, torch.zeros(1, 8), config)
     picks = a.picks.clone()
-    picks[0, :10] = torch.tensor([2, 0], dtype=torch.int16)
+    picks[0, :10] = torch.tensor([0, 2], dtype=torch.int16)
     found = diff(a, replace(a, picks=picks))
     assert (found.by_layer()[0].flips, found.by_layer()[0].ties) == (10, 10)
     assert found.verdict == "near-ties"

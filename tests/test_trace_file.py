@@ -197,6 +197,26 @@ def test_of_two_errors_the_first_is_told(tmp_path, monkeypatch):
         run()
 
 
+def changed(layers, name, change):
+    return [{**layer, name: change(layer[name])} for layer in layers]
+
+
+def test_narrow_floats_are_widened_and_what_was_refused_is_not_there(tmp_path):
+    trace, path = full(logits=None, bias=None), tmp_path / "run.safetensors"
+    layers, tokens = next(parts_of(trace, (5,)))
+
+    def run():
+        with TraceWriter(path, nothing_of(trace)) as out:
+            out.append(changed(layers, "weights", lambda t: t.bfloat16()), **tokens)
+            out.append(changed(layers, "picks", lambda t: t[:, :3]), **tokens)
+
+    with pytest.raises(ValueError, match="picks of shape"):
+        run()
+    found = load(path)
+    assert len(found) == 5
+    assert torch.equal(found.weights, trace.weights[:, :5].bfloat16().float())
+
+
 def test_a_writer_is_given_the_same_things_every_time(tmp_path):
     trace = full()
     layers, tokens = next(parts_of(trace, (5,)))
@@ -215,6 +235,13 @@ def test_a_writer_is_given_the_same_things_every_time(tmp_path):
         ),
         ((less, tokens), (layers, tokens), r"logits\.0 was given for some"),
         ((layers, tokens), (layers[:1], tokens), "1 layers were given and the trace has 2"),
+        (
+            (layers, tokens),
+            (changed(layers, "picks", lambda t: t[:, :3]), tokens),
+            r"picks of shape \[5, 3\] were given",
+        ),
+        ((layers, tokens), (changed(layers, "picks", lambda t: t - 17), tokens), "picks from -.* 0 to 16 is due"),
+        ((layers, tokens), (changed(layers, "picks", lambda t: t + 17), tokens), "picks from .* 0 to 16 is due"),
         ((layers, tokens), (layers, {**tokens, "sequences": tokens["sequences"][:3]}), "sequences of 3 tokens were"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -329,6 +356,11 @@ def two_sizes(file):
     file.about["layers"][1]["config"] = 1
 
 
+def too_many(file):
+    huge = v3(1 << 20, 4, 2, 4)
+    file.about["configs"][0] = {"hash": huge.digest(), "fields": huge.to_dict()}
+
+
 def no_layers(file):
     del file.about["layers"]
 
@@ -353,6 +385,7 @@ ATTACKS = [
     (more_than_needed, "offsets of shape .* takes 24 bytes and has 32"),
     (tensor("logits", shape=[2, 16, 12]), r"logits has the shape \[2, 16, 12\]: \[2, 12, 16\] follows"),
     (two_sizes, "its layers differ in experts or experts per token"),
+    (too_many, "4 of 1048576 experts a token: at most 1024 of 65536 are read"),
     (no_about, "about is missing"),
     (meta(format="other"), "not a recorded trace"),
     (meta(format_version="x"), "format_version is not a whole number"),

@@ -129,6 +129,14 @@ ALIASES: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 
 
+def rule_of(family: str) -> dict[str, Any] | None:
+    """What a family of transformers routes by, beside what its config.json says; None where it is not known here."""
+    if family in FAMILIES:
+        return FAMILIES[family]
+    rules, _ = ROUTING.get(family) or ROUTING.get(f"{family}_text") or (None, ())
+    return rules({"num_experts_per_tok": 1}) if callable(rules) else rules
+
+
 def read_family(source: Any, known: set[str]) -> dict[str, Any]:
     """The fields in `known` that a Hugging Face config, or a plain object or dict like one, sets."""
     given = _as_dict(source)

@@ -4,6 +4,7 @@ import gc
 import io
 import signal
 import sys
+import traceback
 
 import typer
 
@@ -54,7 +55,8 @@ def _root(
 
 
 def main() -> None:
-    """Run a command. Exit codes: 0 good, 1 a bad verdict, 2 a user's mistake, told in one line on stderr."""
+    """Run a command. Exit codes: 0 good, 1 a bad verdict, 2 a user's mistake, told in one line on stderr, or too little
+    memory; 3 a mistake of ours, with its traceback."""
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # end quietly where the reader goes away, as `| head` does
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -67,12 +69,20 @@ def main() -> None:
         code = _complain(str(error))
     except (KeyboardInterrupt, typer.Abort):
         code = 130
+    except Exception as error:
+        if isinstance(error, MemoryError) or "not enough memory" in str(error):  # numpy's and torch's words for it
+            code = _complain("not enough memory for this: give less at once, or use a larger machine")
+        else:
+            traceback.print_exc()
+            code = 3
     gc.freeze()  # collecting at the exit would take a second and free what ends anyway
     gc.enable()
     sys.exit(code)
 
 
 def _complain(message: str) -> int:
+    from moesaic.trace.pieces import visible
+
     if message:  # empty where the help was shown instead
-        print("moesaic: " + " ".join(message.split()), file=sys.stderr)
+        print("moesaic: " + visible(" ".join(message.split())), file=sys.stderr)
     return 2

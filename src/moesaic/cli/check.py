@@ -184,5 +184,5 @@ def versions() -> dict[str, str]:
 
 def _say_how_again(report: "Report", lang: str) -> None:
     listed = ", ".join(f"{name} {version}" for name, version in versions().items())
-    command = shlex.join(["moesaic", *sys.argv[1:]])
+    command = shown(shlex.join(["moesaic", *sys.argv[1:]]))
     print("\n" + TEXTS[lang]["again"].format(command=command, versions=listed, digest=report.gate.config.digest()))

@@ -6,7 +6,7 @@ import typer
 
 from moesaic.cli.output import check_lang, print_json
 from moesaic.config import MoEConfig
-from moesaic.families import ALIASES, CONVENTIONS, FAMILIES, FIXED, PRESETS
+from moesaic.families import ALIASES, CONVENTIONS, FAMILIES, FIXED, PRESETS, ROUTING, rule_of
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -128,7 +128,7 @@ def everything() -> dict[str, Any]:
     """All that is known, as JSON."""
     return {
         "presets": {name: MoEConfig.preset(name).to_dict() for name in PRESETS},
-        "families": {name: about(name) for name in FAMILIES},
+        "families": {name: about(name) for name in (*FAMILIES, *ROUTING)},
         "experts": ENGINE | dict.fromkeys(BY_THEMSELVES, "by the family itself"),
         "aliases": {name: list(spelled) for name, spelled in ALIASES.items()},
         "conventions": {name: changes_of(name) for name in CONVENTIONS},
@@ -145,10 +145,10 @@ def about(name: str) -> dict[str, Any]:
             "spellings": {} if family is None else spelled_by(family),
             "experts": None if family is None else ENGINE.get(family),
         }  # fmt: skip
-    if name in FAMILIES or name in ENGINE or name in BY_THEMSELVES:
+    if rule_of(name) is not None or name in ENGINE or name in BY_THEMSELVES:
         return {
             "kind": "family", "preset": next((p for p, family in FAMILY_OF.items() if family == name), None),
-            "rule": FAMILIES.get(name), "fixed": list(FIXED.get(name, ())),
+            "rule": rule_of(name), "fixed": list(FIXED.get(name, ())),
             "spellings": spelled_by(name) if name in SPELLINGS else None,
             "experts": ENGINE.get(name, "by the family itself" if name in BY_THEMSELVES else None),
         }  # fmt: skip
@@ -188,9 +188,10 @@ def _show_all(lang: str) -> None:
         table.add_row(name, *sizes, groups, c.scoring_func, bias, FAMILY_OF.get(name, ""))
     console.print(table)
     table = _table(say["families"], say["family_columns"])
-    for family, rule in FAMILIES.items():
+    for family in (*FAMILIES, *ROUTING):
         preset = next((p for p, f in FAMILY_OF.items() if f == family), "")
-        table.add_row(family, preset, _in_words(rule), ENGINE.get(family, say["not_known"]))
+        served = ENGINE.get(family.removesuffix("_text"), say["not_known"])
+        table.add_row(family, preset, _in_words(rule_of(family) or {}), served)
     console.print(table)
     table = _table(say["engine"], say["engine_columns"])
     for verdict, names in EXPERTS.items():
@@ -241,7 +242,7 @@ def _show_one(name: str, found: dict[str, Any], lang: str) -> None:
 def _spelled(field: str, family: str, found: dict[str, Any], say: dict[str, Any]) -> str:
     if field in (found["spellings"] or {}):
         return found["spellings"][field]
-    return say["rule"] if field in FAMILIES.get(family, {}) or field in FIXED.get(family, ()) else ""
+    return say["rule"] if field in (rule_of(family) or {}) or field in FIXED.get(family, ()) else ""
 
 
 def _table(title: str, columns: "list[str] | tuple[str, ...]") -> "Table":

@@ -48,5 +48,5 @@ def say_how_again(trace: "Trace", lang: str) -> None:
     command, begin, comma, (seed, config) = AGAIN[lang]
     facts = [", ".join(f"{visible(name, 40)} {visible(version, 40)}" for name, version in trace.versions.items())]
     facts += [seed.format(trace.seed)] if trace.seed is not None else []
-    print("\n" + command.format(command=shlex.join(["moesaic", *sys.argv[1:]])))
+    print("\n" + visible(command.format(command=shlex.join(["moesaic", *sys.argv[1:]]))))
     print(begin + comma.join([*facts, config.format(trace.configs[0].digest())]))

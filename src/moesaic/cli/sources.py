@@ -215,7 +215,8 @@ def check_before(model: Any, sequences: list[tuple[str, Tensor]], layer: int | N
 def check_numbers(given: dict[str, int | None], counts: dict[str, int]) -> None:
     for name, value in given.items():
         if value is not None and not 0 <= value < counts[name]:
-            raise ValueError(f"--{name} {value} is not there: use 0 to {counts[name] - 1}")
+            there = f"use 0 to {counts[name] - 1}" if counts[name] else f"there is no {name}"
+            raise ValueError(f"--{name} {value} is not there: {there}")
 
 
 def route(model: Any, sequences: list[tuple[str, Tensor]], seed: int = 0) -> Trace:

@@ -40,6 +40,7 @@ def what_if(
         raise ValueError(f"--out {out} is the record itself: give another file")
     from rich.console import Console
 
+    from moesaic.trace.pieces import visible
     from moesaic.trace.reader import load
     from moesaic.trace.what_if import what_if as ask
     from moesaic.trace.what_if_table import what_if_table
@@ -64,7 +65,7 @@ def what_if(
         return
     Console().print(what_if_table(found, lang))
     if out is not None:
-        print(WORDS[lang]["saved"].format(out=out))
+        print(WORDS[lang]["saved"].format(out=visible(str(out))))
     say_how_again(recorded, lang)
 
 

@@ -69,5 +69,5 @@ def construct(module_class: Callable[..., nn.Module], settings: MoEConfig) -> nn
         if set(needed) <= known.keys() and needed:
             return module_class(**{p.name: known[p.name] for p in parameters if p.name in known})
         return module_class(settings)
-    except Exception as error:  # whatever its own code raises
+    except (Exception, SystemExit) as error:  # whatever its own code raises
         raise GateRaised(error) from error

@@ -58,7 +58,7 @@ class FunctionGate:
         def run(rows: Tensor) -> Answer:
             try:
                 answer = read_answer(self.function(rows, bias, self.config), self.config)
-            except Exception as error:  # whatever the gate's own code raises
+            except (Exception, SystemExit) as error:  # whatever the gate's own code raises
                 raise GateRaised(error) from error
             return check_shape(answer, len(rows), self.config)
 
@@ -147,7 +147,7 @@ class ModuleGate:
             extra[self._parts.bias_argument] = torch.zeros(self.config.n_routed_experts) if bias is None else bias
         try:
             return call(module, hidden, extra)
-        except Exception as error:  # whatever the gate's own code raises
+        except (Exception, SystemExit) as error:  # whatever the gate's own code raises
             raise GateRaised(error) from error
 
     def check_logits(self) -> None:

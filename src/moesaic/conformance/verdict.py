@@ -53,7 +53,7 @@ class NotApplicable(Exception):
 class GateRaised(Exception):
     """The gate's own code raised while it was asked."""
 
-    def __init__(self, error: Exception) -> None:
+    def __init__(self, error: Exception | SystemExit) -> None:
         self.error = error
         message = (str(error).strip().splitlines() or [""])[0]
         super().__init__(visible(f"{type(error).__name__}: {message}", most=200))  # foreign text, bound for a terminal

@@ -19,7 +19,7 @@ def dtype_of(name: str | None) -> torch.dtype | None:
     if name is None:
         return None
     dtype = getattr(torch, name, None)
-    if not isinstance(dtype, torch.dtype):
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise ValueError(f"dtype {name!r} is not one of torch: use float32, bfloat16, float16 or float64")
     return dtype
 

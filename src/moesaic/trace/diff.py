@@ -9,6 +9,7 @@ from torch import Tensor
 
 from moesaic.trace.derive import dtype_of
 from moesaic.trace.judge import Finding, Judgement, explain_layer, judge, precision_of
+from moesaic.trace.pieces import visible
 from moesaic.trace.store import Trace
 
 
@@ -140,8 +141,22 @@ def diff(a: Trace, b: Trace, *, precision: str | None = None) -> Diff:
         name: None if any(row[name] is None for row in rows) else torch.stack([row[name] for row in rows])
         for name in rows[0]
     }
-    judgement = judge(findings, stacked, a, b, *allowed)
+    judgement = _whole(judge(findings, stacked, a, b, *allowed), a, b)
     return Diff(a.model or "a", b.model or "b", a.layers, **stacked, judgement=judgement)
+
+
+def _whole(judgement: Judgement, a: Trace, b: Trace) -> Judgement:
+    """The judgement, or none where it is good and layers gave no data: what was not seen may differ."""
+    absent = sorted({*a.missing, *b.missing})
+    if not absent:
+        return judgement
+    names = ", ".join(visible(name) for name in absent[:3]) + (", …" if len(absent) > 3 else "")
+    reason = {
+        "en": f"{len(absent)} layers of the model gave no data: {names}",
+        "zh": f"模型中有 {len(absent)} 层没有数据：{names}",
+    }
+    good = judgement.verdict in ("identical", "near-ties")
+    return Judgement("cannot tell" if good else judgement.verdict, (reason, *judgement.reasons))
 
 
 def _compare_layer(
@@ -161,8 +176,10 @@ def _compare_layer(
             weights[layer].gather(-1, rows.indices)
             for weights, rows in zip((a.weights, b.weights), ordered, strict=True)
         )
-        scale = here.abs().amax(-1).clamp(min=torch.finfo(torch.float32).tiny)
-        apart = torch.where(same, (here - there).abs().amax(-1) / scale, 0.0)
+        scale = here.abs().nan_to_num(0.0).amax(-1).clamp(min=torch.finfo(torch.float32).tiny)
+        both = here.isnan() & there.isnan()  # a NaN on one side only is infinitely far
+        distance = (here - there).abs().masked_fill(both, 0.0).nan_to_num(torch.inf)
+        apart = torch.where(same, distance.amax(-1) / scale, 0.0)
         weights, apart = apart.max(), apart[same & ~parted]
     row = {
         "flips": flips,

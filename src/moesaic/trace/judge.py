@@ -20,6 +20,7 @@ from moesaic.trace.derive import (
     why_not_derived,
 )
 from moesaic.trace.margins import margin_between, rounding_bound
+from moesaic.trace.pieces import visible
 from moesaic.trace.store import Trace
 
 VERDICTS = ("identical", "near-ties", "different scores", "different rule", "cannot tell")
@@ -28,7 +29,7 @@ OWN = (
 )
 WIDE = 0.1  # of the flips may be wider than rounding allows: the bound is a multiple of it and not its limit
 BROKEN = 0.1  # of the flips may break the other trace's rule
-UNEVEN = 0.5  # of the tokens with the same experts have other weights: then weights are made by another rule
+UNEVEN = 0.1  # of a layer's tokens have other weights for the same experts: then weights are made by another rule
 RULE_FIELDS = (
     "scoring_func", "score_after_topk", "topk_method", "n_group", "topk_group", "group_score_rule", "group_mask",
     "norm_topk_prob", "routed_scaling_factor",
@@ -164,7 +165,7 @@ def judge(
     if weights := _weights_rule(findings, precision):
         return Judgement("different rule", (weights, *_rule_differences(a, b)))
     if not flips.any():
-        return _unflipped(incomplete, found["weight_differences"])
+        return _unflipped(incomplete, found["weight_differences"], _uneven(findings, a.layers, precision))
     if reasons := _broken_rule(findings, flips, a, b):
         return Judgement("different rule", reasons)
     if all(finding.near is None for finding in findings):
@@ -198,7 +199,9 @@ def judge(
     return Judgement("different rule", (counts, one, *_rule_differences(a, b)))
 
 
-def _unflipped(incomplete: Tensor, weights: Tensor | None) -> Judgement:
+def _unflipped(incomplete: Tensor, weights: Tensor | None, uneven: dict[str, str] | None) -> Judgement:
+    if uneven is not None:
+        return Judgement("different scores", (uneven,))
     if count := int(incomplete.sum()):
         reason = {
             "en": f"{count} of {incomplete.numel()} (layer, token) pairs have fewer experts in one trace; "
@@ -229,24 +232,43 @@ def _broken_rule(findings: Sequence[Finding], flips: Tensor, a: Trace, b: Trace)
 
 
 def _weights_rule(findings: Sequence[Finding], precision: torch.dtype) -> dict[str, str] | None:
-    """Weights that differ where experts and past are the same: by their own scores, or by more than rounding."""
-    off = [f.weights_broken for f in findings if f.weights_broken is not None]
-    if off:
-        share = float(torch.cat(off).float().mean())
-        if share <= UNEVEN:
-            return None
+    """Weights that differ where experts and past are the same: by their own scores, or by more than rounding. Judged
+    layer by layer: a fault of one layer is a fault, however many are right."""
+    off = [float(f.weights_broken.float().mean()) for f in findings if f.weights_broken is not None and len(f.tied)]
+    if off and max(off) > UNEVEN:
         return {
-            "en": f"{100 * share:.0f} % of the weights do not follow from the trace's own scores by the other's rule",
-            "zh": f"{100 * share:.0f} % 的权重，由自己的分数按对方的规则推不出来",
+            "en": f"{100 * max(off):.0f} % of the weights of a layer do not follow from the trace's own scores by the "
+            "other's rule",
+            "zh": f"有一层 {100 * max(off):.0f} % 的权重，由自己的分数按对方的规则推不出来",
         }
-    apart = torch.cat([f.weights_apart for f in findings if f.weights_apart is not None] or [torch.zeros(0)])
-    bound = 16 * torch.finfo(precision).eps
-    if len(apart) and float((apart > bound).float().mean()) > UNEVEN:
+    if off:
+        return None
+    apart = [f.weights_apart for f in findings if f.weights_apart is not None and len(f.weights_apart)]
+    shares = [float(_beyond(layer, precision).float().mean()) for layer in apart]
+    if shares and max(shares) > UNEVEN:
+        median = float(apart[shares.index(max(shares))].median())
         return {
-            "en": f"weights of the same experts differ by {100 * float(apart.median()):.0f} % (median)",
-            "zh": f"相同专家的权重相差 {100 * float(apart.median()):.0f} %（中位数）",
+            "en": f"weights of the same experts differ by {100 * median:.0f} % (median of the worst layer)",
+            "zh": f"相同专家的权重相差 {100 * median:.0f} %（最差一层的中位数）",
         }
     return None
+
+
+def _beyond(apart: Tensor, precision: torch.dtype) -> Tensor:
+    """Relative differences of weights that rounding does not explain; a NaN on one side is infinitely far."""
+    return apart > 16 * torch.finfo(precision).eps
+
+
+def _uneven(findings: Sequence[Finding], layers: Sequence[str], precision: torch.dtype) -> dict[str, str] | None:
+    """Weights that differ for some tokens with the same experts, too few to be a rule."""
+    counts = [0 if f.weights_apart is None else int(_beyond(f.weights_apart, precision).sum()) for f in findings]
+    if not any(counts):
+        return None
+    names = ", ".join(visible(name) for name, count in zip(layers, counts, strict=True) if count)
+    return {
+        "en": f"the same experts everywhere, but {sum(counts)} weights differ by more than rounding, in {names}",
+        "zh": f"专家处处相同，但有 {sum(counts)} 处权重相差超过舍入误差：{names}",
+    }
 
 
 def _rule_differences(a: Trace, b: Trace) -> tuple[dict[str, str], ...]:

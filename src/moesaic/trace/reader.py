@@ -17,6 +17,8 @@ from moesaic.trace.store import FORMAT, FORMAT_VERSION, ORIGINS, PHASES, TYPES, 
 
 MOST_HEADER = 100_000_000  # bytes, the limit of safetensors itself
 MOST_SEQUENCES = 1 << 24  # a number of a sequence beyond would make every count over sequences a memory bomb
+MOST_EXPERTS = 1 << 16  # and
+MOST_PER_TOKEN = 1 << 10  # of them: statistics hold tables of their squares
 MOST_TEXT = 4096  # characters of one name, label or piece
 WHOLE = ("U8", "I16", "I32", "I64")
 FLOAT = ("F32",)
@@ -227,6 +229,9 @@ def _fields(about: Mapping[str, Any]) -> dict[str, Any]:
     sizes = {(config.n_routed_experts, config.num_experts_per_tok) for config in per_layer}
     if len(sizes) > 1:
         _fail("its layers differ in experts or experts per token")
+    (n_experts, k), *_ = sizes
+    if n_experts > MOST_EXPERTS or k > MOST_PER_TOKEN:
+        _fail(f"{k} of {n_experts} experts a token: at most {MOST_PER_TOKEN} of {MOST_EXPERTS} are read")
     labels = about["labels"]
     return {
         "layers": tuple(names),

@@ -124,6 +124,8 @@ def what_if(
     the recorded rule is not the one of the trace and this refuses, unless `force`. Raises ValueError, in one line,
     too where a rule is not known, scores were not recorded, or the settings cannot be met.
     """
+    if not len(trace):
+        raise ValueError("the trace has no tokens: there is nothing to route again")
     for layer, config in enumerate(trace.configs):
         if config.topk_method == "balanced":
             raise ValueError(f"layer {trace.layers[layer]!r} deals experts out in turn: its scores decide nothing")

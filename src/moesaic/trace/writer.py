@@ -115,6 +115,8 @@ class TraceWriter:
             raise ValueError(f"{min(odd)} was given for some tokens and not for others: give it always or never")
         if odd := [name for name, tensor in given.items() if len(tensor) != n]:
             raise ValueError(f"{odd[0]} of {len(given[odd[0]])} tokens were given beside picks of {n}")
+        for name, tensor in given.items():
+            self._check(name.partition(".")[0], tensor)
         self._names = set(given)
         for name, tensor in given.items():
             self._write(name, tensor)
@@ -147,8 +149,20 @@ class TraceWriter:
             if kind is None:  # else the error that came first is the one to be told
                 raise
 
+    def _check(self, name: str, tensor: Tensor) -> None:
+        """Refuse, before anything is written, what would make a file that cannot be read."""
+        row, e, k = tuple(tensor.shape[1:]), self.like.n_experts, self.like.top_k
+        due = {"picks": (k,), "weights": (k,), "logits": (e,), "offsets": (2,)}.get(name, ())
+        if row != due:
+            raise ValueError(f"{name} of shape {[len(tensor), *row]} were given: {[len(tensor), *due]} is due")
+        if name == "picks" and tensor.numel():
+            low, high = (int(number) for number in tensor.aminmax())
+            if low < 0 or high > e:
+                raise ValueError(f"picks from {low} to {high} were given: 0 to {e} is due")
+
     def _write(self, file: str, tensor: Tensor) -> None:
-        name, array = file.partition(".")[0], tensor.detach().cpu().numpy()
+        tensor = tensor.detach().cpu()
+        name, array = file.partition(".")[0], (tensor.float() if tensor.is_floating_point() else tensor).numpy()
         part = self._parts.setdefault(name, np.dtype("<f4") if array.dtype.kind == "f" else array.dtype)
         self._rows.setdefault(name, array.shape[1:])
         if array.size and part.kind != "f":

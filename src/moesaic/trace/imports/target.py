@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from moesaic.config import MoEConfig
-from moesaic.families import ALIASES, FAMILIES, PRESETS
+from moesaic.families import ALIASES, PRESETS, rule_of
 from moesaic.trace.imports.untrusted import parsed, read_bytes
 
 MOST_EXPERTS = 1 << 16
@@ -115,7 +115,7 @@ def _names_no_rule(given: dict[str, Any]) -> bool:
     """Whether `from_hf` would refuse the family because nothing says how it routes."""
     inner = _inner(given)
     return bool(inner.get("model_type")) and (
-        inner["model_type"] not in FAMILIES and not {"scoring_func", "topk_method"} <= inner.keys()
+        rule_of(inner["model_type"]) is None and not {"scoring_func", "topk_method"} <= inner.keys()
     )
 
 

@@ -20,6 +20,16 @@ ROOMS = [
     {"bench", "conformance", "article"},
     {"cli", "__main__"},
 ]
+TRACE_ROOMS = [
+    {"shown", "store"},
+    {"file", "recording", "chance"},
+    {"rule", "imports"},
+    {"compare", "reroute"},
+    {"statistics"},
+    {"figures"},
+]
+TRACE_FLOOR = {room: floor for floor, rooms in enumerate(TRACE_ROOMS) for room in rooms}
+WRITES_ITSELF = ("trace/store.py", "file")  # Trace.save calls the writer, which reads the Trace
 FLOOR = {room: floor for floor, rooms in enumerate(ROOMS) for room in rooms}
 MODULES = sorted(
     path.relative_to(SRC) for path in SRC.rglob("*.py") if path.name != "__init__.py" or path.parent != SRC
@@ -29,6 +39,17 @@ MODULES = sorted(
 def room_of(name: str) -> str:
     """The room that `from moesaic import name` reaches: a room itself, or the home of a public name."""
     return moesaic._HOMES[name].split(".")[1] if name in moesaic._HOMES else name
+
+
+def trace_rooms(tree: ast.AST) -> set[str]:
+    """Rooms of trace/ that a module imports."""
+    rooms = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module == "moesaic.trace":
+            rooms |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("moesaic.trace."):
+            rooms.add(node.module.split(".")[2])
+    return rooms
 
 
 def imported_rooms(tree: ast.AST) -> set[str]:
@@ -55,6 +76,19 @@ def test_imports_point_one_way(module):
     assert imported <= FLOOR.keys(), f"{module} imports {imported - FLOOR.keys()}, which have no place in it"
     higher = {other for other in imported if FLOOR[other] > FLOOR[room]}
     assert not higher, f"{module} imports {higher}, which come after it"
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if m.parts[0] == "trace" and len(m.parts) > 1], ids=str)
+def test_imports_inside_trace_point_one_way(module):
+    room = module.parts[1].removesuffix(".py")
+    imported = trace_rooms(ast.parse((SRC / module).read_text()))
+    if room == "__init__":
+        assert not imported
+        return
+    assert room in TRACE_FLOOR, f"trace/{room} has no place in the order of its rooms"
+    allowed = {other for other, floor in TRACE_FLOOR.items() if floor < TRACE_FLOOR[room]} | {room}
+    allowed |= {WRITES_ITSELF[1]} if module.as_posix() == WRITES_ITSELF[0] else set()
+    assert imported <= allowed, f"{module} imports {imported - allowed}"
 
 
 @pytest.mark.parametrize("module", MODULES, ids=str)

@@ -201,7 +201,7 @@ def test_demo_shows_verdicts_preferences_and_15_steps(demo_folder):
 
 
 def test_demo_finds_the_shipped_model_balanced_and_its_experts_specialised(demo_folder):
-    from moesaic.trace.stats import domain_preference, layer_reports
+    from moesaic.trace.statistics.stats import domain_preference, layer_reports
 
     trace = moesaic.load(demo_folder[0] / "trace.safetensors")
     assert trace.n_layers >= 4

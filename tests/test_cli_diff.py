@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from moesaic.cli.diff import diff
 from moesaic.cli.what_if import what_if
 from moesaic.rules import route
-from moesaic.trace.reader import load
+from moesaic.trace.file.reader import load
 from moesaic.trace.store import Trace
 
 CONFIG = v3(32, 4, 2, 4)

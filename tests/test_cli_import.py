@@ -8,8 +8,8 @@ from commands import runner
 from foreign import E, config_file, encoded, megatron_lines, picked, sglang_dump, sglang_record, vllm_array
 
 from moesaic.cli.import_ import FORMATS, import_
+from moesaic.trace.file.reader import load
 from moesaic.trace.imports import READERS
-from moesaic.trace.reader import load
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from moesaic.cli.output import print_json
-from moesaic.trace.pieces import hidden
+from moesaic.trace.shown import hidden
 
 NASTY = '专家\x1b[2J\x9b\u202e\ud800 \U000e0041\n"'
 

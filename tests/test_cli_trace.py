@@ -10,7 +10,7 @@ from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, LlamaConfig, L
 from moesaic.cli import sources
 from moesaic.cli.trace import progress, trace
 from moesaic.hf.load import TINY, load_model
-from moesaic.trace.reader import load
+from moesaic.trace.file.reader import load
 from moesaic.train.data import DOMAINS
 
 VERSE = "床前明月光，疑是地上霜。\nTo be, or not to be 😀\n\n  \nfor x in y:\n"

@@ -14,14 +14,14 @@ from rich.console import Console
 
 from moesaic.config import MoEConfig
 from moesaic.rules import route
-from moesaic.trace.derive import derive
-from moesaic.trace.diff import diff
-from moesaic.trace.diff_table import diff_table
-from moesaic.trace.judge import VERDICTS
-from moesaic.trace.margins import margin_between
-from moesaic.trace.record import record
+from moesaic.trace.compare.diff import diff
+from moesaic.trace.compare.diff_table import diff_table
+from moesaic.trace.compare.judge import VERDICTS
+from moesaic.trace.recording.record import record
+from moesaic.trace.reroute.what_if import what_if
+from moesaic.trace.rule.derive import derive
+from moesaic.trace.rule.margins import margin_between
 from moesaic.trace.store import Trace
-from moesaic.trace.what_if import what_if
 
 CONFIG = v3(32, 4, 2, 4)
 

@@ -12,8 +12,8 @@ from hf_models import tiny
 
 from moesaic.families import FAMILIES, ROUTING
 from moesaic.hf.experts import is_on_seam
-from moesaic.trace.derive import check_layer
-from moesaic.trace.record import record
+from moesaic.trace.recording.record import record
+from moesaic.trace.rule.derive import check_layer
 
 BUILT_AT_LEAST = 35  # of those of transformers 5.23: 59 of 64
 NO_LOGITS = {"zaya"}  # its router scores one class more than there are experts: "skip them all"

@@ -10,10 +10,10 @@ from matplotlib.patches import Rectangle
 from moesaic.config import MoEConfig
 from moesaic.layer.router import Router
 from moesaic.rules import group_scores, kept_groups, route, select
-from moesaic.trace.captions import LABELS
-from moesaic.trace.figure import load_figure, routing_figure, save_figure
-from moesaic.trace.font import FONT_FILE
-from moesaic.trace.stats import STATUSES, layer_report
+from moesaic.trace.figures.captions import LABELS
+from moesaic.trace.figures.figure import load_figure, routing_figure, save_figure
+from moesaic.trace.figures.font import FONT_FILE
+from moesaic.trace.statistics.stats import STATUSES, layer_report
 from moesaic.trace.store import Trace
 from moesaic.types import Routing
 

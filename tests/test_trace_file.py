@@ -16,10 +16,11 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from traces import assert_equal, made
 
-from moesaic.trace import store, writer
-from moesaic.trace.reader import load
+from moesaic.trace import store
+from moesaic.trace.file import writer
+from moesaic.trace.file.reader import load
+from moesaic.trace.file.writer import TraceWriter
 from moesaic.trace.store import Trace
-from moesaic.trace.writer import TraceWriter
 
 
 def full(n_tokens=12, **fields) -> Trace:

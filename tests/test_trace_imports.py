@@ -175,7 +175,7 @@ def test_a_record_larger_than_a_trace_may_be_is_refused(tmp_path, monkeypatch):
 
 
 def test_an_imported_trace_is_saved_and_read_as_any_other(tmp_path):
-    from moesaic.trace.reader import load
+    from moesaic.trace.file.reader import load
 
     trace = READERS["sglang"]([sglang_dump(tmp_path / "a.pt", [sglang_record(picked(9))])], KNOWN).trace
     trace.save(tmp_path / "run.safetensors")

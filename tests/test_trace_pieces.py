@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moesaic.trace.pieces import visible
+from moesaic.trace.shown import visible
 
 
 @pytest.mark.parametrize(

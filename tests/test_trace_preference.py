@@ -5,8 +5,8 @@ import pytest
 import torch
 from cases import v3
 
-from moesaic.trace import preference
-from moesaic.trace.preference import domain_preference, sequence_loads
+from moesaic.trace.statistics import preference
+from moesaic.trace.statistics.preference import domain_preference, sequence_loads
 from moesaic.trace.store import Trace
 from moesaic.types import Routing
 

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 import moesaic.hf  # noqa: F401
 from moesaic.hf.experts import attach
 from moesaic.layer.moe import DeepseekV3MoE, MoE
-from moesaic.trace.record import record
+from moesaic.trace.recording.record import record
 
 pytestmark = [pytest.mark.compile, pytest.mark.filterwarnings("ignore")]  # Dynamo warns of its own
 

@@ -12,7 +12,7 @@ from hf_models import tiny, token_ids
 from torch import nn
 
 from moesaic.layer.moe import DeepseekV3MoE, MoE
-from moesaic.trace.record import record
+from moesaic.trace.recording.record import record
 from moesaic.trace.store import Trace
 from moesaic.types import Routing
 

@@ -7,10 +7,13 @@ from rich.console import Console
 
 from moesaic.config import MoEConfig
 from moesaic.rules import route
-from moesaic.trace.preference import domain_preference
-from moesaic.trace.render import WORDS, load_table, preference_table, rank_changes, short_layer, sparkline, steps_table
-from moesaic.trace.stats import layer_reports
-from moesaic.trace.steps import STAGES, steps, versus_topk
+from moesaic.trace.rule.steps import STAGES, steps, versus_topk
+from moesaic.trace.rule.steps_table import WORDS as STEPS_WORDS
+from moesaic.trace.rule.steps_table import rank_changes, steps_table
+from moesaic.trace.shown import short_layer, sparkline
+from moesaic.trace.statistics.load_table import WORDS, load_table, preference_table
+from moesaic.trace.statistics.preference import domain_preference
+from moesaic.trace.statistics.stats import layer_reports
 from moesaic.trace.store import Trace
 from moesaic.types import Routing
 
@@ -42,7 +45,7 @@ def test_the_table_has_a_row_for_every_stage(preset, lang):
         assert "[" + ", ".join(map(str, step.shape)) + "]" in text
     for expert in of_token[11].value.tolist():
         assert f"e{expert}" in text
-    assert WORDS[lang]["disagrees"] not in text
+    assert STEPS_WORDS[lang]["disagrees"] not in text
 
 
 def test_groups_that_are_kept_carry_a_star():
@@ -75,7 +78,7 @@ def test_a_forged_record_is_marked_in_the_table():
     trace = traced(v3(16, 4, 2, 4))
     forged = replace(trace, picks=trace.picks.flip(1), weights=trace.weights * 1.5)
     text = shown(steps_table(steps(forged, 0, 3)))
-    assert text.count(WORDS["en"]["disagrees"]) >= 2
+    assert text.count(STEPS_WORDS["en"]["disagrees"]) >= 2
 
 
 def test_what_was_not_recorded_is_not_shown():

@@ -20,11 +20,11 @@ from moesaic.hf.modules import moe_layers
 from moesaic.layer.moe import DeepseekV3MoE, MoE
 from moesaic.layer.router import Router
 from moesaic.rules import route
-from moesaic.trace.reader import load
-from moesaic.trace.record import record
-from moesaic.trace.replay import replay
-from moesaic.trace.steps import steps
-from moesaic.trace.what_if import what_if
+from moesaic.trace.file.reader import load
+from moesaic.trace.recording.record import record
+from moesaic.trace.reroute.replay import replay
+from moesaic.trace.reroute.what_if import what_if
+from moesaic.trace.rule.steps import steps
 
 KNOWN = [*FAMILIES, *(name for name in MORE_FAMILIES if name in {"glm4_moe", "olmoe"})]
 
@@ -344,7 +344,7 @@ def test_a_rule_that_is_not_the_models_is_found_before_its_weights_are_used():
 def test_a_gate_whose_code_rounds_otherwise_keeps_its_own_bits(monkeypatch):
     """As a kernel on a GPU does: where the model would choose what was recorded, its own weights are taken."""
     ulp = SimpleNamespace(score=rules.score, weigh=lambda *args: rules.weigh(*args) * (1 + 2.0**-22))
-    monkeypatch.setattr(sys.modules["moesaic.trace.replay"], "rules", ulp)
+    monkeypatch.setattr(sys.modules["moesaic.trace.reroute.replay"], "rules", ulp)
     layer, x = DeepseekV3MoE(v3(16, 4, 2, 4)), torch.randn(2, 5, 32)
     (expected,), trace = recorded(layer, {"x": x})
     with replay(layer, trace), torch.no_grad():

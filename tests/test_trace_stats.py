@@ -12,9 +12,10 @@ from moesaic import rules
 from moesaic.config import MoEConfig
 from moesaic.layer.balance import expert_load
 from moesaic.rules import route
-from moesaic.trace import chance, stats
-from moesaic.trace.chance import balance_numbers, chance_bands, copula_loads, drawn_loads, groups_reached, overlap
-from moesaic.trace.stats import expert_loads, layer_report, layer_reports
+from moesaic.trace.chance import bands as chance
+from moesaic.trace.chance.bands import balance_numbers, chance_bands, copula_loads, drawn_loads, groups_reached, overlap
+from moesaic.trace.statistics import stats
+from moesaic.trace.statistics.stats import expert_loads, layer_report, layer_reports
 from moesaic.trace.store import Trace
 from moesaic.types import Routing
 

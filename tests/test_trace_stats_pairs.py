@@ -11,12 +11,12 @@ from cases import v3
 from rich.console import Console
 
 from moesaic import rules
-from moesaic.trace import coselection as coselection_module
-from moesaic.trace.coselection import coselection, count_pairs, pair_rates
-from moesaic.trace.documents import Documents
-from moesaic.trace.stability import set_agreement, stability
+from moesaic.trace.chance.documents import Documents
+from moesaic.trace.statistics import coselection as coselection_module
+from moesaic.trace.statistics.coselection import coselection, count_pairs, pair_rates
+from moesaic.trace.statistics.stability import set_agreement, stability
+from moesaic.trace.statistics.tables import coselection_table, stability_table
 from moesaic.trace.store import Trace
-from moesaic.trace.tables import coselection_table, stability_table
 
 CONFIG = v3(32, 4, 2, 4)
 

@@ -14,11 +14,11 @@ from rich.console import Console
 
 import moesaic as ms
 from moesaic import rules
-from moesaic.trace.measures import MEANINGS, meaning
-from moesaic.trace.placement import distinct_places, place_experts, read_placement
-from moesaic.trace.stats import STATUSES, layer_report, stats
+from moesaic.trace.chance.placement import distinct_places, place_experts, read_placement
+from moesaic.trace.statistics.measures import MEANINGS, meaning
+from moesaic.trace.statistics.stats import STATUSES, layer_report, stats
+from moesaic.trace.statistics.tables import stats_tables
 from moesaic.trace.store import Trace
-from moesaic.trace.tables import stats_tables
 from moesaic.types import Routing
 
 CONFIG = v3(32, 4, 2, 4)

@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 
 from moesaic import rules
 from moesaic.config import MoEConfig
-from moesaic.trace import documents as documents_module
-from moesaic.trace.chance import bands_between, chance_bands
-from moesaic.trace.documents import Documents, count_loads, mean_and_error
-from moesaic.trace.stats import stats
+from moesaic.trace.chance import documents as documents_module
+from moesaic.trace.chance.bands import bands_between, chance_bands
+from moesaic.trace.chance.documents import Documents, count_loads, mean_and_error
+from moesaic.trace.chance.tails import at_least, at_most
+from moesaic.trace.statistics.stats import stats
+from moesaic.trace.statistics.verdict import SICK, documents_needed, judge_loads
 from moesaic.trace.store import Trace
-from moesaic.trace.tails import at_least, at_most
-from moesaic.trace.verdict import SICK, documents_needed, judge_loads
 
 
 def traced(picks: torch.Tensor, config: MoEConfig, sequences: torch.Tensor | None = None, **fields) -> Trace:

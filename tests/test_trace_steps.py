@@ -10,8 +10,8 @@ from moesaic import rules
 from moesaic.config import MoEConfig
 from moesaic.layer.router import Router
 from moesaic.rules import route
-from moesaic.trace.derive import check_layer
-from moesaic.trace.steps import STAGES, steps, steps_of_routing, versus_topk
+from moesaic.trace.rule.derive import check_layer
+from moesaic.trace.rule.steps import STAGES, steps, steps_of_routing, versus_topk
 from moesaic.trace.store import Trace
 from moesaic.types import Routing
 

@@ -15,14 +15,14 @@ from rich.console import Console
 
 from moesaic.config import MoEConfig
 from moesaic.rules import route
-from moesaic.trace.derive import check_layer
-from moesaic.trace.reader import load
-from moesaic.trace.record import record
-from moesaic.trace.stats import layer_reports
-from moesaic.trace.steps import steps
+from moesaic.trace.file.reader import load
+from moesaic.trace.recording.record import record
+from moesaic.trace.reroute.what_if import what_if
+from moesaic.trace.reroute.what_if_table import what_if_table
+from moesaic.trace.rule.derive import check_layer
+from moesaic.trace.rule.steps import steps
+from moesaic.trace.statistics.stats import layer_reports
 from moesaic.trace.store import Trace
-from moesaic.trace.what_if import what_if
-from moesaic.trace.what_if_table import what_if_table
 from moesaic.types import Routing
 
 CONFIG = v3(16, 4, 2, 4)

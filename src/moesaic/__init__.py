@@ -18,14 +18,14 @@ _HOMES = {
     "Router": "moesaic.layer.router",
     "Routing": "moesaic.types",
     "attach": "moesaic.hf.experts",
-    "diff": "moesaic.trace.diff",
-    "load": "moesaic.trace.reader",
-    "record": "moesaic.trace.record",
-    "replay": "moesaic.trace.replay",
+    "diff": "moesaic.trace.compare.diff",
+    "load": "moesaic.trace.file.reader",
+    "record": "moesaic.trace.recording.record",
+    "replay": "moesaic.trace.reroute.replay",
     "route": "moesaic.rules",
-    "stats": "moesaic.trace.stats",
-    "steps": "moesaic.trace.steps",
-    "what_if": "moesaic.trace.what_if",
+    "stats": "moesaic.trace.statistics.stats",
+    "steps": "moesaic.trace.rule.steps",
+    "what_if": "moesaic.trace.reroute.what_if",
 }
 __all__ = list(_HOMES)
 

@@ -17,7 +17,7 @@ from moesaic.config import MoEConfig
 from moesaic.layer.balance import expert_load
 from moesaic.layer.router import Router
 from moesaic.rules import expand_groups, group_scores, kept_groups, score, weigh
-from moesaic.trace.stats import layer_report
+from moesaic.trace.statistics.stats import layer_report
 from moesaic.trace.store import Trace
 from moesaic.types import Routing
 
@@ -62,7 +62,7 @@ class MoEGate(Router):
         show: bool = False,
     ) -> Path:
         """Route once without gradients and save the 2x2 figure of that routing; returns where it was saved."""
-        from moesaic.trace.figure import routing_figure, save_figure
+        from moesaic.trace.figures.figure import routing_figure, save_figure
 
         with torch.no_grad():
             trace = self.trace(self.route(hidden_states))
@@ -109,7 +109,7 @@ def demo_moe_gate(
     Every number comes from one forward. The article's "负载均衡度" was 1.0 whatever happened; in its place stand
     measures that can fail, each beside what chance alone would give.
     """
-    from moesaic.trace.figure import routing_figure, save_figure
+    from moesaic.trace.figures.figure import routing_figure, save_figure
 
     template = _template(lang)
     generator_state = torch.get_rng_state()

@@ -86,6 +86,11 @@ class MoEConfig:
         return self.n_routed_experts // self.n_group
 
     @property
+    def limits_groups(self) -> bool:
+        """Whether the rule keeps some groups and shuts the others."""
+        return self.n_group > 1 and self.topk_method in ("noaux_tc", "group_limited_greedy")
+
+    @property
     def has_correction_bias(self) -> bool:
         return self.topk_method == "noaux_tc"
 

@@ -112,9 +112,12 @@ def group_limited_topk(choice: Float[Tensor, "T E"], config: MoEConfig) -> Int[T
     scores = group_scores(choice, config)
     if config.group_mask == "zero":  # the old bug: an expert outside the kept groups can still win
         return largest(choice.masked_fill(~expand_groups(kept_groups(scores, config), config), 0.0), k)
-    groups = largest(scores, config.topk_group).sort(dim=-1).values
-    candidates = experts_of(groups, config)  # ascending, so that a tie goes to the lower index here too
-    return candidates.gather(-1, largest(choice.gather(-1, candidates), k))
+    groups = largest(scores, config.topk_group).sort(dim=-1).values  # ascending: ties between groups go to the lower
+    size = config.experts_per_group
+    by_group = choice.unflatten(-1, (config.n_group, size))
+    candidates = by_group.gather(-2, groups.unsqueeze(-1).expand(-1, -1, size)).flatten(-2)  # [T, M * size]
+    place = largest(candidates, k)
+    return groups.gather(-1, place // size) * size + place % size
 
 
 def balanced_topk(choice: Float[Tensor, "T E"], config: MoEConfig) -> Int[Tensor, "T K"]:
@@ -168,12 +171,6 @@ def kept_groups(scores: Float[Tensor, "T G"], config: MoEConfig) -> Bool[Tensor,
 def expand_groups(kept: Bool[Tensor, "T G"], config: MoEConfig) -> Bool[Tensor, "T E"]:
     """The mask of groups as a mask of experts: expert e is in group e // (E/G)."""
     return kept.repeat_interleave(config.experts_per_group, dim=-1)
-
-
-def experts_of(groups: Int[Tensor, "T M"], config: MoEConfig) -> Int[Tensor, "T candidates"]:
-    """The experts of some groups of each token: group g holds g * E/G and those that follow it."""
-    size = config.experts_per_group
-    return (groups.unsqueeze(-1) * size + torch.arange(size, device=groups.device)).flatten(-2)
 
 
 def largest(values: Float[Tensor, "T n"], k: int) -> Int[Tensor, "T k"]:

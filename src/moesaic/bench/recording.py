@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from moesaic.bench.timing import Entrant, Spread, interleave, spread
-from moesaic.trace.record import record
+from moesaic.trace.recording.record import record
 
 PLAIN = "not recorded"
 MID_SIZE: dict[str, Any] = {

@@ -81,7 +81,7 @@ def main() -> None:
 
 
 def _complain(message: str) -> int:
-    from moesaic.trace.pieces import visible
+    from moesaic.trace.shown import visible
 
     if message:  # empty where the help was shown instead
         print("moesaic: " + visible(" ".join(message.split())), file=sys.stderr)

@@ -166,7 +166,7 @@ def in_language(both: Any, lang: str) -> str:
 
 def shown(text: str) -> str:
     """Text of a module, an error message or a layer's name, safe for a terminal."""
-    from moesaic.trace.pieces import visible
+    from moesaic.trace.shown import visible
 
     return visible(text)
 

@@ -112,7 +112,7 @@ def _real(
 
     from moesaic.cli import sources
     from moesaic.hf.load import TINY, load_model
-    from moesaic.trace.figure import load_figure, routing_figure, save_figure
+    from moesaic.trace.figures.figure import load_figure, routing_figure, save_figure
 
     given = sources.read_text(text, file)
     model, tokenizer = load_model(model_folder or TINY)
@@ -137,9 +137,10 @@ def _show(trace: "Trace", word: str, lang: str, layer: int, token: int, seed: in
     """Print the three parts; True where a layer has collapsed."""
     from rich.console import Console
 
-    from moesaic.trace.render import load_table, preference_table, steps_table
-    from moesaic.trace.stats import domain_preference, layer_reports
-    from moesaic.trace.steps import steps
+    from moesaic.trace.rule.steps import steps
+    from moesaic.trace.rule.steps_table import steps_table
+    from moesaic.trace.statistics.load_table import load_table, preference_table
+    from moesaic.trace.statistics.stats import domain_preference, layer_reports
     from moesaic.train.data import DOMAINS
 
     say, show = WORDS[lang], Console().print
@@ -169,7 +170,7 @@ def _show(trace: "Trace", word: str, lang: str, layer: int, token: int, seed: in
 def _telling_token(trace: "Trace", layer: int) -> int:
     """The first token whose experts differ most from plain top-k's."""
     from moesaic import rules
-    from moesaic.trace.chance import overlap
+    from moesaic.trace.chance.bands import overlap
 
     routing, config = trace.layer(layer), trace.configs[layer]
     assert routing.logits is not None  # recorded with detail="scores"

@@ -9,7 +9,7 @@ import typer
 from moesaic.cli.output import check_lang, print_json, say_how_again
 
 if TYPE_CHECKING:
-    from moesaic.trace.diff import Diff
+    from moesaic.trace.compare.diff import Diff
 
 LIMIT = 0.005  # of all (layer, token) pairs may flip by rounding: bfloat16 flips about 1 % of them in a tiny model
 WORDS = {
@@ -44,9 +44,9 @@ def diff(
     limit = LIMIT if max_flip is None else share_of(max_flip)
     from rich.console import Console
 
-    from moesaic.trace.diff import diff as compare
-    from moesaic.trace.diff_table import diff_table
-    from moesaic.trace.reader import load
+    from moesaic.trace.compare.diff import diff as compare
+    from moesaic.trace.compare.diff_table import diff_table
+    from moesaic.trace.file.reader import load
 
     with Console(stderr=True).status(WORDS[lang]["working"]):
         trace = load(a)

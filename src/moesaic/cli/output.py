@@ -25,7 +25,7 @@ def check_lang(lang: str) -> str:
 def print_json(what: Any) -> None:
     """One JSON document on stdout, strict: a number that is not finite must be None before it comes here. Chinese is
     written as it is, what could steer a terminal as an escape."""
-    from moesaic.trace.pieces import hidden
+    from moesaic.trace.shown import hidden
 
     text = json.dumps(what, ensure_ascii=False, allow_nan=False)
     print("".join(json.dumps(c)[1:-1] if hidden(c) else c for c in text))
@@ -43,7 +43,7 @@ def make_ready(out: Path) -> None:
 
 def say_how_again(trace: "Trace", lang: str) -> None:
     """Print the command, versions, seed and config behind what was shown."""
-    from moesaic.trace.pieces import visible
+    from moesaic.trace.shown import visible
 
     command, begin, comma, (seed, config) = AGAIN[lang]
     facts = [", ".join(f"{visible(name, 40)} {visible(version, 40)}" for name, version in trace.versions.items())]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from moesaic.hf.modules import moe_layers
-from moesaic.trace.record import record
+from moesaic.trace.recording.record import record
 from moesaic.trace.store import Trace
 
 WINDOW = 128  # tokens routed as one sequence

@@ -61,11 +61,11 @@ def stats(
         raise ValueError("--nodes and --placement are both given: use one of them")
     from rich.console import Console
 
-    from moesaic.trace.coselection import coselection as pairs_of
-    from moesaic.trace.placement import read_placement
-    from moesaic.trace.reader import load
-    from moesaic.trace.stability import stability
-    from moesaic.trace.stats import stats as stats_of
+    from moesaic.trace.chance.placement import read_placement
+    from moesaic.trace.file.reader import load
+    from moesaic.trace.statistics.coselection import coselection as pairs_of
+    from moesaic.trace.statistics.stability import stability
+    from moesaic.trace.statistics.stats import stats as stats_of
 
     recorded = load(trace)
     placed = None if placement is None else read_placement(placement, recorded.n_experts)
@@ -94,7 +94,7 @@ def _factors(text: str) -> tuple[float, ...]:
 
 def _domains(trace: "Trace", seed: int) -> Any:
     """The test of domain preference, the reason why there is none, or None where no domains are named."""
-    from moesaic.trace.preference import domain_preference
+    from moesaic.trace.statistics.preference import domain_preference
 
     if trace.labels is None or len(set(trace.labels)) < 2 or not len(trace):
         return None
@@ -108,9 +108,9 @@ def _show(trace: "Trace", found: Any, domains: Any, pairs: Any, alike: Any, agai
     from rich.console import Console
     from rich.text import Text
 
-    from moesaic.trace.pieces import visible
-    from moesaic.trace.render import preference_table
-    from moesaic.trace.tables import coselection_table, stability_table, stats_tables
+    from moesaic.trace.shown import visible
+    from moesaic.trace.statistics.load_table import preference_table
+    from moesaic.trace.statistics.tables import coselection_table, stability_table, stats_tables
 
     say, show = WORDS[lang], Console().print
     sizes = {"layers": trace.n_layers, "tokens": len(trace), "documents": found.n_documents}

@@ -39,9 +39,9 @@ def steps(
 
     from moesaic.cli import sources
     from moesaic.hf.load import TINY, load_model
-    from moesaic.trace.reader import load
-    from moesaic.trace.steps import steps as steps_of
-    from moesaic.trace.steps_table import steps_as_dict, steps_table
+    from moesaic.trace.file.reader import load
+    from moesaic.trace.rule.steps import steps as steps_of
+    from moesaic.trace.rule.steps_table import steps_as_dict, steps_table
 
     if trace is not None:
         recorded = load(trace)

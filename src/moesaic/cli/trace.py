@@ -127,7 +127,7 @@ def progress(what: str, total: int) -> "Iterator[Callable[[int], None]]":
 
 def show(recorded: "Trace", out: Path, lang: str) -> None:
     """What is in a trace that was just written, and what to do with it."""
-    from moesaic.trace.pieces import visible
+    from moesaic.trace.shown import visible
 
     say, config = WORDS[lang], recorded.configs[0]
     name = visible(recorded.model, 60) or say["no_name"]
@@ -153,7 +153,7 @@ def show(recorded: "Trace", out: Path, lang: str) -> None:
 
 def _read(recorded: "Trace", lang: str) -> str:
     """How much was read: "12 tokens of 2 documents (prose 1, code 1)"."""
-    from moesaic.trace.pieces import visible
+    from moesaic.trace.shown import visible
 
     say = WORDS[lang]
     many = {  # English has a plural

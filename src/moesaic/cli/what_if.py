@@ -40,10 +40,10 @@ def what_if(
         raise ValueError(f"--out {out} is the record itself: give another file")
     from rich.console import Console
 
-    from moesaic.trace.pieces import visible
-    from moesaic.trace.reader import load
-    from moesaic.trace.what_if import what_if as ask
-    from moesaic.trace.what_if_table import what_if_table
+    from moesaic.trace.file.reader import load
+    from moesaic.trace.reroute.what_if import what_if as ask
+    from moesaic.trace.reroute.what_if_table import what_if_table
+    from moesaic.trace.shown import visible
 
     with Console(stderr=True).status(WORDS[lang]["working"]):
         recorded = load(trace)

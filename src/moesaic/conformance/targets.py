@@ -20,7 +20,7 @@ from moesaic.families import ALIASES, PRESETS
 from moesaic.hf.load import quiet_transformers
 from moesaic.hf.modules import MoELayer, moe_layers, routed_blocks
 from moesaic.layer.router import Router
-from moesaic.trace.pieces import visible
+from moesaic.trace.shown import visible
 
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 BY_FAMILY = ("scoring_func", "topk_method")  # transformers' routers have these in their code, whatever the config says

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from moesaic.trace.pieces import visible
+from moesaic.trace.shown import visible
 
 if TYPE_CHECKING:
     from moesaic.conformance.gates import Gate

@@ -191,7 +191,7 @@ class Trace:
     def save(self, path: str | Path) -> None:
         """Write the trace as one safetensors file (docs: trace-format); an existing file is replaced whole or not at
         all."""
-        from moesaic.trace.writer import save
+        from moesaic.trace.file.writer import save
 
         save(self, path)
 

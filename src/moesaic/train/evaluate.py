@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from moesaic.trace.chance import balance_numbers
+from moesaic.trace.chance.bands import balance_numbers
 from moesaic.train.data import DOMAINS, corpus
 from moesaic.train.kneser_ney import KneserNeyBigram
 from moesaic.train.packing import token_stream, windows

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from moesaic.hf.modules import routed_blocks
 from moesaic.layer.balance import expert_load
-from moesaic.trace.record import Forward, describe_forward, observe
+from moesaic.trace.recording.record import Forward, describe_forward, observe
 from moesaic.types import Routing
 
 

@@ -1,0 +1,310 @@
+"""What explains that two traces chose different experts: rounding, other scores, or another rule."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from moesaic import rules
+from moesaic.config import MoEConfig
+from moesaic.trace.rule.derive import (
+    bias_of,
+    compare,
+    derive,
+    dtype_of,
+    follows,
+    logits_of,
+    weight_tolerance,
+    weights_follow,
+    why_not_derived,
+)
+from moesaic.trace.rule.margins import margin_between, rounding_bound
+from moesaic.trace.shown import visible
+from moesaic.trace.store import Trace
+
+VERDICTS = ("identical", "near-ties", "different scores", "different rule", "cannot tell")
+OWN = (
+    0.01  # of the tokens of a trace may fail to follow from its own scores; with more, its rule is not the one it says
+)
+WIDE = 0.1  # of the flips may be wider than rounding allows: the bound is a multiple of it and not its limit
+BROKEN = 0.1  # of the flips may break the other trace's rule
+UNEVEN = 0.1  # of a layer's tokens have other weights for the same experts: then weights are made by another rule
+RULE_FIELDS = (
+    "scoring_func", "score_after_topk", "topk_method", "n_group", "topk_group", "group_score_rule", "group_mask",
+    "norm_topk_prob", "routed_scaling_factor",
+)  # fmt: skip
+
+
+class Finding(NamedTuple):
+    """What the scores of one layer say, per token; None where they say nothing.
+
+    why: for each trace why nothing can be derived from it, or None. tied: the other choice is one of exact ties.
+    margins: how far scores were from the other choice, the smaller of both. near: rounding explains that.
+    broken: the picks of one do not follow from its scores by the other's rule. weights_broken: nor do its weights.
+    weights_apart: relative differences of weights of tokens with equal sets and an equal past.
+    """
+
+    why: tuple[dict[str, str] | None, dict[str, str] | None]
+    tied: Tensor
+    margins: Tensor | None = None
+    near: Tensor | None = None
+    broken: Tensor | None = None
+    weights_broken: Tensor | None = None
+    weights_apart: Tensor | None = None
+
+
+class Judgement(NamedTuple):
+    """A verdict with its reasons, each {"en": ..., "zh": ...}, the weightiest first."""
+
+    verdict: str
+    reasons: tuple[dict[str, str], ...]
+
+
+NOT_OWN = {"en": "its picks do not follow from its scores by its rule", "zh": "按它记录的规则，由分数推不出它的选择"}
+
+
+def explain_layer(a: Trace, b: Trace, layer: int, precision: torch.dtype, flips: Tensor) -> Finding:
+    """What the scores of a layer say about the choices of both traces. `flips` [T]: where they differ."""
+    finding = Finding((None, None), torch.zeros(len(a), dtype=torch.bool))
+    why = [why_not_derived(trace, layer) for trace in (a, b)]
+    own = [None if reason else _against(trace, trace, layer) for reason, trace in zip(why, (a, b), strict=True)]
+    same_rule = a.configs[layer] == b.configs[layer] and _equal(bias_of(a, layer), bias_of(b, layer))
+    for side, (mine, other) in enumerate(((a, b), (b, a))):
+        found = own[side]
+        if found is None:
+            continue
+        if float(found[0].float().mean()) > OWN:
+            why[side] = NOT_OWN
+            continue
+        finding = _seen_from(finding, mine, other, layer, precision, flips.nonzero().flatten())
+        if other.logits is not None:
+            strays, off = (same_rule and own[1 - side]) or _against(mine, other, layer)
+            finding = finding._replace(
+                broken=_either(finding.broken, strays),
+                weights_broken=finding.weights_broken if off is None else _either(finding.weights_broken, off),
+            )
+    return finding._replace(why=(why[0], why[1]))
+
+
+def _equal(one: Tensor | None, two: Tensor | None) -> bool:
+    return one is two or (one is not None and two is not None and torch.equal(one, two))
+
+
+def _seen_from(
+    finding: Finding, mine: Trace, other: Trace, layer: int, precision: torch.dtype, rows: Tensor
+) -> Finding:
+    """Add how far the scores of a trace whose rule is known were from the other's choice, where the two differ."""
+    config, target = mine.configs[layer], other.picks[layer][rows].long()
+    derived = derive(logits_of(mine, layer)[rows], bias_of(mine, layer), config, target)
+    nowhere = torch.zeros(len(mine), dtype=torch.bool)
+    here = margin_between(derived, target, config)
+    margins = torch.full((len(mine),), torch.nan).index_put((rows,), here)
+    near = nowhere.index_put((rows,), here <= rounding_bound(derived, config, precision))
+    check = compare(derived, target, None, config)
+    tied = nowhere.index_put((rows,), check.experts & check.tied)
+    return finding._replace(
+        tied=finding.tied | tied,
+        margins=margins if finding.margins is None else torch.fmin(finding.margins, margins),
+        near=_either(finding.near, near),
+    )
+
+
+def _against(ruler: Trace, trace: Trace, layer: int) -> tuple[Tensor, Tensor | None]:
+    """Tokens of `trace` whose picks do not follow from its own scores by the rule of `ruler`, by more than the scores'
+    own rounding, and those whose weights do not, bool [T]; None where no weights were recorded."""
+    config, ids = ruler.configs[layer], trace.picks[layer].long()
+    dtype = dtype_of(trace.dtypes.get("logits")) or torch.float32
+
+    def rounded(derived: dict[str, Tensor], target: Tensor, config: MoEConfig) -> Tensor:
+        nan = derived["biased"].isnan().any(-1)
+        return nan | (margin_between(derived, target, config) <= rounding_bound(derived, config, dtype))
+
+    scores, _, _, allowed = follows(trace, layer, config, _bias_for(ruler, trace, layer), rounded)
+    strays = ~allowed & (ids < config.n_routed_experts).all(-1)
+    if trace.weights is None:
+        return strays, None
+    tolerance = weight_tolerance(dtype_of(trace.dtypes.get("weights")))
+    return strays, ~weights_follow(rules.weigh(scores, ids, config), trace.weights[layer], tolerance)
+
+
+def _bias_for(mine: Trace, other: Trace, layer: int) -> Tensor | None:
+    """The bias of my rule; in the other's narrower dtype where it only was cast down, which is rounding."""
+    bias = None if mine.bias is None else mine.bias[layer]
+    if bias is None or other.bias is None:
+        return bias
+    return other.bias[layer] if _is_rounded(bias, other.bias[layer]) else bias
+
+
+def _is_rounded(one: Tensor, two: Tensor) -> bool:
+    """One of two biases is the other cast to bfloat16 or float16."""
+    narrow = (torch.bfloat16, torch.float16)
+    return any(torch.equal(x.to(dtype).float(), y) for dtype in narrow for x, y in ((one, two), (two, one)))
+
+
+def _either(before: Tensor | None, now: Tensor) -> Tensor:
+    return now if before is None else before | now
+
+
+def precision_of(a: Trace, b: Trace) -> tuple[torch.dtype, bool]:
+    """The coarser dtype that the models of two traces may have run in, and whether that is an assumption.
+
+    Logits of a router that computes in the model's dtype tell it; one that computes in float32 hides it.
+    """
+    told = [trace.configs[0].rule_is_known and trace.configs[0].router_dtype == "model" for trace in (a, b)]
+    dtypes = [dtype_of(trace.dtypes.get("logits")) or torch.float32 for trace in (a, b)]
+    coarsest = max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
+    return (coarsest, False) if all(told) or coarsest is torch.bfloat16 else (torch.bfloat16, True)
+
+
+def judge(
+    findings: Sequence[Finding], found: dict[str, Any], a: Trace, b: Trace, precision: torch.dtype, assumed: bool
+) -> Judgement:
+    """The verdict of a Diff from what its layers showed. `found` holds its fields by name."""
+    flips, origins, incomplete = found["flips"], found["origins"], found["incomplete"]
+    if weights := _weights_rule(findings, precision):
+        return Judgement("different rule", (weights, *_rule_differences(a, b)))
+    if not flips.any():
+        return _unflipped(incomplete, found["weight_differences"], _uneven(findings, a.layers, precision))
+    if reasons := _broken_rule(findings, flips, a, b):
+        return Judgement("different rule", reasons)
+    if all(finding.near is None for finding in findings):
+        return Judgement("cannot tell", _no_scores(findings))
+    known = torch.stack([torch.full_like(flips[0], finding.near is not None) for finding in findings])
+    seen = origins & known & ~found["ties"]
+    near = torch.stack([torch.zeros_like(flips[0]) if f.near is None else f.near for f in findings])
+    name = str(precision).removeprefix("torch.")
+    if not (origins & known).any():
+        text = "the first flips are in layers without scores: record both with detail='scores'"
+        return Judgement("cannot tell", ({"en": text, "zh": "最先分歧的层没有记录分数：请用 detail='scores' 记录"},))
+    wide, total = int((seen & ~near).sum()), int((origins & known).sum())
+    assumption = {"en": " (assumed: routers compute in float32 whatever the model does)" if assumed else "",
+                  "zh": "（假定：路由器总用 float32 计算，看不出模型的精度）" if assumed else ""}  # fmt: skip
+    counts = {
+        "en": f"{total - wide} of {total} first splits lie within the rounding of {name}{assumption['en']}",
+        "zh": f"{total} 处最初分歧中有 {total - wide} 处在 {name} 的舍入误差之内{assumption['zh']}",
+    }
+    if wide <= WIDE * total:
+        return Judgement("near-ties", (counts, *_rule_differences(a, b)))
+    if any(finding.broken is not None for finding in findings):
+        same = {
+            "en": "one rule explains both choices, each from its own scores: weights, inputs or arithmetic differ",
+            "zh": "同一规则由各自的分数解释了双方的选择：权重、输入或计算不同",
+        }
+        return Judgement("different scores", (same, counts))
+    one = {
+        "en": "or other scores: only one of the two recorded them, so this cannot be told apart",
+        "zh": "也可能是分数不同：只有一方记录了分数，无法区分",
+    }
+    return Judgement("different rule", (counts, one, *_rule_differences(a, b)))
+
+
+def _unflipped(incomplete: Tensor, weights: Tensor | None, uneven: dict[str, str] | None) -> Judgement:
+    if uneven is not None:
+        return Judgement("different scores", (uneven,))
+    if count := int(incomplete.sum()):
+        reason = {
+            "en": f"{count} of {incomplete.numel()} (layer, token) pairs have fewer experts in one trace; "
+            "all others are the same",
+            "zh": f"{incomplete.numel()} 个（层，token）中有 {count} 个在一方的专家较少，其余相同",
+        }
+        return Judgement("cannot tell", (reason,))
+    largest = None if weights is None else float(weights.max())
+    reason = {"en": "every token has the same experts in every layer", "zh": "每个 token 在每一层的专家都相同"}
+    if largest is not None:
+        reason = {
+            "en": f"{reason['en']}; weights differ by at most {largest:.1e} of the largest",
+            "zh": f"{reason['zh']}；权重最多相差最大权重的 {largest:.1e}",
+        }
+    return Judgement("identical", (reason,))
+
+
+def _broken_rule(findings: Sequence[Finding], flips: Tensor, a: Trace, b: Trace) -> tuple[dict[str, str], ...]:
+    checked = [(f.broken & flip, flip) for f, flip in zip(findings, flips, strict=True) if f.broken is not None]
+    broken, total = sum(int(x.sum()) for x, _ in checked), sum(int(flip.sum()) for _, flip in checked)
+    if not total or broken <= BROKEN * total:
+        return ()
+    reason = {
+        "en": f"{broken} of {total} flips do not follow from the trace's own scores by the other's rule",
+        "zh": f"{total} 处分歧中有 {broken} 处，由自己的分数按对方的规则推不出来",
+    }
+    return (reason, *_rule_differences(a, b))
+
+
+def _weights_rule(findings: Sequence[Finding], precision: torch.dtype) -> dict[str, str] | None:
+    """Weights that differ where experts and past are the same: by their own scores, or by more than rounding. Judged
+    layer by layer: a fault of one layer is a fault, however many are right."""
+    off = [float(f.weights_broken.float().mean()) for f in findings if f.weights_broken is not None and len(f.tied)]
+    if off and max(off) > UNEVEN:
+        return {
+            "en": f"{100 * max(off):.0f} % of the weights of a layer do not follow from the trace's own scores by the "
+            "other's rule",
+            "zh": f"有一层 {100 * max(off):.0f} % 的权重，由自己的分数按对方的规则推不出来",
+        }
+    if off:
+        return None
+    apart = [f.weights_apart for f in findings if f.weights_apart is not None and len(f.weights_apart)]
+    shares = [float(_beyond(layer, precision).float().mean()) for layer in apart]
+    if shares and max(shares) > UNEVEN:
+        median = float(apart[shares.index(max(shares))].median())
+        return {
+            "en": f"weights of the same experts differ by {100 * median:.0f} % (median of the worst layer)",
+            "zh": f"相同专家的权重相差 {100 * median:.0f} %（最差一层的中位数）",
+        }
+    return None
+
+
+def _beyond(apart: Tensor, precision: torch.dtype) -> Tensor:
+    """Relative differences of weights that rounding does not explain; a NaN on one side is infinitely far."""
+    return apart > 16 * torch.finfo(precision).eps
+
+
+def _uneven(findings: Sequence[Finding], layers: Sequence[str], precision: torch.dtype) -> dict[str, str] | None:
+    """Weights that differ for some tokens with the same experts, too few to be a rule."""
+    counts = [0 if f.weights_apart is None else int(_beyond(f.weights_apart, precision).sum()) for f in findings]
+    if not any(counts):
+        return None
+    names = ", ".join(visible(name) for name, count in zip(layers, counts, strict=True) if count)
+    return {
+        "en": f"the same experts everywhere, but {sum(counts)} weights differ by more than rounding, in {names}",
+        "zh": f"专家处处相同，但有 {sum(counts)} 处权重相差超过舍入误差：{names}",
+    }
+
+
+def _rule_differences(a: Trace, b: Trace) -> tuple[dict[str, str], ...]:
+    """What the traces themselves say is different: fields of the rule, the correction bias."""
+    out = []
+    for layer, (one, two) in enumerate(zip(a.configs, b.configs, strict=True)):
+        if not (one.rule_is_known and two.rule_is_known):
+            continue
+        unlike = [name for name in RULE_FIELDS if getattr(one, name) != getattr(two, name)]
+        if unlike:
+            told = ", ".join(f"{name} {getattr(one, name)} / {getattr(two, name)}" for name in unlike)
+            out.append({"en": f"layer {layer}: {told}", "zh": f"第 {layer} 层：{told}"})
+            break
+    if a.logits is None or b.logits is None:
+        return tuple(out)
+    if (a.bias is None) != (b.bias is None):
+        out.append({"en": "a correction bias is recorded in one only", "zh": "只有一方记录了修正偏置"})
+    elif a.bias is not None and b.bias is not None and not torch.equal(a.bias, b.bias):
+        shut = a.bias.isneginf() != b.bias.isneginf()  # as a what-if leaves dropped experts
+        if shut.any():
+            names = " ".join(f"e{expert}" for expert in shut.any(0).nonzero().flatten().tolist())
+            out.append({"en": f"never chosen in one of the two: {names}", "zh": f"只在一方从不选用：{names}"})
+        apart = (a.bias - b.bias).abs().masked_fill(shut | a.bias.isneginf(), 0.0)
+        if largest := float(apart.max()):
+            cast = all(_is_rounded(one, two) for one, two in zip(a.bias, b.bias, strict=True))
+            en, zh = (", as much as a cast to 16 bits does", "，即转为 16 位的误差") if cast else ("", "")
+            out.append({
+                "en": f"correction biases differ by up to {largest:.3g}{en}",
+                "zh": f"修正偏置最多相差 {largest:.3g}{zh}",
+            })  # fmt: skip
+    return tuple(out)
+
+
+def _no_scores(findings: Sequence[Finding]) -> tuple[dict[str, str], ...]:
+    names = ("a", "b")
+    told = dict.fromkeys(
+        (name, why["en"], why["zh"]) for f in findings for name, why in zip(names, f.why, strict=True) if why
+    )
+    return tuple({"en": f"trace {name}: {en}", "zh": f"记录 {name}：{zh}"} for name, en, zh in told)

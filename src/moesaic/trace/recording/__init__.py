@@ -1,0 +1,1 @@
+"""Watching a model run: who is asked, what was said, and how it becomes one Trace. Nothing here changes a model."""

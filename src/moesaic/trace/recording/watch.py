@@ -1,0 +1,273 @@
+"""Watching the modules of a model from outside: who is told what they were called with, eager and compiled.
+
+Experts on transformers' interface are watched where it looks up their implementation: each entry of that table calls
+what it called before and reports on the way. The implementation's name stays, so `generate()` may switch it; a graph
+compiled before is guarded by that entry, so it is compiled once more with the reporting operator in it, and found again
+when the watching ends. Our own experts ask for a watcher themselves. Routers, and experts of other makes, get hooks.
+"""
+
+import inspect
+import itertools
+import threading
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from contextlib import ExitStack, contextmanager
+from functools import lru_cache
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from moesaic.hf.experts import is_on_seam
+from moesaic.hf.modules import is_recompute, is_router
+from moesaic.layer.experts import Experts
+from moesaic.trace.recording.outputs import picks_of, read_router
+from moesaic.types import Routing
+
+Observer = Callable[[str, Routing], None]
+# on a watched module: its number, as a tensor, so that one graph serves all layers alike
+KEY = "_moesaic_key"
+DETAILS = ("ids", "picks", "scores")  # what an operator in a graph is given; a graph of its own for each
+
+_numbers = itertools.count()
+_told: dict[int, list[Callable[..., None]]] = {}  # number of a module -> whom to tell
+
+# The copy is what the experts, or the model, then use: an operator whose result nobody uses would be removed from a
+# graph. Ids have no gradient, embeddings do, and it passes through; what is only reported is detached before.
+torch.library.define(
+    "moesaic::watch",
+    "(Tensor key, Tensor used, Tensor? first, Tensor? second, bool flag) -> Tensor",
+    tags=(torch.Tag.cudagraph_unsafe,),
+)
+
+
+def _watch(key: Tensor, used: Tensor, first: Tensor | None, second: Tensor | None, flag: bool) -> Tensor:
+    tell(key, used, first, second, flag)
+    return used.clone()
+
+
+torch.library.impl("moesaic::watch", "CompositeExplicitAutograd")(_watch)
+torch.library.register_fake("moesaic::watch")(lambda _key, used, *_: torch.empty_like(used))
+torch.library.register_autograd("moesaic::watch", lambda _ctx, grad: (None, grad, None, None, None))
+
+
+def tell(key: Tensor, used: Tensor, first: Tensor | None = None, second: Tensor | None = None, flag: bool = False):
+    """Report one call to everybody who watches this module, unless it is the second forward of checkpointing."""
+    if not is_recompute():
+        for told in _told.get(int(key), ()):
+            told(used, first, second, flag)
+
+
+def reported(
+    key: Tensor, used: Tensor, first: Tensor | None = None, second: Tensor | None = None, flag: bool = False
+) -> Tensor:
+    """`used` itself, reported; in a graph a copy of it, made by the operator that reports."""
+    if not torch.compiler.is_compiling():
+        tell(key, used, first, second, flag)
+        return used
+    # in float32 a value of its own: the one that goes on may stay fused with what follows, unrounded (bfloat16)
+    first = None if first is None else first.detach().float()
+    second = None if second is None else second.detach().float()
+    return torch.ops.moesaic.watch(key, used, first, second, flag)
+
+
+@contextmanager
+def telling(module: nn.Module, told: Callable[..., None], attribute: str = KEY) -> Iterator[None]:
+    """Inside the block `told` hears of every call of this module that is `reported`."""
+    if attribute not in module.__dict__:
+        with torch.inference_mode(False):
+            module.__dict__[attribute] = torch.tensor(next(_numbers), device="cpu")
+    number = int(module.__dict__[attribute])
+    _told.setdefault(number, []).append(told)
+    try:
+        yield
+    finally:
+        _told[number].remove(told)
+        if not _told[number]:
+            del _told[number]
+            del module.__dict__[attribute]
+
+
+@contextmanager
+def observe(modules: Mapping[str, nn.Module], observer: Observer, detail: str = "picks") -> Iterator[None]:
+    """Hand every call of the watched modules to `observer`; the modules' own results are untouched.
+
+    A router is reported after its call, with logits. An experts module is reported before its call, with the ids and
+    weights it was given and logits None: that is what the model really used. Recomputation under activation
+    checkpointing is not reported again. Tensors are the live ones: copy what you keep. detail="ids" leaves weights out
+    of compiled graphs.
+    """
+    with ExitStack() as stack:
+        for name, module in modules.items():
+            if is_on_seam(module) or isinstance(module, Experts):
+                stack.enter_context(telling(module, _experts_reporter(name, observer)))
+                stack.enter_context(_asked(module, detail))
+            elif is_router(module) or not _takes_ids(module):
+                stack.enter_context(telling(module, _router_reporter(name, observer)))
+                stack.callback(module.register_forward_hook(_after_router).remove)
+            else:
+                stack.enter_context(telling(module, _experts_reporter(name, observer)))
+                hook = module.register_forward_pre_hook(_before_experts, with_kwargs=True)
+                stack.callback(hook.remove)
+        yield
+
+
+def _takes_ids(module: nn.Module) -> bool:
+    return len(inspect.signature(module.forward).parameters) >= 3
+
+
+def _experts_reporter(name: str, observer: Observer) -> Callable[..., None]:
+    def told(ids: Tensor, weights: Tensor | None, _second: None, _flag: bool) -> None:
+        observer(name, picks_of(ids, weights))
+
+    return told
+
+
+def _router_reporter(name: str, observer: Observer) -> Callable[..., None]:
+    def told(ids: Tensor, weights: Tensor | None, logits: Tensor | None, _flag: bool) -> None:
+        logits = None if logits is None else logits.flatten(0, -2)
+        observer(name, Routing(logits, *picks_of(ids, weights)[1:]))
+
+    return told
+
+
+# What stands in the way of a call. All of it may be traced into a graph.
+
+
+@lru_cache(maxsize=256)
+def _watched(original: Callable[..., Tensor] | None, detail: str) -> Callable[..., Tensor]:
+    """`original`, an experts implementation or None for the module's own, that reports what it is given.
+
+    The same function for the same arguments, so that a graph compiled under an earlier watch is found again.
+    """
+
+    def experts(self: Any, *args: Any, **kwargs: Any) -> Tensor:
+        if KEY in self.__dict__:
+            tokens, ids, weights = args if len(args) == 3 else bound(self, args, kwargs)
+            args, kwargs = (
+                (tokens, reported(self.__dict__[KEY], ids, None if detail == "ids" else weights), weights),
+                {},
+            )
+        compute = type(self).forward.__wrapped__ if original is None else original
+        return compute(self, *args, **kwargs)
+
+    return experts
+
+
+def _own_ids(module: nn.Module, ids: Tensor, _weights: Tensor) -> Tensor:
+    return reported(module.__dict__[KEY], ids)
+
+
+def _own_picks(module: nn.Module, ids: Tensor, weights: Tensor) -> Tensor:
+    return reported(module.__dict__[KEY], ids, weights)
+
+
+def _own_scores(module: nn.Module, ids: Tensor, weights: Tensor) -> Tensor:
+    return reported(
+        module.__dict__[KEY], ids, weights
+    )  # another function than for picks, so another graph, with the router's hook
+
+
+OWN = dict(zip(DETAILS, (_own_ids, _own_picks, _own_scores), strict=True))  # what our own experts call
+
+
+def _before_experts(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+    if KEY not in module.__dict__:
+        return None
+    tokens, ids, weights, *rest = args if len(args) >= 3 else bound(module, args, kwargs)
+    used = reported(module.__dict__[KEY], ids, weights)
+    return None if used is ids else ((tokens, used, weights, *rest), {})
+
+
+def _after_router(module: nn.Module, _args: Any, output: Any) -> Any:
+    if KEY not in module.__dict__:
+        return None
+    found = read_router(module, output)
+    used = reported(module.__dict__[KEY], found.ids, found.weights, found.logits)
+    if used is found.ids or found.place is None:
+        return None
+    if hasattr(output, "_replace"):
+        return output._replace(**{output._fields[found.place]: used})
+    return tuple(used if place == found.place else item for place, item in enumerate(output))
+
+
+def bound(module: nn.Module, args: tuple, kwargs: dict) -> tuple:
+    """The arguments of an experts call in their order, however they were given."""
+    return inspect.signature(module.forward).bind(*args, **kwargs).args
+
+
+class _Table:
+    """One table of experts implementations of transformers, with our entries in it while somebody watches."""
+
+    def __init__(self, table: MutableMapping[str | None, Any]) -> None:
+        self.table = table
+        self.details: list[str] = []
+        self._ours: dict[str | None, tuple[Any, Any]] = {}  # name -> (what was there, what is there now)
+
+    def add(self, detail: str) -> None:
+        self.details.append(detail)
+        self._refresh()
+
+    def remove(self, detail: str) -> None:
+        self.details.remove(detail)
+        self._refresh()
+
+    def _refresh(self) -> None:
+        detail = max(self.details, key=DETAILS.index, default=None)
+        for name in {*self.table, *self._ours, "eager", None}:  # the last two mean the module's own
+            here = self.table.get(name)
+            before, ours = self._ours.pop(name, (here, None))
+            if here is not ours and ours is not None:  # somebody put another one there meanwhile: theirs stays
+                before = here
+            elif ours is not None:
+                del self.table[name]
+                if before is not None and self.table.get(name) is not before:
+                    self.table[name] = before
+            if detail is not None:
+                self.table[name] = ours = _watched(before, detail)
+                self._ours[name] = (before, ours)
+
+
+_tables: dict[int, _Table] = {}
+_wanted: WeakKeyDictionary[nn.Module, list[str]] = WeakKeyDictionary()  # details that our own experts are asked for
+_lock = threading.RLock()
+
+
+def table_of(module: nn.Module) -> MutableMapping[str | None, Any] | None:
+    """The table in which this class of experts looks up its implementation."""
+    forward = type(module).forward
+    if not inspect.isfunction(forward):
+        return None
+    table = inspect.getclosurevars(forward).nonlocals.get("experts_interface")
+    return table if isinstance(table, MutableMapping) else None
+
+
+@contextmanager
+def _asked(module: nn.Module, detail: str) -> Iterator[None]:
+    """Inside the block the experts `module` reports."""
+    if isinstance(module, Experts):
+        wanted = _wanted.setdefault(module, [])
+        wanted.append(detail)
+        module.watcher = OWN[max(wanted, key=DETAILS.index)]
+        try:
+            yield
+        finally:
+            wanted.remove(detail)
+            module.watcher = OWN[max(wanted, key=DETAILS.index)] if wanted else None
+        return
+    found = table_of(module)
+    if found is None:  # on no table after all
+        handle = module.register_forward_pre_hook(_before_experts, with_kwargs=True)
+        try:
+            yield
+        finally:
+            handle.remove()
+        return
+    with _lock:
+        table = _tables.setdefault(id(found), _Table(found))
+        table.add(detail)
+    try:
+        yield
+    finally:
+        with _lock:
+            table.remove(detail)

@@ -1,0 +1,300 @@
+"""Replay: a model run again with the experts of a record; weights come from its live logits, so gradients flow."""
+
+import inspect
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from moesaic import rules
+from moesaic.config import MoEConfig
+from moesaic.hf.modules import MoELayer, is_recompute, moe_layers
+from moesaic.layer.balance import expert_load
+from moesaic.layer.router import Router
+from moesaic.trace.recording.record import describe_forward
+from moesaic.trace.reroute.reading import Reading
+from moesaic.trace.rule.derive import weight_tolerance
+from moesaic.trace.store import Trace
+from moesaic.types import Routing
+
+WEIGHTS = ("live", "recorded")
+
+
+@contextmanager
+def replay(
+    model: nn.Module, trace: Trace, *, weights: str = "live", config: MoEConfig | None = None
+) -> Iterator["Replayer"]:
+    """Inside the block `model` chooses the experts of `trace`, token by token, over as many forwards as it took.
+
+    A record of a whole text may be replayed in pieces with a cache, and the reverse: a token is known by its sequence
+    and its place there. Padding, which no record holds, keeps the model's own choice. Weights are made from the live
+    logits by the rule of the model's config, so the router gets its gradient; weights="recorded" takes those of the
+    trace, for layers whose rule is not known. With an unchanged model the results are bit-identical to the recorded.
+
+    Right under activation checkpointing; a compiled model is refused. Raises ValueError, before anything runs, where
+    the trace is of another model, and in a forward whose tokens are not those of the trace.
+    """
+    replayer = Replayer(model, trace, weights, moe_layers(model, config))
+    with replayer.running():
+        yield replayer
+    if not replayer.tokens:
+        raise ValueError("nothing was replayed: no forward of this model ran in the block, or it was compiled before")
+
+
+class Call(NamedTuple):
+    """One forward of one layer: which tokens of the trace it held, -1 for padding, and how to know it again."""
+
+    tokens: Tensor
+    mark: Tensor | None
+
+
+class Replayer:
+    """Puts recorded experts into a model. Made by `replay`; `tokens` counts what was replayed so far."""
+
+    def __init__(self, model: nn.Module, trace: Trace, weights: str, layers: list[MoELayer]) -> None:
+        _check(model, trace, weights, layers)
+        self.model, self.trace, self.weights = model, trace, weights
+        self.layers = layers
+        self.tokens = 0
+        self._reading = Reading(trace)
+        self._row = {name: index for index, name in enumerate(trace.layers)}
+        self._current: Tensor | None = None  # tokens of the forward that runs
+        self._outer: list[Tensor | None] = []  # of the calls of models inside each other that are open
+        self._ran: set[str] = set()  # layers that ran in it
+        self._alone = dict.fromkeys(self._row, 0)  # tokens that a layer took outside of any forward of the model
+        self._calls: dict[str, list[Call]] = {name: [] for name in self._row}
+        self._now: dict[str, tuple[Tensor, Tensor]] = {}  # layer -> its tokens of this call, its live logits
+        self._proven: set[str] = set()  # layers whose rule gave the model's own weights
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Inside the block the hooks are there."""
+        with ExitStack() as stack:
+            for module in _models_in(self.model):
+                stack.callback(module.register_forward_pre_hook(self._open, with_kwargs=True, prepend=True).remove)
+            for layer in self.layers:
+                router, experts = layer.router, layer.experts
+                if isinstance(router, Router):
+                    hook = router.register_forward_hook(self._own_router(layer), with_kwargs=True, prepend=True)
+                    stack.callback(hook.remove)
+                    continue
+                assert router is not None  # _check refuses others
+                assert experts is not None
+                stack.callback(router.register_forward_hook(self._look_at_router(layer), with_kwargs=True).remove)
+                hook = experts.register_forward_pre_hook(self._before_experts(layer), with_kwargs=True, prepend=True)
+                stack.callback(hook.remove)
+            for module in _models_in(self.model):  # after the hooks of layers: a bare gate is both
+                stack.callback(module.register_forward_hook(self._close, always_call=True).remove)
+            yield
+
+    # the forward of the model
+
+    def _open(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
+        _refuse_graph()
+        if is_recompute():
+            return
+        if not self._outer:
+            self._ran.clear()
+        self._outer.append(self._current)
+        if self._current is None:  # the outermost call that says which tokens it has
+            forward = describe_forward(model, args, kwargs)
+            self._current = None if forward is None else self._reading.take(forward)
+
+    def _close(self, _model: nn.Module, _args: tuple, output: Any) -> None:
+        if is_recompute() or not self._outer:
+            return
+        current, self._current = self._current, self._outer.pop()
+        if current is None or self._current is not None:
+            return
+        if output is None:  # it failed: its tokens are still to come
+            self._reading.undo()
+        elif self._ran:
+            self.tokens += int((current >= 0).sum())
+        self._now.clear()
+
+    # the forward of a layer
+
+    def _tokens_of(self, name: str, hidden: Tensor) -> Tensor:
+        """Which tokens of the trace this call of a layer holds, [n], -1 for padding."""
+        if name not in self._row:
+            raise ValueError(f"layer {name!r} runs and is not in the trace: record it too")
+        rows = hidden.flatten(0, -2)
+        mark = None
+        if torch.is_grad_enabled() or self.model.training:  # only then may checkpointing run it again
+            flat = rows.detach().flatten()
+            mark = torch.cat([flat[:64], flat.sum()[None]])
+        if is_recompute():
+            return self._seen_before(name, len(rows), mark)
+        current = self._current
+        if current is not None and len(current) == len(rows):
+            tokens = current
+        elif current is not None and int((current >= 0).sum()) == len(rows):  # the model cut its padding out
+            tokens = current[current >= 0]
+        elif current is not None:
+            raise ValueError(f"layer {name!r} routes {len(rows)} tokens of a forward of {len(current)}: not replayable")
+        else:
+            if self._reading.began:
+                raise ValueError(
+                    f"layer {name!r} runs outside of the model's forward after others inside: not replayable"
+                )
+            tokens = self._alone[name] + torch.arange(len(rows))
+            self._alone[name] += len(rows)
+            self._reading.check_room(self._alone[name])
+            self.tokens = max(self.tokens, self._alone[name])
+        if current is not None and name in self._ran:
+            raise ValueError(f"layer {name!r} runs twice in one forward: a trace does not tell the two apart")
+        self._ran.add(name)
+        if mark is not None:
+            self._calls[name].append(Call(tokens, mark))
+        return tokens
+
+    def _seen_before(self, name: str, n: int, mark: Tensor | None) -> Tensor:
+        """The tokens of the call that checkpointing runs again: the one with the same hidden states."""
+        calls = [call for call in self._calls[name] if len(call.tokens) == n]
+        if not calls or mark is None:
+            raise ValueError(f"layer {name!r} runs again in the backward of a forward that was not replayed")
+        apart = [float((call.mark - mark).abs().max()) for call in calls if call.mark is not None]
+        best = [call.tokens for call, distance in zip(calls, apart, strict=True) if not distance > min(apart)]
+        picks = self.trace.picks[self._row[name]]
+        if any(not torch.equal(picks[tokens], picks[best[0]]) for tokens in best[1:]):
+            raise ValueError(
+                f"layer {name!r} runs again in a backward, and two forwards with equal hidden states took other "
+                "experts: run the backward of each before the next"
+            )
+        return best[-1]
+
+    def _own_router(self, layer: MoELayer) -> Any:
+        """Our Router: what it returns is replaced, and its count of the load follows."""
+
+        def hook(router: Router, args: tuple, kwargs: dict, output: Routing) -> Routing:
+            _refuse_graph()
+            tokens = self._tokens_of(layer.name, _first_tensor(args, kwargs))
+            ids, weights = self._picks(layer, tokens, output.logits, output.expert_ids, output.weights)
+            if router.training:
+                router.load.copy_(expert_load(ids, router.config.n_routed_experts))
+            return Routing(output.logits, weights, ids)
+
+        return hook
+
+    def _look_at_router(self, layer: MoELayer) -> Any:
+        def hook(_router: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+            _refuse_graph()
+            tokens = self._tokens_of(layer.name, _first_tensor(args, kwargs))
+            logits = _logits_in(output, layer.config.n_routed_experts)
+            if logits is None and self.weights == "live":
+                raise ValueError(f"router of layer {layer.name!r} gives no logits: use weights='recorded'")
+            self._now[layer.name] = tokens, tokens.new_zeros(0) if logits is None else logits
+
+        return hook
+
+    def _before_experts(self, layer: MoELayer) -> Any:
+        def hook(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+            _refuse_graph()
+            if kwargs:
+                args = inspect.signature(module.forward).bind(*args, **kwargs).args
+            hidden, own_ids, own_weights, *rest = args
+            if layer.name not in self._now:
+                raise ValueError(f"experts of layer {layer.name!r} ran without their router: not replayable")
+            tokens, logits = self._now.pop(layer.name)
+            flat = own_ids.flatten(0, -2), own_weights.flatten(0, -2)
+            ids, weights = self._picks(layer, tokens, logits, *flat)
+            ids, weights = ids.to(own_ids.dtype).view(own_ids.shape), weights.view(own_weights.shape)
+            return (hidden, ids, weights, *rest), {}
+
+        return hook
+
+    def _picks(
+        self, layer: MoELayer, tokens: Tensor, logits: Tensor | None, own_ids: Tensor, own_weights: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Ids [n, K] of the record, the model's own for padding, and their weights."""
+        row = self._row[layer.name]
+        device = own_ids.device
+        read = (tokens >= 0).to(device)[:, None]
+        recorded = self.trace.picks[row][tokens.clamp(min=0)].to(device, own_ids.dtype)
+        ids = torch.where(read, recorded, own_ids)
+        if self.weights == "recorded":
+            assert self.trace.weights is not None
+            weights = self.trace.weights[row][tokens.clamp(min=0)].to(device, own_weights.dtype)
+            return ids, weights if bool((tokens >= 0).all()) else torch.where(read, weights, own_weights)
+        assert logits is not None
+        scores = rules.score(logits.reshape(len(own_ids), -1), layer.config)
+        if layer.name not in self._proven:
+            self._prove(layer, scores, own_ids, own_weights)
+        weights = rules.weigh(scores, ids.long(), layer.config).to(own_weights.dtype)
+        # where the model would choose the same, its weights to the last bit, however its code rounds
+        same = (ids == own_ids).all(-1, keepdim=True)
+        return ids, torch.where(same, own_weights, weights)
+
+    def _prove(self, layer: MoELayer, scores: Tensor, own_ids: Tensor, own_weights: Tensor) -> None:
+        """The rule of the config must give the weights that the model itself gives its own choice."""
+        with torch.no_grad():
+            expected = rules.weigh(scores, own_ids.long(), layer.config).to(own_weights.dtype).float()
+            bound = weight_tolerance(own_weights.dtype) * expected.abs().amax(-1, keepdim=True)
+            off = ((expected - own_weights.float()).abs() > bound).any(-1)
+        if off.any():
+            raise ValueError(
+                f"layer {layer.name!r} makes its weights by another rule than its config says: use weights='recorded'"
+            )
+        self._proven.add(layer.name)
+
+
+def _check(model: nn.Module, trace: Trace, weights: str, layers: list[MoELayer]) -> None:
+    """Refuse, in one line, what cannot be replayed."""
+    if weights not in WEIGHTS:
+        raise ValueError(f"weights={weights!r} is unknown: use 'live' or 'recorded'")
+    if any(_is_compiled(module) for module in model.modules()):
+        raise ValueError("a compiled model cannot be replayed: give the model as it was before torch.compile")
+    names = [layer.name for layer in layers]
+    if strangers := [name for name in trace.layers if name not in names]:
+        raise ValueError(
+            f"the trace is of another model: it has a layer {strangers[0]!r}, and {names[0]!r} is the first of this one"
+        )
+    if weights == "recorded" and trace.weights is None:
+        raise ValueError("weights='recorded' has none to take: the trace holds ids only")
+    for layer in layers:
+        for what, here, there in (
+            ("experts", trace.n_experts, layer.config.n_routed_experts),
+            ("experts per token", trace.top_k, layer.config.num_experts_per_tok),
+        ):
+            if here != there:
+                raise ValueError(f"the trace is of another model: {here} {what}, and layer {layer.name!r} has {there}")
+        if weights == "live" and not layer.config.rule_is_known:
+            raise ValueError(
+                f"the rule of layer {layer.name!r} is not known, so its weights cannot be made again: "
+                "use weights='recorded'"
+            )
+        if not isinstance(layer.router, Router) and (layer.router is None or layer.experts is None):
+            raise ValueError(f"layer {layer.name!r} has no router and experts that can be reached: not replayable")
+        if getattr(layer, "origin", "experts") != "experts" and not isinstance(layer.router, Router):
+            raise ValueError(f"the experts of layer {layer.name!r} are not told which were chosen: not replayable")
+
+
+def _models_in(model: nn.Module) -> list[nn.Module]:
+    """The modules that are called with token ids or embeddings, inside wrappers or not; the model where none is."""
+    taking = {"input_ids", "inputs_embeds"}
+    found = [module for module in model.modules() if taking & inspect.signature(module.forward).parameters.keys()]
+    return found or [model]
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    return type(module).__name__ == "OptimizedModule" or getattr(module, "_compiled_call_impl", None) is not None
+
+
+def _refuse_graph() -> None:
+    if torch.compiler.is_compiling():
+        raise ValueError("replay does not run in a compiled graph: leave torch.compile out")
+
+
+def _first_tensor(args: tuple, kwargs: dict) -> Tensor:
+    return next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+
+
+def _logits_in(output: Any, n_experts: int) -> Tensor | None:
+    """The first of a router's results that has a number for every expert."""
+    items = (output,) if isinstance(output, Tensor) else output
+    for item in items:
+        if isinstance(item, Tensor) and item.is_floating_point() and item.shape[-1] == n_experts:
+            return item.flatten(0, -2)
+    return None

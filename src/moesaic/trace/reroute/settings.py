@@ -1,0 +1,100 @@
+"""What a question about another rule asks for: the changed config, the biases, the nodes; checked, in one line each."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moesaic.config import MoEConfig
+from moesaic.trace.store import Trace
+
+Bias = bool | Tensor | Mapping[int, float] | None  # False = none, {expert: delta}, None = as recorded
+
+
+def changed(
+    config: MoEConfig,
+    k: int | None,
+    n_group: int | None,
+    topk_group: int | None,
+    group_score: str | None,
+    group_mask: str | None,
+    gets_bias: bool,
+) -> MoEConfig:
+    """The config with the changed rule; MoEConfig refuses what cannot be routed."""
+    groups = {"n_group": n_group, "topk_group": topk_group, "group_score": group_score, "group_mask": group_mask}
+    fields: dict[str, Any] = {name: value for name, value in groups.items() if value is not None}
+    if n_group == 1:
+        fields.setdefault("topk_group", 1)
+    if config.topk_method == "greedy":  # it ignores groups: now it gets some, or goes on without
+        wanted = n_group or (config.n_group if topk_group is not None else 1)
+        if wanted > 1:
+            fields |= {"topk_method": "group_limited_greedy", "n_group": wanted}
+        elif gets_bias:
+            fields.setdefault("n_group", 1)
+            fields.setdefault("topk_group", 1)
+    if k is not None:
+        fields["num_experts_per_tok"] = k
+    if gets_bias:
+        fields.setdefault("group_score", config.group_score_rule)
+        fields["topk_method"] = "noaux_tc"
+    return replace(config, **fields)
+
+
+def dropped(trace: Trace, drop_experts: Iterable[int]) -> list[int]:
+    """The experts to leave out, in order, each once."""
+    experts = sorted({int(expert) for expert in drop_experts})
+    _check_experts("drop_experts", experts, trace.n_experts)
+    return experts
+
+
+def _check_experts(name: str, experts: Iterable[int], n_experts: int) -> None:
+    if wrong := [expert for expert in experts if not 0 <= expert < n_experts]:
+        raise ValueError(f"{name} names expert {wrong[0]}, which is not there: use 0 to {n_experts - 1}")
+
+
+def biases(trace: Trace, bias: Bias, dropped: list[int]) -> Tensor | None:
+    """The bias of every layer, [L, E], minus infinity for a dropped expert; None where there is none of either."""
+    shape = (trace.n_layers, trace.n_experts)
+    out = trace.bias
+    if isinstance(bias, Tensor):
+        if bias.shape not in (shape, shape[1:]):
+            raise ValueError(f"bias has shape {list(bias.shape)}: give [E] = [{shape[1]}] or [L, E] = {list(shape)}")
+        out = bias.detach().cpu().float().expand(shape)
+    elif isinstance(bias, Mapping):
+        _check_experts("bias", bias, trace.n_experts)
+        out = torch.zeros(shape) if out is None else out.clone()
+        for expert, delta in bias.items():
+            out[:, expert] += float(delta)
+    elif bias is False:
+        if out is None:
+            raise ValueError("bias=False has nothing to leave out: this trace has no correction bias")
+        out = torch.zeros(shape)
+    elif bias is not None:
+        raise ValueError(f"bias={bias!r} is not understood: use False, a tensor [E] or [L, E], or {{expert: delta}}")
+    if out is not None and out.isnan().any():
+        raise ValueError("bias holds NaN: give numbers")
+    if dropped:
+        out = (torch.zeros(shape) if out is None else out).index_fill(-1, torch.tensor(dropped), -torch.inf)
+    return out
+
+
+def nodes(before: MoEConfig, after: MoEConfig, placement: Sequence[int] | None) -> np.ndarray | None:
+    """The node of every expert, [E]: of the placement, else the groups of either rule; None without groups."""
+    n_experts = before.n_routed_experts
+    if placement is None:
+        grouped = next((config for config in (before, after) if config.limits_groups), None)
+        return None if grouped is None else np.arange(n_experts) // grouped.experts_per_group
+    given = np.asarray(placement)
+    if given.shape != (n_experts,) or given.dtype.kind not in "iu" or given.min() < 0:
+        raise ValueError(f"placement must give a node, from 0, to each of the {n_experts} experts")
+    return given
+
+
+def plain_bias(bias: Bias) -> Any:
+    """The bias that was asked for, as JSON has it."""
+    if isinstance(bias, Tensor):
+        return bias.tolist()
+    return {str(expert): float(delta) for expert, delta in bias.items()} if isinstance(bias, Mapping) else bias

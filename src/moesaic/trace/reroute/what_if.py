@@ -1,0 +1,249 @@
+"""What if the gate had another rule: recorded scores routed again, and what that changes."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moesaic import rules
+from moesaic.config import MoEConfig
+from moesaic.trace.chance.bands import balance_numbers
+from moesaic.trace.reroute import settings
+from moesaic.trace.rule.derive import bias_of, check_can_derive, derive, dtype_of, follows, logits_of
+from moesaic.trace.rule.margins import chosen
+from moesaic.trace.store import Trace
+
+
+@dataclass(frozen=True, eq=False)
+class WhatIf:
+    """A trace routed again by another rule, beside the one that was recorded.
+
+    before: the record. trace: the same tokens with the experts and weights of the other rule, a Trace like any other.
+    changes: what was asked, in plain values. flipped: tokens that would get other experts, bool [L, T].
+    ties: per layer, tokens whose record differs from the recorded rule's choice by exact ties only; they count as
+    flipped only where the other rule leaves that choice. astray: those that differ by more; the record then follows
+    another rule than it says. kept: tokens without experts, which stay without. score_lost: share of the recorded
+    choice's summed unbiased score, float64 [L]; below 0 where the other rule takes higher scores.
+    nodes: the group, or the node of a placement, of every expert, int [E]; None without either.
+    """
+
+    before: Trace
+    trace: Trace
+    changes: Mapping[str, Any]
+    flipped: Tensor
+    ties: Tensor
+    astray: Tensor
+    kept: int
+    score_lost: Tensor
+    nodes: np.ndarray | None
+
+    @property
+    def share(self) -> float:
+        """Share of (layer, token) pairs with other experts."""
+        return float(self.flipped.float().mean()) if self.flipped.numel() else float("nan")
+
+    @property
+    def token_share(self) -> float:
+        """Share of tokens with other experts in some layer."""
+        return float(self.flipped.any(0).float().mean()) if self.flipped.numel() else float("nan")
+
+    def by_layer(self) -> list[dict[str, Any]]:
+        """Per layer: tokens flipped, assignments lost and gained, and load, balance and nodes before and after."""
+        rows = []
+        for layer, name in enumerate(self.before.layers):
+            one, two = (trace.picks[layer].long() for trace in (self.before, self.trace))
+            had, has = (chosen(ids, self.before.n_experts) for ids in (one, two))
+            loads = [there.sum(0).numpy() for there in (had, has)]
+            balance = [balance_numbers(load) for load in loads]
+            nodes = None if self.nodes is None else [_reached(there, self.nodes) for there in (had, has)]
+            rows.append({
+                "layer": name,
+                "tokens": len(one),
+                "flipped": int(self.flipped[layer].sum()),
+                "ties": int(self.ties[layer]),
+                "astray": int(self.astray[layer]),
+                "assignments_lost": int((had & ~has).sum()),
+                "assignments_gained": int((has & ~had).sum()),
+                "load": [load.tolist() for load in loads],
+                "max_over_mean": [_finite(numbers["max_over_mean"]) for numbers in balance],
+                "cv": [_finite(numbers["cv"]) for numbers in balance],
+                "unused": [int((load == 0).sum()) for load in loads],
+                "nodes": nodes,
+                "score_lost": _finite(self.score_lost[layer]),
+            })  # fmt: skip
+        return rows
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain numbers and words, for JSON; what is not known is None. Pairs are [before, after]."""
+        return {
+            "model": self.before.model,
+            "changes": dict(self.changes),
+            "reproduced": not int(self.astray.sum()),
+            "flipped_share": _finite(self.share),
+            "flipped_tokens_share": _finite(self.token_share),
+            "kept_without_experts": self.kept,
+            "score_lost": _finite(self.score_lost.nanmean()),
+            "layers": self.by_layer(),
+        }
+
+    def sentences(self, lang: str = "en") -> list[str]:
+        """What would change, in plain words."""
+        from moesaic.trace.reroute.what_if_table import sentences
+
+        return sentences(self, lang)
+
+    def __rich__(self) -> Any:
+        from moesaic.trace.reroute.what_if_table import what_if_table
+
+        return what_if_table(self)
+
+
+def what_if(
+    trace: Trace,
+    *,
+    k: int | None = None,
+    n_group: int | None = None,
+    topk_group: int | None = None,
+    group_score: str | None = None,
+    group_mask: str | None = None,
+    bias: settings.Bias = None,
+    drop_experts: Iterable[int] = (),
+    placement: Sequence[int] | None = None,
+    force: bool = False,
+) -> WhatIf:
+    """Route the recorded scores of every layer again with some of the rule changed. What is not given stays.
+
+    bias: False leaves the correction bias out, a tensor [E] or [L, E] replaces it, {expert: delta} is added to it.
+    drop_experts: never chosen, in any layer; the new trace gives them a bias of minus infinity. placement: the node of
+    every expert, to count nodes instead of groups.
+
+    Unchanged settings must give the recorded picks, exact ties apart: that is checked first, and where they do not,
+    the recorded rule is not the one of the trace and this refuses, unless `force`. Raises ValueError, in one line,
+    too where a rule is not known, scores were not recorded, or the settings cannot be met.
+    """
+    if not len(trace):
+        raise ValueError("the trace has no tokens: there is nothing to route again")
+    for layer, config in enumerate(trace.configs):
+        if config.topk_method == "balanced":
+            raise ValueError(f"layer {trace.layers[layer]!r} deals experts out in turn: its scores decide nothing")
+        check_can_derive(trace, layer)
+    left_out = settings.dropped(trace, drop_experts)
+    biases = settings.biases(trace, bias, left_out)
+    gets_bias = biases is not None and trace.bias is None
+    configs = [
+        settings.changed(config, k, n_group, topk_group, group_score, group_mask, gets_bias) for config in trace.configs
+    ]
+    new_picks, weights, columns = [], [], []
+    for layer in range(trace.n_layers):
+        scores, base, tied, astray, empty = _check(trace, layer, force)
+        ids, flipped = _route_again(trace, layer, base, configs[layer], biases, empty)
+        new_picks.append(ids)
+        weights.append(_weights(trace, layer, configs[layer], ids, flipped))
+        lost = _score_lost(scores, trace.picks[layer].long(), ids, trace.configs[layer])
+        columns.append((flipped, tied.sum(), astray.sum(), empty.sum(), lost))
+    flips, ties, strays, empties, lost = (torch.stack(column) for column in zip(*columns, strict=True))
+    after = replace(
+        trace,
+        picks=torch.stack(new_picks).to(trace.picks.dtype),
+        weights=torch.stack(weights),
+        bias=biases,
+        configs=tuple(configs),
+        origins=("derived",) * trace.n_layers,
+    )
+    asked = {"k": k, "n_group": n_group, "topk_group": topk_group, "group_score": group_score,
+             "group_mask": group_mask, "bias": settings.plain_bias(bias), "drop_experts": left_out or None}  # fmt: skip
+    changes = {name: value for name, value in asked.items() if value is not None}
+    nodes = settings.nodes(trace.configs[0], configs[0], placement)
+    return WhatIf(trace, after, changes, flips, ties, strays, int(empties.sum()), lost, nodes)
+
+
+def _check(trace: Trace, layer: int, force: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """By the recorded rule: scores [T, E], the ids [T, K] that flips are counted from, and tokens whose record differs
+    from it by ties, by more, and that have no experts."""
+    config, ids = trace.configs[layer], trace.picks[layer].long()
+    scores, derived_ids, same, allowed = follows(trace, layer, config, bias_of(trace, layer))
+    empty = (ids >= config.n_routed_experts).all(-1)
+    astray = ~allowed & ~empty
+    if astray.any() and not force:
+        n, first = int(astray.sum()), int(astray.nonzero()[0])
+        partly = bool(((ids >= config.n_routed_experts).any(-1) & astray).any())
+        why = "experts are missing there" if partly else "the recorded rule is not this one"
+        raise ValueError(
+            f"layer {trace.layers[layer]!r}: unchanged settings do not give the recorded picks of {n} of {len(ids)} "
+            f"tokens, such as token {first}: {why}; correct the trace's configs, or ask with force"
+        )
+    tied = allowed & ~same & ~empty
+    base = torch.where(tied[:, None], derived_ids, ids)  # a tie may fall as it fell: that is no flip
+    return scores, base, tied, astray, empty
+
+
+def _route_again(
+    trace: Trace,
+    layer: int,
+    base: Tensor,
+    config: MoEConfig,
+    biases: Tensor | None,
+    empty: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Ids [T, K] by the changed rule, and who flipped, bool [T]. Where nobody did, the record stays as it is."""
+    recorded = trace.picks[layer].long()
+    bias = None if biases is None else biases[layer]
+    logits = logits_of(trace, layer)
+    if bias is None or not bias.isneginf().any():
+        scores = rules.score(logits, config).float()
+        ids = rules.select(scores if bias is None else scores + bias, config)
+    else:
+        masked = derive(logits, bias, config, recorded[:, :1])["masked"]
+        masked = masked.masked_fill(bias.isneginf(), -torch.inf)  # the mask "zero" would bring dropped experts back
+        _check_enough(masked, config, trace.layers[layer], empty)
+        ids = rules.largest(masked, config.num_experts_per_tok)
+    ids = ids.masked_fill(empty[:, None], config.n_routed_experts)
+    if ids.shape[1] != recorded.shape[1]:
+        return ids, ~empty
+    flipped = (ids.sort(-1).values != base.sort(-1).values).any(-1)
+    return torch.where(flipped[:, None], ids, recorded), flipped
+
+
+def _check_enough(masked: Tensor, config: MoEConfig, layer: str, empty: Tensor) -> None:
+    left, k = (masked != -torch.inf).sum(-1), config.num_experts_per_tok
+    short = (left < k) & ~empty
+    if short.any():
+        raise ValueError(
+            f"drop_experts leaves num_experts_per_tok={k} unmet: {int(short.sum())} tokens of layer {layer!r} have as "
+            f"few as {int(left[short].min())} experts in their groups: drop fewer, keep more groups or use a smaller k"
+        )
+
+
+def _weights(trace: Trace, layer: int, config: MoEConfig, ids: Tensor, flipped: Tensor) -> Tensor:
+    """Weights of the new choice from unbiased scores, rounded as the recorded ones; the recorded where none changed."""
+    scores = rules.score(logits_of(trace, layer), config)  # narrow where the model weighs in its own dtype
+    weights = rules.weigh(scores, ids, config).to(dtype_of(trace.dtypes.get("weights")) or torch.float32).float()
+    if trace.weights is None or trace.weights.shape[-1] != ids.shape[-1]:
+        return weights
+    return torch.where(flipped[:, None], weights, trace.weights[layer])
+
+
+def _score_lost(scores: Tensor, before: Tensor, after: Tensor, config: MoEConfig) -> Tensor:
+    """The share of the recorded choice's summed score that the other choice gives up; tokens with NaN left out."""
+    affinity = scores.softmax(-1) if config.score_after_topk else scores
+    whole = ~scores.isnan().any(-1)
+    had, has = (
+        torch.where(chosen(ids[whole], scores.shape[1]), affinity[whole], 0.0).double().sum() for ids in (before, after)
+    )
+    return (had - has) / had
+
+
+def _reached(chosen_experts: Tensor, nodes: np.ndarray) -> float | None:
+    """Distinct nodes per token, mean over tokens that have experts."""
+    on_node = torch.nn.functional.one_hot(torch.from_numpy(nodes).long()).float()
+    reached = (chosen_experts.float() @ on_node > 0).sum(-1)
+    reached = reached[reached > 0].double()
+    return float(reached.mean()) if len(reached) else None
+
+
+def _finite(value: Any) -> float | None:
+    number = float(value)
+    return number if number - number == 0 else None

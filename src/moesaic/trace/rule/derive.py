@@ -1,0 +1,187 @@
+"""Every stage of routing derived from recorded logits, and whether it leads to what was recorded."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from moesaic import rules
+from moesaic.config import MoEConfig
+from moesaic.trace.rule.stages import BIAS_NOT_RECORDED, NOT_RECORDED, RULE_UNKNOWN
+from moesaic.trace.store import Trace
+
+
+def dtype_of(name: str | None) -> torch.dtype | None:
+    """The torch dtype of a name such as "bfloat16"; ValueError for a name that is none."""
+    if name is None:
+        return None
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(f"dtype {name!r} is not one of torch: use float32, bfloat16, float16 or float64")
+    return dtype
+
+
+def why_not_derived(trace: Trace, layer: int = 0) -> dict[str, str] | None:
+    """Why the picks of a recorded layer cannot be derived, {"zh": ..., "en": ...}; None where they can."""
+    if not trace.configs[layer].rule_is_known:
+        return RULE_UNKNOWN
+    if trace.logits is None:
+        return NOT_RECORDED
+    return BIAS_NOT_RECORDED if trace.configs[layer].has_correction_bias and trace.bias is None else None
+
+
+def logits_of(trace: Trace, layer: int) -> Tensor:
+    """Recorded logits [T, E] of a layer in the dtype in which the model computed them."""
+    assert trace.logits is not None
+    return trace.logits[layer].to(dtype_of(trace.dtypes.get("logits")) or torch.float32)
+
+
+def check_can_derive(trace: Trace, layer: int = 0) -> None:
+    """ValueError, with the reason, where the picks of a recorded layer cannot be derived."""
+    if reason := why_not_derived(trace, layer):
+        what = {
+            RULE_UNKNOWN["en"]: "give the trace a config that says how it routes",
+            NOT_RECORDED["en"]: "the trace has picks only: record with detail='scores'",
+            BIAS_NOT_RECORDED["en"]: "record again with detail='scores'",
+        }[reason["en"]]
+        subject = "logits were " if reason is NOT_RECORDED else ""
+        raise ValueError(f"nothing can be derived for layer {trace.layers[layer]!r}: {subject}{reason['en']}; {what}")
+
+
+def bias_of(trace: Trace, layer: int) -> Tensor | None:
+    """The correction bias of a recorded layer, [E], or None."""
+    return None if trace.bias is None else trace.bias[layer]
+
+
+def follows(
+    trace: Trace, layer: int, config: MoEConfig, bias: Tensor | None, tolerance: Callable[..., Tensor] | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Which recorded tokens follow from their own logits by a rule: (scores [T, E], derived ids [T, K], same, allowed).
+
+    same: the derived set is the recorded one, bool [T]. allowed: that, or it differs by exact ties only, or, where a
+    `tolerance` is given, by what it allows: it is called with the stages of those tokens, their ids and the config.
+    """
+    ids, logits = trace.picks[layer].long(), logits_of(trace, layer)
+    scores = rules.score(logits, config).float()
+    derived_ids = rules.select(scores if bias is None else scores + bias, config)
+    same = (ids.sort(-1).values == derived_ids.sort(-1).values).all(-1)
+    allowed = same.clone()
+    if len(rows := (~same).nonzero().flatten()):  # few: all the stages are derived for these alone
+        derived = derive(logits[rows], bias, config, ids[rows])
+        allowed[rows] = compare(derived, ids[rows], None, config).experts
+        if tolerance is not None:
+            allowed[rows] |= tolerance(derived, ids[rows], config)
+    return scores, derived_ids, same, allowed
+
+
+def derive(logits: Tensor, bias: Tensor | None, config: MoEConfig, expert_ids: Tensor) -> dict[str, Tensor]:
+    """All stages of `rules.route` by key, for logits [T, E] and the recorded ids [T, K]."""
+    scores = rules.score(logits, config).float()
+    biased = scores if bias is None else scores + bias.cpu().float()
+    out = {"logits": logits.float(), "scores": scores, "biased": biased, "masked": biased}
+    if config.limits_groups:
+        out["grouped"] = biased.unflatten(-1, (config.n_group, config.experts_per_group))
+        out["group_scores"] = rules.group_scores(biased, config)
+        out["group_mask"] = rules.kept_groups(out["group_scores"], config)
+        out["groups"] = out["group_mask"].nonzero()[:, 1].view(len(logits), config.topk_group)
+        out["expert_mask"] = rules.expand_groups(out["group_mask"], config)
+        out["masked"] = biased.masked_fill(~out["expert_mask"], config.mask_fill)
+    out["derived_ids"] = rules.select(biased, config)
+    out["normalised"] = rules.weigh(scores, expert_ids, replace(config, routed_scaling_factor=1.0))
+    out["scaled"] = rules.weigh(scores, expert_ids, config)
+    return out
+
+
+class Check(NamedTuple):
+    """Whether the rule, given the recorded logits, allows what was recorded, per token, bool [T].
+
+    experts: the ids are those of the rule, or differ only among scores that tie. tied: such a tie is there, so that
+    another machine may choose otherwise. weights: the weights follow from the recorded ids; True where none were
+    recorded.
+    """
+
+    experts: Tensor
+    weights: Tensor
+    tied: Tensor
+
+
+def compare(
+    derived: dict[str, Tensor], expert_ids: Tensor, weights: Tensor | None, config: MoEConfig, tolerance: float = 1e-6
+) -> Check:
+    """Recorded ids and weights against the derived ones; `tolerance` is relative to the row's largest weight.
+
+    Scores tie that differ by less than 4 units in the last place of float32: the vector and the scalar code of one
+    machine differ by that much.
+    """
+    same = (expert_ids.sort(-1).values == derived["derived_ids"].sort(-1).values).all(-1)
+    tied = _margin_is_nil(derived["masked"], config.num_experts_per_tok)
+    if "group_scores" in derived:
+        tied |= _margin_is_nil(derived["group_scores"], config.topk_group)
+    experts = same | (tied & _allowed_by_ties(derived, expert_ids, config))
+    if weights is None:
+        return Check(experts, torch.ones_like(experts), tied)
+    return Check(experts, weights_follow(derived["scaled"], weights, tolerance), tied)
+
+
+def weights_follow(expected: Tensor, weights: Tensor, tolerance: float) -> Tensor:
+    """Whether weights [T, K] are the expected ones, bool [T]; `tolerance` is relative to the row's largest."""
+    expected = expected.float()
+    scale = expected.abs().amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+    close = ((weights - expected).abs() <= tolerance * scale) | (weights.isnan() & expected.isnan())
+    return close.all(-1)
+
+
+def _allowed_by_ties(derived: dict[str, Tensor], expert_ids: Tensor, config: MoEConfig) -> Tensor:
+    """Ids that some order of tied scores gives, bool [T]: none better left out, none worse taken in."""
+    biased, n_experts = derived["biased"], config.n_routed_experts
+    chosen = torch.zeros(len(biased), n_experts + 1, dtype=torch.bool).scatter(-1, expert_ids, True)[:, :n_experts]
+    if "group_scores" not in derived:
+        return _could_be_best(biased, chosen, config.num_experts_per_tok)
+    by_group = (-1, (config.n_group, config.experts_per_group))
+    least, slack = _least_kept(derived["group_scores"], config.topk_group)
+    reached = chosen.unflatten(*by_group).any(-1)
+    opened = reached | (derived["group_scores"] > least + slack)
+    lawful = (~reached | (derived["group_scores"] >= least - slack)).all(-1)
+    # groups kept but not reached must be tied ones without a better expert than the worst chosen
+    worst = biased.masked_fill(~chosen, torch.inf).amin(-1, keepdim=True)
+    tied = (derived["group_scores"] >= least - slack) & ~opened
+    idle = tied & (biased.unflatten(*by_group).amax(-1) <= worst + slack)
+    fits = (opened.sum(-1) <= config.topk_group) & (opened.sum(-1) + idle.sum(-1) >= config.topk_group)
+    masked = biased.masked_fill(~rules.expand_groups(opened, config), config.mask_fill)
+    return lawful & fits & _could_be_best(masked, chosen, config.num_experts_per_tok)
+
+
+def _could_be_best(values: Tensor, chosen: Tensor, k: int) -> Tensor:
+    least, slack = _least_kept(values, k)
+    fair = torch.where(chosen, values >= least - slack, values <= least + slack)
+    return fair.all(-1) & (chosen.sum(-1) == k)
+
+
+def _least_kept(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k-th largest of each row, [T, 1], and by how much another may differ and still tie with it."""
+    least = values.nan_to_num(nan=torch.inf).topk(k, dim=-1).values[:, -1:]
+    return least, 4 * 2.0**-23 * least.abs().clamp(min=torch.finfo(torch.float32).tiny)
+
+
+def _margin_is_nil(values: Tensor, k: int) -> Tensor:
+    if k >= values.shape[-1]:
+        return torch.zeros(len(values), dtype=torch.bool)
+    least, slack = _least_kept(values, k)
+    best_left = values.nan_to_num(nan=torch.inf).topk(k + 1, dim=-1).values[:, -1:]
+    return ((least - best_left <= slack) & best_left.isfinite()).squeeze(-1)
+
+
+def check_layer(trace: Trace, layer: int = 0) -> Check:
+    """`compare` for every token of a recorded layer: the proof that config and record belong together."""
+    check_can_derive(trace, layer)
+    derived = derive(logits_of(trace, layer), bias_of(trace, layer), trace.configs[layer], trace.picks[layer].long())
+    weights = None if trace.weights is None else trace.weights[layer]
+    tolerance = weight_tolerance(dtype_of(trace.dtypes.get("weights")))
+    return compare(derived, trace.picks[layer].long(), weights, trace.configs[layer], tolerance)
+
+
+def weight_tolerance(dtype: torch.dtype | None) -> float:
+    """How far derived weights may lie from recorded ones, relative to the largest: 1e-6, or two units of the dtype."""
+    return max(1e-6, 2 * torch.finfo(dtype or torch.float32).eps)

@@ -1,0 +1,1 @@
+"""How balanced routing is: numbers beside what chance gives, verdicts in words, tables of both."""

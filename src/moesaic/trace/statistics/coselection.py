@@ -1,0 +1,182 @@
+"""Pairs of experts that are chosen together more often than the rule and their loads explain."""
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from moesaic.config import MoEConfig
+from moesaic.trace.chance.bands import random_picks
+from moesaic.trace.chance.documents import Documents
+from moesaic.trace.chance.tails import at_least
+from moesaic.trace.statistics.verdict import documents_needed
+from moesaic.trace.store import Trace
+
+TOGETHER = 1.5  # times what chance gives: below that, keeping the two on one node saves next to nothing
+CODES = 2_000_000  # pairs held at once: 16 MB, and twice that while they are sorted
+
+
+class Pair(NamedTuple):
+    """Two experts of a layer (its index). together: tokens that chose both. expected: by chance, see `coselection`."""
+
+    layer: int
+    first: int
+    second: int
+    together: int
+    expected: float
+    lift: float
+    p_value: float
+
+
+@dataclass(frozen=True)
+class Coselection:
+    """Pairs found, by layer and the strongest first. tests: pairs of all layers, that p was corrected for.
+    by_documents: whether documents were resampled, in every layer; else it holds for these texts only."""
+
+    layers: tuple[str, ...]
+    pairs: tuple[Pair, ...]
+    tests: int
+    by_documents: bool
+    n_documents: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it for strict JSON."""
+        rows = [{**pair._asdict(), "layer": self.layers[pair.layer]} for pair in self.pairs]
+        return {"tests": self.tests, "documents": self.n_documents, "by_documents": self.by_documents, "pairs": rows}
+
+
+def coselection(trace: Trace, *, alpha: float = 0.05) -> Coselection:
+    """Pairs of experts that tokens choose together beyond chance, by TOGETHER or more.
+
+    Chance is the rule's own rate for two experts (of one group, or of two) times both loads, scaled to the number of
+    pairs that there are of these groups. A pair is found where chance gives so many in any pair of any layer with
+    probability `alpha` at most (binomial tail in clumps of documents, Bonferroni). Experts that prefer the same domain
+    are chosen together too, and are found. Memory does not grow with the tokens.
+    """
+    if not 0 < alpha < 1:
+        raise ValueError(f"alpha={alpha} must lie between 0 and 1: use 0.05, say")
+    if trace.top_k < 2:
+        raise ValueError("num_experts_per_tok=1 leaves no pairs: co-selection needs two experts a token at least")
+    documents, e = Documents.of(trace), trace.n_experts
+    tests = trace.n_layers * e * (e - 1) // 2
+    pairs: list[Pair] = []
+    whole = True
+    for layer in range(trace.n_layers):
+        needed = documents_needed(trace.top_k / e, e, trace.n_layers, alpha)
+        by_documents = len(documents) >= needed
+        whole &= by_documents
+        pairs += _pairs_of(trace, layer, documents, by_documents, tests, alpha)
+    return Coselection(tuple(trace.layers), tuple(pairs), tests, whole, documents.n_documents)
+
+
+class PairCounts(NamedTuple):
+    """Per pair code (first * E + second, first < second), float64 [E*E]: tokens with both; and over documents, the sum
+    of squares, and the sum weighted with each document's share of the tokens."""
+
+    together: np.ndarray
+    squares: np.ndarray
+    weighted: np.ndarray
+
+
+def count_pairs(picks: np.ndarray, n_experts: int, documents: Documents) -> PairCounts:
+    """Count pairs of one layer's picks [T, K], a range of documents at a time; the id E makes none."""
+    cells = n_experts * n_experts
+    together, squares, weighted = np.zeros(cells), np.zeros(cells), np.zeros(cells)
+    picks = documents.sorted(picks)
+    lengths = np.diff(documents.starts)
+    for start, stop in _ranges(documents, picks.shape[1]):
+        rows = picks[documents.starts[start] : documents.starts[stop]].astype(np.int64)
+        owner = np.repeat(np.arange(start, stop), lengths[start:stop])
+        codes = [owner[ok] * cells + code for code, ok in _codes(rows, n_experts)]
+        keys, counts = np.unique(np.concatenate(codes), return_counts=True)
+        pair, document = keys % cells, keys // cells
+        together += np.bincount(pair, counts, cells)
+        squares += np.bincount(pair, counts.astype(float) ** 2, cells)
+        weighted += np.bincount(pair, counts * lengths[document] / max(len(picks), 1), cells)
+    return PairCounts(together, squares, weighted)
+
+
+def _ranges(documents: Documents, k: int) -> Iterator[tuple[int, int]]:
+    """Ranges of documents with CODES pairs at most, or one document."""
+    most, start, n = max(CODES * 2 // (k * (k - 1)), 1), 0, len(documents)
+    while start < n:
+        stop = int(np.searchsorted(documents.starts, documents.starts[start] + most, side="right")) - 1
+        stop = min(max(stop, start + 1), n)
+        yield start, stop
+        start = stop
+
+
+def _codes(rows: np.ndarray, n_experts: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    for i, j in itertools.combinations(range(rows.shape[1]), 2):
+        first, second = np.minimum(rows[:, i], rows[:, j]), np.maximum(rows[:, i], rows[:, j])
+        ok = (second < n_experts) & (first != second)
+        yield (first * n_experts + second)[ok], ok
+
+
+def pair_rates(config: MoEConfig) -> np.ndarray:
+    """P(a token chooses both of two experts) under random routing, float64 [E, E]: one value inside groups and one
+    between them, which is all a fair rule can tell apart. The diagonal is 0."""
+    e, k = config.n_routed_experts, config.num_experts_per_tok
+    rates = np.full((e, e), k * (k - 1) / (e * max(e - 1, 1)))
+    if config.limits_groups:
+        n, g = config.experts_per_group, config.n_group
+        in_group = (random_picks(config)[:, :, None] // n == np.arange(g)).sum(1)
+        inside = float((in_group * (in_group - 1)).sum(-1).mean())
+        group = np.arange(e) // n
+        same = inside / (e * (n - 1)) if n > 1 else 0.0
+        rates = np.where(group[:, None] == group, same, (k * (k - 1) - inside) / (e * (e - n)))
+    np.fill_diagonal(rates, 0.0)
+    return rates
+
+
+def _pairs_of(
+    trace: Trace, layer: int, documents: Documents, by_documents: bool, tests: int, alpha: float
+) -> list[Pair]:
+    e, picks = trace.n_experts, trace.picks[layer].numpy()
+    load = np.bincount(picks.ravel(), minlength=e + 1)[:e].astype(float)
+    n_tokens = len(picks)
+    if not load.sum():
+        return []
+    counts = count_pairs(picks, e, documents)
+    expected = _expected(trace.configs[layer], load, counts.together.reshape(e, e)).ravel()
+    p = np.clip(expected / n_tokens, 0.0, 1.0 - 1e-9)
+    maybe = np.flatnonzero((counts.together >= TOGETHER * expected) & (expected > 0))
+    clump = _clumps(counts, expected, p, documents)[maybe] if by_documents else 1.0
+    tail = at_least(counts.together[maybe] / clump, n_tokens / clump, p[maybe]) * tests
+    found = maybe[tail <= alpha]
+    lift = counts.together[found] / expected[found]
+    tail = tail[tail <= alpha]
+    order = np.argsort(-lift, kind="stable")
+    return [
+        Pair(
+            layer, int(found[i] // e), int(found[i] % e), int(counts.together[found[i]]),
+            float(expected[found[i]]), float(lift[i]), float(tail[i]),
+        )
+        for i in order
+    ]  # fmt: skip
+
+
+def _expected(config: MoEConfig, load: np.ndarray, together: np.ndarray) -> np.ndarray:
+    """Tokens that choose both of two experts by chance, [E, E], the upper triangle: the rule's rate times both loads,
+    scaled so that every two groups have the pairs they really have (some groups are chosen together more than others,
+    which is the groups' doing and no pair's)."""
+    e, n = config.n_routed_experts, config.experts_per_group if config.limits_groups else config.n_routed_experts
+    expected = np.triu(pair_rates(config) * np.outer(load, load))
+    blocks = (e // n, n, e // n, n)
+    have, give = (values.reshape(blocks).sum((1, 3)) for values in (together, expected))
+    scale = np.divide(have, give, out=np.zeros_like(have), where=give > 0)
+    return (expected.reshape(blocks) * scale[:, None, :, None]).reshape(e, e)
+
+
+def _clumps(counts: PairCounts, expected: np.ndarray, p: np.ndarray, documents: Documents) -> np.ndarray:
+    """By how many tokens a pair's count moves at once: its variance over documents, over that of independent tokens;
+    at least 1, and at least that of all pairs together around what chance gives."""
+    lengths = np.diff(documents.starts)
+    weights = float(((lengths / max(lengths.sum(), 1)) ** 2).sum())
+    plain = np.maximum(expected * (1 - p), 1e-12)
+    fair = (counts.squares - 2 * expected * counts.weighted + expected**2 * weights).sum()
+    own = counts.squares - 2 * counts.together * counts.weighted + counts.together**2 * weights
+    own /= np.maximum(counts.together * (1 - p), 1e-12)
+    return np.maximum(np.maximum(own, fair / plain[expected > 0].sum()), 1.0)

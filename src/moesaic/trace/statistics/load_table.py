@@ -1,0 +1,92 @@
+"""Console tables of a recorded routing, as rich renderables. Nothing here prints."""
+
+from collections.abc import Sequence
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from moesaic.trace.shown import short, short_layer, visible, words_of
+from moesaic.trace.statistics.preference import Preferences
+from moesaic.trace.statistics.stats import LayerReport, Measure
+
+WORDS = {
+    "en": {
+        "load": ("layer\nverdict", "max / mean\nload", "MaxVio", "CV", "dead", "groups\n/ token"),
+        "chance": "chance 5–95 %", "preference": ("layer", "domain", "experts (times their overall rate)", "least p"),
+        "none": "none beyond chance", "no_data": "no data",
+        "test": "{p} permutations of {n} sequences; p corrected for all {t} experts (max-statistic), alpha {a:g}",
+    },
+    "zh": {
+        "load": ("层\n结论", "最大 / 平均\n负载", "MaxVio", "CV", "未用\n专家", "到达\n组数"),
+        "chance": "随机 5–95 %", "preference": ("层", "领域", "专家（相对其总体使用率的倍数）", "最小 p"),
+        "none": "没有超出随机的偏好", "no_data": "没有数据",
+        "test": "以序列为单位置换 {p} 次（{n} 个序列）；p 已对全部 {t} 个专家校正（最大统计量），显著性水平 {a:g}",
+    },
+}  # fmt: skip
+STYLES = {
+    "no_data": "dim", "too_few": "dim", "chance": "green", "balanced": "green",
+    "imbalanced": "yellow", "dead": "red", "collapsed": "bold red",
+}  # fmt: skip
+
+
+def load_table(reports: Sequence[LayerReport], lang: str = "en") -> Table:
+    """One row a layer: its index in the trace, name and verdict, and balance numbers, each above its chance band."""
+    words = words_of(WORDS, lang)
+    table = Table(box=box.SIMPLE_HEAD, caption=f"( ) {words['chance']}", caption_justify="left", pad_edge=False)
+    grouped = any("groups_reached" in report.measures for report in reports)
+    names = ["max_vio", "cv", "dead", *(["groups_reached"] if grouped else [])]
+    table.add_column(words["load"][0], overflow="fold")
+    for head in words["load"][1 : 2 + len(names)]:
+        table.add_column(head, justify="right", no_wrap=True)
+    for index, report in enumerate(reports):
+        name = Text(f"{index}  {short_layer(report.layer)}\n")
+        name.append(report.verdict(lang), style=STYLES[report.status])
+        cells = [_measure(report.measures.get(measure), measure, words) for measure in names]
+        table.add_row(name, f"{report.load.max()} / {report.load.mean():.4g}", *cells)
+    return table
+
+
+def preference_table(
+    preferences: Preferences, layers: Sequence[str] = (), lang: str = "en", *, alpha: float = 0.05, most: int = 6
+) -> Table:
+    """Per layer and domain, the experts that prefer it beyond chance, strongest first, at most `most` of them."""
+    words, found = words_of(WORDS, lang), preferences.found(alpha)
+    n_layers, n_experts = found.shape
+    caption = words["test"].format(
+        p=preferences.permutations, n=preferences.n_sequences, t=n_layers * n_experts, a=alpha
+    )
+    table = Table(box=box.SIMPLE_HEAD, caption=caption, caption_justify="left", pad_edge=False)
+    for head in words["preference"]:
+        table.add_column(head, overflow="fold")
+    for layer in range(n_layers):
+        name = Text(f"{layer}  {short_layer(layers[layer])}" if layers else str(layer))
+        if not found[layer].any():
+            table.add_row(name, Text("–", style="dim"), Text(words["none"], style="dim"), "", end_section=True)
+            continue
+        for index, domain in enumerate(preferences.domains):
+            experts = (found[layer] & (preferences.domain[layer] == index)).nonzero()[0]
+            if not len(experts):
+                continue
+            experts = experts[(-preferences.lift[layer, experts]).argsort(kind="stable")]
+            shown = "  ".join(f"e{e}:{preferences.lift[layer, e]:.1f}x" for e in experts[:most])
+            rest = f"  +{len(experts) - most}" if len(experts) > most else ""
+            table.add_row(
+                name, Text(visible(domain, 60)), shown + rest, f"{preferences.p_value[layer, experts].min():.2g}"
+            )
+            name = Text()
+        table.add_section()
+    return table
+
+
+def _measure(measure: Measure | None, name: str, words: dict) -> Text:
+    if measure is None or measure.band is None:
+        return Text(words["no_data"] if measure is not None else "–", style="dim")
+    digits = {
+        "dead": 0,
+        "max_vio": 2,
+        "groups_reached": 2,
+    }.get(name, 3)
+    value, low, high = (short(number, digits) for number in (measure.value, measure.band.low, measure.band.high))
+    text = Text(value, style="" if measure.is_chance else "bold")
+    return text.append(f"\n({low}–{high})", style="dim not bold")

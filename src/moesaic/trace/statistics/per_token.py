@@ -1,0 +1,93 @@
+"""Numbers of single tokens whose mean or median is a statistic of a layer. Whatever cannot be known is None."""
+
+import numpy as np
+
+from moesaic import rules
+from moesaic.config import MoEConfig
+from moesaic.trace.chance.bands import groups_reached, overlap
+from moesaic.trace.chance.placement import distinct_places
+from moesaic.trace.rule.derive import derive, logits_of, why_not_derived
+from moesaic.trace.store import Trace
+
+SLICE = 8192  # tokens whose scores are derived at once: 8 MB of 256 experts
+TINY = np.finfo(np.float32).tiny
+AGREE = 0.99  # of the tokens must be derived as recorded; else the rule is not the one that chose
+
+
+def routed(trace: Trace, layer: int) -> np.ndarray:
+    """True for tokens that have an expert, bool [T]."""
+    return np.any(trace.picks[layer].numpy() < trace.n_experts, axis=-1)
+
+
+def groups_of(trace: Trace, layer: int) -> np.ndarray | None:
+    """Distinct groups of each token's experts, [T]; None where experts are not grouped."""
+    config = trace.configs[layer]
+    return groups_reached(trace.picks[layer].numpy(), config) if config.n_group > 1 else None
+
+
+def nodes_of(trace: Trace, layer: int, placement: np.ndarray | None) -> np.ndarray | None:
+    """Distinct nodes of each token's experts, [T], under a placement [E]."""
+    return None if placement is None else distinct_places(trace.picks[layer].numpy(), placement)
+
+
+def overlap_of(trace: Trace, layer: int) -> np.ndarray | None:
+    """How many experts of each token plain top-k of the unbiased scores would take too, [T]; None without scores."""
+    config = trace.configs[layer]
+    if trace.logits is None or not config.rule_is_known:
+        return None
+    logits, picks = logits_of(trace, layer), trace.picks[layer].numpy()
+    parts = [
+        overlap(
+            picks[start : start + SLICE],
+            rules.largest(rules.score(logits[start : start + SLICE], config), config.num_experts_per_tok).numpy(),
+        )
+        for start in range(0, len(picks), SLICE)
+    ]
+    return np.concatenate(parts) if parts else np.zeros(0)
+
+
+def margins_of(trace: Trace, layer: int) -> np.ndarray | None:
+    """By how much the last expert chosen beats the best one left, in masked biased scores, [T].
+
+    None where scores or rule are not known, no expert is left, or the rule does not lead to the recorded picks.
+    """
+    config = trace.configs[layer]
+    k, open_experts = config.num_experts_per_tok, _open_experts(config)
+    if why_not_derived(trace, layer) or k >= open_experts or config.topk_method == "balanced":
+        return None
+    logits, ids = logits_of(trace, layer), trace.picks[layer].long()
+    bias = None if trace.bias is None else trace.bias[layer]
+    margins, same = [np.zeros(0)], 0
+    for start in range(0, len(ids), SLICE):
+        here = slice(start, start + SLICE)
+        derived = derive(logits[here], bias, config, ids[here])
+        best = derived["masked"].topk(k + 1, dim=-1).values.double()
+        margins.append((best[:, k - 1] - best[:, k]).numpy())
+        same += int((ids[here].sort(-1).values == derived["derived_ids"].sort(-1).values).all(-1).sum())
+    return np.concatenate(margins) if same >= AGREE * len(ids) else None
+
+
+def weight_entropy_of(trace: Trace, layer: int) -> np.ndarray | None:
+    """Entropy of each token's combine weights over log K, [T]: 1 where all are equal, 0 where one has it all.
+
+    None without weights and for K = 1; NaN for a token without positive weights.
+    """
+    k = trace.top_k
+    if trace.weights is None or k < 2:
+        return None
+    weights = trace.weights[layer].numpy()
+    absent = trace.picks[layer].numpy() >= trace.n_experts
+    if absent.any():
+        weights = np.where(absent, np.float32(0), weights)
+    ones = np.ones(k, np.float32)  # a product with ones sums short rows 5x as fast as sum(-1)
+    with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
+        total = weights @ ones
+        entropy = np.log(total) - (weights * np.log(np.maximum(weights, TINY))) @ ones / total
+    fine = np.isfinite(total) & (total > 0) & (weights.min(-1) >= 0)
+    return np.where(fine, entropy / np.log(k), np.nan)
+
+
+def _open_experts(config: MoEConfig) -> int:
+    if config.limits_groups and config.group_mask == "-inf":
+        return config.topk_group * config.experts_per_group
+    return config.n_routed_experts

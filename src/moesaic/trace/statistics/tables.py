@@ -1,0 +1,145 @@
+"""Console tables of run statistics, as rich renderables. Nothing here prints."""
+
+import math
+from collections.abc import Sequence
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from moesaic.trace.shown import short_layer, words_of
+from moesaic.trace.statistics.coselection import Coselection
+from moesaic.trace.statistics.load_table import STYLES
+from moesaic.trace.statistics.measures import Measure, meaning
+from moesaic.trace.statistics.stability import Stability
+from moesaic.trace.statistics.stats import Stats
+
+WORDS = {
+    "en": {
+        "numbers": ("number", "median layer", "worst layer", "band there", "what it says"),
+        "chance": "chance 5–95 %", "sample": "uncertain 5–95 %", "no_data": "no data", "facts": "bands: ",
+        "layers": ("layer", "verdict", "p", "alike x", "seen from", "hot", "starved"),
+        "columns": "p: corrected for all experts and layers; alike x: so many alike tokens count as one (design "
+                   "effect); seen from: the smallest load, over a fair one, that would have been found",
+        "missing": "no data",
+        "pairs": ("layer", "pair", "together", "by chance", "lift", "p"),
+        "no_pairs": "no pair is chosen together beyond chance",
+        "pairs_note": "lift: times what the rule and the load of both give; p corrected for all {n:,} pairs",
+        "stable": ("layer", "same experts", "by chance", "Jaccard", "by chance", "load correlation", "by chance"),
+    },
+    "zh": {
+        "numbers": ("指标", "中位层", "最差层", "该层的区间", "含义"),
+        "chance": "随机 5–95 %", "sample": "估计误差 5–95 %", "no_data": "没有数据", "facts": "区间：",
+        "layers": ("层", "结论", "p", "相似倍数", "可发现", "过热", "饥饿"),
+        "columns": "p：已对全部专家和层校正；相似倍数：这么多个相似的 token 只抵一个（设计效应）；"
+                   "可发现：能被发现的最小负载（相对应得份额）",
+        "missing": "没有数据",
+        "pairs": ("层", "专家对", "同时选中", "随机期望", "倍数", "p"),
+        "no_pairs": "没有专家对同时被选中得超出随机",
+        "pairs_note": "倍数：相对规则和两者负载所给出的期望；p 已对全部 {n:,} 对校正",
+        "stable": ("层", "专家集合相同", "随机", "Jaccard", "随机", "负载相关", "随机"),
+    },
+}  # fmt: skip
+MOST_EXPERTS = 4  # ids in a cell
+
+
+def stats_tables(stats: Stats, lang: str = "en") -> RenderableType:
+    """Every number over the layers, beside its band; then every layer with its verdict, those without data too."""
+    return Group(numbers_table(stats, lang), layers_table(stats, lang))
+
+
+def numbers_table(stats: Stats, lang: str = "en") -> Table:
+    """One row a number: its median over layers, its worst value with the layer and band, and what it says."""
+    from moesaic.trace.statistics.stats_dict import overall
+
+    words = words_of(WORDS, lang)
+    found = overall(stats)
+    caption = words["facts"] + f"( ) {words['chance']}, [ ] {words['sample']}"
+    table = Table(box=box.SIMPLE_HEAD, caption=Text(caption), caption_justify="left", pad_edge=False)
+    for head, justify in zip(words["numbers"], ("left", "right", "right", "left", "left"), strict=True):
+        table.add_column(head, justify=justify, overflow="fold")  # type: ignore[arg-type]
+    for name in stats.values:
+        about, says = found[name], Text(meaning(name, lang), style="dim")
+        if about is None:
+            table.add_row(name, Text(words["no_data"], style="dim"), "", "", says)
+            continue
+        report = next(report for report in stats.layers if report.layer == about["layer"])
+        worst = Text(f"{short(about['worst'])} ({short_layer(about['layer'])})")
+        table.add_row(name, short(about["median"]), worst, band_text(report.measures[name]), says)
+    return table
+
+
+def layers_table(stats: Stats, lang: str = "en") -> Table:
+    """One row a layer: verdict, corrected p, and which experts it is about."""
+    words = words_of(WORDS, lang)
+    table = Table(box=box.SIMPLE_HEAD, caption=words["columns"], caption_justify="left", pad_edge=False)
+    for head, justify in zip(words["layers"], ("left", "left", *["right"] * 3, "left", "left"), strict=True):
+        table.add_column(head, justify=justify, overflow="fold")  # type: ignore[arg-type]
+    for index, report in enumerate(stats.layers):
+        judged = math.isfinite(report.p_value)
+        table.add_row(
+            Text(f"{index} {short_layer(report.layer)}"),
+            Text(report.verdict(lang), style=STYLES[report.status]),
+            f"{report.p_value:.2g}" if judged else "–",
+            f"{report.design_effect:.3g}" if report.n_tokens else "–",
+            f"{report.least_seen:.2f}x" if judged and math.isfinite(report.least_seen) else "–",
+            experts_text(report.hot),
+            experts_text(report.starved),
+        )
+    for name in stats.missing:
+        table.add_row(Text(f"– {short_layer(name)}"), Text(words["missing"], style="dim"), *["–"] * 5)
+    return table
+
+
+def coselection_table(found: Coselection, lang: str = "en", most: int = 10) -> RenderableType:
+    """The pairs chosen together beyond chance, strongest first, at most `most` a layer."""
+    words = words_of(WORDS, lang)
+    note = words["pairs_note"].format(n=found.tests)
+    table = Table(box=box.SIMPLE_HEAD, caption=note, caption_justify="left", pad_edge=False)
+    for head, justify in zip(words["pairs"], ("left", "left", *["right"] * 4), strict=True):
+        table.add_column(head, justify=justify)  # type: ignore[arg-type]
+    for index, name in enumerate(found.layers):
+        pairs = [pair for pair in found.pairs if pair.layer == index]
+        for pair in pairs[:most]:
+            table.add_row(
+                Text(f"{index} {short_layer(name)}"), f"e{pair.first} e{pair.second}", f"{pair.together:,}",
+                f"{pair.expected:,.1f}", f"{pair.lift:.2f}x", f"{pair.p_value:.2g}",
+            )  # fmt: skip
+        if len(pairs) > most:
+            table.add_row("", f"+{len(pairs) - most}", "", "", "", "")
+    return table if found.pairs else Group(Text(words["no_pairs"]), Text(note, style="dim"))
+
+
+def stability_table(found: Stability, lang: str = "en") -> Table:
+    """One row a layer: how far two recordings of the same tokens agree, beside what chance gives."""
+    words = words_of(WORDS, lang)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for head, justify in zip(words["stable"], ("left", *["right"] * 6), strict=True):
+        table.add_column(head, justify=justify)  # type: ignore[arg-type]
+    for index, name in enumerate(found.layers):
+        cells: list[str] = []
+        for measure in (found.same_set[index], found.jaccard[index], found.load_correlation[index]):
+            cells += [short(measure.value), band_text(measure)] if measure.is_known else [words["no_data"], ""]
+        table.add_row(Text(f"{index} {short_layer(name)}"), *cells)
+    return table
+
+
+def band_text(measure: Measure) -> str:
+    """ "(.05–.13)" for a band of chance, "[.05–.13]" for the uncertainty of the number itself."""
+    if measure.band is None or not measure.is_known:
+        return ""
+    left, right = ("(", ")") if measure.kind == "chance" else ("[", "]")
+    return f"{left}{short(measure.low)}–{short(measure.high)}{right}"
+
+
+def experts_text(ids: Sequence[int]) -> str:
+    shown = " ".join(f"e{e}" for e in ids[:MOST_EXPERTS])
+    return shown + (f" +{len(ids) - MOST_EXPERTS}" if len(ids) > MOST_EXPERTS else "")
+
+
+def short(value: float) -> str:
+    """Four digits, without an exponent where it can be done."""
+    if not math.isfinite(value):
+        return "–"
+    return f"{value:.4g}" if value == 0 or abs(value) >= 1e-4 else f"{value:.1e}"

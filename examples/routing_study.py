@@ -11,7 +11,7 @@ import torch
 
 import moesaic as ms
 from moesaic.hf.load import TINY, load_model
-from moesaic.trace.stats import layer_reports
+from moesaic.trace.statistics.stats import layer_reports
 from moesaic.train.data import corpus
 
 

@@ -15,7 +15,7 @@ from torch import nn
 
 import moesaic as ms
 from moesaic.layer.balance import nudge_bias
-from moesaic.trace.chance import chance_bands
+from moesaic.trace.chance.bands import chance_bands
 
 CONTEXT, BATCH, MICRO_BATCHES, REPORT_EVERY = 8, 128, 2, 25
 

@@ -21,8 +21,9 @@ ROOMS = [
     {"cli", "__main__"},
 ]
 TRACE_ROOMS = [
-    {"shown", "store"},
-    {"file", "recording", "chance"},
+    {"shown", "store", "strict_json"},
+    {"file", "chance"},
+    {"recording"},
     {"rule", "imports"},
     {"compare", "reroute"},
     {"statistics"},

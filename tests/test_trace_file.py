@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 import torch
 from cases import configs, v3
-from hypothesis import given
+from hypothesis import assume, event, given
 from hypothesis import strategies as st
 from safetensors import safe_open
 from traces import assert_equal, made
 
 from moesaic.trace import store
-from moesaic.trace.file import writer
+from moesaic.trace.file import parts, writer
 from moesaic.trace.file.reader import load
 from moesaic.trace.file.writer import TraceWriter
 from moesaic.trace.store import Trace
@@ -53,6 +53,103 @@ def test_a_trace_written_and_read_is_equal(tmp_path_factory, config, n_tokens, l
         part = dataclasses.replace(trace, **less)
         part.save(path)
         assert_equal(load(path), part)
+
+
+TEXTS = st.text(max_size=6)
+ODD_TEXTS = st.one_of(  # halves of pairs, alone and together; lengths around the limit
+    st.text(st.characters(codec=None, categories=["Cs", "Cc"]), max_size=3),
+    st.integers(4094, 4098).map(lambda n: "x" * n),
+)
+ODD_NUMBERS = st.sampled_from([-1, 2**24 - 1, 2**24, 2**48, 2**63 - 1])
+
+
+@st.composite
+def traces_of_any_kind(draw):
+    """Fields that the constructor lets through; now and then, in any of them, what no reader takes."""
+
+    def text():
+        return draw(ODD_TEXTS if draw(st.integers(0, 19)) == 7 else TEXTS)
+
+    def numbers(most=3):
+        odd = draw(st.integers(0, 19)) == 7
+        found = draw(st.lists(st.integers(0, most), min_size=n_tokens, max_size=n_tokens))
+        return torch.tensor([draw(ODD_NUMBERS) if odd else number for number in found], dtype=torch.int64)
+
+    n_tokens, n_layers, k = draw(st.integers(0, 3)), draw(st.integers(1, 2)), draw(st.integers(1, 2))
+    n_experts = draw(st.sampled_from([4, 4, 4, 300, 1 << 17]))
+    floats = draw(st.sampled_from([torch.float32, torch.float16, torch.bfloat16, torch.float64]))
+    less = draw(st.sets(st.sampled_from(["input_ids", "weights", "offsets", "labels", "pieces", "phases"])))
+    fields = {
+        "picks": torch.randint(0, 5, (n_layers, n_tokens, k)).to(torch.int16),
+        "configs": (v3(n_experts, 1, 1, k),) * n_layers, "sequences": numbers(), "input_ids": numbers(),
+        "layers": tuple(f"{text()}{i if draw(st.integers(0, 9)) else ''}" for i in range(n_layers)),
+        "weights": torch.rand(n_layers, n_tokens, k).to(floats),
+        "offsets": torch.stack([numbers(3), numbers(9) + 3], 1), "phases": numbers(1).clamp(0, 2).to(torch.uint8),
+        "labels": tuple(text() for _ in range(draw(st.integers(3, 5)))), "missing": (text(),), "model": text(),
+        "pieces": {draw(st.one_of(st.integers(0, 9), ODD_NUMBERS)): text() for _ in range(2)},
+        "seed": draw(st.one_of(st.none(), st.integers(0, 99), st.sampled_from([2**64, np.int64(3), True]))),
+        "versions": {1 if draw(st.integers(0, 19)) == 7 else text(): text()},
+        "dtypes": {"logits": "float32", "weights": draw(st.sampled_from(["float16", "float32", "float8_e4m3fn"]))},
+    }  # fmt: skip
+    return {name: value for name, value in fields.items() if name not in less}
+
+
+@given(traces_of_any_kind())
+def test_whatever_save_accepts_load_reads_back_equal_and_the_rest_is_refused_and_leaves_nothing(
+    tmp_path_factory, fields
+):
+    path = tmp_path_factory.mktemp("law") / "run.safetensors"
+    try:
+        trace = Trace(**fields)
+    except ValueError:
+        assume(False)
+    try:
+        trace.save(path)
+    except ValueError as error:
+        refusal = str(error)
+    else:
+        event("accepted")
+        weights = None if trace.weights is None else trace.weights.float()
+        assert_equal(load(path), dataclasses.replace(trace, weights=weights))
+        return
+    assert refusal.startswith(f"{path}: not written, since no reader would take it: ")
+    assert refusal.isprintable()
+    assert not any(path.parent.iterdir())
+
+
+UNREADABLE = [
+    ({"labels": ("x" * 4097, "b", "c")}, "a label is not a text of at most 4096 characters"),
+    ({"pieces": {-1: "x"}}, "pieces are by vocabulary id, not by '-1'"),
+    ({"pieces": {1: "x" * 4097}}, "a piece is not a text of at most 4096"),
+    ({"layers": ("a", "a")}, "two layers have the same name"),
+    ({"sequences": torch.full((12,), 1 << 24)}, "sequences reach from 16777216 to 16777216: 0 to 16777215 is"),
+    ({"sequences": -torch.ones(12).long()}, "sequences reach from -1 to -1"),
+    ({"input_ids": -torch.ones(12).long()}, "input_ids reach from -1 to -1"),
+    ({"phases": torch.full((12,), 2, dtype=torch.uint8)}, "phases reach from 2 to 2: 0 to 1 is allowed"),
+    ({"offsets": torch.tensor([[2, 1]] * 12)}, "offsets end before they begin"),
+    ({"weights": torch.ones(2, 12, 4).double()}, "float64 does not fit a trace: give float32"),
+    ({"weights": torch.ones(2, 12, 4).long()}, "weights are whole numbers: give the other kind"),
+    ({"seed": 1 << 64}, "seed is not a whole number of 64 bits"),
+    ({"seed": np.int64(3)}, "int64 is not JSON serializable: give Python's own numbers"),
+    ({"versions": {1: "x"}}, "versions would read back as something else"),
+    ({"model": "\ud83d\ude00"}, "model would read back as something else"),
+    ({"dtypes": {"logits": "float32", "weights": "int8"}}, "dtypes must name logits and weights"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("fields", "message"), UNREADABLE, ids=[message[:40] for _, message in UNREADABLE])
+def test_what_no_reader_would_take_is_not_written(tmp_path, fields, message):
+    path = tmp_path / "run.safetensors"
+    with pytest.raises(ValueError, match=message) as caught:
+        full(**({"labels": None} | fields)).save(path)
+    assert str(caught.value).startswith(f"{path}: not written, since no reader would take it: ")
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_header_longer_than_is_read_is_not_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(writer, "MOST_HEADER", 100)
+    with pytest.raises(ValueError, match=r"its names, labels and pieces take [\d,]+ bytes: at most 100 are read"):
+        full().save(tmp_path / "run.safetensors")
 
 
 def test_everything_a_trace_can_have_is_written_and_read(tmp_path):
@@ -132,7 +229,7 @@ def nothing_of(trace: Trace) -> Trace:
 @pytest.mark.parametrize("less", [{}, {"logits": None}, {"logits": None, "weights": None, "phases": None}])
 @pytest.mark.parametrize("sizes", [(12,), (5, 0, 7), (1,) * 12])
 def test_written_in_pieces_it_is_the_same_file_byte_for_byte(tmp_path, sizes, less, monkeypatch):
-    monkeypatch.setattr(writer, "BLOCK", 7)
+    monkeypatch.setattr(parts, "BLOCK", 7)
     trace = full(**less)
     trace.save(tmp_path / "whole.safetensors")
     with TraceWriter(tmp_path / "pieces.safetensors", nothing_of(trace)) as out:
@@ -241,8 +338,16 @@ def test_a_writer_is_given_the_same_things_every_time(tmp_path):
             (changed(layers, "picks", lambda t: t[:, :3]), tokens),
             r"picks of shape \[5, 3\] were given",
         ),
-        ((layers, tokens), (changed(layers, "picks", lambda t: t - 17), tokens), "picks from -.* 0 to 16 is due"),
-        ((layers, tokens), (changed(layers, "picks", lambda t: t + 17), tokens), "picks from .* 0 to 16 is due"),
+        (
+            (layers, tokens),
+            (changed(layers, "picks", lambda t: t - 17), tokens),
+            "picks reach from -.* 0 to 16 is allowed",
+        ),
+        (
+            (layers, tokens),
+            (changed(layers, "picks", lambda t: t + 17), tokens),
+            "picks reach from .* 0 to 16 is allowed",
+        ),
         ((layers, tokens), (layers, {**tokens, "sequences": tokens["sequences"][:3]}), "sequences of 3 tokens were"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -450,7 +555,8 @@ def test_json_that_readers_disagree_on_is_refused(tmp_path):
         (about[:-1] + ', "model": "x"}', "about has the key 'model' twice"),
         (about.replace('"seed": 7', '"seed": NaN'), "about holds NaN, which is not JSON"),
         ("[" * 100_000, "about is not JSON"),
-        ("9" * 10_000, "about is not JSON"),
+        ("9" * 10_000, "about holds a number that is too long"),
+        (about[:-9], "about is not JSON, or cut short"),
         ("[]", "about is not a JSON object"),
     ):
         rewrite(path, {**header, "__metadata__": {**header["__metadata__"], "about": inner}}, data)
@@ -501,9 +607,10 @@ def test_numbers_start_at_multiples_of_eight_and_may_start_anywhere(tmp_path):
 
 def test_a_sequence_number_cannot_ask_for_memory(tmp_path):
     path = tmp_path / "run.safetensors"
-    trace = full(labels=None)
-    dataclasses.replace(trace, sequences=torch.full((12,), 1 << 40)).save(path)
-    refused(path, "sequences reach from 1099511627776 to 1099511627776: 0 to 16777215 is allowed")
+    full(sequences=torch.full((12,), (1 << 24) - 1), labels=None).save(path)
+    header, data = header_of(path)
+    rewrite(path, header, data.replace(struct.pack("<i", (1 << 24) - 1), struct.pack("<i", 1 << 30)))
+    refused(path, "sequences reach from 1073741824 to 1073741824: 0 to 16777215 is allowed")
 
 
 def test_every_truncation_is_refused(tmp_path):

@@ -77,7 +77,7 @@ def broken_megatron():
 
     ragged = [*json.loads(lines[1])["top_indices"][:-1], [1, 2]]
     return [
-        ("cut", [*lines[:-1], lines[-1][:40]], "line 4: not JSON, or cut short"),
+        ("cut", [*lines[:-1], lines[-1][:40]], "line 4 is not JSON, or cut short"),
         ("no record", ["[1]"], "line 1: not a record of a router trace"),
         ("another file", ['{"loss": 1.0}'], "line 1: not a record of a router trace"),
         ("ragged", changed(top_indices=ragged), "line 2: rows of top_indices have 2 to 4 numbers"),
@@ -96,9 +96,9 @@ def broken_megatron():
         ("rank", changed(rank=None), "line 2: rank is not a whole number"),
         ("stage", changed(stage="post"), "line 2: stage 'post' is unknown"),
         ("block", changed(block="vision"), "line 2: block 'vision' is unknown"),
-        ("NaN", [lines[0].replace('"step": 0', '"step": NaN')], "line 1: holds NaN"),
-        ("twice a key", [lines[0].replace('"step": 0', '"step": 0, "step": 0')], "line 1: a key is there twice"),
-        ("deep", ["[" * 100_000], "line 1: not JSON"),
+        ("NaN", [lines[0].replace('"step": 0', '"step": NaN')], "line 1 holds NaN"),
+        ("twice a key", [lines[0].replace('"step": 0', '"step": 0, "step": 0')], "line 1 has the key .* twice"),
+        ("deep", ["[" * 100_000], "line 1 is not JSON"),
         ("one layer a step", [lines[0], *megatron_lines(picked(6), step=1)[1:]], "no step has all layers"),
         ("only heads", megatron_lines(picked(6), block="mtp", mtp_idx=0), "no decoder layer was traced"),
         ("nothing but lines", [""], "no decoder layer was traced"),

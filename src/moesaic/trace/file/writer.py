@@ -2,70 +2,50 @@
 
 import dataclasses
 import json
-import math
 import os
 import shutil
 import struct
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import numpy as np
 from torch import Tensor
 
+from moesaic.trace.file.about import about, fields_of
+from moesaic.trace.file.limits import MOST_HEADER, check_labels, check_offsets, check_range
+from moesaic.trace.file.parts import Column, Part, as_numbers, joined, of_tensor, span, unwritable
+from moesaic.trace.shown import visible
 from moesaic.trace.store import FORMAT, FORMAT_VERSION, TENSORS, TYPES, Trace
+from moesaic.trace.strict_json import parsed
 
-BLOCK = 1 << 22  # numbers that are in memory at a time
 PER_LAYER = ("picks", "weights", "logits")
-
-
-class Column(NamedTuple):
-    """One tensor of a file: its type there (a key of TYPES), its shape, and its numbers in order, block by block."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    blocks: Callable[[], Iterator[np.ndarray]]
+FLOATS = ("weights", "logits", "bias")
 
 
 def save(trace: Trace, path: str | Path) -> None:
-    """Write a trace as one file; an existing file is replaced whole or not at all. ValueError where it cannot be."""
-    columns = {}
-    for name in TENSORS:
-        if (tensor := getattr(trace, name)) is not None:
-            array = tensor.numpy()
-            largest = int(array.max()) if array.size and array.dtype.kind != "f" else 0
-            columns[name] = Column(_type_of(array.dtype, largest), array.shape, lambda a=array: _blocks(a))
-    write(Path(path), columns, about(trace))
+    """Write a trace as one file; an existing file is replaced whole or not at all. ValueError where it cannot be, and
+    for a trace that no reader would take."""
+    path = Path(path)
+    try:
+        columns = {name: of_tensor(t) for name in TENSORS if (t := getattr(trace, name)) is not None}
+        if trace.offsets is not None:
+            check_offsets(trace.offsets)
+    except ValueError as error:
+        raise _unreadable(path, error) from None
+    write(path, columns, trace)
 
 
-def about(trace: Trace) -> dict[str, Any]:
-    """All that is not a tensor, as the JSON of the header. Equal configs are written once."""
-    distinct = list(dict.fromkeys(trace.configs))
-    layers = zip(trace.layers, trace.configs, trace.origins, strict=True)
-    return {
-        "layers": [{"name": name, "config": distinct.index(c), "origin": origin} for name, c, origin in layers],
-        "configs": [{"hash": config.digest(), "fields": config.to_dict()} for config in distinct],
-        "missing": trace.missing,
-        "labels": trace.labels,
-        "pieces": None if trace.pieces is None else {str(number): text for number, text in trace.pieces.items()},
-        "dtypes": dict(trace.dtypes),
-        "model": trace.model,
-        "seed": trace.seed,
-        "versions": dict(trace.versions),
-    }
+def write(path: Path, columns: Mapping[str, Column], like: Trace) -> None:
+    """Header and tensors into a file beside `path`, which then takes its name: a reader sees the old or the new one.
 
-
-def write(path: Path, columns: Mapping[str, Column], about: Mapping[str, Any]) -> None:
-    """Header and tensors into a file beside `path`, which then takes its name: a reader sees the old or the new one."""
-    metadata = {"format": FORMAT, "format_version": str(FORMAT_VERSION), "about": json.dumps(about)}
-    header: dict[str, Any] = {"__metadata__": metadata}
-    end = 0
-    for name, column in columns.items():
-        begin, end = end, end + int(np.prod(column.shape, dtype=np.int64)) * np.dtype(TYPES[column.dtype]).itemsize
-        header[name] = {"dtype": column.dtype, "shape": column.shape, "data_offsets": [begin, end]}
-    head = json.dumps(header).encode()
-    head += b" " * (-len(head) % 8)  # numbers start at a multiple of eight bytes
+    like: says everything that is no tensor.
+    """
+    try:
+        head = _head(columns, like)
+    except ValueError as error:
+        raise _unreadable(path, error) from None
     temporary = None
     try:
         descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
@@ -77,10 +57,46 @@ def write(path: Path, columns: Mapping[str, Column], about: Mapping[str, Any]) -
         Path(temporary).chmod(0o644)  # mkstemp makes it private; 0o644 is what open() gives under the usual umask
         Path(temporary).replace(path)
     except OSError as error:
-        raise ValueError(f"{path}: cannot be written ({error.strerror})") from None
+        raise unwritable(path, error) from None
     finally:
         if temporary is not None:
             Path(temporary).unlink(missing_ok=True)
+
+
+def _head(columns: Mapping[str, Column], like: Trace) -> bytes:
+    """The header. ValueError for everything that a reader refuses, in the reader's own words."""
+    metadata = {"format": FORMAT, "format_version": str(FORMAT_VERSION), "about": _about(like)}
+    header: dict[str, Any] = {"__metadata__": metadata}
+    end = 0
+    for name, column in columns.items():
+        if (column.dtype == "F32") != (name in FLOATS):
+            raise ValueError(
+                f"{name} are {'floats' if column.dtype == 'F32' else 'whole numbers'}: give the other kind"
+            )
+        check_range(name, column.low, column.high, like.n_experts)
+        if name == "sequences" and column.shape[0]:
+            check_labels(like.labels, column.high + 1)
+        begin, end = end, end + int(np.prod(column.shape, dtype=np.int64)) * np.dtype(TYPES[column.dtype]).itemsize
+        header[name] = {"dtype": column.dtype, "shape": column.shape, "data_offsets": [begin, end]}
+    head = json.dumps(header).encode()
+    head += b" " * (-len(head) % 8)  # numbers start at a multiple of eight bytes
+    if len(head) > MOST_HEADER:
+        raise ValueError(f"its names, labels and pieces take {len(head):,} bytes: at most {MOST_HEADER:,} are read")
+    return head
+
+
+def _about(like: Trace) -> str:
+    """The JSON of all that is no tensor, which reads back as what it was."""
+    try:
+        text = json.dumps(about(like))
+    except TypeError as error:  # numpy's numbers
+        raise ValueError(f"{error}: give Python's own numbers and texts") from None
+    for name, value in fields_of(parsed(text, "about")).items():
+        given = getattr(like, name)
+        given = tuple(given) if isinstance(given, list) else dict(given) if isinstance(given, Mapping) else given
+        if given != value:
+            raise ValueError(f"{name} would read back as something else: give plain texts and numbers")
+    return text
 
 
 class TraceWriter:
@@ -92,16 +108,8 @@ class TraceWriter:
 
     def __init__(self, path: str | Path, like: Trace) -> None:
         self.path, self.like, self.n_tokens = Path(path), like, 0
-        self._names: set[str] = (
-            set()
-        )  # of the files beside `path`, one a tensor of the tokens, one a layer of the others
-        self._parts: dict[str, np.dtype] = {}
-        self._rows: dict[str, tuple[int, ...]] = {}
-        self._largest: dict[str, int] = {}
-        try:
-            self._folder = Path(tempfile.mkdtemp(dir=self.path.parent, prefix=f".{self.path.name}."))
-        except OSError as error:
-            raise ValueError(f"{path}: cannot be written ({error.strerror})") from None
+        self._parts: dict[str, Part] = {}  # one a tensor of the tokens, one a layer of the others: "picks.0"
+        self._folder = folder_beside(self.path)
 
     def append(self, layers: Sequence[Mapping[str, Tensor]], **tokens: Tensor | None) -> None:
         """Add n tokens: one mapping per layer with "picks" [n, K] and, at every call or at none, "weights" [n, K] and
@@ -111,28 +119,33 @@ class TraceWriter:
         given = {f"{name}.{index}": t for index, layer in enumerate(layers) for name, t in layer.items()}
         given |= {name: tensor for name, tensor in tokens.items() if tensor is not None}
         n = len(layers[0]["picks"])
-        if self._names and (odd := self._names ^ given.keys()):
+        if self._parts and (odd := self._parts.keys() ^ given.keys()):
             raise ValueError(f"{min(odd)} was given for some tokens and not for others: give it always or never")
         if odd := [name for name, tensor in given.items() if len(tensor) != n]:
             raise ValueError(f"{odd[0]} of {len(given[odd[0]])} tokens were given beside picks of {n}")
         for name, tensor in given.items():
             self._check(name.partition(".")[0], tensor)
-        self._names = set(given)
-        for name, tensor in given.items():
-            self._write(name, tensor)
-        self.n_tokens += n
+        parts = {name: self._parts.get(name) or Part(self._folder / name, self.path) for name in given}
+        try:
+            for name, tensor in given.items():
+                parts[name].append(tensor)
+            self._parts = parts
+            self.n_tokens += n
+        finally:
+            for part in parts.values():
+                part.keep(self.n_tokens)
 
     def close(self, bias: Tensor | None = None, **fields: Any) -> Path:
         """Put the file together and return its path; the parts are gone afterwards, whatever happened. `fields` of
         Trace (labels, pieces, missing, ...) replace those given at the start."""
         try:
-            columns = {name: self._column(name) for name in self._parts}
+            columns = {name: self._column(name) for name in dict.fromkeys(n.partition(".")[0] for n in self._parts)}
             if not columns:  # nothing was recorded: a trace without tokens
-                columns = {name: _empty(getattr(self.like, name)) for name in ("picks", "sequences")}
+                columns = {name: of_tensor(getattr(self.like, name)) for name in ("picks", "sequences")}
             if bias is not None:
-                columns["bias"] = Column("F32", tuple(bias.shape), lambda: iter([bias.numpy()]))
+                columns["bias"] = of_tensor(bias)
             columns = {name: columns[name] for name in TENSORS if name in columns}
-            write(self.path, columns, about(dataclasses.replace(self.like, **fields)))
+            write(self.path, columns, dataclasses.replace(self.like, **fields))
         finally:
             shutil.rmtree(self._folder, ignore_errors=True)
         return self.path
@@ -155,51 +168,26 @@ class TraceWriter:
         due = {"picks": (k,), "weights": (k,), "logits": (e,), "offsets": (2,)}.get(name, ())
         if row != due:
             raise ValueError(f"{name} of shape {[len(tensor), *row]} were given: {[len(tensor), *due]} is due")
-        if name == "picks" and tensor.numel():
-            low, high = (int(number) for number in tensor.aminmax())
-            if low < 0 or high > e:
-                raise ValueError(f"picks from {low} to {high} were given: 0 to {e} is due")
-
-    def _write(self, file: str, tensor: Tensor) -> None:
-        tensor = tensor.detach().cpu()
-        name, array = file.partition(".")[0], (tensor.float() if tensor.is_floating_point() else tensor).numpy()
-        part = self._parts.setdefault(name, np.dtype("<f4") if array.dtype.kind == "f" else array.dtype)
-        self._rows.setdefault(name, array.shape[1:])
-        if array.size and part.kind != "f":
-            self._largest[name] = max(self._largest.get(name, 0), int(array.max()))
-        try:
-            with (self._folder / file).open("ab") as out:
-                out.write(np.ascontiguousarray(array, part).data)
-        except OSError as error:
-            raise ValueError(f"{self.path}: cannot be written ({error.strerror})") from None
+        if tensor.is_floating_point() != (name in FLOATS):
+            raise ValueError(f"{name} of {str(tensor.dtype).removeprefix('torch.')} were given: give the other kind")
+        check_range(name, *span(as_numbers(tensor)), e)
+        if name == "offsets":
+            check_offsets(tensor)
 
     def _column(self, name: str) -> Column:
-        part, row = self._parts[name], self._rows[name]
         layered = name in PER_LAYER
-        files = [f"{name}.{index}" for index in range(self.like.n_layers)] if layered else [name]
-        count = self.n_tokens * math.prod(row)  # a file may hold more: of an `append` that failed
-
-        def blocks() -> Iterator[np.ndarray]:
-            for file in files:
-                if count:
-                    yield from _blocks(np.memmap(self._folder / file, part, mode="r", shape=(count,)))
-
-        shape = (*([self.like.n_layers] if layered else []), self.n_tokens, *row)
-        return Column(_type_of(part, self._largest.get(name, 0)), shape, blocks)
+        parts = [self._parts[f"{name}.{i}"] for i in range(self.like.n_layers)] if layered else [self._parts[name]]
+        shape = (*([self.like.n_layers] if layered else []), self.n_tokens, *parts[0].row)
+        return joined(parts, shape)
 
 
-def _type_of(kind: np.dtype, largest: int) -> str:
-    """The narrowest type that holds whole numbers up to `largest`; numbers with a point are float32."""
-    if kind.kind == "f":
-        return "F32"
-    return next(name for name in TYPES if largest <= np.iinfo(TYPES[name]).max)
+def folder_beside(path: Path) -> Path:
+    """A new folder for the parts of a file that is being made. ValueError where the file could not be written."""
+    try:
+        return Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    except OSError as error:
+        raise unwritable(path, error) from None
 
 
-def _blocks(array: np.ndarray) -> Iterator[np.ndarray]:
-    flat = array.reshape(-1)
-    for start in range(0, len(flat), BLOCK):
-        yield flat[start : start + BLOCK]
-
-
-def _empty(tensor: Tensor) -> Column:
-    return Column("U8", tuple(tensor.shape), lambda: iter(()))
+def _unreadable(path: Path, error: ValueError) -> ValueError:
+    return ValueError(f"{path}: not written, since no reader would take it: {visible(str(error))}")

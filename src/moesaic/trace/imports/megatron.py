@@ -18,7 +18,8 @@ import numpy as np
 from moesaic.trace.imports.assemble import MOST_PICKS, Imported, Part, assemble, without_copies
 from moesaic.trace.imports.notes import Note, note
 from moesaic.trace.imports.target import MOST_LAYERS, Target
-from moesaic.trace.imports.untrusted import MOST_LINE, is_count, parsed, size_of, table
+from moesaic.trace.imports.untrusted import MOST_LINE, is_count, size_of, table
+from moesaic.trace.strict_json import parsed
 
 
 class Call(NamedTuple):

@@ -7,7 +7,8 @@ from typing import Any
 
 from moesaic.config import MoEConfig
 from moesaic.families import ALIASES, PRESETS, rule_of
-from moesaic.trace.imports.untrusted import parsed, read_bytes
+from moesaic.trace.imports.untrusted import read_bytes
+from moesaic.trace.strict_json import parsed
 
 MOST_EXPERTS = 1 << 16
 MOST_LAYERS = 1 << 12

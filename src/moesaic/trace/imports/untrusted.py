@@ -1,8 +1,7 @@
-"""Bytes and JSON of files that somebody else made: limits before memory is used, one kind of error."""
+"""Bytes and lists of numbers of files that somebody else made: limits before memory is used, one kind of error."""
 
-import json
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 
@@ -29,27 +28,6 @@ def read_bytes(path: Path, most: int = MOST_BYTES) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
-
-
-def parsed(text: bytes, where: str) -> Any:
-    """A JSON document without duplicate keys and without NaN; `where` names it in errors."""
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            raise ValueError(f"{where}: a key is there twice")
-        return found
-
-    def refuse(constant: str) -> NoReturn:
-        raise ValueError(f"{where}: holds {constant}, which is not JSON")
-
-    try:
-        return json.loads(text.decode("utf-8"), object_pairs_hook=unique, parse_constant=refuse)
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"{where}: not JSON, or cut short ({type(error).__name__})") from None
-    except ValueError as error:
-        told = str(error)  # one of the two above, or a number of thousands of digits
-        raise ValueError(told if told.startswith(where) else f"{where}: holds a number that is too long") from None
 
 
 def is_count(value: Any) -> bool:

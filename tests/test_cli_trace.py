@@ -11,6 +11,7 @@ from moesaic.cli import sources
 from moesaic.cli.trace import progress, trace
 from moesaic.hf.load import TINY, load_model
 from moesaic.trace.file.reader import load
+from moesaic.trace.recording.record import record
 from moesaic.train.data import DOMAINS
 
 VERSE = "床前明月光，疑是地上霜。\nTo be, or not to be 😀\n\n  \nfor x in y:\n"
@@ -163,6 +164,24 @@ def test_labels_cannot_steer_a_terminal(run, tmp_path):
     assert "\x1b" not in out
 
 
+@pytest.mark.parametrize("detail", ["ids", "picks", "scores"])
+def test_what_is_recorded_goes_to_the_file_and_no_more_than_was_asked_for(run, monkeypatch, detail):
+    asked = []
+
+    def spy(model, detail, **options):
+        asked.append(detail)
+        return record(model, detail, **options)
+
+    def no_room(_dtype):
+        raise AssertionError("rows are kept in memory")
+
+    monkeypatch.setattr(sources, "record", spy)
+    monkeypatch.setattr("moesaic.trace.recording.record.Column", no_room)
+    assert run("trace", "--text", VERSE, "--detail", detail)[0] == 0
+    assert asked == [detail]
+    assert load("run.safetensors").detail == detail
+
+
 def test_a_tokenizer_that_tells_no_offsets_leaves_them_out():
     class Slow:
         """A tokenizer in Python: no offsets."""
@@ -183,7 +202,7 @@ def test_a_tokenizer_that_tells_no_offsets_leaves_them_out():
     assert found.sequences.tolist() == [0, 0, 1]
 
 
-def test_a_model_without_the_usual_arguments_is_read_too(loaded):
+def test_a_model_without_the_usual_arguments_is_read_too(loaded, tmp_path):
     model, tokenizer = loaded
     forward = model.forward
 
@@ -194,10 +213,10 @@ def test_a_model_without_the_usual_arguments_is_read_too(loaded):
     heard = []
     model.forward = plain
     try:
-        recorded = sources.record_documents(model, tokens, ["a"], "picks", done=heard.append)
+        sources.record_documents(model, tokens, ["a"], "picks", tmp_path / "run.safetensors", done=heard.append)
     finally:
         del model.forward
-    assert heard == [len(recorded)]
+    assert heard == [len(load(tmp_path / "run.safetensors"))]
 
 
 def test_the_bar_is_on_stderr_and_only_in_a_terminal(capsys):

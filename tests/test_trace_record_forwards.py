@@ -164,6 +164,19 @@ def test_two_records_of_one_model_at_once_see_the_same():
     assert (outer.trace.detail, inner.trace.detail) == ("ids", "scores")
 
 
+@pytest.mark.parametrize("family", ["deepseek_v3", "qwen3_moe"])
+def test_two_records_of_scores_at_once_count_every_token_once(family):
+    model, ids = tiny(family), token_ids()
+    with record(model, "scores") as outer, torch.no_grad():
+        model(ids)
+        with record(model, "scores") as inner:
+            model(ids)
+        model(ids)
+    assert (len(outer.trace), len(inner.trace)) == (60, 20)
+    assert torch.equal(inner.trace.logits, outer.trace.logits[:, 20:40])
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
 def test_records_that_do_not_end_in_the_order_in_which_they_began():
     layer = DeepseekV3MoE(v3(16, 4, 2, 4))
     first, second = record(layer), record(layer, "ids")

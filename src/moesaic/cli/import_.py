@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from moesaic.cli.output import check_lang, print_json, say_how_again
-from moesaic.cli.trace import check_target, described, show
+from moesaic.cli.trace import Size, check_target, described, show
 
 FORMATS = {  # name -> what files are meant
     "sglang": ".pt of the expert distribution recorder, mode per_token",
@@ -47,12 +47,13 @@ def import_(
 
     trace, notes = READERS[source](files, read_target(config, experts))
     trace.save(out)
+    size = Size(len(trace), trace.n_sequences)
     said = [getattr(note, lang) for note in notes]
     if as_json:
-        print_json({"format": source, **described(trace, out), "notes": said})
+        print_json({"format": source, **described(trace, size, out), "notes": said})
     else:
         for note in said:  # our own words and numbers, nothing of the files
             print(f"! {note}")
-        show(trace, out, lang)
+        show(trace, size, out, lang)
         say_how_again(trace, lang)
     return 0

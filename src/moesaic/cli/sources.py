@@ -1,6 +1,5 @@
 """What the commands look at: the shipped or a given model, and real text as windows of tokens, or as documents."""
 
-import dataclasses
 import inspect
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 
 from moesaic.hf.modules import moe_layers
+from moesaic.trace.file.limits import MOST_TEXT
 from moesaic.trace.recording.record import record
 from moesaic.trace.store import Trace
 
@@ -19,7 +19,6 @@ BATCH = 10  # sequences in one forward
 SEQUENCES = 100  # of the four shipped domains together, in the shares the tiny model was trained on
 PASSAGES = 100  # documents of the four shipped domains together, for a record of documents
 PASSAGE = 400  # characters: a longer document is cut into passages, at ends of lines
-MOST_PIECE = 4096  # characters of the text of one token that a trace keeps
 SAMPLE = (
     "To be, or not to be: that is the question.\n床前明月光，疑是地上霜。\n"
     "A class definition is an executable statement.\nfor token in tokens: route(token)\n"
@@ -134,7 +133,7 @@ def tokens_of(tokenizer: Any, texts: Sequence[Document], window: int = WINDOW) -
         [torch.stack(batch) for batch in batches],
         torch.arange(len(rows)).repeat_interleave(lengths),
         None if offsets is None else torch.tensor(offsets, dtype=torch.int64),
-        {number: piece_of(tokenizer, number)[:MOST_PIECE] for number in sorted({i for row in rows for i in row})},
+        {number: piece_of(tokenizer, number)[:MOST_TEXT] for number in sorted({i for row in rows for i in row})},
     )
 
 
@@ -145,33 +144,29 @@ def piece_of(tokenizer: Any, number: int) -> str:
 
 
 def record_documents(
-    model: Any, tokens: Tokens, labels: Sequence[str], detail: str, *, seed: int = 0, done: Callable[[int], None]
+    model: Any,
+    tokens: Tokens,
+    labels: Sequence[str],
+    detail: str,
+    to: Path,
+    *,
+    seed: int = 0,
+    done: Callable[[int], None],
 ) -> Trace:
-    """The trace of a model that reads documents: ids only, ids and weights ("picks"), or "scores" too.
+    """Write what a model that reads documents chooses to the file `to`, batch by batch: ids only, ids and weights
+    ("picks"), or "scores" too. Returns the trace without its tokens, which are in the file.
 
     `done` hears the number of tokens of every batch that was read.
     """
     accepted = inspect.signature(model.forward).parameters
     less = {name: value for name, value in (("use_cache", False), ("logits_to_keep", 1)) if name in accepted}
     torch.manual_seed(seed)
-    level = "scores" if detail == "scores" else "picks"
-    with torch.inference_mode(), record(model, detail=level, seed=seed) as recorder:
+    with torch.inference_mode(), record(model, detail, seed=seed, to=to) as recorder:
         for ids in tokens.batches:
             model(input_ids=ids.to(model.device), **less)
             done(ids.numel())
-    trace = recorder.trace
-    if len(trace) != len(tokens.sequences):
-        raise ValueError(
-            f"{len(tokens.sequences)} tokens were read and {len(trace)} recorded: the model's layers see other tokens"
-        )
-    return dataclasses.replace(
-        trace,
-        weights=None if detail == "ids" else trace.weights,
-        sequences=tokens.sequences,
-        labels=tuple(labels),
-        offsets=tokens.offsets,
-        pieces=tokens.pieces,
-    )
+        recorder.describe(sequences=tokens.sequences, labels=labels, offsets=tokens.offsets, pieces=tokens.pieces)
+        return recorder.outline()
 
 
 def windows_of(tokenizer: Any, text: str, label: str = "text") -> list[tuple[str, Tensor]]:

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
@@ -90,12 +90,12 @@ def trace(
     labels = [document.label for document in documents]
     sources.check_before(network, [("", ids) for ids in tokens.batches], None, None)
     with quiet_transformers(), progress(WORDS[lang]["reading"], len(tokens.sequences)) as done:
-        recorded = sources.record_documents(network, tokens, labels, detail, done=done)
-    recorded.save(out)
+        recorded = sources.record_documents(network, tokens, labels, detail, out, done=done)
+    size = Size(len(tokens.sequences), len(documents))
     if as_json:
-        print_json(described(recorded, out))
+        print_json(described(recorded, size, out))
     else:
-        show(recorded, out, lang)
+        show(recorded, size, out, lang)
         say_how_again(recorded, lang)
     return 0
 
@@ -125,7 +125,14 @@ def progress(what: str, total: int) -> "Iterator[Callable[[int], None]]":
         yield lambda count: bar.advance(task, count)
 
 
-def show(recorded: "Trace", out: Path, lang: str) -> None:
+class Size(NamedTuple):
+    """How much is in a trace that was written and is not in memory."""
+
+    tokens: int
+    documents: int
+
+
+def show(recorded: "Trace", size: Size, out: Path, lang: str) -> None:
     """What is in a trace that was just written, and what to do with it."""
     from moesaic.trace.shown import visible
 
@@ -133,7 +140,7 @@ def show(recorded: "Trace", out: Path, lang: str) -> None:
     name = visible(recorded.model, 60) or say["no_name"]
     sizes = {"layers": recorded.n_layers, "k": config.num_experts_per_tok, "experts": config.n_routed_experts}
     print(say["model"].format(model=name, **sizes))
-    print(_read(recorded, lang))
+    print(_read(recorded, size, lang))
     if recorded.missing:
         print(say["missing"].format(names=", ".join(visible(name, 60) for name in recorded.missing)))
     if not config.rule_is_known:
@@ -151,14 +158,14 @@ def show(recorded: "Trace", out: Path, lang: str) -> None:
         print(f"   {command:<{width}}   {why}")
 
 
-def _read(recorded: "Trace", lang: str) -> str:
+def _read(recorded: "Trace", size: Size, lang: str) -> str:
     """How much was read: "12 tokens of 2 documents (prose 1, code 1)"."""
     from moesaic.trace.shown import visible
 
     say = WORDS[lang]
     many = {  # English has a plural
         name: f"{n:,} {say[name]}{'' if n == 1 else 's'}" if lang == "en" else f"{n:,}{say[name]}"
-        for name, n in (("token", len(recorded)), ("document", recorded.n_sequences))
+        for name, n in (("token", size.tokens), ("document", size.documents))
     }
     by_label = Counter(recorded.labels or ())
     names = [f"{visible(label, 40)} {n:,}" for label, n in by_label.most_common(MOST_LABELS)]
@@ -168,7 +175,7 @@ def _read(recorded: "Trace", lang: str) -> str:
     return line + (say["labels"].format(labels=("，" if lang == "zh" else ", ").join(names)) if names else "")
 
 
-def described(recorded: "Trace", out: Path) -> dict[str, Any]:
+def described(recorded: "Trace", size: Size, out: Path) -> dict[str, Any]:
     """The same for a program."""
     config = recorded.configs[0]
     return {
@@ -179,8 +186,8 @@ def described(recorded: "Trace", out: Path) -> dict[str, Any]:
         "layers": list(recorded.layers),
         "origins": list(recorded.origins),
         "missing": list(recorded.missing),
-        "tokens": len(recorded),
-        "documents": recorded.n_sequences,
+        "tokens": size.tokens,
+        "documents": size.documents,
         "labels": dict(Counter(recorded.labels or ())),
         "n_routed_experts": config.n_routed_experts,
         "num_experts_per_tok": config.num_experts_per_tok,

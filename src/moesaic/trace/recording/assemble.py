@@ -1,63 +1,98 @@
-"""From what a recorder holds to one Trace: layers checked against each other, tokens numbered, memory moved."""
+"""From what a recorder kept to one Trace, or to one file: layers checked against each other, memory moved."""
 
-from collections.abc import Mapping, Sequence
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from moesaic.config import MoEConfig
 from moesaic.hf.modules import MoELayer, unwrapped, with_sizes
+from moesaic.trace.file.limits import MOST_TEXT
+from moesaic.trace.file.parts import Part, joined, of_tensor
+from moesaic.trace.file.writer import write
 from moesaic.trace.recording.columns import Column
-from moesaic.trace.recording.forwards import Forward, number_sequences
-from moesaic.trace.store import Trace, stacked_biases, versions
+from moesaic.trace.recording.kept import Kept, S, Store, check_one_size
+from moesaic.trace.store import TENSORS, Trace, stacked_biases, versions
 
-Columns = Mapping[str, Column]  # "ids", "weights" and "logits" of one layer
+OF_LAYERS = {"picks": "ids", "weights": "weights", "logits": "logits"}  # a tensor of a trace: what it was kept as
+DETAILS = {"ids": 1, "picks": 2, "scores": 3}  # how many of these each detail has
 
 
-def assemble(
+def outline(
     layers: Sequence[MoELayer],
-    columns: Mapping[str, Columns],
-    forwards: Mapping[str, Sequence[Forward]],
+    kept: Kept[S],
     biases: Mapping[str, Tensor],
     *,
     detail: str,
     model: Any,
-    tokenizer: Any = None,
     **provenance: Any,
 ) -> Trace:
-    """One trace; the columns keep its arrays instead of their own. ValueError where layers do not fit together."""
-    seen = [layer for layer in layers if forwards[layer.name]] or list(layers)
-    configs = [_config(layer, columns[layer.name]) for layer in seen]
-    calls = forwards[seen[0].name]
-    n_tokens = _check_one_size(seen, configs, forwards)
-    n_experts, k = configs[0].n_routed_experts, configs[0].num_experts_per_tok
-    arrays = {"ids": torch.empty(len(seen), n_tokens, k, dtype=id_dtype(n_experts))}
-    if detail != "ids":
-        arrays["weights"] = torch.empty(len(seen), n_tokens, k)
-    if detail == "scores":
-        arrays["logits"] = torch.empty(len(seen), n_tokens, n_experts)
-    for name, out in arrays.items():
-        _move(name, [(layer.name, columns[layer.name]) for layer in seen], out)
-    input_ids = _input_ids(calls)
+    """The trace without its tokens. ValueError where the layers do not fit together."""
+    seen = [layer for layer in layers if kept.tallies[layer.name].n_forwards] or list(layers)
+    configs = [_config(layer, kept.columns[layer.name]) for layer in seen]
+    names = [layer.name for layer in seen]
+    sizes = [(config.n_routed_experts, config.num_experts_per_tok) for config in configs]
+    check_one_size(names, sizes, [kept.tallies[name] for name in names])
+    n_experts, k = sizes[0]
+    rows = {"picks": k, "weights": k, "logits": n_experts}
+    dtypes = {"picks": id_dtype(n_experts), "weights": torch.float32, "logits": torch.float32}
+    none: dict[str, Any] = {
+        name: torch.empty(len(seen), 0, rows[name], dtype=dtypes[name]) for name in list(rows)[: DETAILS[detail]]
+    }
     return Trace(
-        picks=arrays["ids"],
-        weights=arrays.get("weights"),
-        logits=arrays.get("logits"),
-        bias=stacked_biases([biases.get(layer.name) for layer in seen], configs),
-        layers=tuple(layer.name for layer in seen),
+        **none,
+        bias=stacked_biases([biases.get(name) for name in names], configs),
+        layers=tuple(names),
         configs=tuple(configs),
         origins=tuple(layer.origin for layer in seen),
         missing=tuple(layer.name for layer in layers if layer not in seen),
-        sequences=number_sequences(calls),
-        phases=_phases(calls),
-        input_ids=input_ids,
-        pieces=None if tokenizer is None or input_ids is None else pieces_of(tokenizer, input_ids),
         model=Path(getattr(unwrapped(model), "name_or_path", "")).name or type(unwrapped(model)).__name__,
         versions=versions(),
         **provenance,
     )
+
+
+def assemble(like: Trace, kept: Kept[Column], given: Mapping[str, Any], tokenizer: Any = None) -> Trace:
+    """One trace in memory; what is kept has the trace's arrays instead of its own afterwards.
+
+    given: fields of Trace that are used instead of what was kept.
+    """
+    n_tokens = _checked(like, kept, given)
+    fields: dict[str, Any] = {}
+    for name, column in kept.tokens.items():
+        whole = torch.empty(n_tokens, 1, dtype=column.dtype)
+        column.move_into(whole)
+        fields[name] = whole[:, 0]
+    for name, columns in _layered(like, kept, n_tokens):
+        out = torch.empty(len(columns), n_tokens, getattr(like, name).shape[2], dtype=getattr(like, name).dtype)
+        for layer, column in enumerate(columns):
+            column.move_into(out[layer])
+        fields[name] = out
+    if tokenizer is not None and "input_ids" in fields:
+        fields["pieces"] = pieces_of(tokenizer, fields["input_ids"].unique().tolist())
+    return dataclasses.replace(like, **{**fields, **given})
+
+
+def write_file(path: Path, like: Trace, kept: Kept[Part], given: Mapping[str, Any], tokenizer: Any = None) -> None:
+    """The same trace as a file, from parts that are files: byte for byte what `assemble` and `save` would give."""
+    n_tokens = _checked(like, kept, given)
+    columns = {name: of_tensor(t) for name in TENSORS if (t := getattr(like, name)) is not None}
+    for name, part in kept.tokens.items():
+        columns[name] = joined([part], (n_tokens,))
+    for name, parts in _layered(like, kept, n_tokens):
+        shape = (len(parts), n_tokens, getattr(like, name).shape[2])
+        columns[name] = joined(parts, shape)
+    fields: dict[str, Any] = {name: value for name, value in given.items() if name not in TENSORS}
+    columns |= {name: of_tensor(value) for name, value in given.items() if name in TENSORS}
+    if tokenizer is not None and "input_ids" in kept.tokens:
+        ids: set[int] = set().union(*(np.unique(block).tolist() for block in kept.tokens["input_ids"].blocks()))
+        fields = {"pieces": pieces_of(tokenizer, sorted(ids)), **fields}
+    columns = {name: columns[name] for name in TENSORS if name in columns}
+    write(path, columns, dataclasses.replace(like, **fields))
 
 
 def id_dtype(n_experts: int) -> torch.dtype:
@@ -65,67 +100,41 @@ def id_dtype(n_experts: int) -> torch.dtype:
     return torch.int16 if n_experts < 2**15 - 1 else torch.int32
 
 
-def _config(layer: MoELayer, columns: Columns) -> MoEConfig:
+def _config(layer: MoELayer, columns: Mapping[str, Store]) -> MoEConfig:
     """The layer's config, with as many experts per token as were recorded."""
     width = columns["ids"].width if "ids" in columns else None
     return layer.config if width is None else with_sizes(layer.config, width)
 
 
-def _check_one_size(
-    layers: Sequence[MoELayer], configs: Sequence[MoEConfig], forwards: Mapping[str, Sequence[Forward]]
-) -> int:
-    """The number of tokens. One trace is one array: its layers must agree in E, K and T, and in the forwards."""
-    sizes = []
-    for layer, config in zip(layers, configs, strict=True):
-        counts = [len(call.rows) if call.keep is None else int(call.keep.sum()) for call in forwards[layer.name]]
-        sizes.append((config.n_routed_experts, config.num_experts_per_tok, sum(counts), counts))
-    for layer, size in zip(layers, sizes, strict=True):
-        whats = ("experts", "experts per token", "tokens", "tokens in each forward")
-        for what, here, there in zip(whats, size, sizes[0], strict=True):
-            if here != there:
-                raise ValueError(
-                    f"layer {layer.name!r} has {here} {what} and layer {layers[0].name!r} has {there}: "
-                    "record them one by one"
-                )
-    return sizes[0][2]
+def _checked(like: Trace, kept: Kept[Any], given: Mapping[str, Any]) -> int:
+    """The number of tokens; ValueError where what is given is of another number."""
+    n_tokens = kept.tallies[like.layers[0]].n_tokens
+    for name, value in given.items():
+        if name in TENSORS and len(value) != n_tokens:
+            raise ValueError(
+                f"{name} of {len(value)} tokens were given and {n_tokens} recorded: the model's layers see other tokens"
+            )
+    return n_tokens
 
 
-def _move(name: str, columns: Sequence[tuple[str, Columns]], out: Tensor) -> None:
-    for layer, (layer_name, held) in enumerate(columns):
-        column = held.get(name)
-        if (0 if column is None else len(column)) != out.shape[1]:
-            raise ValueError(f"the router of layer {layer_name!r} gave no {name} per token: use detail='picks'")
-        if column is not None:
-            column.move_into(out[layer])
-        if name == "logits" and are_probabilities(out[layer]):
-            out[layer].log_()
+def _layered(like: Trace, kept: Kept[S], n_tokens: int) -> Iterator[tuple[str, list[S]]]:
+    """The tensors of the detail that was asked for, by their name in a trace, as they were kept layer by layer."""
+    for name, kept_as in OF_LAYERS.items():
+        if getattr(like, name) is None or not n_tokens:
+            continue
+        found = [kept.columns[layer].get(kept_as) for layer in like.layers]
+        for layer, column in zip(like.layers, found, strict=True):
+            if column is None or len(column) != n_tokens:
+                raise ValueError(f"the router of layer {layer!r} gave no {name} per token: use detail='picks'")
+        yield name, [column for column in found if column is not None]
 
 
-def are_probabilities(scores: Tensor) -> bool:
-    """True for rows that are no logits: some routers return what softmax made of them (gemma4)."""
-    if not len(scores) or float(scores.min()) < 0:
-        return False
-    return bool(((scores.sum(-1) - 1).abs() < 1e-3).all())
-
-
-def _input_ids(calls: Sequence[Forward]) -> Tensor | None:
-    ids = [call.kept(call.input_ids) for call in calls if call.input_ids is not None]
-    return torch.cat(ids) if ids and len(ids) == len(calls) else None
-
-
-def _phases(calls: Sequence[Forward]) -> Tensor | None:
-    """0 (prefill) or 1 (decode) per token, where every call of a language model was seen."""
-    if not calls or not all(call.known and call.of_tokens for call in calls):
-        return None
-    return torch.cat([call.kept(torch.full_like(call.rows, int(call.decoding), dtype=torch.uint8)) for call in calls])
-
-
-def pieces_of(tokenizer: Any, input_ids: Tensor) -> dict[int, str]:
-    """Token id -> its text, for the ids that occur; a token that is part of a character keeps the tokenizer's own
-    spelling. Takes tokenizers of transformers and of the library tokenizers."""
+def pieces_of(tokenizer: Any, numbers: Sequence[int]) -> dict[int, str]:
+    """Token id -> its text; a token that is part of a character keeps the tokenizer's own spelling, and a very long one
+    its beginning. Takes tokenizers of transformers and of the library tokenizers."""
     spell = getattr(tokenizer, "convert_ids_to_tokens", None) or tokenizer.id_to_token
     pieces = {}
-    for token in input_ids.unique().tolist():
+    for token in numbers:
         text = tokenizer.decode([token], skip_special_tokens=False)
-        pieces[token] = text if text and "\ufffd" not in text else spell(token) or ""
+        pieces[token] = (text if text and "\ufffd" not in text else spell(token) or "")[:MOST_TEXT]
     return pieces

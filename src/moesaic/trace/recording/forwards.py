@@ -1,6 +1,6 @@
 """What one call of a model says about its tokens: rows of the batch, padding, token ids, prefill or decoding."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -133,22 +133,24 @@ def unseen(n_tokens: int) -> Forward:
     return Forward(torch.zeros(n_tokens, dtype=torch.int64), known=False)
 
 
-def number_sequences(forwards: Sequence[Forward]) -> Tensor:
-    """Sequences numbered through all forwards, int64, one number per kept token.
+class SequenceNumbers:
+    """Sequences numbered through all forwards.
 
     A forward that continues goes on with the numbers of the last one with its cache, or of the one before it.
     """
-    start = end = 0
-    last_rows, starts = 0, {}
-    numbers = [torch.zeros(0, dtype=torch.int64)]
-    for forward in forwards:
+
+    def __init__(self) -> None:
+        self._start = self._end = self._last_rows = 0
+        self._starts: dict[int, int] = {}  # cache -> number of its first row
+
+    def of(self, forward: Forward) -> Tensor:
+        """int64, one number per kept token of the next forward."""
         n_rows = int(forward.rows[-1]) + 1 if len(forward.rows) else 0
-        if forward.continues and forward.cache in starts:
-            start = starts[forward.cache]
-        elif not (forward.continues and n_rows == last_rows):
-            start = end
+        if forward.continues and forward.cache in self._starts:
+            self._start = self._starts[forward.cache]
+        elif not (forward.continues and n_rows == self._last_rows):
+            self._start = self._end
         if forward.cache:
-            starts[forward.cache] = start
-        end, last_rows = max(end, start + n_rows), n_rows
-        numbers.append(forward.kept(start + forward.rows))
-    return torch.cat(numbers)
+            self._starts[forward.cache] = self._start
+        self._end, self._last_rows = max(self._end, self._start + n_rows), n_rows
+        return forward.kept(self._start + forward.rows)

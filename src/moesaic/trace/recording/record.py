@@ -1,18 +1,22 @@
 """Recording what a model handed to its experts. The model and its results stay as they are."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from moesaic.config import MoEConfig
 from moesaic.hf.modules import MoELayer, moe_layers
-from moesaic.trace.recording.assemble import assemble, id_dtype
+from moesaic.trace.file.limits import check_offsets
+from moesaic.trace.recording.assemble import assemble, id_dtype, outline, write_file
 from moesaic.trace.recording.calls import listening
 from moesaic.trace.recording.columns import Column
 from moesaic.trace.recording.forwards import Forward, describe_forward, forward_of, models_in, unseen
+from moesaic.trace.recording.kept import Kept, Rows
+from moesaic.trace.recording.stream import Stream, streaming
 from moesaic.trace.recording.watch import DETAILS, Observer, observe
 from moesaic.trace.store import Trace
 from moesaic.types import Routing
@@ -29,6 +33,7 @@ def record(
     labels: Sequence[str] | None = None,
     seed: int | None = None,
     tokenizer: Any = None,
+    to: str | Path | None = None,
 ) -> Iterator["Recorder"]:
     """Record the routing of every forward of `model` inside the block; `.trace` of what it yields is the result.
 
@@ -36,24 +41,24 @@ def record(
     Padding is left out where the model was given a 2-D attention mask. labels: one name per sequence, in the order of
     the forwards. tokenizer: gives the text of the tokens to the trace. A model may be compiled, before or inside.
 
+    to: a file that the record goes to, forward by forward, so that memory does not grow with its length; it is there,
+    as `save` would have written it, when the block has ended, and `.trace` reads it. A block that ends in an error
+    leaves no file, and an older one as it was.
+
     Raises ValueError, before anything runs, where `model` has no MoE layer whose picks can be seen, or, for "scores",
-    one of them has no router that can be.
+    one of them has no router that can be, or where `to` cannot be written.
     """
     if detail not in DETAILS:
         raise ValueError(f"detail={detail!r} is unknown: use {', '.join(map(repr, DETAILS[:-1]))} or {DETAILS[-1]!r}")
     if isinstance(labels, str):
         raise ValueError(f"labels={labels!r} is one name: give a list, one name a sequence")
-    recorder = Recorder(model, moe_layers(model, config), detail, labels, seed, tokenizer)
-    with recorder.watching():
-        yield recorder
-
-
-class Rows(NamedTuple):
-    """What one call of one layer gave, copied, before it is known whether its forward comes to an end."""
-
-    layer: str
-    forward: Forward
-    columns: dict[str, Tensor]  # "ids", "weights" or "logits" -> [n, width]
+    layers = moe_layers(model, config)
+    with ExitStack() as stack:
+        streamed = None if to is None else stack.enter_context(streaming(Path(to)))
+        recorder = Recorder(model, layers, detail, labels, seed, tokenizer, streamed)
+        with recorder.watching():
+            yield recorder
+        recorder.write()
 
 
 class Recorder:
@@ -67,13 +72,14 @@ class Recorder:
         labels: Sequence[str] | None,
         seed: int | None,
         tokenizer: Any = None,
+        stream: Stream | None = None,
     ) -> None:
         self.model, self.layers, self.detail = model, layers, detail
         self.labels, self.seed = labels, torch.initial_seed() if seed is None else seed
-        self.tokenizer = tokenizer
+        self.tokenizer, self._stream = tokenizer, stream
         self._by_name = {layer.name: layer for layer in layers}
-        self._columns: dict[str, dict[str, Column]] = {layer.name: {} for layer in layers}
-        self._forwards: dict[str, list[Forward]] = {layer.name: [] for layer in layers}
+        self._kept: Kept = Kept(self._by_name, (lambda _, dtype: Column(dtype)) if stream is None else stream.part)
+        self._given: dict[str, Any] = {}  # fields of the trace that were told, not recorded
         self._biases = Biases()
         self._dtypes = {"logits": "float32", "weights": "float32"}
         self._current: Forward | None = None
@@ -104,21 +110,48 @@ class Recorder:
     @property
     def trace(self) -> Trace:
         """Everything recorded so far. Layers that never ran are named in `missing`; if nothing ran, all layers and no
-        tokens. The record goes on from here: what it holds is then this trace's own memory."""
+        tokens. The record goes on from here: what it holds is then this trace's own memory. A record that goes to a
+        file is read from there, after its block."""
+        if self._stream is not None:
+            return self._stream.read()
         self._commit()
+        return assemble(self.outline(), self._kept, self._given, self.tokenizer)
+
+    def describe(
+        self,
+        *,
+        sequences: Tensor,
+        labels: Sequence[str] | None = None,
+        offsets: Tensor | None = None,
+        pieces: Mapping[int, str] | None = None,
+    ) -> None:
+        """What the caller knows better than a model's arguments tell: which document [T] each token belongs to, the
+        names of the documents, where tokens lie in them [T, 2], and the text of a token id."""
+        if offsets is not None:
+            check_offsets(offsets)
+        given = {"sequences": sequences, "offsets": offsets, "pieces": pieces}
+        self._given = {name: value for name, value in given.items() if value is not None}
+        self.labels = self.labels if labels is None else labels
+
+    def write(self) -> None:
+        """Put the file together, where the record goes to one."""
+        if self._stream is not None:
+            write_file(self._stream.path, self.outline(), self._kept, self._given, self.tokenizer)
+            self._stream.written = True
+
+    def outline(self) -> Trace:
+        """The trace so far without its tokens: layers, sizes, rules and where it comes from."""
         if moved := sorted(self._biases.moved):
             raise ValueError(
                 f"the correction bias of layer {moved[0]!r} changed while its scores were recorded: "
                 "record one step at a time, or detail='picks'"
             )
-        return assemble(
+        return outline(
             self.layers,
-            self._columns,
-            self._forwards,
+            self._kept,
             self._biases.values,
             detail=self.detail,
             model=self.model,
-            tokenizer=self.tokenizer,
             labels=None if self.labels is None else tuple(self.labels),
             dtypes=dict(self._dtypes),
             seed=self.seed,
@@ -208,11 +241,7 @@ class Recorder:
         """Keep what is pending: its forward came to an end."""
         pending, self._pending = self._pending, []
         for rows in pending if all(t.is_cpu for r in pending for t in r.columns.values()) else on_cpu(pending):
-            columns = self._columns[rows.layer]
-            for name, tensor in rows.columns.items():
-                columns.setdefault(name, Column(tensor.dtype)).append(rows.forward.kept(tensor))
-            if "ids" in rows.columns:
-                self._forwards[rows.layer].append(rows.forward)
+            self._kept.add(rows)
 
 
 class Biases:

@@ -17,6 +17,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from moesaic.hf.experts import is_on_seam
 from moesaic.hf.modules import is_recompute, is_router
@@ -29,6 +30,7 @@ Observer = Callable[[str, Routing], None]
 KEY = "_moesaic_key"
 DETAILS = ("ids", "picks", "scores")  # what an operator in a graph is given; a graph of its own for each
 
+_lock = threading.RLock()
 _numbers = itertools.count()
 _told: dict[int, list[Callable[..., None]]] = {}  # number of a module -> whom to tell
 
@@ -104,11 +106,10 @@ def observe(modules: Mapping[str, nn.Module], observer: Observer, detail: str = 
                 stack.enter_context(_asked(module, detail))
             elif is_router(module) or not _takes_ids(module):
                 stack.enter_context(telling(module, _router_reporter(name, observer)))
-                stack.callback(module.register_forward_hook(_after_router).remove)
+                stack.enter_context(_hooked(module, lambda m: m.register_forward_hook(_after_router)))
             else:
                 stack.enter_context(telling(module, _experts_reporter(name, observer)))
-                hook = module.register_forward_pre_hook(_before_experts, with_kwargs=True)
-                stack.callback(hook.remove)
+                stack.enter_context(_hooked(module, _hook_experts))
         yield
 
 
@@ -191,6 +192,30 @@ def _after_router(module: nn.Module, _args: Any, output: Any) -> Any:
     return tuple(used if place == found.place else item for place, item in enumerate(output))
 
 
+_hooks: dict[nn.Module, tuple[int, RemovableHandle]] = {}  # module -> how many watch it, and the one hook
+
+
+@contextmanager
+def _hooked(module: nn.Module, register: Callable[[nn.Module], RemovableHandle]) -> Iterator[None]:
+    """Inside the block the module has a hook of ours: one, since each call is told to everybody who watches."""
+    with _lock:
+        count, hook = _hooks.get(module) or (0, register(module))
+        _hooks[module] = count + 1, hook
+    try:
+        yield
+    finally:
+        with _lock:
+            count, hook = _hooks.pop(module)
+            if count > 1:
+                _hooks[module] = count - 1, hook
+            else:
+                hook.remove()
+
+
+def _hook_experts(module: nn.Module) -> RemovableHandle:
+    return module.register_forward_pre_hook(_before_experts, with_kwargs=True)
+
+
 def bound(module: nn.Module, args: tuple, kwargs: dict) -> tuple:
     """The arguments of an experts call in their order, however they were given."""
     return inspect.signature(module.forward).bind(*args, **kwargs).args
@@ -230,7 +255,6 @@ class _Table:
 
 _tables: dict[int, _Table] = {}
 _wanted: WeakKeyDictionary[nn.Module, list[str]] = WeakKeyDictionary()  # details that our own experts are asked for
-_lock = threading.RLock()
 
 
 def table_of(module: nn.Module) -> MutableMapping[str | None, Any] | None:
@@ -257,11 +281,8 @@ def _asked(module: nn.Module, detail: str) -> Iterator[None]:
         return
     found = table_of(module)
     if found is None:  # on no table after all
-        handle = module.register_forward_pre_hook(_before_experts, with_kwargs=True)
-        try:
+        with _hooked(module, _hook_experts):
             yield
-        finally:
-            handle.remove()
         return
     with _lock:
         table = _tables.setdefault(id(found), _Table(found))

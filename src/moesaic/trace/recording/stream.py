@@ -1,0 +1,46 @@
+"""A record that goes to a file while the model runs: its parts lie beside the file until they are put together."""
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from moesaic.trace.file.parts import Part
+from moesaic.trace.file.reader import load
+from moesaic.trace.file.writer import folder_beside
+from moesaic.trace.store import Trace
+
+
+class Stream:
+    """Where a record goes. written: the file is there."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.written = path, False
+        self.folder = folder_beside(path)
+
+    def part(self, name: str, dtype: torch.dtype) -> Part:
+        """Room for the rows of one tensor."""
+        del dtype  # a part takes that of its first rows
+        return Part(self.folder / name, self.path)
+
+    def read(self) -> Trace:
+        """The trace, once its file is there."""
+        if self.written:
+            return load(self.path)
+        when = "is there when the block has ended" if self.folder.exists() else "was not written: the block failed"
+        raise ValueError(f"{self.path}: {when}; a record without to= is there at any time")
+
+
+@contextmanager
+def streaming(path: Path) -> Iterator[Stream]:
+    """Inside the block there is room for the parts; afterwards they are gone. ValueError where `path` is a folder or
+    cannot be written."""
+    if path.is_dir():
+        raise ValueError(f"{path}: is a folder: give the name of a file in it")
+    stream = Stream(path)
+    try:
+        yield stream
+    finally:
+        shutil.rmtree(stream.folder, ignore_errors=True)

@@ -177,6 +177,16 @@ def test_layers_that_saw_different_tokens_are_refused():
         _ = rec.trace
 
 
+def test_an_expert_that_a_token_is_given_twice_is_kept_and_counted(tmp_path):
+    model = tiny("deepseek_v4", num_hash_layers=1)  # its table holds zeros until a checkpoint fills it
+    with record(model) as rec, torch.no_grad():
+        model(token_ids())
+    assert rec.trace.picks[0].unique().tolist() == [0]
+    assert rec.trace.repeats.tolist() == [20, 0, 0]
+    rec.trace.save(tmp_path / "run.safetensors")
+    assert moesaic.load(tmp_path / "run.safetensors").repeats.tolist() == [20, 0, 0]
+
+
 def test_nothing_run_is_a_trace_without_tokens():
     with record(tiny(), "scores") as rec:
         pass

@@ -152,6 +152,34 @@ def test_a_broken_first_forward_leaves_an_empty_record():
     assert len(rec.trace) == 0
 
 
+class Silent(nn.Module):
+    """A training step that keeps its loss for itself, and fails where it is told to."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.fails = model, False
+
+    def forward(self, input_ids):
+        self.model(input_ids=input_ids).logits.sum().backward()
+        if self.fails:
+            raise ZeroDivisionError
+
+
+def test_a_forward_that_returns_nothing_is_recorded_and_one_that_fails_is_not():
+    model, ids = Silent(tiny("qwen3_moe")), token_ids()
+    with record(model) as rec:
+        assert model(ids) is None
+        model.fails = True
+        with pytest.raises(ZeroDivisionError):
+            model(ids)
+        model.fails = False
+        model(ids)
+        model(ids)
+    assert len(rec.trace) == 60
+    assert not model._forward_hooks
+    assert not model._forward_hooks_always_called
+
+
 def test_two_records_of_one_model_at_once_see_the_same():
     model, ids = tiny("qwen3_moe"), token_ids()
     with record(model, "ids") as outer:

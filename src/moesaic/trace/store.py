@@ -153,6 +153,14 @@ class Trace:
         """ "scores" where logits were recorded, "picks" where only ids and weights were, "ids" where only ids were."""
         return "scores" if self.logits is not None else "ids" if self.weights is None else "picks"
 
+    @property
+    def repeats(self) -> Tensor:
+        """Per layer, how many tokens were given one expert more than once, int64 [L]. A gate that ranks gives none; a
+        hash table that no checkpoint has filled (DeepSeek-V4), or a broken gate, does. "No expert" may repeat."""
+        ordered = (layer.sort(-1).values for layer in self.picks)  # one layer at a time
+        twice = [((ids[:, 1:] == ids[:, :-1]) & (ids[:, 1:] < self.n_experts)).any(-1).sum() for ids in ordered]
+        return torch.tensor(twice, dtype=torch.int64)
+
     def __len__(self) -> int:
         """Number of tokens."""
         return self.picks.shape[1]

@@ -22,7 +22,7 @@ class Listener(Protocol):
 
     def open(self, model: nn.Module, args: tuple, kwargs: dict) -> None: ...
 
-    def close(self, output: Any) -> None: ...
+    def close(self, output: Any, *, failed: bool) -> None: ...
 
     def opened_in_graph(self, tokens: Tensor, mask: Tensor | None, unused: None, cached: bool) -> None: ...
 
@@ -36,10 +36,11 @@ def listening(model: nn.Module, listener: Listener) -> Iterator[None]:
     here = _listeners.setdefault(model, [])
     if not here:
         before = model.register_forward_pre_hook(_before, with_kwargs=True, prepend=True)
+        mark = model.register_forward_hook(mark_end)
         after = model.register_forward_hook(_after, always_call=True)
         model._forward_hooks[HOOK] = model._forward_hooks.pop(after.id)
         model._forward_hooks_always_called[HOOK] = model._forward_hooks_always_called.pop(after.id)
-        model.__dict__["_moesaic_before"] = before
+        model.__dict__["_moesaic_hooks"] = (before, mark)
     here.append(listener)
     try:
         with telling(model, listener.opened_in_graph, KEY):
@@ -50,7 +51,8 @@ def listening(model: nn.Module, listener: Listener) -> Iterator[None]:
             del _listeners[model]
             model._forward_hooks.pop(HOOK)
             model._forward_hooks_always_called.pop(HOOK)
-            model.__dict__.pop("_moesaic_before").remove()
+            for hook in model.__dict__.pop("_moesaic_hooks"):
+                hook.remove()
 
 
 def _before(model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
@@ -62,10 +64,32 @@ def _before(model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] |
     return None
 
 
+_ended: set[nn.Module] = set()  # modules whose call came to its end and whose next hook does not know it yet
+
+
+def mark_end(module: nn.Module, _args: tuple, _output: Any) -> None:
+    """A forward hook for just before one with always_call=True, which may then ask `came_to_end`.
+
+    torch hands that one None after an error, and None is also what a forward may return.
+    """
+    if not torch.compiler.is_compiling():
+        _ended.add(module)
+
+
+def came_to_end(module: nn.Module) -> bool:
+    """Whether the call after which a hook with always_call=True runs ended without an error. Ask once a call."""
+    ended = module in _ended
+    _ended.discard(module)
+    return ended
+
+
 def _after(model: nn.Module, _args: tuple, output: Any) -> None:
-    if not torch.compiler.is_compiling() and not is_recompute():
+    if torch.compiler.is_compiling():
+        return
+    failed = not came_to_end(model)
+    if not is_recompute():
         for listener in tuple(_listeners.get(model, ())):
-            listener.close(output)
+            listener.close(output, failed=failed)
 
 
 def _begun_in_graph(model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:

@@ -167,12 +167,12 @@ class Recorder:
         if self._running == 1:
             self._current = describe_forward(model, args, kwargs)
 
-    def close(self, output: Any) -> None:
-        """It is over. What a failed one, which has no output, has left is dropped."""
+    def close(self, output: Any, *, failed: bool) -> None:
+        """It is over. What a failed one has left is dropped."""
         if not self._running:  # it began before the recording
             return
         self._running -= 1
-        if output is None:
+        if failed:
             self._pending.clear()
         if not self._running:
             self._name_cache(getattr(output, "past_key_values", None))

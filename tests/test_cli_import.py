@@ -1,13 +1,17 @@
 """`moesaic import` as a user meets it."""
 
+import dataclasses
 import json
 
 import numpy as np
 import pytest
+from cases import v3
 from commands import runner
 from foreign import E, config_file, encoded, megatron_lines, picked, sglang_dump, sglang_record, vllm_array
+from traces import made
 
 from moesaic.cli.import_ import FORMATS, import_
+from moesaic.cli.output import say_how_again
 from moesaic.trace.file.reader import load
 from moesaic.trace.imports import READERS
 
@@ -82,6 +86,7 @@ MISTAKES = {
     "wrong format": (["sglang", "prose.npy", "--experts", "16"], "prose.npy: not a file of torch.save"),
     "language": (["vllm", "prose.npy", "--experts", "16", "--lang", "fr"], "--lang 'fr' is unknown"),
     "out is a folder": (["vllm", "prose.npy", "--experts", "16", "-o", "."], "is a folder: give the name of a file"),
+    "out is no trace": (["vllm", "prose.npy", "--experts", "16", "-o", "r.jsonl"], "is there already and is no trace"),
     "out is nowhere": (["vllm", "prose.npy", "--experts", "16", "-o", "no/x"], "--out no/x: cannot be written"),
     "out is the record": (["vllm", "prose.npy", "--experts", "16", "-o", "prose.npy"], "is one of the files to read"),
 }
@@ -96,6 +101,29 @@ def test_a_mistake_is_one_line_and_exit_code_2_and_leaves_nothing(run, tmp_path,
     assert err.count("\n") == 1
     assert message in err
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_where_only_sizes_are_known_no_config_is_named(run):
+    """The config in the trace has a hidden size and an activation that nobody told."""
+    _, out, _ = run("import", "vllm", "prose.npy", "--experts", "16")
+    assert out.endswith(", no config: only sizes are known\n")
+    assert "with moesaic " in out
+    assert run("import", "vllm", "prose.npy", "--experts", "16", "--lang", "zh")[1].endswith("，没有配置：只知道尺寸\n")
+    assert json.loads(run("import", "vllm", "prose.npy", "--experts", "16", "--json")[1])["config"] is None
+    digest = load("run.safetensors").configs[0].digest()
+    run("import", "vllm", "prose.npy", "--config", ".")
+    assert load("run.safetensors").configs[0].digest() != digest
+    told = load("run.safetensors").configs[0].digest()
+    assert run("import", "vllm", "prose.npy", "--config", ".")[1].endswith(f", config {told}\n")
+
+
+def test_a_trace_that_names_no_versions_begins_with_what_it_has(capsys):
+    trace = made(v3(16, 4, 2, 4))
+    trace = dataclasses.replace(trace, versions={})
+    say_how_again(trace, "en")
+    assert capsys.readouterr().out.splitlines()[-1] == f"config {trace.configs[0].digest()}"
+    say_how_again(dataclasses.replace(trace, seed=3), "en")
+    assert capsys.readouterr().out.splitlines()[-1] == f"seed 3, config {trace.configs[0].digest()}"
 
 
 def test_names_of_files_cannot_steer_a_terminal(run, tmp_path):

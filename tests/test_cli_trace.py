@@ -157,6 +157,13 @@ def test_chinese_is_chinese(run):
     assert "Next" not in out
 
 
+def test_an_older_trace_is_replaced_and_it_is_said(run):
+    assert "place of an older trace" not in run("trace", "--text", "To be")[1]
+    assert "(in the place of an older trace)\n" in run("trace", "--text", "or not to be")[1]
+    assert "（替换了旧的记录）\n" in run("trace", "--text", "To be", "--lang", "zh")[1]
+    assert load("run.safetensors").pieces.keys() == {int(i) for i in load("run.safetensors").input_ids}
+
+
 def test_labels_cannot_steer_a_terminal(run, tmp_path):
     (tmp_path / "evil\x1b[31m[bold].txt").write_text("To be")
     out = run("trace", "--file", "evil\x1b[31m[bold].txt")[1].split("Reproduce")[0]
@@ -243,6 +250,13 @@ MISTAKES = {
     "a dense model": (["dense", "--text", "x"], "not an MoE model"),
     "a foreign tokenizer": (["foreign", "--text", "x"], "and the model knows 64: they do not belong together"),
     "out is a folder": (["--text", "x", "-o", "."], "--out .: is a folder"),
+    "out is no trace": (["--text", "x", "-o", "bytes.bin"], "--out bytes.bin: is there already and is no trace"),
+    "out is weights": (
+        ["--text", "x", "-o", "dense/model.safetensors"],
+        "is there already and is no trace: give another",
+    ),
+    "out leads nowhere": (["--text", "x", "-o", "link"], "--out link: is there already and is no trace"),
+    "out is a device": (["--text", "x", "-o", "/dev/null"], "--out /dev/null: is there already and is no trace"),
     "out is nowhere": (["--text", "x", "-o", "no/run.safetensors"], "cannot be written (No such file"),
 }
 
@@ -257,6 +271,7 @@ def folders(tmp_path_factory):
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (folder / "foreign" / name).write_bytes((TINY / name).read_bytes())
     (folder / "empty.txt").touch()
+    (folder / "link").symlink_to("nowhere.safetensors")
     (folder / "bytes.bin").write_bytes(bytes(range(128, 256)))
     return folder
 
@@ -266,6 +281,7 @@ def test_a_mistake_is_one_line_and_exit_code_2_and_leaves_nothing(run, folders, 
     monkeypatch.chdir(folders)
     arguments, message = MISTAKES[mistake]
     before = sorted(folders.rglob("*"))
+    monkeypatch.setattr(sources, "record_documents", None)  # refused before the model runs
     code, out, err = run("trace", *arguments)
     assert (code, out) == (2, "")
     assert err.count("\n") == 1

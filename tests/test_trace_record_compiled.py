@@ -1,5 +1,7 @@
 """Compiled models: what is recorded is what the eager model's experts were given, in graphs that keep their bits."""
 
+import warnings
+
 import pytest
 import torch
 import torch._dynamo
@@ -249,3 +251,31 @@ def test_a_sequence_of_compiled_and_plain_layers_is_one_record():
     expected = eager_trace(layers, x)
     layers[0] = torch.compile(layers[0], backend="eager")
     assert_same(eager_trace(layers, x), expected)
+
+
+NARROW = "half precision are being recorded: its own results may differ in the last bits .* detail='ids' changes none"
+
+
+def test_a_compiled_model_in_half_precision_warns_where_weights_are_recorded():
+    """Only there can a bit of its results change (inductor, `grouped_mm`)."""
+    model, ids = model_under("grouped_mm", "mixtral").bfloat16(), token_ids()
+    compiled = torch.compile(model, backend="eager")
+    with torch.no_grad(), record(model, "picks"), pytest.warns(UserWarning, match=NARROW):
+        compiled(ids)
+
+
+@pytest.mark.parametrize(
+    ("implementation", "dtype", "detail", "compiles"),
+    [
+        ("grouped_mm", torch.bfloat16, "ids", True),
+        ("grouped_mm", torch.float32, "scores", True),
+        ("grouped_mm", torch.bfloat16, "scores", False),
+        ("moesaic", torch.bfloat16, "picks", True),
+    ],
+)
+def test_nobody_is_warned_where_no_bit_changes(implementation, dtype, detail, compiles):
+    model = model_under(implementation, "mixtral").to(dtype)
+    called = torch.compile(model, backend="eager") if compiles else model
+    with torch.no_grad(), record(model, detail), warnings.catch_warnings():
+        warnings.filterwarnings("error", message=NARROW)
+        called(token_ids())

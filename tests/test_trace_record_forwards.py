@@ -426,6 +426,37 @@ def test_a_fifth_of_a_long_record_needs_a_fifth_of_its_memory():
     assert grown(20_000, "picks") < 40 * MEGABYTE + 20 * MEGABYTE  # 20 MB for what does not grow
 
 
+SAVED = """
+import resource, sys, torch
+from moesaic.bench.recording import Routes, batches
+from moesaic.trace.recording.record import record
+
+def run(n_tokens, path):
+    with record(model, "ids") as rec, torch.no_grad():
+        for batch in batches(n_tokens):
+            model(batch)
+    rec.trace.save(path)
+
+n_tokens, n_layers = map(int, sys.argv[1:])
+model = Routes(n_layers, 256, 8)
+run(2048, "warm.safetensors")
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+run(n_tokens, "run.safetensors")
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+"""
+
+
+@pytest.mark.parametrize(
+    ("n_tokens", "n_layers"), [(20_000, 8), pytest.param(100_000, 26, marks=pytest.mark.slow)], ids=str
+)
+def test_picks_alone_keep_to_their_share_of_200_megabytes_and_to_8_and_a_half_bytes(tmp_path, n_tokens, n_layers):
+    """200 MB are for 100,000 tokens of 26 layers, from the first forward to the saved file."""
+    code = [sys.executable, "-c", SAVED, str(n_tokens), str(n_layers)]
+    grown = int(subprocess.run(code, capture_output=True, text=True, check=True, cwd=tmp_path).stdout)
+    assert grown < 200 * MEGABYTE * (n_tokens * n_layers) / (100_000 * 26)
+    assert (tmp_path / "run.safetensors").stat().st_size <= 8.5 * n_tokens * n_layers
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("detail", ["ids", "picks"])
 def test_a_record_of_100k_tokens_and_26_layers_stays_under_200_megabytes(detail):

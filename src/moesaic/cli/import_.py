@@ -40,9 +40,9 @@ def import_(
         raise ValueError(f"FORMAT {source!r} is unknown: use one of {known}")
     if twice := next((file for file in files if files.count(file) > 1), None):
         raise ValueError(f"{twice} is given twice: give every file once")
-    check_target(out)
     if any(out.exists() and file.exists() and out.samefile(file) for file in files):
         raise ValueError(f"--out {out} is one of the files to read: give another name")
+    replaces = check_target(out)
     from moesaic.trace.imports import READERS, read_target
 
     trace, notes = READERS[source](files, read_target(config, experts))
@@ -54,6 +54,6 @@ def import_(
     else:
         for note in said:  # our own words and numbers, nothing of the files
             print(f"! {note}")
-        show(trace, size, out, lang)
+        show(trace, size, out, lang, replaces=replaces)
         say_how_again(trace, lang)
     return 0

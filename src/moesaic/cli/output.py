@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     from moesaic.trace.store import Trace
 
 AGAIN = {
-    "en": ("Reproduce: {command}", "with ", ", ", ("seed {}", "config {}")),
-    "zh": ("复现：{command}", "版本 ", "，", ("随机种子 {}", "配置 {}")),
+    "en": ("Reproduce: {command}", "with ", ", ", ("seed {}", "config {}", "no config: only sizes are known")),
+    "zh": ("复现：{command}", "版本 ", "，", ("随机种子 {}", "配置 {}", "没有配置：只知道尺寸")),
 }
 
 
@@ -45,8 +45,18 @@ def say_how_again(trace: "Trace", lang: str) -> None:
     """Print the command, versions, seed and config behind what was shown."""
     from moesaic.trace.shown import visible
 
-    command, begin, comma, (seed, config) = AGAIN[lang]
-    facts = [", ".join(f"{visible(name, 40)} {visible(version, 40)}" for name, version in trace.versions.items())]
+    command, begin, comma, (seed, config, no_config) = AGAIN[lang]
+    facts = [f"{visible(name, 40)} {visible(version, 40)}" for name, version in trace.versions.items()]
+    facts = [", ".join(facts)] if facts else []
     facts += [seed.format(trace.seed)] if trace.seed is not None else []
+    digest = config_of(trace)
+    facts += [config.format(digest) if digest is not None else no_config]
     print("\n" + visible(command.format(command=shlex.join(["moesaic", *sys.argv[1:]]))))
-    print(begin + comma.join([*facts, config.format(trace.configs[0].digest())]))
+    print((begin if trace.versions else "") + comma.join(facts))
+
+
+def config_of(trace: "Trace") -> str | None:
+    """The digest of the config that a trace was made with; None for the record of another engine of which only sizes
+    are known: what else stands in its config stands in for nothing that was read."""
+    config = trace.configs[0]
+    return config.digest() if config.rule_is_known or "imported" not in trace.origins else None

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
-from moesaic.cli.output import check_lang, print_json, say_how_again
+from moesaic.cli.output import check_lang, config_of, print_json, say_how_again
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -24,7 +24,7 @@ WORDS = {
         "model": "{model}: {layers} MoE layers, top {k} of {experts} experts",
         "text": "{tokens} of {documents}", "token": "token", "document": "document", "labels": " ({labels})",
         "missing": "MoE layers without data: {names}",
-        "saved": "Saved in {out}: {size}, {detail}",
+        "saved": "Saved in {out}: {size}, {detail}", "replaces": " (in the place of an older trace)",
         "detail": {
             "ids": "the experts of every token", "picks": "the experts of every token and their weights",
             "scores": "experts, weights, and the logits and biases of the routers",
@@ -38,7 +38,7 @@ WORDS = {
         "model": "{model}：{layers} 个 MoE 层，每个 token 选 {k} / {experts} 个专家",
         "text": "{documents}，共 {tokens}", "token": " 个 token", "document": " 个文档", "labels": "（{labels}）",
         "missing": "没有数据的 MoE 层：{names}",
-        "saved": "已保存到 {out}：{size}，{detail}",
+        "saved": "已保存到 {out}：{size}，{detail}", "replaces": "（替换了旧的记录）",
         "detail": {
             "ids": "每个 token 的专家", "picks": "每个 token 的专家与权重",
             "scores": "专家、权重，以及路由器的 logits 与偏置",
@@ -82,7 +82,7 @@ def trace(
     from moesaic.hf.load import TINY, load_model, quiet_transformers
 
     documents = sources.documents(text, file or [], corpus, lines)
-    check_target(out)
+    replaces = check_target(out)
     network, tokenizer = load_model(model or TINY)
     _check_window(network, window)
     network = _moved(network, device)
@@ -95,22 +95,30 @@ def trace(
     if as_json:
         print_json(described(recorded, size, out))
     else:
-        show(recorded, size, out, lang)
+        show(recorded, size, out, lang, replaces=replaces)
         say_how_again(recorded, lang)
     return 0
 
 
-def check_target(out: Path) -> None:
-    """Refuse a file that cannot be written, before any work."""
+def check_target(out: Path) -> bool:
+    """Whether a trace is there already, which will be replaced. Refuses, before any work, every other file (weights are
+    .safetensors too) and what cannot be written."""
     if out.is_dir():
         raise ValueError(f"--out {out}: is a folder: give the name of a file in it")
     import tempfile
+
+    from moesaic.trace.file.reader import is_trace
+
+    replaces = out.exists() or out.is_symlink()
+    if replaces and not (out.is_file() and is_trace(out)):
+        raise ValueError(f"--out {out}: is there already and is no trace: give another name, or remove it")
 
     try:
         with tempfile.TemporaryFile(dir=out.parent):
             pass
     except OSError as error:
         raise ValueError(f"--out {out}: cannot be written ({error.strerror}): give another file") from None
+    return replaces
 
 
 @contextmanager
@@ -132,7 +140,7 @@ class Size(NamedTuple):
     documents: int
 
 
-def show(recorded: "Trace", size: Size, out: Path, lang: str) -> None:
+def show(recorded: "Trace", size: Size, out: Path, lang: str, *, replaces: bool) -> None:
     """What is in a trace that was just written, and what to do with it."""
     from moesaic.trace.shown import visible
 
@@ -146,7 +154,8 @@ def show(recorded: "Trace", size: Size, out: Path, lang: str) -> None:
     if not config.rule_is_known:
         print(say["unknown_rule"])
     what = say["detail"][recorded.detail]
-    print(say["saved"].format(out=visible(str(out)), size=_in_words(out.stat().st_size), detail=what))
+    saved = say["saved"].format(out=visible(str(out)), size=_in_words(out.stat().st_size), detail=what)
+    print(saved + (say["replaces"] if replaces else ""))
     print("\n" + say["next"])
     path = visible(shlex.quote(str(out)))
     commands = [(f"moesaic stats {path}", say["stats"])]
@@ -192,7 +201,7 @@ def described(recorded: "Trace", size: Size, out: Path) -> dict[str, Any]:
         "n_routed_experts": config.n_routed_experts,
         "num_experts_per_tok": config.num_experts_per_tok,
         "rule_is_known": config.rule_is_known,
-        "config": config.digest(),
+        "config": config_of(recorded),
         "seed": recorded.seed,
         "versions": dict(recorded.versions),
     }

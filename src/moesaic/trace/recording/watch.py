@@ -9,6 +9,7 @@ when the watching ends. Our own experts ask for a watcher themselves. Routers, a
 import inspect
 import itertools
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import ExitStack, contextmanager
 from functools import lru_cache
@@ -29,6 +30,11 @@ Observer = Callable[[str, Routing], None]
 # on a watched module: its number, as a tensor, so that one graph serves all layers alike
 KEY = "_moesaic_key"
 DETAILS = ("ids", "picks", "scores")  # what an operator in a graph is given; a graph of its own for each
+
+NARROW = (
+    "the weights of a compiled model in half precision are being recorded: its own results may differ in the last bits "
+    "from those of the same model unrecorded; detail='ids' changes none"
+)
 
 _lock = threading.RLock()
 _numbers = itertools.count()
@@ -63,9 +69,9 @@ def tell(key: Tensor, used: Tensor, first: Tensor | None = None, second: Tensor 
 def reported(
     key: Tensor, used: Tensor, first: Tensor | None = None, second: Tensor | None = None, flag: bool = False
 ) -> Tensor:
-    """`used` itself, reported; in a graph a copy of it, made by the operator that reports."""
+    """`used` itself, reported; in a graph, which alone is told `flag`, a copy made by the operator that reports."""
     if not torch.compiler.is_compiling():
-        tell(key, used, first, second, flag)
+        tell(key, used, first, second)
         return used
     # in float32 a value of its own: the one that goes on may stay fused with what follows, unrounded (bfloat16)
     first = None if first is None else first.detach().float()
@@ -118,7 +124,9 @@ def _takes_ids(module: nn.Module) -> bool:
 
 
 def _experts_reporter(name: str, observer: Observer) -> Callable[..., None]:
-    def told(ids: Tensor, weights: Tensor | None, _second: None, _flag: bool) -> None:
+    def told(ids: Tensor, weights: Tensor | None, _second: None, in_narrow_graph: bool) -> None:
+        if in_narrow_graph:
+            warnings.warn(NARROW, stacklevel=2)  # shown once, as Python's filter has it
         observer(name, picks_of(ids, weights))
 
     return told
@@ -141,14 +149,14 @@ def _watched(original: Callable[..., Tensor] | None, detail: str) -> Callable[..
 
     The same function for the same arguments, so that a graph compiled under an earlier watch is found again.
     """
+    ours = getattr(original, "__module__", "").startswith("moesaic.")  # one operator, which inductor does not look into
 
     def experts(self: Any, *args: Any, **kwargs: Any) -> Tensor:
         if KEY in self.__dict__:
             tokens, ids, weights = args if len(args) == 3 else bound(self, args, kwargs)
-            args, kwargs = (
-                (tokens, reported(self.__dict__[KEY], ids, None if detail == "ids" else weights), weights),
-                {},
-            )
+            told = None if detail == "ids" else weights
+            ids = reported(self.__dict__[KEY], ids, told, flag=told is not None and not ours and tokens.itemsize < 4)
+            args, kwargs = (tokens, ids, weights), {}
         compute = type(self).forward.__wrapped__ if original is None else original
         return compute(self, *args, **kwargs)
 
@@ -163,10 +171,9 @@ def _own_picks(module: nn.Module, ids: Tensor, weights: Tensor) -> Tensor:
     return reported(module.__dict__[KEY], ids, weights)
 
 
+# another function than for picks, so another graph, with the router's hook
 def _own_scores(module: nn.Module, ids: Tensor, weights: Tensor) -> Tensor:
-    return reported(
-        module.__dict__[KEY], ids, weights
-    )  # another function than for picks, so another graph, with the router's hook
+    return reported(module.__dict__[KEY], ids, weights)
 
 
 OWN = dict(zip(DETAILS, (_own_ids, _own_picks, _own_scores), strict=True))  # what our own experts call
@@ -176,7 +183,7 @@ def _before_experts(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple
     if KEY not in module.__dict__:
         return None
     tokens, ids, weights, *rest = args if len(args) >= 3 else bound(module, args, kwargs)
-    used = reported(module.__dict__[KEY], ids, weights)
+    used = reported(module.__dict__[KEY], ids, weights, flag=tokens.itemsize < 4)
     return None if used is ids else ((tokens, used, weights, *rest), {})
 
 

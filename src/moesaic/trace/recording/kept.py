@@ -67,15 +67,14 @@ class Kept(Generic[S]):
     def add(self, rows: Rows) -> None:
         """Keep what one layer gave in one forward, without the padding."""
         held = self.columns[rows.layer]
-        for name, tensor in rows.columns.items():
-            tensor = rows.forward.kept(tensor)
+        kept = {name: rows.forward.kept(tensor) for name, tensor in rows.columns.items()}
+        for name, tensor in kept.items():
             if name not in held:
                 held[name] = self._new(f"{name}.{list(self.columns).index(rows.layer)}", tensor.dtype)
             held[name].append(tensor.log() if name == "logits" and are_probabilities(tensor) else tensor)
-        if "ids" not in rows.columns:
+        if "ids" not in kept:
             return
-        n_tokens = len(rows.forward.kept(rows.forward.rows))
-        self.tallies[rows.layer].add(n_tokens)
+        self.tallies[rows.layer].add(len(kept["ids"]))
         self._first = self._first or rows.layer
         if rows.layer == self._first:
             self._tell(rows.forward)

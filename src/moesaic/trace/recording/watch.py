@@ -35,7 +35,6 @@ NARROW = (
     "the weights of a compiled model in half precision are being recorded: its own results may differ in the last bits "
     "from those of the same model unrecorded; detail='ids' changes none"
 )
-
 _lock = threading.RLock()
 _numbers = itertools.count()
 _told: dict[int, list[Callable[..., None]]] = {}  # number of a module -> whom to tell

@@ -8,10 +8,10 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from moesaic.trace.chance.bands import balance_numbers
+from moesaic.train.counting import counting_loads
 from moesaic.train.data import DOMAINS, corpus
 from moesaic.train.kneser_ney import KneserNeyBigram
 from moesaic.train.packing import token_stream, windows
-from moesaic.train.routers import counting_loads
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -20,6 +20,7 @@ from moesaic.train.evaluate import WINDOW, HeldOut, Report
 from moesaic.train.muon import Muon
 from moesaic.train.packing import Mixture, token_stream
 from moesaic.train.run_folder import fresh_folder, interrupted_run, write_record
+from moesaic.train.schedules import fading
 from moesaic.train.tokenizer import VOCAB_SIZE, train_tokenizer
 
 if TYPE_CHECKING:
@@ -127,7 +128,7 @@ def _run(out: Path, record: dict[str, Any], recipe: Recipe, *, progress: bool) -
     from transformers import AutoModelForCausalLM, DeepseekV3ForCausalLM, Trainer, set_seed
     from transformers.trainer_callback import PrinterCallback
 
-    from moesaic.train.callbacks import BiasBalance, fading
+    from moesaic.train.bias_balance import BiasBalance
     from moesaic.train.keeping import KeepBest, ProgressBar
 
     started, seed = time.monotonic(), record["seed"]

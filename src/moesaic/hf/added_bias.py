@@ -42,7 +42,8 @@ def add_bias(model: nn.Module) -> list[str]:
     for layer in layers:
         assert layer.router is not None
         _give(layer.router, rules[layer.name])
-    if layers and (config := getattr(model, "config", None)) is not None:
+    config = getattr(model, "config", None)
+    if layers and hasattr(config, "model_type"):  # transformers'; our own layers load strictly and need no flag
         setattr(config, FLAG, True)
     return [layer.name for layer in layers]
 
@@ -91,6 +92,8 @@ def _biased_rule(layer: MoELayer) -> MoEConfig:
             "loss"
         )
     rule = replace(config, topk_method="noaux_tc", group_score=config.group_score_rule)
+    if not config.limits_groups:  # a greedy rule with groups in its config that it does not use
+        rule = replace(rule, n_group=1, topk_group=1)
     if isinstance(router, Router):
         return rule
     weight = next((p for p in router.parameters() if p.dim() == 2), None)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from hf_models import tiny
 from torch import nn
 from transformers import (
     DeepseekV3ForCausalLM,
@@ -374,3 +375,32 @@ def test_a_bias_that_is_a_parameter_of_shape_1_by_e_moves_in_place():
     for layer, load in zip(moe_layers(model), balance.load.values(), strict=True):
         assert torch.equal(layer.bias, 0.01 * (load.mean() - load).sign().float())
         assert layer.bias.any()
+
+
+def max_vio(model, ids) -> float:
+    """The worst layer's busiest expert over the mean, less 1."""
+    model.eval()
+    with torch.no_grad(), counting_loads(model, training=False) as counter:
+        model(ids)
+        loads = counter.take().values()
+    model.train()
+    return max(float(load.max() / load.mean() - 1) for load in loads)
+
+
+@pytest.mark.parametrize("loop", ["trainer", "plain"])
+@pytest.mark.parametrize("family", ["deepseek_v3", "glm4_moe", "qwen3_moe"])
+def test_balance_is_reached(tmp_path, family, loop):
+    torch.manual_seed(0)
+    model = tiny(family)
+    ids = torch.randint(3, 12, (32, 32))  # few tokens, so that few experts are liked
+    before = max_vio(model, ids)
+    balance = BiasBalance(fading(0.02), add_bias=family == "qwen3_moe", total_steps=60)
+    if loop == "trainer":
+        data = [{"input_ids": row, "labels": row} for row in ids]
+        run(model, balance, tmp_path, data=data, max_steps=60, per_device_train_batch_size=32)
+    else:
+        model.train()
+        steps_of_a_plain_loop(model, balance.attach(model), [ids] * 60, lr=1e-3)
+        balance.detach()
+    assert before > 1.0
+    assert max_vio(model, ids) < 0.25

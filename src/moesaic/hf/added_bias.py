@@ -37,7 +37,7 @@ def add_bias(model: nn.Module) -> list[str]:
     router returns what its rule does not give, or that has no router of its own. A bias that was saved with the model
     and not loaded is refused too: `ms.attach(model)` brings it back.
     """
-    layers = [layer for layer in moe_layers(model) if layer.bias is None]
+    layers = [layer for layer in moe_layers(model) if not layer.has_bias]
     rules = {layer.name: _biased_rule(layer) for layer in layers}
     for layer in layers:
         assert layer.router is not None
@@ -76,7 +76,7 @@ def restore_bias(model: nn.Module, folder: Path | None = None) -> list[str]:
 def lost(model: nn.Module) -> bool:
     """Whether the config says that biases were added and some router has none."""
     flagged = bool(getattr(getattr(model, "config", None), FLAG, False))
-    return flagged and any(layer.bias is None for layer in moe_layers(model))
+    return flagged and any(not layer.has_bias for layer in moe_layers(model))
 
 
 def _biased_rule(layer: MoELayer) -> MoEConfig:

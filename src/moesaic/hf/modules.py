@@ -40,8 +40,12 @@ class MoELayer(NamedTuple):
     origin: str = "experts"
 
     @property
+    def has_bias(self) -> bool:
+        return self.router is not None and bias_home(self.router, self.block) is not None
+
+    @property
     def bias(self) -> torch.Tensor | None:
-        """The live correction bias, [E], where there is one."""
+        """The live correction bias, [E], where there is one; a copy of all of it where FSDP2 shards it."""
         return None if self.router is None else correction_bias(self.router, self.block)
 
 
@@ -164,7 +168,11 @@ def bias_home(router: nn.Module, block: nn.Module | None = None) -> BiasHome | N
 def correction_bias(router: nn.Module, block: nn.Module | None = None) -> torch.Tensor | None:
     """The selection bias of a router, [E], where it has one: its own, or one that `block` hands to it."""
     home = bias_home(router, block)
-    return None if home is None else home.bias.flatten()
+    if home is None:
+        return None
+    bias: Any = home.bias
+    whole = bias.full_tensor() if hasattr(bias, "full_tensor") else bias  # FSDP2 shards parameters
+    return whole.flatten()
 
 
 def is_router(module: nn.Module) -> bool:
@@ -216,13 +224,13 @@ def config_of(block: nn.Module, router: nn.Module | None, experts: nn.Module, mo
             config = MoEConfig.from_hf(source)
         except ValueError:
             return unknown_config(source, experts, n_experts)
-        has_bias = router is not None and correction_bias(router, block) is not None
+        has_bias = router is not None and bias_home(router, block) is not None
         if n_experts not in (None, config.n_routed_experts) or has_bias != config.has_correction_bias:
             return unknown_config(source, experts, n_experts)
         return config
-    bias = None if router is None else correction_bias(router, block)
-    if bias is not None:  # a model of the user's own: the bias says how many experts there are
-        return unknown_config(SimpleNamespace(), experts, n_experts or len(bias))
+    home = None if router is None else bias_home(router, block)
+    if home is not None:  # a model of the user's own: the bias says how many experts there are
+        return unknown_config(SimpleNamespace(), experts, n_experts or home.bias.numel())
     raise ValueError(f"{type(block).__name__} has no config: give moe_layers(model, config=MoEConfig(...))")
 
 

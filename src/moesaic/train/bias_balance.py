@@ -132,7 +132,7 @@ class BiasBalance(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):  # noqa: ARG002
         model = kwargs["model"]
-        if self.add_bias and state is not None and state.global_step and any(x.bias is None for x in moe_layers(model)):
+        if self.add_bias and state is not None and state.global_step and any(not x.has_bias for x in moe_layers(model)):
             raise ValueError(
                 "the checkpoint that training goes on from was loaded before its added biases had a place: give "
                 "BiasBalance to Trainer(callbacks=[...]) rather than to add_callback"
@@ -188,7 +188,7 @@ def _layers_to_balance(model: nn.Module, *, add: bool) -> list[MoELayer]:
         )
     if add:
         add_bias(model)
-    layers = [layer for layer in moe_layers(model) if layer.bias is not None]
+    layers = [layer for layer in moe_layers(model) if layer.has_bias]
     if not layers:
         raise ValueError(
             f"{type(model).__name__} has no router with a selection bias (e_score_correction_bias): use "

@@ -1,7 +1,7 @@
 """One process with a batch of 2B, accumulation over 2 x B and two ranks with B each balance alike, to the last bit.
 
-In float64 the same tokens choose the same experts however a batch is cut. (Norms and logits of routers are float32 there
-too, in transformers, so parameters agree to 1e-9 only.)
+In float64 the same tokens choose the same experts however a batch is cut. (Norms and logits of routers are float32
+there too, in transformers, so parameters agree to 1e-9 only.)
 """
 
 import pytest

@@ -4,7 +4,7 @@ import importlib.util
 import platform
 import shutil
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -27,6 +27,21 @@ if TYPE_CHECKING:
     from transformers import DeepseekV3Config, TrainingArguments
 
 
+# how a run may be balanced -> the callbacks that do it, from its recipe
+BALANCES: dict[str, Callable[["Recipe"], list[Any]]] = {
+    "none": lambda _recipe: [],
+    "bias": lambda recipe: [_bias(recipe, "sign")],
+    "bias-centred": lambda recipe: [_bias(recipe, "centred")],
+    "bias-proportional": lambda recipe: [_bias(recipe, "proportional")],
+}
+
+
+def _bias(recipe: "Recipe", rule: str) -> Any:
+    from moesaic.train.bias_balance import BiasBalance
+
+    return BiasBalance(fading(recipe.bias_speed), rule=rule)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
     """How long and how fast to train. A batch of 10 windows holds 3 + 3 + 1 + 3 of the four domains."""
@@ -35,7 +50,9 @@ class Recipe:
     batch_size: int = 10
     learning_rate: float = 1.2e-2
     warmup_steps: int = 100
+    balance: str = "bias"  # a name in BALANCES
     bias_speed: float = 1e-3
+    loss_alpha: float = 1e-2
     evaluate_every: int = 200
     held_out_windows: int = 40  # of each domain, while training; the final report takes all
 
@@ -43,6 +60,13 @@ class Recipe:
         for name in ("steps", "batch_size", "evaluate_every", "held_out_windows"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} trains nothing: use 1 or more")
+        for name in ("bias_speed", "loss_alpha", "learning_rate"):
+            if not getattr(self, name) > 0:
+                raise ValueError(
+                    f"{name}={getattr(self, name)} is not positive: {getattr(Recipe, name)} is the recipe's own"
+                )
+        if self.balance not in BALANCES:
+            raise ValueError(f"balance={self.balance!r} is unknown: use {', '.join(BALANCES)}")
         if self.batch_size % 10:
             raise ValueError(
                 f"batch_size={self.batch_size} does not hold whole windows of every domain: use a multiple of 10"
@@ -128,7 +152,7 @@ def _run(out: Path, record: dict[str, Any], recipe: Recipe, *, progress: bool) -
     from transformers import AutoModelForCausalLM, DeepseekV3ForCausalLM, Trainer, set_seed
     from transformers.trainer_callback import PrinterCallback
 
-    from moesaic.train.bias_balance import BiasBalance
+    from moesaic.train.checkpoints import Checkpoints, last_checkpoint
     from moesaic.train.keeping import KeepBest, ProgressBar
 
     started, seed = time.monotonic(), record["seed"]
@@ -137,21 +161,23 @@ def _run(out: Path, record: dict[str, Any], recipe: Recipe, *, progress: bool) -
     tokenizer.save_pretrained(out)
     streams = {domain: token_stream(tokenizer, corpus(domain, "train"), seed=seed) for domain in DOMAINS}
     mixture = Mixture(streams, num_batches=recipe.steps, batch_size=recipe.batch_size, length=WINDOW, seed=seed)
-    last = max(out.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]), default=None)
+    last = last_checkpoint(out)
     # The Trainer (5.23) restores everything but experts: they lie one by one on disk, and it skips names it misses.
     model = DeepseekV3ForCausalLM(tiny_config()) if last is None else DeepseekV3ForCausalLM.from_pretrained(last)
     keep = KeepBest(HeldOut(tokenizer, max_windows=recipe.held_out_windows), out, record, every=recipe.evaluate_every)
-    bar = ProgressBar(disable=not progress)
+    checkpoints, bar = Checkpoints(out), ProgressBar(disable=not progress)
     trainer = Trainer(
         model=model,
         args=_arguments(out, seed, recipe),
         train_dataset=mixture,
         optimizers=(Muon(model, lr=recipe.learning_rate), None),
-        callbacks=[BiasBalance(fading(recipe.bias_speed)), keep, bar],
+        callbacks=[*BALANCES[recipe.balance](recipe), keep, checkpoints, bar],
     )
     trainer.remove_callback(PrinterCallback)
-    with bar.shown:
+    with bar.shown, checkpoints.saving_on_interrupt():
         trainer.train(resume_from_checkpoint=None if last is None else str(last))
+    if checkpoints.interrupted and trainer.state.global_step < recipe.steps:
+        raise KeyboardInterrupt(f"after step {trainer.state.global_step}")
 
     report = HeldOut(tokenizer).judge(AutoModelForCausalLM.from_pretrained(out))
     minutes = (time.monotonic() - started) / 60
@@ -173,7 +199,6 @@ def _arguments(out: Path, seed: int, recipe: Recipe) -> "TrainingArguments":
         warmup_steps=recipe.warmup_steps,
         max_grad_norm=1.0,
         save_steps=recipe.evaluate_every,
-        save_total_limit=1,
         seed=seed,
         use_cpu=True,
         report_to="none",
@@ -187,11 +212,14 @@ def _results(report: Report, seed: int, recipe: Recipe, minutes: float) -> dict[
     packages = {name: version(name) for name in ("torch", "transformers", "tokenizers", "accelerate")}
     return {
         "finished": True,
-        "command": f"moesaic train tiny --seed {seed} --steps {recipe.steps} --out DIR",
+        "command": f"moesaic train tiny --seed {seed} --steps {recipe.steps} --balance {recipe.balance} --out DIR",
         "versions": {"moesaic": moesaic.__version__, "python": platform.python_version()} | packages,
         "threads": torch.get_num_threads(),
         "minutes": round(minutes, 1),
         "tokens_seen": recipe.steps * recipe.batch_size * WINDOW,
         "held_out": {domain: result._asdict() | {"margin": result.margin} for domain, result in report.domains.items()},
+        "loss": report.loss,
         "max_violation": report.max_violation,
+        "unused": report.unused,
+        "specialisation": report.specialisation,
     }

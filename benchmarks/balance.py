@@ -3,8 +3,8 @@
     python benchmarks/balance.py --out runs/balance              # every run that is not finished yet; hours
     python benchmarks/balance.py --out runs/balance --minutes 60 # begin no run after that; call again to go on
 
-A run is `moesaic train tiny --balance B --seed S` in a folder of its own: finished ones are kept, an interrupted one goes
-on from its last checkpoint. The records of finished runs lie in benchmarks/balance/, so that table and figure
+A run is `moesaic train tiny --balance B --seed S` in a folder of its own: finished ones are kept, an interrupted one
+goes on from its last checkpoint. The records of finished runs lie in benchmarks/balance/, so that table and figure
 (`moesaic compare benchmarks/balance/*`) can be made again without training.
 """
 

@@ -20,7 +20,7 @@ from moesaic.layer.balance import nudge_bias
 from moesaic.train.bias_balance import BiasBalance
 from moesaic.train.counting import counting_loads
 from moesaic.train.schedules import fading, frozen_after
-from moesaic.train.tiny import tiny_config
+from moesaic.train.sizes import tiny_config
 
 E, K, STEPS, ROWS, LENGTH = 32, 4, 3, 4, 12
 

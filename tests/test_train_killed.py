@@ -21,7 +21,7 @@ import transformers.trainer, transformers.modeling_utils
 import moesaic.train.data as data
 from moesaic.train.data import Document
 from moesaic.train import checkpoints, run_folder
-from moesaic.train.tiny import Recipe, train
+from moesaic.train.training import Recipe, train
 
 whole = data._documents
 data._documents = lambda domain, split: tuple(

@@ -15,7 +15,7 @@ from moesaic.train import keeping
 from moesaic.train.data import Document
 from moesaic.train.evaluate import DomainResult, HeldOut, Report
 from moesaic.train.muon import orthogonal
-from moesaic.train.tiny import Recipe, train
+from moesaic.train.training import Recipe, train
 
 SHORT = Recipe(steps=3, warmup_steps=1, evaluate_every=1, held_out_windows=1)
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moesaic.train.checkpoints import write_whole
+from moesaic.train.sizes import SIZES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -70,7 +71,7 @@ def interrupted_run(folder: Path, *, fields: set[str]) -> dict[str, Any]:
     try:
         record = json.loads((folder / RECORD).read_text("utf-8"))
         is_run = record["recipe"].keys() == fields and all(isinstance(line, dict) for line in record["history"])
-        is_run = is_run and isinstance(record["seed"], int)
+        is_run = is_run and isinstance(record["seed"], int) and record["size"] in SIZES
     except (OSError, ValueError, TypeError, AttributeError, KeyError):
         is_run, record = False, {}
     if not is_run:

@@ -1,4 +1,4 @@
-"""The shipped model, from nothing to a folder that plain transformers loads: `moesaic train tiny`."""
+"""A model from nothing to a folder that plain transformers loads: `moesaic train`, as the shipped one was made."""
 
 import importlib.util
 import platform
@@ -21,10 +21,11 @@ from moesaic.train.muon import Muon
 from moesaic.train.packing import Mixture, token_stream
 from moesaic.train.run_folder import fresh_folder, interrupted_run, write_record
 from moesaic.train.schedules import fading
-from moesaic.train.tokenizer import VOCAB_SIZE, train_tokenizer
+from moesaic.train.sizes import SIZES
+from moesaic.train.tokenizer import train_tokenizer
 
 if TYPE_CHECKING:
-    from transformers import DeepseekV3Config, TrainingArguments
+    from transformers import TrainingArguments
 
 
 # how a run may be balanced -> the callbacks that do it, from its recipe
@@ -73,47 +74,16 @@ class Recipe:
             )
 
 
-def tiny_config() -> "DeepseekV3Config":
-    """3.4 million parameters; 32 routed experts in 4 groups of which a token reaches 2, top-4, one shared expert."""
-    from transformers import DeepseekV3Config
-
-    return DeepseekV3Config(
-        vocab_size=VOCAB_SIZE,
-        hidden_size=128,
-        num_hidden_layers=5,
-        first_k_dense_replace=1,
-        intermediate_size=384,
-        moe_intermediate_size=48,
-        n_routed_experts=32,
-        n_group=4,
-        topk_group=2,
-        num_experts_per_tok=4,
-        n_shared_experts=1,
-        routed_scaling_factor=2.5,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        q_lora_rank=None,
-        kv_lora_rank=64,
-        qk_nope_head_dim=16,
-        qk_rope_head_dim=16,
-        v_head_dim=32,
-        max_position_embeddings=1024,
-        tie_word_embeddings=True,
-        num_mtp_layers=0,
-        bos_token_id=0,
-        eos_token_id=0,
-    )
-
-
 def train(
     out: Path | str | None = None,
     *,
+    size: str = "tiny",
     seed: int = 0,
     resume: Path | str | None = None,
     recipe: Recipe | None = None,
     progress: bool = False,
 ) -> Report:
-    """Train the tiny model and write it to the new folder `out`; returns how it does on all held-out text.
+    """Train a model of this size and write it to the new folder `out`; returns how it does on all held-out text.
 
     `out` receives config.json, model.safetensors, tokenizer.json, tokenizer_config.json and training.json. Weights are
     those of the evaluation with the best worst-domain margin, stored as float16 and loaded as float32; the correction
@@ -128,9 +98,18 @@ def train(
         raise ValueError("training needs the package accelerate: pip install 'moesaic[train]'")
     if not 0 <= seed < 2**32:
         raise ValueError(f"seed={seed} is no seed: use a number from 0 to {2**32 - 1}")
+    if size not in SIZES:
+        raise ValueError(f"size={size!r} is nothing to train: use {' or '.join(SIZES)}")
     if resume is None:
         folder = fresh_folder(out)
-        record: dict[str, Any] = {"seed": seed, "recipe": asdict(recipe or Recipe()), "finished": False, "history": []}
+        recipe = recipe or Recipe()
+        record: dict[str, Any] = {
+            "size": size,
+            "seed": seed,
+            "recipe": asdict(recipe),
+            "finished": False,
+            "history": [],
+        }
     else:
         folder, record = Path(resume), interrupted_run(Path(resume), fields=set(Recipe.__dataclass_fields__))
     with quiet_transformers(), _one_thread():
@@ -163,7 +142,9 @@ def _run(out: Path, record: dict[str, Any], recipe: Recipe, *, progress: bool) -
     mixture = Mixture(streams, num_batches=recipe.steps, batch_size=recipe.batch_size, length=WINDOW, seed=seed)
     last = last_checkpoint(out)
     # The Trainer (5.23) restores everything but experts: they lie one by one on disk, and it skips names it misses.
-    model = DeepseekV3ForCausalLM(tiny_config()) if last is None else DeepseekV3ForCausalLM.from_pretrained(last)
+    model = (
+        DeepseekV3ForCausalLM(SIZES[record["size"]]()) if last is None else DeepseekV3ForCausalLM.from_pretrained(last)
+    )
     keep = KeepBest(HeldOut(tokenizer, max_windows=recipe.held_out_windows), out, record, every=recipe.evaluate_every)
     checkpoints, bar = Checkpoints(out), ProgressBar(disable=not progress)
     trainer = Trainer(
@@ -181,7 +162,7 @@ def _run(out: Path, record: dict[str, Any], recipe: Recipe, *, progress: bool) -
 
     report = HeldOut(tokenizer).judge(AutoModelForCausalLM.from_pretrained(out))
     minutes = (time.monotonic() - started) / 60
-    write_record(out, record | _results(report, seed, recipe, minutes) | {"parameters": model.num_parameters()})
+    write_record(out, record | _results(report, record, recipe, minutes) | {"parameters": model.num_parameters()})
     for path in out.glob("checkpoint-*"):
         shutil.rmtree(path)
     return report
@@ -207,12 +188,13 @@ def _arguments(out: Path, seed: int, recipe: Recipe) -> "TrainingArguments":
     )
 
 
-def _results(report: Report, seed: int, recipe: Recipe, minutes: float) -> dict[str, Any]:
+def _results(report: Report, record: dict[str, Any], recipe: Recipe, minutes: float) -> dict[str, Any]:
     """What training.json says of a finished run; minutes are those since it was started or last resumed."""
+    size, seed = record["size"], record["seed"]
     packages = {name: version(name) for name in ("torch", "transformers", "tokenizers", "accelerate")}
     return {
         "finished": True,
-        "command": f"moesaic train tiny --seed {seed} --steps {recipe.steps} --balance {recipe.balance} --out DIR",
+        "command": f"moesaic train {size} --seed {seed} --steps {recipe.steps} --balance {recipe.balance} --out DIR",
         "versions": {"moesaic": moesaic.__version__, "python": platform.python_version()} | packages,
         "threads": torch.get_num_threads(),
         "minutes": round(minutes, 1),

@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from torch import nn
 
 import moesaic as ms
-from moesaic.layer.balance import nudge_bias
 from moesaic.trace.chance.bands import chance_bands
 
 CONTEXT, BATCH, MICRO_BATCHES, REPORT_EVERY = 8, 128, 2, 25
@@ -50,25 +49,24 @@ def main() -> None:
     text = torch.tensor(list(inspect.getsource(F).encode()))
     model = Model(config)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)  # the bias is a buffer: no gradient, no weight decay
+    balance = ms.BiasBalance(speed=args.speed).attach(model)
 
     band = chance_bands(config, BATCH * MICRO_BATCHES)["max_vio"]
     print(f"chance alone gives a MaxVio of {band.low:.2f} to {band.high:.2f} a step, {band.mean:.2f} on average")
 
     losses, violations = [], []
     for step in range(1, args.steps + 1):
-        load = torch.zeros(config.n_routed_experts)  # of the whole step; with several ranks: all_reduce it
         for _ in range(MICRO_BATCHES):
             at = torch.randint(len(text) - CONTEXT, (BATCH,))[:, None] + torch.arange(CONTEXT + 1)
             ids = text[at]
             loss = F.cross_entropy(model(ids[:, :-1]), ids[:, -1])
             (loss / MICRO_BATCHES).backward()
-            load += model.moe.gate.load  # what the forward routed
             losses.append(loss.item())
         optimizer.step()
         optimizer.zero_grad()
 
-        bias = model.moe.gate.e_score_correction_bias
-        bias.copy_(nudge_bias(bias, load, speed=args.speed))  # after the optimizer
+        balance.step()  # after the optimizer: by the load of all micro-batches, and of all ranks where there are some
+        (load,) = balance.load.values()
         violations.append(float(load.max() / load.mean() - 1))
         if step % REPORT_EVERY == 0:
             loss, max_vio = sum(losses) / len(losses), sum(violations) / len(violations)

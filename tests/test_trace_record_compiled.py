@@ -12,7 +12,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 import moesaic.hf  # noqa: F401
-from moesaic.hf.experts import attach
+from moesaic.hf.attach import attach
 from moesaic.layer.moe import DeepseekV3MoE, MoE
 from moesaic.trace.recording.record import record
 

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from moesaic import rules
 from moesaic.config import MoEConfig
-from moesaic.hf.experts import attach
+from moesaic.hf.attach import attach
 from moesaic.hf.modules import moe_layers
 from moesaic.layer.moe import DeepseekV3MoE, MoE
 from moesaic.layer.router import Router

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from moesaic.train.callbacks import BiasBalance
+from moesaic.train.bias_balance import BiasBalance
 
 E, K, T = 6, 2, 20
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from moesaic.hf.modules import moe_layers
 from moesaic.train.data import CORPUS, DOMAINS
 from moesaic.train.evaluate import HeldOut
-from moesaic.train.routers import balanced_layers
 
 TINY = CORPUS.parent / "tiny"
 
@@ -35,9 +35,9 @@ def test_the_shipped_folder_is_a_deepseek_v3_model_for_plain_transformers(shippe
     assert config.n_group >= 4 > config.topk_group
     assert config.num_experts_per_tok >= 4
     assert config.n_shared_experts == 1
-    layers = balanced_layers(model)
+    layers = moe_layers(model)
     assert len(layers) >= 4
-    for layer in layers.values():
+    for layer in layers:
         assert layer.bias.dtype == torch.float32
         assert layer.bias.any()
     names = {path.name for path in TINY.iterdir()}
@@ -78,4 +78,4 @@ def test_a_model_is_judged_without_leaving_a_trace(shipped, held_out):
     assert held_out.judge(model) == held_out.judge(model)
     assert model.training
     model.eval()
-    assert not any(layer.experts._forward_pre_hooks for layer in balanced_layers(model).values())
+    assert not any(layer.experts._forward_pre_hooks for layer in moe_layers(model))

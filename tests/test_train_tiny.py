@@ -6,14 +6,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from cases import v3
 from safetensors.torch import load_file
 
+import moesaic as ms
 import moesaic.train.data
 from moesaic.train import keeping
 from moesaic.train.data import Document
 from moesaic.train.evaluate import DomainResult, HeldOut, Report
 from moesaic.train.muon import orthogonal
-from moesaic.train.tiny import Recipe, train
+from moesaic.train.training import Recipe, train
 
 SHORT = Recipe(steps=3, warmup_steps=1, evaluate_every=1, held_out_windows=1)
 
@@ -153,12 +155,16 @@ def test_orthogonal_has_the_singular_vectors_of_its_input_and_singular_values_ne
 def test_the_weights_of_the_best_evaluation_are_kept(tmp_path, monkeypatch):
     """Not those of the last one."""
     margins, saved = iter([0.1, 0.3, 0.2]), []
-    held_out = SimpleNamespace(judge=lambda _: Report({"verse": DomainResult(1, 1.0, 1.0 + next(margins))}, {"0": 0.1}))
-    monkeypatch.setattr(keeping, "save_weights", lambda model, _folder: saved.append(model))
+    loads = {"gate": {"python": [1, 2]}}
+    held_out = SimpleNamespace(judge=lambda _: Report({"python": DomainResult(1, 1.0, 1.0 + next(margins))}, loads))
+    router = ms.Router(v3(4, 1, 1, 2))
+    monkeypatch.setattr(keeping, "save_weights", lambda _model, _folder: saved.append(record["history"][-1]["step"]))
     record = {"history": []}
     keep = keeping.KeepBest(held_out, tmp_path, record, every=10)
     for step in (10, 15, 20, 30):
-        keep.on_step_end(None, SimpleNamespace(global_step=step, max_steps=30), None, model=step)
+        keep.on_step_end(None, SimpleNamespace(global_step=step, max_steps=30), None, model=router)
     assert saved == [10, 20]
     assert record["best_step"] == 20
     assert [line["step"] for line in record["history"]] == [10, 20, 30]
+    assert record["history"][0]["loads"] == loads
+    assert record["history"][0]["bias"] == {"gate": [0.0] * 4}

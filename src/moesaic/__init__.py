@@ -7,7 +7,7 @@ __version__ = "0.1.0"
 
 # public name -> the module it lives in; nothing is imported before it is used (PEP 562)
 _HOMES = {
-    "BiasBalance": "moesaic.train.callbacks",
+    "BiasBalance": "moesaic.train.bias_balance",
     "DeepseekV3MoE": "moesaic.layer.moe",
     "ExpertSpec": "moesaic.engine.spec",
     "ExpertWeights": "moesaic.types",
@@ -17,7 +17,7 @@ _HOMES = {
     "MoEGate": "moesaic.article",
     "Router": "moesaic.layer.router",
     "Routing": "moesaic.types",
-    "attach": "moesaic.hf.experts",
+    "attach": "moesaic.hf.attach",
     "diff": "moesaic.trace.compare.diff",
     "load": "moesaic.trace.file.reader",
     "record": "moesaic.trace.recording.record",

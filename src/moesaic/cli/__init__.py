@@ -11,6 +11,7 @@ import typer
 from moesaic import __version__
 from moesaic.cli.bench import bench, tune
 from moesaic.cli.check import check
+from moesaic.cli.compare import compare
 from moesaic.cli.demo import demo
 from moesaic.cli.diff import diff
 from moesaic.cli.doctor import doctor
@@ -36,7 +37,7 @@ benches.command()(tune)
 for command in (demo, trace, steps, stats, diff, what_if, check):
     app.command()(command)
 app.command(name="import")(import_)
-for command in (models, train, doctor):
+for command in (models, train, compare, doctor):
     app.command()(command)
 app.add_typer(benches, name="bench")
 

@@ -1,7 +1,8 @@
 """`moesaic train`: train the shipped model again."""
 
+import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -12,33 +13,44 @@ if TYPE_CHECKING:
 
 
 def train(
-    what: Annotated[str, typer.Argument(help="What to train: tiny, the shipped DeepSeek-V3-architecture model.")],
+    what: Annotated[str, typer.Argument(help="tiny, the shipped model (3.4 M parameters), or small (13.8 M).")],
     seed: Annotated[
         int | None, typer.Option(min=0, max=2**32 - 1, help="Seed of weights and order of the text; 0 unless given.")
     ] = None,
-    out: Annotated[Path, typer.Option(help="Folder for the model; must be empty or new.")] = Path("runs/tiny"),
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for the model, empty or new; runs/ and its name unless given.")
+    ] = None,
+    balance: Annotated[
+        str | None,
+        typer.Option(help="none, bias (the sign rule; unless given), bias-centred or bias-proportional."),
+    ] = None,
     resume: Annotated[Path | None, typer.Option(help="Folder of an interrupted run to go on with.")] = None,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps; the recipe's own number unless given.")] = None,
 ) -> None:
-    """Train a model on the shipped corpus with bias balancing, and say what it learnt.
+    """Train a model on the shipped corpus, balanced as you like, and say what it learnt.
 
-    The shipped model came from `moesaic train tiny --seed 0`; its training.json says how long that took.
+    The shipped model came from `moesaic train tiny --seed 0`; its training.json says how long that took. Ctrl-C saves
+    and leaves, with exit code 130; `--resume DIR` goes on to the same weights, also after a kill.
     """
-    if what != "tiny":
-        raise ValueError(f"{what!r} is nothing to train: use tiny")
-    if resume is not None and (seed is not None or steps is not None):
-        raise ValueError(
-            "--resume goes on with the seed and steps that the run began with: leave out --seed and --steps"
-        )
+    given = {"--seed": seed, "--steps": steps, "--balance": balance}
+    if resume is not None and (said := [name for name, value in given.items() if value is not None]):
+        raise ValueError(f"--resume goes on as the run began: leave out {' and '.join(said)}")
     from rich.console import Console
 
-    from moesaic.train.tiny import Recipe
-    from moesaic.train.tiny import train as train_tiny
+    from moesaic.train.training import Recipe
+    from moesaic.train.training import train as train_model
 
-    recipe = Recipe() if steps is None else Recipe(steps=steps)
-    report = train_tiny(out, seed=seed or 0, resume=resume, recipe=recipe, progress=True)
+    changed: dict[str, Any] = {"steps": steps, "balance": balance}
+    recipe, folder = (
+        Recipe(**{name: value for name, value in changed.items() if value is not None}),
+        resume or out or Path("runs") / what,
+    )
+    try:
+        report = train_model(folder, size=what, seed=seed or 0, resume=resume, recipe=recipe, progress=True)
+    except KeyboardInterrupt as stopped:
+        print(f"interrupted {stopped}: go on with moesaic train {what} --resume {folder}", file=sys.stderr)
+        raise typer.Exit(130) from None
     Console().print(_table(report))
-    folder = resume or out
     print(f"look into it: moesaic demo --model {folder}")
     print(f"reproduce: the command, versions and recipe are in {folder / 'training.json'}")
 

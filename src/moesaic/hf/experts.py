@@ -15,9 +15,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from moesaic.engine.checks import DTYPES
-from moesaic.engine.select import check_engine, select_engine
+from moesaic.engine.select import select_engine
 from moesaic.engine.spec import ACTIVATIONS, ExpertSpec
-from moesaic.layer.experts import Experts
 from moesaic.types import ExpertWeights
 
 M = TypeVar("M", bound=nn.Module)
@@ -35,45 +34,6 @@ class Served(NamedTuple):
     engine: str = "auto"
     batch_invariant: bool = False
     recompute: bool = False
-
-
-def attach(model: M, *, engine: str = "auto", batch_invariant: bool = False, recompute: bool = False) -> M:
-    """Let our engines compute the experts of `model`, in place; returns it.
-
-    Takes transformers models whose experts go through its experts interface, and models that hold our layers. Weights
-    stay where they are, and `model.set_experts_implementation("grouped_mm")` is the way back. batch_invariant:
-    what the experts give for a token does not depend on the tokens beside it (forward; the rest of the model is
-    torch's). recompute: keep less for the backward, compute it again there.
-
-    Raises ValueError, and switches nothing, where there are no such experts, one of them cannot be served, or
-    transformers does not let the model switch.
-    """
-    check_engine(engine, batch_invariant=batch_invariant, recompute=recompute)
-    ours = [module for module in model.modules() if isinstance(module, Experts)]
-    theirs: list[Any] = [module for module in model.modules() if is_on_seam(module)]
-    if not ours and not theirs:
-        raise ValueError(_nothing_to_attach(model))
-    options = {"engine": engine, "batch_invariant": batch_invariant, "recompute": recompute}
-    served = []
-    for module in theirs:
-        try:
-            served.append(serve(module)._replace(**options))
-        except ValueError:
-            module.__dict__.pop("_moesaic", None)  # what was read of it before is no longer so
-            raise
-    if theirs and (switch := getattr(model, "set_experts_implementation", None)):
-        try:
-            switch(NAME)
-        except RuntimeError as error:
-            raise ValueError(f"transformers does not let this model change its experts: {error}") from None
-    for module, how in zip(theirs, served, strict=True):
-        module._moesaic = how
-        if module.config._experts_implementation != NAME:  # a bare block, or a model inside a wrapper
-            module.config._experts_implementation = NAME
-    for module in ours:
-        for name, value in options.items():
-            setattr(module, name, value)
-    return model
 
 
 def experts_forward(
@@ -188,14 +148,4 @@ def _numbers(module: Any, *names: str) -> tuple[float, ...]:
 def _refusal(module: nn.Module, reason: str) -> ValueError:
     return ValueError(
         f"{type(module).__name__} {reason}: moesaic cannot serve it, use experts_implementation='grouped_mm' or 'eager'"
-    )
-
-
-def _nothing_to_attach(model: nn.Module) -> str:
-    experts = {type(e).__name__ for m in model.modules() if isinstance(e := getattr(m, "experts", None), nn.Module)}
-    if not experts:
-        return f"nothing to attach to: {type(model).__name__} has no experts"
-    return (
-        f"nothing to attach to: {type(model).__name__} computes its experts ({', '.join(sorted(experts))}) itself, "
-        "not through transformers' experts interface"
     )

@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Iterator
 from functools import lru_cache
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -39,8 +40,12 @@ class MoELayer(NamedTuple):
     origin: str = "experts"
 
     @property
+    def has_bias(self) -> bool:
+        return self.router is not None and bias_home(self.router, self.block) is not None
+
+    @property
     def bias(self) -> torch.Tensor | None:
-        """The live correction bias, [E], where there is one."""
+        """The live correction bias, [E], where there is one; a copy of all of it where FSDP2 shards it."""
         return None if self.router is None else correction_bias(self.router, self.block)
 
 
@@ -129,16 +134,45 @@ def _router_in(block: nn.Module, experts: nn.Module) -> nn.Module | None:
     return alike[0] if len(alike) == 1 else None
 
 
-def correction_bias(router: nn.Module, block: nn.Module | None = None) -> torch.Tensor | None:
-    """The selection bias of a router, [E], where it has one: its own, or one that `block` hands to it."""
+class BiasHome(NamedTuple):
+    """Where a selection bias is kept: `owner.name`, a buffer or a parameter."""
+
+    owner: nn.Module
+    name: str
+
+    @property
+    def bias(self) -> torch.Tensor:
+        """The live tensor in its own shape, [E] or [1, E]."""
+        return getattr(self.owner, self.name)
+
+    def put(self, bias: torch.Tensor) -> None:
+        """Another tensor in its place, of another dtype, say."""
+        if self.name in self.owner._parameters:
+            bias = nn.Parameter(bias, requires_grad=False)
+        setattr(self.owner, self.name, bias)
+
+
+def bias_home(router: nn.Module, block: nn.Module | None = None) -> BiasHome | None:
+    """Where a router has its selection bias: in itself, in a part of it, or in the `block` that hands it over."""
     for owner in (router, block):
         for path in BIAS_NAMES if owner is not None else ():
+            *parts, name = path.split(".")
             found: Any = owner
-            for part in path.split("."):
+            for part in parts:
                 found = getattr(found, part, None)
-            if isinstance(found, torch.Tensor):
-                return found.flatten()
+            if isinstance(found, nn.Module) and isinstance(getattr(found, name, None), torch.Tensor):
+                return BiasHome(found, name)
     return None
+
+
+def correction_bias(router: nn.Module, block: nn.Module | None = None) -> torch.Tensor | None:
+    """The selection bias of a router, [E], where it has one: its own, or one that `block` hands to it."""
+    home = bias_home(router, block)
+    if home is None:
+        return None
+    bias: Any = home.bias
+    whole = bias.full_tensor() if hasattr(bias, "full_tensor") else bias  # FSDP2 shards parameters
+    return whole.flatten()
 
 
 def is_router(module: nn.Module) -> bool:
@@ -190,10 +224,13 @@ def config_of(block: nn.Module, router: nn.Module | None, experts: nn.Module, mo
             config = MoEConfig.from_hf(source)
         except ValueError:
             return unknown_config(source, experts, n_experts)
-        has_bias = router is not None and correction_bias(router, block) is not None
+        has_bias = router is not None and bias_home(router, block) is not None
         if n_experts not in (None, config.n_routed_experts) or has_bias != config.has_correction_bias:
             return unknown_config(source, experts, n_experts)
         return config
+    home = None if router is None else bias_home(router, block)
+    if home is not None:  # a model of the user's own: the bias says how many experts there are
+        return unknown_config(SimpleNamespace(), experts, n_experts or home.bias.numel())
     raise ValueError(f"{type(block).__name__} has no config: give moe_layers(model, config=MoEConfig(...))")
 
 

@@ -4,9 +4,10 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import TrainerCallback
 
+from moesaic.hf.modules import moe_layers
 from moesaic.train.evaluate import HeldOut
 from moesaic.train.run_folder import save_weights, write_record
 
@@ -39,6 +40,8 @@ class KeepBest(TrainerCallback):
                 "worst_margin": report.worst_margin,
                 "loss": {domain: result.loss for domain, result in report.domains.items()},
                 "max_violation": list(report.max_violation.values()),
+                "loads": report.loads,
+                "bias": biases_of(kwargs["model"]),
             }
         )
         if report.worst_margin > best:
@@ -47,11 +50,23 @@ class KeepBest(TrainerCallback):
         write_record(self.folder, self.record)
 
 
+def biases_of(model: Any) -> dict[str, list[float]]:
+    """The selection biases by layer, for the paths that `moesaic compare` draws."""
+    biases = {layer.name: layer.bias for layer in moe_layers(model)}
+    return {name: [round(b, 6) for b in bias.tolist()] for name, bias in biases.items() if bias is not None}
+
+
 class ProgressBar(TrainerCallback):
     """Steps done and time left, on stderr, inside `with bar.shown`: that gives the cursor back after Ctrl-C too."""
 
     def __init__(self, *, disable: bool) -> None:
-        columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        columns = (
+            TextColumn("training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )
         self.shown = Progress(*columns, console=Console(stderr=True), disable=disable)
         self._task = self.shown.add_task("training", total=None)
 

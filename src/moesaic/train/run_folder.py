@@ -4,6 +4,9 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moesaic.train.checkpoints import write_whole
+from moesaic.train.sizes import SIZES
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -20,15 +23,25 @@ def save_weights(model: "PreTrainedModel", folder: Path) -> None:
     state = {name: value for name, value in model.named_buffers() if name in saved}
     state |= {name: value.detach().half() for name, value in model.named_parameters()}  # tied weights once
     use_cache, model.config.use_cache = model.config.use_cache, True  # the Trainer turns it off; users generate
-    model.save_pretrained(folder, state_dict=state)
+    part = folder / "weights.part"
+    model.save_pretrained(part, state_dict=state)
     model.config.use_cache = use_cache
+    for file in sorted(part.iterdir()):  # one move each: an interruption leaves whole files
+        file.replace(folder / file.name)
+    part.rmdir()
 
 
 def write_record(folder: Path, record: dict[str, Any]) -> None:
     """Write training.json in one move, so that an interruption leaves the old one or the new one."""
-    part = folder / f"{RECORD}.part"
-    part.write_text(json.dumps(record, indent=1) + "\n", "utf-8")
-    part.replace(folder / RECORD)
+    write_whole(folder / RECORD, json.dumps(record, indent=1) + "\n")
+
+
+def finished(folder: Path) -> bool:
+    """Whether a run in this folder came to its end."""
+    try:
+        return bool(json.loads((folder / RECORD).read_text("utf-8"))["finished"])
+    except (OSError, ValueError, KeyError):
+        return False
 
 
 def fresh_folder(out: Path | str | None) -> Path:
@@ -58,7 +71,7 @@ def interrupted_run(folder: Path, *, fields: set[str]) -> dict[str, Any]:
     try:
         record = json.loads((folder / RECORD).read_text("utf-8"))
         is_run = record["recipe"].keys() == fields and all(isinstance(line, dict) for line in record["history"])
-        is_run = is_run and isinstance(record["seed"], int) and all(value > 0 for value in record["recipe"].values())
+        is_run = is_run and isinstance(record["seed"], int) and record["size"] in SIZES
     except (OSError, ValueError, TypeError, AttributeError, KeyError):
         is_run, record = False, {}
     if not is_run:

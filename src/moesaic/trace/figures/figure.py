@@ -40,7 +40,7 @@ def routing_figure(
     trace = source if isinstance(source, Trace) else _trace_of(source, config, bias)
     labels, config, report = _labels(lang), trace.configs[layer], layer_report(trace, layer)
     with figure_style():
-        fig = _new_figure(16, 12, on_screen=show)
+        fig = new_figure(16, 12, on_screen=show)
         axes = fig.subplots(2, 2)
         title = labels["title"] if config.has_correction_bias else labels["title_other"]
         _bold(fig.suptitle(title, fontsize=16, fontweight="bold"), 0.7)
@@ -67,12 +67,12 @@ def load_figure(trace: Trace, lang: str = "zh") -> "Figure":
     labels, reports = _labels(lang), layer_reports(trace)
     with figure_style():
         if len(reports) > PANELS_AT_MOST:
-            fig = _new_figure(14, min(2 + 0.22 * len(reports), 16))
+            fig = new_figure(14, min(2 + 0.22 * len(reports), 16))
             _draw_all_loads(fig.subplots(), reports, labels)
         else:
             columns = 1 if len(reports) == 1 else 2
             rows = math.ceil(len(reports) / columns)
-            fig = _new_figure(8 * columns, 3.1 * rows + 0.8)
+            fig = new_figure(8 * columns, 3.1 * rows + 0.8)
             grid = np.atleast_1d(fig.subplots(rows, columns, squeeze=False)).ravel()
             for axis, report in zip(grid, reports, strict=False):
                 _draw_load(axis, report, labels)
@@ -101,7 +101,7 @@ def save_figure(fig: "Figure", path: str | Path, dpi: int = 300, *, trim: bool =
     fig.clear()
 
 
-def _new_figure(width: float, height: float, *, on_screen: bool = False) -> "Figure":
+def new_figure(width: float, height: float, *, on_screen: bool = False) -> "Figure":
     """A figure of its own, or, only where a window was asked for, one that pyplot manages."""
     if on_screen:
         from matplotlib import pyplot

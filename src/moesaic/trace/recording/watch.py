@@ -22,8 +22,8 @@ from torch.utils.hooks import RemovableHandle
 
 from moesaic.hf.experts import is_on_seam
 from moesaic.hf.modules import is_recompute, is_router
+from moesaic.hf.outputs import picks_of, read_router
 from moesaic.layer.experts import Experts
-from moesaic.trace.recording.outputs import picks_of, read_router
 from moesaic.types import Routing
 
 Observer = Callable[[str, Routing], None]

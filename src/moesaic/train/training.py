@@ -1,10 +1,10 @@
-"""The shipped model, from nothing to a folder that plain transformers loads: `moesaic train tiny`."""
+"""A model from nothing to a folder that plain transformers loads: `moesaic train`, as the shipped one was made."""
 
 import importlib.util
 import platform
 import shutil
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -20,10 +20,27 @@ from moesaic.train.evaluate import WINDOW, HeldOut, Report
 from moesaic.train.muon import Muon
 from moesaic.train.packing import Mixture, token_stream
 from moesaic.train.run_folder import fresh_folder, interrupted_run, write_record
-from moesaic.train.tokenizer import VOCAB_SIZE, train_tokenizer
+from moesaic.train.schedules import fading
+from moesaic.train.sizes import SIZES
+from moesaic.train.tokenizer import train_tokenizer
 
 if TYPE_CHECKING:
-    from transformers import DeepseekV3Config, TrainingArguments
+    from transformers import TrainingArguments
+
+
+# how a run may be balanced -> the callbacks that do it, from its recipe
+BALANCES: dict[str, Callable[["Recipe"], list[Any]]] = {
+    "none": lambda _recipe: [],
+    "bias": lambda recipe: [_bias(recipe, "sign")],
+    "bias-centred": lambda recipe: [_bias(recipe, "centred")],
+    "bias-proportional": lambda recipe: [_bias(recipe, "proportional")],
+}
+
+
+def _bias(recipe: "Recipe", rule: str) -> Any:
+    from moesaic.train.bias_balance import BiasBalance
+
+    return BiasBalance(fading(recipe.bias_speed), rule=rule)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +51,9 @@ class Recipe:
     batch_size: int = 10
     learning_rate: float = 1.2e-2
     warmup_steps: int = 100
+    balance: str = "bias"  # a name in BALANCES
     bias_speed: float = 1e-3
+    loss_alpha: float = 1e-2
     evaluate_every: int = 200
     held_out_windows: int = 40  # of each domain, while training; the final report takes all
 
@@ -42,53 +61,29 @@ class Recipe:
         for name in ("steps", "batch_size", "evaluate_every", "held_out_windows"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} trains nothing: use 1 or more")
+        for name in ("bias_speed", "loss_alpha", "learning_rate"):
+            if not getattr(self, name) > 0:
+                raise ValueError(
+                    f"{name}={getattr(self, name)} is not positive: {getattr(Recipe, name)} is the recipe's own"
+                )
+        if self.balance not in BALANCES:
+            raise ValueError(f"balance={self.balance!r} is unknown: use {', '.join(BALANCES)}")
         if self.batch_size % 10:
             raise ValueError(
                 f"batch_size={self.batch_size} does not hold whole windows of every domain: use a multiple of 10"
             )
 
 
-def tiny_config() -> "DeepseekV3Config":
-    """3.4 million parameters; 32 routed experts in 4 groups of which a token reaches 2, top-4, one shared expert."""
-    from transformers import DeepseekV3Config
-
-    return DeepseekV3Config(
-        vocab_size=VOCAB_SIZE,
-        hidden_size=128,
-        num_hidden_layers=5,
-        first_k_dense_replace=1,
-        intermediate_size=384,
-        moe_intermediate_size=48,
-        n_routed_experts=32,
-        n_group=4,
-        topk_group=2,
-        num_experts_per_tok=4,
-        n_shared_experts=1,
-        routed_scaling_factor=2.5,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        q_lora_rank=None,
-        kv_lora_rank=64,
-        qk_nope_head_dim=16,
-        qk_rope_head_dim=16,
-        v_head_dim=32,
-        max_position_embeddings=1024,
-        tie_word_embeddings=True,
-        num_mtp_layers=0,
-        bos_token_id=0,
-        eos_token_id=0,
-    )
-
-
 def train(
     out: Path | str | None = None,
     *,
+    size: str = "tiny",
     seed: int = 0,
     resume: Path | str | None = None,
     recipe: Recipe | None = None,
     progress: bool = False,
 ) -> Report:
-    """Train the tiny model and write it to the new folder `out`; returns how it does on all held-out text.
+    """Train a model of this size and write it to the new folder `out`; returns how it does on all held-out text.
 
     `out` receives config.json, model.safetensors, tokenizer.json, tokenizer_config.json and training.json. Weights are
     those of the evaluation with the best worst-domain margin, stored as float16 and loaded as float32; the correction
@@ -103,9 +98,18 @@ def train(
         raise ValueError("training needs the package accelerate: pip install 'moesaic[train]'")
     if not 0 <= seed < 2**32:
         raise ValueError(f"seed={seed} is no seed: use a number from 0 to {2**32 - 1}")
+    if size not in SIZES:
+        raise ValueError(f"size={size!r} is nothing to train: use {' or '.join(SIZES)}")
     if resume is None:
         folder = fresh_folder(out)
-        record: dict[str, Any] = {"seed": seed, "recipe": asdict(recipe or Recipe()), "finished": False, "history": []}
+        recipe = recipe or Recipe()
+        record: dict[str, Any] = {
+            "size": size,
+            "seed": seed,
+            "recipe": asdict(recipe),
+            "finished": False,
+            "history": [],
+        }
     else:
         folder, record = Path(resume), interrupted_run(Path(resume), fields=set(Recipe.__dataclass_fields__))
     with quiet_transformers(), _one_thread():
@@ -127,7 +131,7 @@ def _run(out: Path, record: dict[str, Any], recipe: Recipe, *, progress: bool) -
     from transformers import AutoModelForCausalLM, DeepseekV3ForCausalLM, Trainer, set_seed
     from transformers.trainer_callback import PrinterCallback
 
-    from moesaic.train.callbacks import BiasBalance, fading
+    from moesaic.train.checkpoints import Checkpoints, last_checkpoint
     from moesaic.train.keeping import KeepBest, ProgressBar
 
     started, seed = time.monotonic(), record["seed"]
@@ -136,25 +140,29 @@ def _run(out: Path, record: dict[str, Any], recipe: Recipe, *, progress: bool) -
     tokenizer.save_pretrained(out)
     streams = {domain: token_stream(tokenizer, corpus(domain, "train"), seed=seed) for domain in DOMAINS}
     mixture = Mixture(streams, num_batches=recipe.steps, batch_size=recipe.batch_size, length=WINDOW, seed=seed)
-    last = max(out.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]), default=None)
+    last = last_checkpoint(out)
     # The Trainer (5.23) restores everything but experts: they lie one by one on disk, and it skips names it misses.
-    model = DeepseekV3ForCausalLM(tiny_config()) if last is None else DeepseekV3ForCausalLM.from_pretrained(last)
+    model = (
+        DeepseekV3ForCausalLM(SIZES[record["size"]]()) if last is None else DeepseekV3ForCausalLM.from_pretrained(last)
+    )
     keep = KeepBest(HeldOut(tokenizer, max_windows=recipe.held_out_windows), out, record, every=recipe.evaluate_every)
-    bar = ProgressBar(disable=not progress)
+    checkpoints, bar = Checkpoints(out), ProgressBar(disable=not progress)
     trainer = Trainer(
         model=model,
         args=_arguments(out, seed, recipe),
         train_dataset=mixture,
         optimizers=(Muon(model, lr=recipe.learning_rate), None),
-        callbacks=[BiasBalance(fading(recipe.bias_speed)), keep, bar],
+        callbacks=[*BALANCES[recipe.balance](recipe), keep, checkpoints, bar],
     )
     trainer.remove_callback(PrinterCallback)
-    with bar.shown:
+    with bar.shown, checkpoints.saving_on_interrupt():
         trainer.train(resume_from_checkpoint=None if last is None else str(last))
+    if checkpoints.interrupted and trainer.state.global_step < recipe.steps:
+        raise KeyboardInterrupt(f"after step {trainer.state.global_step}")
 
     report = HeldOut(tokenizer).judge(AutoModelForCausalLM.from_pretrained(out))
     minutes = (time.monotonic() - started) / 60
-    write_record(out, record | _results(report, seed, recipe, minutes) | {"parameters": model.num_parameters()})
+    write_record(out, record | _results(report, record, recipe, minutes) | {"parameters": model.num_parameters()})
     for path in out.glob("checkpoint-*"):
         shutil.rmtree(path)
     return report
@@ -172,7 +180,6 @@ def _arguments(out: Path, seed: int, recipe: Recipe) -> "TrainingArguments":
         warmup_steps=recipe.warmup_steps,
         max_grad_norm=1.0,
         save_steps=recipe.evaluate_every,
-        save_total_limit=1,
         seed=seed,
         use_cpu=True,
         report_to="none",
@@ -181,16 +188,20 @@ def _arguments(out: Path, seed: int, recipe: Recipe) -> "TrainingArguments":
     )
 
 
-def _results(report: Report, seed: int, recipe: Recipe, minutes: float) -> dict[str, Any]:
+def _results(report: Report, record: dict[str, Any], recipe: Recipe, minutes: float) -> dict[str, Any]:
     """What training.json says of a finished run; minutes are those since it was started or last resumed."""
+    size, seed = record["size"], record["seed"]
     packages = {name: version(name) for name in ("torch", "transformers", "tokenizers", "accelerate")}
     return {
         "finished": True,
-        "command": f"moesaic train tiny --seed {seed} --steps {recipe.steps} --out DIR",
+        "command": f"moesaic train {size} --seed {seed} --steps {recipe.steps} --balance {recipe.balance} --out DIR",
         "versions": {"moesaic": moesaic.__version__, "python": platform.python_version()} | packages,
         "threads": torch.get_num_threads(),
         "minutes": round(minutes, 1),
         "tokens_seen": recipe.steps * recipe.batch_size * WINDOW,
         "held_out": {domain: result._asdict() | {"margin": result.margin} for domain, result in report.domains.items()},
+        "loss": report.loss,
         "max_violation": report.max_violation,
+        "unused": report.unused,
+        "specialisation": report.specialisation,
     }

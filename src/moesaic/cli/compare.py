@@ -1,0 +1,43 @@
+"""`moesaic compare`: training runs side by side."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from moesaic.cli.output import check_lang, print_json
+
+
+def compare(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of `moesaic train` runs, finished or not.")],
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Draw them into this .png, .svg or .pdf.")] = None,
+    layer: Annotated[
+        str | None,
+        typer.Option(help="Layer whose loads and biases are drawn; the last one unless given."),
+    ] = None,
+    lang: Annotated[str, typer.Option(help="en or zh.")] = "en",
+    json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Loss and balance of several runs: each one over its steps, and ways to balance with their spread over seeds."""
+    check_lang(lang)
+    if out is not None and out.suffix not in (".png", ".svg", ".pdf"):
+        raise ValueError(f"--out {out}: what ends in {out.suffix or 'nothing'} is not drawn: use .png, .svg or .pdf")
+    from rich.console import Console
+
+    from moesaic.train.comparing.runs import as_dict, read_run
+    from moesaic.train.comparing.table import balances_table, runs_table
+
+    found = [read_run(folder) for folder in runs]
+    if out is not None:
+        from moesaic.trace.figures.figure import save_figure
+        from moesaic.train.comparing.figure import runs_figure
+
+        save_figure(runs_figure(found, lang, layer=layer), out, dpi=150)
+        print(f"{out}", file=sys.stderr)
+    if json:
+        print_json(as_dict(found))
+        return
+    console = Console()
+    console.print(runs_table(found, lang))
+    console.print(balances_table(found, lang))

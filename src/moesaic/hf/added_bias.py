@@ -1,0 +1,179 @@
+"""A selection bias for routers that have none: their picks are made again with it, their weights stay unbiased.
+
+It is a buffer `e_score_correction_bias`, [E], float32, of the router, so a checkpoint has it. transformers does not
+know it and leaves it out when it loads such a checkpoint; `moesaic_added_bias` in config.json says that it is there.
+"""
+
+import json
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moesaic.config import MoEConfig
+from moesaic.hf.modules import MoELayer, moe_layers
+from moesaic.hf.outputs import RouterOutput, read_router
+from moesaic.layer.router import Router
+from moesaic.rules import route
+from moesaic.types import Routing
+
+BIAS = "e_score_correction_bias"
+FLAG = "moesaic_added_bias"  # in config.json
+RULE = "_moesaic_biased_rule"  # on a router: how it selects now
+TRIED = 64  # tokens on which the rule is proven
+SAME = 1e-2  # of the largest weight: routers in bfloat16 round theirs
+
+
+def add_bias(model: nn.Module) -> list[str]:
+    """Give every router that has no selection bias one of zeros; returns the names of those layers.
+
+    The picks are then those of the biased scores, by the family's own rule, and the weights those of the unbiased ones.
+    Before anything is changed each router is asked about random tokens, and its answer has to be what its rule gives.
+
+    Raises ValueError, and changes nothing, for a layer whose rule is not known (sparsemixer, Switch's capacity), whose
+    router returns what its rule does not give, or that has no router of its own. A bias that was saved with the model
+    and not loaded is refused too: `ms.attach(model)` brings it back.
+    """
+    layers = [layer for layer in moe_layers(model) if not layer.has_bias]
+    rules = {layer.name: _biased_rule(layer) for layer in layers}
+    for layer in layers:
+        assert layer.router is not None
+        _give(layer.router, rules[layer.name])
+    config = getattr(model, "config", None)
+    if layers and hasattr(config, "model_type"):  # transformers'; our own layers load strictly and need no flag
+        setattr(config, FLAG, True)
+    return [layer.name for layer in layers]
+
+
+def restore_bias(model: nn.Module, folder: Path | None = None) -> list[str]:
+    """Add the biases that were saved with a model and read them from its checkpoint; returns the names of their layers.
+
+    Nothing happens where config.json says of none or they are there already. folder: where the checkpoint lies, unless
+    given `model.name_or_path`. Raises ValueError where it cannot be read or has no such bias.
+    """
+    if not getattr(getattr(model, "config", None), FLAG, False) or not lost(model):
+        return []
+    folder = Path(folder or getattr(model, "name_or_path", "") or ".")
+    saved = _saved(folder)
+    named = {name: module for name, module in model.named_modules() if isinstance(module, nn.Module)}
+    names = add_bias(model)
+    for layer in moe_layers(model):
+        if layer.name not in names or layer.router is None:
+            continue
+        path = next(name for name, module in named.items() if module is layer.router)
+        key = next((key for key in saved if key.endswith(f"{path}.{BIAS}")), None)
+        if key is None:
+            raise ValueError(
+                f"{folder}: no {path}.{BIAS} in the checkpoint, though config.json says that one was added"
+            )
+        layer.router.get_buffer(BIAS).copy_(saved[key].float())
+    return names
+
+
+def lost(model: nn.Module) -> bool:
+    """Whether the config says that biases were added and some router has none."""
+    flagged = bool(getattr(getattr(model, "config", None), FLAG, False))
+    return flagged and any(not layer.has_bias for layer in moe_layers(model))
+
+
+def _biased_rule(layer: MoELayer) -> MoEConfig:
+    """The rule of a layer with a selection bias in it, proven on its router."""
+    name, router, config = layer.name, layer.router, layer.config
+    if router is None:
+        raise ValueError(
+            f"{name}: no router of its own returns the picks, so no bias can be added: use a balancing loss"
+        )
+    if not config.rule_is_known:
+        raise ValueError(
+            f"{name}: how {type(router).__name__} selects is not known here, so no bias can be added: use a balancing "
+            "loss"
+        )
+    rule = replace(config, topk_method="noaux_tc", group_score=config.group_score_rule)
+    if not config.limits_groups:  # a greedy rule with groups in its config that it does not use
+        rule = replace(rule, n_group=1, topk_group=1)
+    if isinstance(router, Router):
+        return rule
+    weight = next((p for p in router.parameters() if p.dim() == 2), None)
+    if weight is None or weight.is_meta:
+        raise ValueError(f"{name}: {type(router).__name__} has no weights yet to prove its rule with: load them first")
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randn(TRIED, weight.shape[-1], generator=generator).to(weight)
+    training = router.training
+    router.eval()
+    try:
+        with torch.no_grad():
+            found = read_router(router, router(tokens))
+            wanted = _routed(found, None, rule)
+    except Exception as error:  # what a router of another make raises is not known
+        raise ValueError(
+            f"{name}: {type(router).__name__} cannot be asked by itself ({error}): use a balancing loss"
+        ) from None
+    finally:
+        router.train(training)
+    same = wanted is not None and _agrees(found, wanted, config.n_routed_experts)
+    if not same:
+        raise ValueError(
+            f"{name}: {type(router).__name__} does not select as the rule of its family says, so no bias can be added: "
+            "use a balancing loss"
+        )
+    return rule
+
+
+def _give(router: nn.Module, rule: MoEConfig) -> None:
+    device = next(router.parameters()).device
+    router.register_buffer(BIAS, torch.zeros(rule.n_routed_experts, device=device, dtype=torch.float32))
+    if isinstance(router, Router):
+        router.config = rule
+        return
+    router.__dict__[RULE] = rule
+    router.register_forward_hook(_select_again)
+
+
+def _select_again(router: nn.Module, _args: tuple, output: Any) -> tuple:
+    """The router's output with picks by biased scores and their unbiased weights in the places of its own."""
+    found = read_router(router, output)
+    routing = _routed(found, router.get_buffer(BIAS), router.__dict__[RULE])
+    assert routing is not None  # proven when the bias was added
+    ids = routing.expert_ids.to(found.ids.dtype).view(found.ids.shape)
+    weights = routing.weights.to(found.weights.dtype).view(found.weights.shape)
+    return tuple(ids if item is found.ids else weights if item is found.weights else item for item in output)
+
+
+def _routed(found: RouterOutput, bias: Tensor | None, rule: MoEConfig) -> Routing | None:
+    if found.logits is None or found.place is None or found.logits.shape[-1] != rule.n_routed_experts:
+        return None
+    return route(found.logits.flatten(0, -2), bias, rule)
+
+
+def _agrees(found: RouterOutput, wanted: Routing, n_experts: int) -> bool:
+    """Whether the weights, laid out by expert, are the same; a token whose picks tie may differ, one in a hundred."""
+    shape = (len(wanted.expert_ids), n_experts)
+    theirs, ours = (
+        torch.zeros(shape, device=ids.device).scatter(1, ids.long().flatten(0, -2), weights.float().flatten(0, -2))
+        for ids, weights in ((found.ids, found.weights), (wanted.expert_ids, wanted.weights))
+    )
+    differs = (theirs - ours).abs().amax(1) > SAME * theirs.amax(1)
+    return float(differs.float().mean()) <= 0.02
+
+
+def _saved(folder: Path) -> dict[str, Tensor]:
+    """The biases in the safetensors files of a folder, by name."""
+    from safetensors import safe_open
+
+    files: Iterable[Path] = sorted(folder.glob("*.safetensors"))
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        files = sorted({folder / name for name in json.loads(index.read_text("utf-8"))["weight_map"].values()})
+    found: dict[str, Tensor] = {}
+    for file in files:
+        with safe_open(file, "pt") as tensors:
+            found |= {key: tensors.get_tensor(key) for key in tensors.keys() if key.endswith(BIAS)}  # noqa: SIM118
+    if not found:
+        raise ValueError(
+            f"{folder}: no checkpoint with {BIAS}, which config.json says was added to this model: give the folder it "
+            "was saved in"
+        )
+    return found

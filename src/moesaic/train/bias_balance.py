@@ -1,0 +1,215 @@
+"""Aux-loss-free balancing: after every optimizer step each selection bias moves by the load of that step."""
+
+import warnings
+from collections.abc import Callable, Mapping
+from fnmatch import fnmatch
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers import TrainerCallback
+
+from moesaic.hf.added_bias import add_bias, lost
+from moesaic.hf.modules import BiasHome, MoELayer, bias_home, moe_layers
+from moesaic.layer.balance import RULES, BiasRule
+from moesaic.train.counting import LoadCounter, Loads
+
+Speed = float | Callable[[float], float]
+
+
+class BiasBalance(TrainerCallback):
+    """Aux-loss-free balancing (arXiv 2408.15664) for any model whose routers have a selection bias.
+
+        trainer.add_callback(ms.BiasBalance(speed=1e-3))       # transformers' Trainer
+
+        balance = ms.BiasBalance(speed=1e-3).attach(model)     # a loop of your own
+        for batch in batches:
+            ...
+            optimizer.step()
+            balance.step()
+
+    Each step takes the load of that whole optimizer step: all micro-batches and all ranks, counted from the ids that
+    the model handed to its experts. Evaluation, forwards without gradients, padding (a 2-D attention_mask), forwards
+    that failed, the recomputation of activation checkpointing and steps that a GradScaler skipped do not count.
+
+    speed: a number, a function of progress (0 to 1; see schedules.py), or either of them by a pattern of layer names,
+        {"model.layers.1.*": 1e-2, "*": 1e-3}; the first that fits counts. 0 freezes a bias.
+    rule: "sign" (the paper), "centred" (Moonlight: no drift), "proportional", or a function (bias, load, *, speed).
+    add_bias: give routers that have no bias one (added_bias.py); it is saved with the model, and `ms.attach` reads it.
+    total_steps: what progress is measured by in a loop of your own; the Trainer knows.
+    group: the data-parallel process group; all ranks unless given.
+
+    A bias in another dtype becomes float32 first: in bfloat16 0.5 + 0.001 is 0.5. `load` has the counts of the last
+    step, by layer. Raises ValueError where there is nothing to balance, naming what to do, and for a model that another
+    BiasBalance is attached to.
+    """
+
+    def __init__(
+        self,
+        speed: Speed | Mapping[str, Speed] = 1e-3,
+        *,
+        rule: str | BiasRule = "sign",
+        add_bias: bool = False,
+        total_steps: int | None = None,
+        group: Any = None,
+    ) -> None:
+        self.speeds: Mapping[str, Speed] = speed if isinstance(speed, Mapping) else {"*": speed}
+        for each in self.speeds.values():
+            _check_speed(each)
+        if isinstance(rule, str) and rule not in RULES:
+            raise ValueError(f"rule={rule!r} is unknown: use {', '.join(RULES)}, or a function (bias, load, *, speed)")
+        if total_steps is not None and total_steps < 1:
+            raise ValueError(f"total_steps={total_steps} is no length of training: use 1 or more")
+        self.rule: BiasRule = RULES[rule] if isinstance(rule, str) else rule
+        self.add_bias, self.total_steps, self.group = add_bias, total_steps, group
+        self.steps = 0
+        self.load: dict[str, Float[Tensor, " E"]] = {}
+        self._homes: dict[str, BiasHome] = {}
+        self._counter: LoadCounter | None = None
+        self._layers: list[MoELayer] = []
+        self._counted = False
+
+    # a loop of your own
+
+    def attach(self, model: nn.Module) -> "BiasBalance":
+        """Count the model's training forwards from now on; its biases become float32. Returns self."""
+        self.detach()
+        layers = _layers_to_balance(model, add=self.add_bias)
+        for layer in layers:
+            self._speed_of(layer.name)
+        if any(getattr(layer.router, ATTACHED, None) for layer in layers):
+            raise ValueError(
+                f"{type(model).__name__} is balanced by another BiasBalance already: two would move each bias twice; "
+                "call its detach() first"
+            )
+        self._homes = {layer.name: _home(layer) for layer in layers}
+        for home in self._homes.values():
+            if home.bias.dtype not in (torch.float32, torch.float64):
+                home.put(home.bias.detach().float())
+        self._counter = LoadCounter(model, layers, training=True)
+        for layer in layers:
+            setattr(layer.router, ATTACHED, True)
+        self._layers = layers
+        return self
+
+    def detach(self) -> None:
+        """Take the counting off the model; the biases stay as they are."""
+        if self._counter is not None:
+            self._counter.remove()
+            for layer in self._layers:
+                delattr(layer.router, ATTACHED)
+        self._counter = None
+
+    @torch.no_grad()
+    def step(self, *, skipped: bool = False) -> None:
+        """Move every bias by the load since the last step. Call it after each optimizer step, on every rank.
+
+        skipped: the optimizer did not move, as a GradScaler decides where gradients overflowed; then what was counted
+        is dropped, and no bias moves either.
+        """
+        if self._counter is None:
+            raise ValueError("this BiasBalance is attached to no model: call attach(model) before the first forward")
+        loads = self._counter.take(self.group)
+        if skipped:
+            return
+        progress = self.steps / self.total_steps if self.total_steps else 0.0
+        self._move(loads, min(progress, 1.0))
+        self.steps += 1
+
+    def state_dict(self) -> dict[str, int]:
+        """What schedules go by; the biases are in the model's own state."""
+        return {"steps": self.steps}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        self.steps = state["steps"]
+
+    # transformers' Trainer
+
+    def on_init_end(self, args, state, control, **kwargs):  # noqa: ARG002 (the Trainer's signature)
+        if self.add_bias:  # before a checkpoint is loaded, which may hold it
+            add_bias(kwargs["model"])
+
+    def on_train_begin(self, args, state, control, **kwargs):  # noqa: ARG002
+        model = kwargs["model"]
+        if self.add_bias and state is not None and state.global_step and any(not x.has_bias for x in moe_layers(model)):
+            raise ValueError(
+                "the checkpoint that training goes on from was loaded before its added biases had a place: give "
+                "BiasBalance to Trainer(callbacks=[...]) rather than to add_callback"
+            )
+        self.attach(model)
+
+    @torch.no_grad()
+    def on_optimizer_step(self, args, state, control, **kwargs):  # noqa: ARG002
+        self.total_steps = max(1, state.max_steps) if state is not None else self.total_steps
+        self.steps = state.global_step if state is not None else self.steps
+        self.step(skipped=bool(getattr(kwargs.get("optimizer"), "step_was_skipped", False)))
+
+    def on_train_end(self, args, state, control, **kwargs):  # noqa: ARG002
+        self.detach()
+
+    # inside
+
+    def _move(self, loads: Loads, progress: float) -> None:
+        self.load = loads
+        if not self._counted and not any(load.any() for load in loads.values()):
+            warnings.warn(NOTHING_COUNTED, stacklevel=4)
+        self._counted = True
+        for name, home in self._homes.items():
+            speed = self._speed_of(name)
+            speed = speed(progress) if callable(speed) else speed
+            _move_bias(home, self.rule, loads[name], speed)
+
+    def _speed_of(self, layer: str) -> Speed:
+        for pattern, speed in self.speeds.items():
+            if fnmatch(layer, pattern):
+                return speed
+        raise ValueError(f"no speed fits layer {layer!r}: add '*' to {list(self.speeds)}, with 0 to leave a bias alone")
+
+
+ATTACHED = "_moesaic_balanced"
+NOTHING_COUNTED = (
+    "BiasBalance counted no token in this step: is the model that trains the one it is attached to, in training mode "
+    "and with gradients on?"
+)
+
+
+def _check_speed(speed: Speed) -> None:
+    if not callable(speed) and not speed >= 0:
+        raise ValueError(f"speed={speed} would drive experts apart: use a positive number, 0.001 is usual")
+
+
+def _layers_to_balance(model: nn.Module, *, add: bool) -> list[MoELayer]:
+    """The layers with a bias, which `add` makes all of them."""
+    if lost(model):
+        raise ValueError(
+            f"{type(model).__name__} was saved with biases that moesaic had added, and was loaded without them: call "
+            "ms.attach(model), which reads them from its checkpoint"
+        )
+    if add:
+        add_bias(model)
+    layers = [layer for layer in moe_layers(model) if layer.has_bias]
+    if not layers:
+        raise ValueError(
+            f"{type(model).__name__} has no router with a selection bias (e_score_correction_bias): use "
+            "BiasBalance(add_bias=True), or a balancing loss"
+        )
+    return layers
+
+
+def _home(layer: MoELayer) -> BiasHome:
+    home = None if layer.router is None else bias_home(layer.router, layer.block)
+    assert home is not None
+    return home
+
+
+def _move_bias(home: BiasHome, rule: BiasRule, load: Float[Tensor, " E"], speed: float) -> None:
+    bias: Any = home.bias
+    sharded = hasattr(bias, "full_tensor")  # by FSDP2, in families where it is a parameter
+    whole = bias.full_tensor() if sharded else bias
+    moved = rule(whole.detach().flatten(), load.to(whole.device), speed=speed).view(whole.shape)
+    if sharded:
+        from torch.distributed.tensor import distribute_tensor
+
+        moved = distribute_tensor(moved, bias.device_mesh, bias.placements)
+    bias.copy_(moved)

@@ -1,0 +1,98 @@
+"""Runs side by side as console tables. Nothing here prints."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from rich import box
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from moesaic.trace.shown import sparkline, visible, words_of
+from moesaic.train.comparing.runs import Balance, Run, Spread, by_balance
+
+WORDS: dict[str, dict[str, Any]] = {
+    "en": {
+        "runs": ("run", "balance", "seed", "steps", "loss", "loss over steps", "MaxVio", "MaxVio over steps"),
+        "balances": ("balance", "seeds", "steps", "loss", "against {first}", "MaxVio", "unused", "domain bits"),
+        "caption": (
+            "mean ± standard deviation over seeds, on held-out text",
+            "loss: nats per token, the domains in their shares; against: the same seeds, one by one",
+            "MaxVio: worst layer; unused: experts below a tenth of their share, all layers",
+            "domain bits: what an expert says of its token's domain, mean of the layers",
+        ),
+        "one": "one seed has no spread: what differs here may be chance",
+        "unfinished": "not finished, so not in this table: {names}",
+    },
+    "zh": {
+        "runs": ("运行", "均衡方法", "种子", "步数", "损失", "损失变化", "MaxVio", "MaxVio 变化"),
+        "balances": ("均衡方法", "种子数", "步数", "损失", "相对 {first}", "MaxVio", "闲置专家", "领域信息"),
+        "caption": (
+            "留出集上各种子的均值 ± 标准差",
+            "损失：每 token 的 nat 数，各领域按训练占比加权；相对：同种子逐一相减",
+            "MaxVio：最差的一层；闲置专家：所得不足应得份额十分之一的专家，各层合计",
+            "领域信息：由专家可知多少比特的 token 领域，各层平均",
+        ),
+        "one": "只有一个种子，看不出波动：这里的差别可能只是偶然",
+        "unfinished": "尚未结束，未列入上表：{names}",
+    },
+}
+
+
+def runs_table(runs: Sequence[Run], lang: str = "en") -> Table:
+    """Every run with its last numbers and how they got there."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for head in words_of(WORDS, lang)["runs"]:
+        table.add_column(head, justify="left" if "steps" in head or "变化" in head else "default", overflow="fold")
+    for run in runs:
+        loss, vio = run.loss[-1], run.worst_vio[-1]
+        done = f"{run.steps[-1]} / {run.planned}"
+        table.add_row(
+            visible(run.name, 40), run.balance, str(run.seed), done, f"{loss:.3f}", _line(run.loss),
+            f"{vio:.2f}", _line(run.worst_vio),
+        )  # fmt: skip
+    return table
+
+
+def balances_table(runs: Sequence[Run], lang: str = "en") -> RenderableType:
+    """Every way to balance with its spread over the seeds; differences to the first one are taken seed by seed."""
+    words, found = words_of(WORDS, lang), by_balance(runs)
+    parts: list[RenderableType] = []
+    if found:
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, caption="\n".join(words["caption"]), caption_justify="left")
+        for place, head in enumerate(words["balances"]):
+            table.add_column(head.format(first=found[0].name), justify="right" if place else "left")
+        for balance in found:
+            table.add_row(*_row(balance, found[0]))
+        parts.append(table)
+        if any(balance.loss.sd is None for balance in found):
+            parts.append(Text(words["one"], style="dim"))
+    if unfinished := [visible(run.name, 40) for run in runs if run.final is None]:
+        parts.append(Text(words["unfinished"].format(names=", ".join(unfinished)), style="dim"))
+    return Group(*parts)
+
+
+def _row(balance: Balance, first: Balance) -> list[str]:
+    gain = balance.gain_over(first)
+    return [
+        balance.name,
+        str(len(balance.seeds)),
+        str(balance.steps),
+        _spread(balance.loss, 3),
+        "–" if gain is None else _spread(gain, 3, sign="+"),
+        _spread(balance.max_vio, 2),
+        _spread(balance.unused, 1),
+        _spread(balance.specialisation, 2),
+    ]
+
+
+def _spread(spread: Spread, digits: int, sign: str = "") -> str:
+    text = f"{spread.mean:{sign}.{digits}f}"
+    return text if spread.sd is None else f"{text} ± {spread.sd:.{digits}f}"
+
+
+def _line(values: Float[np.ndarray, " N"]) -> str:
+    return sparkline(torch.from_numpy(values), 16)

@@ -1,0 +1,214 @@
+"""A selection bias for families that have none: steers picks, reaches no weight, and is saved with the model."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from hf_models import tiny, token_ids
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+
+import moesaic as ms
+from moesaic.hf.added_bias import BIAS, add_bias, lost, restore_bias
+from moesaic.hf.modules import moe_layers
+from moesaic.train.bias_balance import BiasBalance
+
+# a rule each: softmax then top-k, with and without normalisation; top-k then softmax; groups by their maximum
+WITHOUT_BIAS = ("qwen3_moe", "mixtral", "olmoe", "qwen2_moe", "gpt_oss", "granitemoe", "deepseek_v2")
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+def picks_and_weights(model, ids):
+    with torch.no_grad(), ms.record(model) as rec:
+        logits = model(ids).logits
+    arrays = rec.trace.to_arrays()
+    return logits, arrays["picks"], arrays["weights"]
+
+
+@pytest.mark.parametrize("family", WITHOUT_BIAS)
+def test_a_bias_of_zeros_changes_nothing_and_a_large_one_only_the_choice(family):
+    model, ids = tiny(family), token_ids()
+    before, picks, weights = picks_and_weights(model, ids)
+    names = add_bias(model)
+    assert names == [layer.name for layer in moe_layers(model)]
+    after, same_picks, same_weights = picks_and_weights(model, ids)
+    if family == "deepseek_v2":  # its picks come in no order, and ours best first: sums are rounded otherwise
+        torch.testing.assert_close(before, after, rtol=1e-4, atol=1e-6)
+        picks, same_picks, weights, same_weights = map(np.sort, (picks, same_picks, weights, same_weights))
+    else:
+        assert torch.equal(before, after)
+    assert (picks == same_picks).all()
+    np.testing.assert_allclose(weights, same_weights, rtol=1e-4 if family == "deepseek_v2" else 0)
+    k = picks.shape[-1]
+    for layer in moe_layers(model):
+        layer.bias[:k] = 100.0  # with groups: inside the first one
+    _, forced, _ = picks_and_weights(model, ids)
+    assert (forced < k).all(), "the bias chooses"
+    for layer in moe_layers(model):
+        layer.bias.fill_(100.0)  # a constant changes no choice, so it must change no weight
+    _, forced, _ = picks_and_weights(model, ids)
+    assert (np.sort(forced) == np.sort(picks)).all()
+
+
+@pytest.mark.parametrize("family", WITHOUT_BIAS)
+def test_the_bias_reaches_no_weight(family):
+    model = tiny(family)
+    add_bias(model)
+    router, rule = moe_layers(model)[0].router, moe_layers(model)[0].config
+    tokens = torch.randn(50, rule.hidden_size)
+    router.get_buffer(BIAS).normal_(std=0.03)
+    with torch.no_grad():
+        biased = ms.Routing(*router(tokens)[:3])
+        router.get_buffer(BIAS).zero_()
+        plain = ms.Routing(*router(tokens)[:3])
+    changed = (biased.expert_ids.sort(-1).values != plain.expert_ids.sort(-1).values).any(-1)
+    assert changed.any()
+    assert not changed.all()
+    dense = [torch.zeros(50, rule.n_routed_experts).scatter(1, r.expert_ids, r.weights) for r in (biased, plain)]
+    # not bitwise: in another order of preference the sum that normalises is rounded otherwise
+    torch.testing.assert_close(dense[0][~changed], dense[1][~changed], rtol=1e-6, atol=0)
+
+
+def test_gradients_reach_the_router_through_the_weights():
+    model, ids = tiny("qwen3_moe").train(), token_ids()
+    add_bias(model)
+    for layer in moe_layers(model):
+        layer.bias.normal_(std=0.1)
+    model(ids, labels=ids).loss.backward()
+    for layer in moe_layers(model):
+        assert layer.router.weight.grad.abs().sum() > 0
+        assert not layer.bias.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("family", "reason"),
+    [("phimoe", "how PhimoeTopKRouter selects is not known here"), ("gemma4", "how Gemma4TextRouter selects")],
+)
+def test_a_router_whose_rule_is_not_known_is_refused_and_nothing_changed(family, reason):
+    model = tiny(family)
+    before = set(model.state_dict())
+    with pytest.raises(ValueError, match=reason):
+        add_bias(model)
+    assert set(model.state_dict()) == before
+    assert not any(layer.router._forward_hooks for layer in moe_layers(model))
+
+
+def test_a_router_that_does_otherwise_than_its_family_is_refused():
+    model = tiny("qwen3_moe")
+    router = moe_layers(model)[1].router
+    plain = type(router).forward
+    type(router).forward = lambda self, x: (out := plain(self, x)) and (out[0], out[1] * 1.5, out[2])
+    try:
+        with pytest.raises(ValueError, match="does not select as the rule of its family says"):
+            add_bias(model)
+    finally:
+        type(router).forward = plain
+    assert all(layer.bias is None for layer in moe_layers(model)), "nothing was changed, in no layer"
+
+
+def test_models_that_have_their_biases_are_left_alone():
+    model = tiny("deepseek_v3")
+    assert add_bias(model) == []
+    assert "moesaic_added_bias" not in model.config.to_dict()
+
+
+def test_our_own_router_gets_one_too():
+    layer = ms.DeepseekV3MoE(ms.MoEConfig.preset("qwen3-moe", hidden_size=16, moe_intermediate_size=8)).eval()
+    x = torch.randn(9, 16)
+    before = layer(x)
+    add_bias(layer)
+    assert torch.equal(layer(x), before)
+    layer.gate.e_score_correction_bias[5] = 10.0
+    assert (layer.gate(x).expert_ids == 5).any(-1).all()
+
+
+def trained(folder, family="qwen3_moe"):
+    """A model of a family without biases, saved with biases that moved."""
+    model, ids = tiny(family).train(), token_ids()
+    balance = BiasBalance(0.05, add_bias=True).attach(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(3):
+        model(ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        balance.step()
+    balance.detach()
+    model.eval().save_pretrained(folder)
+    return model
+
+
+def test_added_biases_are_saved_lost_by_a_plain_reload_and_restored_by_attach(tmp_path):
+    model, ids = trained(tmp_path / "model"), token_ids()
+    assert json.loads((tmp_path / "model" / "config.json").read_text())["moesaic_added_bias"] is True
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    assert lost(plain)
+    with pytest.raises(ValueError, match=r"loaded without them: call ms\.attach\(model\)"):
+        BiasBalance().attach(plain)
+    assert all(layer.bias is None for layer in moe_layers(plain))
+    ms.attach(plain)
+    assert not lost(plain)
+    for a, b in zip(moe_layers(model), moe_layers(plain), strict=True):
+        assert torch.equal(a.bias, b.bias)
+        assert a.bias.any()
+    with torch.no_grad():
+        torch.testing.assert_close(plain(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-5)
+    assert restore_bias(plain) == [], "nothing is restored twice"
+
+
+def test_a_checkpoint_that_lacks_the_biases_it_speaks_of_is_named(tmp_path):
+    trained(tmp_path / "model")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"no checkpoint with e_score_correction_bias, which config\.json says"):
+        ms.attach(plain)
+
+
+def trainer_of(model, folder, callback, **kwargs):
+    ids = torch.randint(3, 64, (32, 10), generator=torch.Generator().manual_seed(3))
+    args = TrainingArguments(
+        str(folder), use_cpu=True, report_to="none", disable_tqdm=True, logging_strategy="no", save_steps=2,
+        per_device_train_batch_size=4, learning_rate=1e-2, **kwargs,
+    )  # fmt: skip
+    return Trainer(
+        model=model, args=args, train_dataset=[{"input_ids": row, "labels": row} for row in ids], callbacks=[callback]
+    )
+
+
+def test_a_trainer_goes_on_from_a_checkpoint_with_the_added_biases(tmp_path):
+    whole = tiny("qwen3_moe")
+    trainer_of(whole, tmp_path / "whole", BiasBalance(0.05, add_bias=True), max_steps=4).train()
+    checkpoint = tmp_path / "whole" / "checkpoint-2"
+    # transformers' Trainer (5.23) restores all but the experts, so the model is loaded before
+    again = AutoModelForCausalLM.from_pretrained(checkpoint)
+    restore_bias(again)
+    trainer_of(again, tmp_path / "again", BiasBalance(0.05, add_bias=True), max_steps=4).train(str(checkpoint))
+    for a, b in zip(moe_layers(whole), moe_layers(again), strict=True):
+        assert a.bias.any()
+        assert torch.equal(a.bias, b.bias)
+
+
+def test_a_trainer_puts_the_biases_of_a_checkpoint_into_a_model_without_them(tmp_path):
+    trainer_of(tiny("qwen3_moe"), tmp_path, BiasBalance(0.05, add_bias=True), max_steps=2).train()
+    saved = load_file(tmp_path / "checkpoint-2" / "model.safetensors")
+    again = tiny("qwen3_moe")
+    trainer = trainer_of(again, tmp_path / "again", BiasBalance(0.0, add_bias=True), max_steps=4)
+    trainer.train(str(tmp_path / "checkpoint-2"))
+    for layer in moe_layers(again):
+        assert layer.bias.any()
+        assert torch.equal(layer.bias, saved[f"{layer.name}.gate.{BIAS}"])
+
+
+def test_a_late_callback_with_a_checkpoint_is_told_where_it_belongs(tmp_path):
+    model = tiny("qwen3_moe")
+    trainer_of(model, tmp_path, BiasBalance(0.05, add_bias=True), max_steps=2).train()
+    trainer = trainer_of(tiny("qwen3_moe"), tmp_path, BiasBalance({"*": 0.0}, add_bias=True), max_steps=4)
+    late = BiasBalance(0.05, add_bias=True)
+    trainer = Trainer(model=tiny("qwen3_moe"), args=trainer.args, train_dataset=trainer.train_dataset)
+    trainer.add_callback(late)
+    with pytest.raises(ValueError, match=r"give BiasBalance to Trainer\(callbacks="):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))

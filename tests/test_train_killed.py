@@ -1,0 +1,137 @@
+"""A run that SIGKILL ends at any moment goes on to bit-identical weights, bias and record.
+
+The runs are children of one process that has imported everything and runs on one thread: a few seconds each.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+# Every call of these is a moment at which a process can die: before it, and for writers half way through it.
+MOMENTS = """
+import json, os, pathlib, shutil, signal, sys
+os.environ["OMP_NUM_THREADS"] = "1"
+import torch
+torch.set_num_threads(1)
+import safetensors.torch, transformers, accelerate
+import transformers.trainer, transformers.modeling_utils
+import moesaic.train.data as data
+from moesaic.train.data import Document
+from moesaic.train import checkpoints, run_folder
+from moesaic.train.training import Recipe, train
+
+whole = data._documents
+data._documents = lambda domain, split: tuple(
+    Document(title, text[:800]) for title, text in whole(domain, split)[:12]
+)
+RECIPE = Recipe(steps=4, warmup_steps=1, evaluate_every=2, held_out_windows=1, bias_speed=0.01)
+count = 0
+
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def mortal(holder, name, at, torn=None):
+    real = getattr(holder, name)
+
+    def call(*args, **kwargs):
+        global count
+        count += 1
+        if count == at:
+            if torn is not None:
+                torn(*args)
+            die()
+        return real(*args, **kwargs)
+
+    setattr(holder, name, call)
+
+
+def half_a_file(_value, path, *_):
+    pathlib.Path(path).write_bytes(b"half")
+
+
+def half_a_folder(path, *_):
+    for file in sorted(pathlib.Path(path).iterdir())[::2]:
+        file.unlink()
+
+
+def child(at, **kwargs):
+    # returns whether it lived, and how many moments it had
+    reading, writing = os.pipe()
+    pid = os.fork()
+    if not pid:
+        quiet = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(quiet, 1), os.dup2(quiet, 2)
+        mortal(torch, "save", at, half_a_file)
+        mortal(transformers.modeling_utils, "safe_save_file", at, half_a_file)
+        mortal(pathlib.Path, "replace", at)
+        mortal(pathlib.Path, "write_text", at)
+        mortal(shutil, "rmtree", at, half_a_folder)
+        mortal(torch.optim.Optimizer, "zero_grad", at)
+        code = 1
+        try:
+            train(**kwargs)
+            code = 0
+        finally:
+            os.write(writing, str(count).encode())
+            os._exit(code)
+    os.close(writing)
+    _, status = os.waitpid(pid, 0)
+    said = os.read(reading, 100)
+    os.close(reading)
+    if not os.WIFSIGNALED(status):
+        assert status == 0, "the run failed by itself"
+    return not os.WIFSIGNALED(status), int(said or 0)
+
+
+def result(folder):
+    record = json.loads((folder / "training.json").read_text())
+    del record["minutes"]
+    weights = safetensors.torch.load_file(folder / "model.safetensors")
+    names = sorted(path.name for path in folder.iterdir())
+    return record, {name: value.double().sum().item() for name, value in weights.items()}, names
+
+
+root = pathlib.Path(sys.argv[1])
+lived, moments = child(0, out=root / "whole", seed=3, recipe=RECIPE)
+expected = result(root / "whole")
+step = int(sys.argv[2])
+wrong, killed = [], 0
+for at in range(1, moments + 1, step):
+    folder = root / str(at)
+    lived, _ = child(at, out=folder, seed=3, recipe=RECIPE)
+    assert not lived, at
+    killed += 1
+    if not (folder / "training.json").exists():  # nothing had begun: a new run, in what is left of the folder
+        for path in list(folder.rglob("*")):
+            path.unlink() if path.is_file() else None
+        lived, _ = child(0, out=folder, seed=3, recipe=RECIPE)
+    else:
+        lived, _ = child(0, resume=folder)
+    if not lived or result(folder) != expected:
+        wrong.append(at)
+print(json.dumps({"moments": moments, "killed": killed, "wrong": wrong}))
+"""
+
+
+def run(folder: Path, step: int) -> dict:
+    done = subprocess.run([sys.executable, "-c", MOMENTS, str(folder), str(step)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_a_run_killed_now_and_then_goes_on_to_the_same_bits(tmp_path):
+    found = run(tmp_path, 13)
+    assert found["killed"] >= 3
+    assert found["wrong"] == []
+
+
+@pytest.mark.slow
+def test_a_run_killed_at_any_moment_goes_on_to_the_same_bits(tmp_path):
+    found = run(tmp_path, 1)
+    assert found["killed"] == found["moments"] > 20
+    assert found["wrong"] == []

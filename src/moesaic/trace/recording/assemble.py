@@ -11,6 +11,7 @@ from moesaic.config import MoEConfig
 from moesaic.hf.modules import MoELayer, unwrapped, with_sizes
 from moesaic.trace.recording.columns import Column
 from moesaic.trace.recording.forwards import Forward, number_sequences
+from moesaic.trace.shown import piece_of
 from moesaic.trace.store import Trace, stacked_biases, versions
 
 Columns = Mapping[str, Column]  # "ids", "weights" and "logits" of one layer
@@ -121,11 +122,5 @@ def _phases(calls: Sequence[Forward]) -> Tensor | None:
 
 
 def pieces_of(tokenizer: Any, input_ids: Tensor) -> dict[int, str]:
-    """Token id -> its text, for the ids that occur; a token that is part of a character keeps the tokenizer's own
-    spelling. Takes tokenizers of transformers and of the library tokenizers."""
-    spell = getattr(tokenizer, "convert_ids_to_tokens", None) or tokenizer.id_to_token
-    pieces = {}
-    for token in input_ids.unique().tolist():
-        text = tokenizer.decode([token], skip_special_tokens=False)
-        pieces[token] = text if text and "\ufffd" not in text else spell(token) or ""
-    return pieces
+    """Token id -> its text (see `piece_of`), for the ids that occur."""
+    return {token: piece_of(tokenizer, token) for token in input_ids.unique().tolist()}

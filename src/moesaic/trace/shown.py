@@ -21,14 +21,14 @@ NOTES = {
         "imported": "The picks of {layers} come from the record of another program, not read at the experts.",
         "missing": ("Nothing is said of {layers}: the record has no data of it.",
                     "Nothing is said of {layers}: the record has no data of them."),
-        "all": "all layers", "comma": ", ", "more": " and {more} more",
+        "all": "all layers", "some": "{}", "comma": ", ", "more": " and {more} more",
     },
     "zh": {
-        "router": "{layers} 的选择取自路由器的输出，不是在专家处读到的。",
-        "derived": "{layers} 的选择是按规则由分数推导的，不是在专家处读到的。",
-        "imported": "{layers} 的选择来自其他程序的记录，不是在专家处读到的。",
+        "router": "{layers}的选择取自路由器的输出，不是在专家处读到的。",
+        "derived": "{layers}的选择是按规则由分数推导的，不是在专家处读到的。",
+        "imported": "{layers}的选择来自其他程序的记录，不是在专家处读到的。",
         "missing": ("对 {layers} 不作判断：记录中没有它的数据。", "对 {layers} 不作判断：记录中没有这些层的数据。"),
-        "all": "所有层", "comma": "、", "more": " 等 {n} 层",
+        "all": "所有层", "some": "{} ", "comma": "、", "more": " 等 {n} 层",
     },
 }  # fmt: skip
 CELL = "padding:2px 8px;text-align:right;vertical-align:top;white-space:nowrap"
@@ -78,7 +78,7 @@ def origin_notes(layers: Sequence[str], origins: Sequence[str], lang: str = "en"
     for origin in dict.fromkeys(origins):
         if origin != "experts":
             here = [layer for layer, its in zip(layers, origins, strict=True) if its == origin]
-            named = words["all"] if len(here) == len(layers) > 1 else listed(here, lang)
+            named = words["all"] if len(here) == len(layers) > 1 else words["some"].format(listed(here, lang))
             notes.append(words[origin].format(layers=named))
     return notes
 

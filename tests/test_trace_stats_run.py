@@ -439,7 +439,7 @@ def test_the_collapse_that_other_tools_miss_is_called_by_its_name(collapsed):
     assert run.status == run.layers[0].status == "collapsed"
     assert run.is_sick
     assert "layers.0 collapsed onto 4 of 16 experts (all load sits on e0 e1 e2 e3)" in run.verdict("en")
-    assert "layers.0 坍缩：16 个专家中只有 4 个在工作（全部负载落在 e0 e1 e2 e3 上）" in run.verdict("zh")
+    assert "layers.0：16 个专家中只有 4 个在工作（全部负载落在 e0 e1 e2 e3 上）" in run.verdict("zh")
     assert "about this text" in run.verdict("en")
     assert run.layers[0].dead == tuple(range(4, 16))
     assert run.layers[0].hot == (0, 1, 2, 3)
@@ -458,4 +458,4 @@ def test_a_trace_from_routings_without_scores_is_judged_too():
     ids = torch.arange(4).repeat(128, 1)
     trace = Trace.from_routings({"moe": Routing(None, torch.ones(128, 4), ids)}, v3(16, 4, 2, 4))
     assert stats(trace).verdict("en").startswith("The one layer is collapsed: moe collapsed onto 4 of 16 experts")
-    assert stats(trace).verdict("zh").startswith("仅有的一层坍缩：moe 坍缩：16 个专家中只有 4 个在工作")
+    assert stats(trace).verdict("zh").startswith("仅有的一层坍缩：moe：16 个专家中只有 4 个在工作")

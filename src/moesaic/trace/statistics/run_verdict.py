@@ -38,7 +38,7 @@ WORDS = {
         "sick": {"collapsed": "坍缩", "dead": "有专家从未被选中", "imbalanced": "不均衡"},
         "layers": ("{all} 层中有 {n} 层{what}：", "仅有的一层{what}："),
         "one": {},
-        "each": "{layer} {verdict}{experts}", "and": "；", "more": "；另有 {n} 层", "end": "。",
+        "each": "{layer}：{verdict}{experts}", "and": "；", "more": "；另有 {n} 层", "end": "。",
         "colon": "：",
         "sits": "（全部负载落在 {e} 上）", "carry": "（99% 的负载落在 {e} 上）", "are": "（{e}）",
         "chance": ("{all} 层中有 {n} 层在随机范围内", "仅有的一层在随机范围内", "：没有专家的份额偏离得超出随机。"),
@@ -119,7 +119,7 @@ def _sick(reports: Sequence["LayerReport"], status: str, count: int, names: dict
 def _detail(report: "LayerReport", lang: str) -> str:
     """The layer's verdict, less a status that the sentence has named already."""
     said = report.verdict(lang)
-    return said.split(words_of(WORDS, lang)["colon"], 1)[-1] if report.status == "imbalanced" else said
+    return said.partition(words_of(WORDS, lang)["colon"])[2] or said
 
 
 def _experts(report: "LayerReport", words: dict, most: int = 8) -> str:

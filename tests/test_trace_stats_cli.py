@@ -85,7 +85,7 @@ def test_a_collapse_is_exit_code_1_after_the_tables(saved, lang):
     path = saved(picks=picks)
     code, out, _ = run(path, "--lang", lang)
     assert code == 1
-    assert {"en": "collapsed onto 4 of 32 experts", "zh": "坍缩：32 个专家中只有 4 个在工作"}[lang] in out
+    assert {"en": "collapsed onto 4 of 32 experts", "zh": "1 层坍缩：layers.1：32 个专家中只有 4 个在工作"}[lang] in out
     code, out, _ = run(path, "--json")
     assert (code, json.loads(out)["status"]) == (1, "collapsed")
 

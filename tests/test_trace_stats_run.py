@@ -343,6 +343,7 @@ def test_picks_that_were_not_read_at_the_experts_are_said_wherever_the_verdict_i
     }[lang]
     assert run.verdict(lang).splitlines()[-1] == note
     assert run.to_dict()["verdict"][lang][-1] == note
+    assert run.to_dict()["notes"][lang] == [note]
     assert [layer["origin"] for layer in run.to_dict()["layers"]] == ["experts", "router"]
     assert note.replace("'", "&#x27;") in run._repr_html_()
     everywhere = stats(dataclasses.replace(trace, origins=("derived", "derived"))).verdict(lang)

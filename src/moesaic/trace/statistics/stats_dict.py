@@ -4,7 +4,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from moesaic.trace.chance.bands import HIGHER_IS_BETTER
-from moesaic.trace.shown import finite
+from moesaic.trace.shown import finite, missing_notes, origin_notes
 from moesaic.trace.statistics.measures import Measure, meaning
 
 if TYPE_CHECKING:
@@ -22,12 +22,20 @@ def as_dict(stats: "Stats") -> dict[str, Any]:
         "status": stats.status,
         "healthy": stats.is_healthy,
         "verdict": {"en": list(stats.verdict_en), "zh": list(stats.verdict_zh)},
+        "notes": {lang: _notes(stats, lang) for lang in ("en", "zh")},
         "missing": list(stats.missing),
         "placement": None if stats.placement is None else stats.placement.tolist(),
         "meanings": {name: {lang: meaning(name, lang) for lang in ("en", "zh")} for name in stats.values},
         "overall": overall(stats),
         "layers": [_layer(report) for report in stats.layers],
     }
+
+
+def _notes(stats: "Stats", lang: str) -> list[str]:
+    """What the verdict says of the record whatever its loads are."""
+    layers = [report.layer for report in stats.layers]
+    origins = [report.origin for report in stats.layers]
+    return missing_notes(stats.missing, lang) + origin_notes(layers, origins, lang)
 
 
 def overall(stats: "Stats") -> dict[str, dict[str, Any] | None]:

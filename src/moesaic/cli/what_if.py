@@ -40,13 +40,10 @@ def what_if(
     With nothing changed it proves that the recorded rule gives the recorded experts, exact ties apart.
     """
     check_lang(lang)
-    if no_bias and bias is not None:
-        raise ValueError("--no-bias and --bias are both given: use one of them")
+    _check_one_of("--no-bias", no_bias, "--bias", bias is not None)
+    _check_one_of("--nodes", nodes is not None, "--placement", placement is not None)
     dropped, deltas = numbers(drop), shifts(bias)
-    if nodes is not None and placement is not None:
-        raise ValueError("--nodes and --placement are both given: use one of them")
-    if out is not None:
-        _check_target(out, trace, force)
+    _check_target(out, trace, force)
     from rich.console import Console
 
     from moesaic.cli.provenance import provenance
@@ -82,8 +79,15 @@ def what_if(
     say_how_again(recorded, lang)
 
 
-def _check_target(out: Path, trace: Path, force: bool) -> None:
+def _check_one_of(first: str, has_first: bool, second: str, has_second: bool) -> None:
+    if has_first and has_second:
+        raise ValueError(f"{first} and {second} are both given: use one of them")
+
+
+def _check_target(out: Path | None, trace: Path, force: bool) -> None:
     """Refuse a file that cannot or should not be written, before any work."""
+    if out is None:
+        return
     if out.resolve() == trace.resolve():
         raise ValueError(f"--out {out} is the record itself: give another file")
     check_target(out)

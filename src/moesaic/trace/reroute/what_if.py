@@ -158,13 +158,7 @@ def what_if(
     the recorded rule is not the one of the trace and this refuses, unless `anyway`. Raises ValueError, in one line,
     too where a rule is not known, scores were not recorded, a token has an expert twice, or the settings cannot be met.
     """
-    if not len(trace):
-        raise ValueError("the trace has no tokens: there is nothing to route again")
-    check_distinct(trace)
-    for layer, config in enumerate(trace.configs):
-        if config.topk_method == "balanced":
-            raise ValueError(f"layer {trace.layers[layer]!r} deals experts out in turn: its scores decide nothing")
-        check_can_derive(trace, layer)
+    _check_can_ask(trace)
     placed = None
     if placement is not None or nodes is not None:
         placed = place_experts(trace.n_experts, nodes=nodes, placement=placement)
@@ -196,6 +190,17 @@ def what_if(
     changes = {name: value for name, value in asked.items() if value is not None}
     groups = settings.groups(trace.configs[0], configs[0])
     return WhatIf(trace, after, changes, flips, ties, strays, int(empties.sum()), lost, groups, placed)
+
+
+def _check_can_ask(trace: Trace) -> None:
+    """ValueError for a trace that no rule can route again."""
+    if not len(trace):
+        raise ValueError("the trace has no tokens: there is nothing to route again")
+    check_distinct(trace)
+    for layer, config in enumerate(trace.configs):
+        if config.topk_method == "balanced":
+            raise ValueError(f"layer {trace.layers[layer]!r} deals experts out in turn: its scores decide nothing")
+        check_can_derive(trace, layer)
 
 
 def _check(trace: Trace, layer: int, anyway: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:

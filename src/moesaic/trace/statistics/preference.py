@@ -56,11 +56,7 @@ def domain_preference(
     Raises ValueError where there is not one label a sequence or a token has an expert twice; Untestable where fewer
     than two domains have tokens, or so few sequences that no shuffle could be significant.
     """
-    names = trace.labels if labels is None else tuple(labels)
-    if names is None:
-        raise ValueError("no domain labels: give one label for each sequence")
-    if len(names) < trace.n_sequences:
-        raise ValueError(f"{len(names)} labels for {trace.n_sequences} sequences: give one label a sequence")
+    names = _labels_of(trace, labels)
     check_distinct(trace)
     if permutations < 1:
         raise ValueError(f"permutations={permutations} gives no p-value: use 1000, say")
@@ -75,7 +71,6 @@ def domain_preference(
         )
     label = np.array([domains.index(name) for name in names])
     _check_documents(label, len(domains))
-
     rng = np.random.default_rng(seed)
     shuffled = np.stack([label, *(rng.permutation(label) for _ in range(permutations))])
     member = (shuffled[:, None, :] == np.arange(len(domains))[:, None]).astype(np.float32)  # [P+1, domains, N]
@@ -120,6 +115,15 @@ def sequence_loads(trace: Trace, n_sequences: int) -> tuple[np.ndarray, np.ndarr
         here = np.bincount(cell.ravel(), minlength=n_sequences * (e + 1))
         counts[:, layer] = here.reshape(n_sequences, e + 1)[:, :e]  # the last column is the id E, "no expert"
     return counts.reshape(n_sequences, n_layers * e), np.bincount(sequence, minlength=n_sequences)
+
+
+def _labels_of(trace: Trace, labels: Sequence[str] | None) -> tuple[str, ...]:
+    names = trace.labels if labels is None else tuple(labels)
+    if names is None:
+        raise ValueError("no domain labels: give one label for each sequence")
+    if len(names) < trace.n_sequences:
+        raise ValueError(f"{len(names)} labels for {trace.n_sequences} sequences: give one label a sequence")
+    return names
 
 
 def _check_documents(label: np.ndarray, n_domains: int) -> None:

@@ -1,7 +1,8 @@
-"""`moesaic diff` and `moesaic what-if`: exit codes, JSON, mistakes."""
+"""`moesaic diff` and `moesaic what-if`: exit codes, JSON, mistakes; and what all commands about records share."""
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +10,10 @@ import typer
 from cases import v3
 from typer.testing import CliRunner
 
+from moesaic import __version__
 from moesaic.cli.diff import diff
+from moesaic.cli.stats import stats
+from moesaic.cli.steps import steps
 from moesaic.cli.what_if import what_if
 from moesaic.rules import route
 from moesaic.trace.file.reader import load
@@ -49,6 +53,7 @@ def save_traces() -> None:
     replace(save("near", noisy), logits=None, bias=None).save("bare_near.safetensors")
     replace(right, logits=None, bias=None).save("bare.safetensors")
     right.select(slice(0, 10)).save("short.safetensors")
+    Path("p.json").write_text("[0, 1]")
 
 
 @pytest.mark.parametrize(
@@ -105,7 +110,14 @@ def test_nobody_can_tell_is_2_within_the_limit_that_nobody_gave(run):
         (("what-if", "a.safetensors", "--drop", "3;7"), "--drop '3;7' is not understood: give experts such as 3,7"),
         (("what-if", "a.safetensors", "--bias", "3"), "--bias '3' is not understood"),
         (("what-if", "a.safetensors", "--bias", "3:1", "--no-bias"), "--no-bias and --bias are both given"),
+        (("what-if", "a.safetensors", "--bias", "1:1,2:1,1:2"), "--bias '1:1,2:1,1:2' names expert 1 twice"),
         (("what-if", "a.safetensors", "-o", "a.safetensors"), "--out a.safetensors is the record itself"),
+        (("what-if", "a.safetensors", "-o", "same.safetensors"), "exists already: give another file, or --force"),
+        (("what-if", "a.safetensors", "-o", "none/b.safetensors"), "--out none/b.safetensors: cannot be written"),
+        (("what-if", "a.safetensors", "-o", "."), "--out .: is a folder"),
+        (("what-if", "a.safetensors", "--nodes", "5"), "nodes=5 does not divide n_routed_experts=32"),
+        (("what-if", "a.safetensors", "--placement", "p.json"), "placement has shape [2], not [32]"),
+        (("what-if", "a.safetensors", "--nodes", "4", "--placement", "p.json"), "--nodes and --placement are both"),
         (("what-if", "rule.safetensors", "--k", "2"), "the recorded rule is not this one"),
     ],
 )
@@ -136,7 +148,64 @@ def test_what_if_as_json_and_forced(run):
     )
     assert found["changes"] == {"bias": {"3": 5.0, "4": -5.0}}
     assert found["reproduced"]
-    result = run("what-if", "rule.safetensors", "--k", "2", "--force", "--json")
+    result = run("what-if", "rule.safetensors", "--k", "2", "--anyway", "--json")
     assert not json.loads(result.stdout)["reproduced"]
     unchanged = run("what-if", "a.safetensors")
     assert "the recorded rule gives the recorded experts of all 600" in unchanged.output
+
+
+def test_a_file_is_replaced_where_that_is_asked_for_and_checked_before_the_work(run, monkeypatch):
+    before = load("same.safetensors").picks.clone()
+    with monkeypatch.context() as patched:
+        patched.setattr("moesaic.trace.reroute.what_if.what_if", lambda *_, **__: pytest.fail("worked first"))
+        for out in ("same.safetensors", "none/b.safetensors"):
+            assert isinstance(run("what-if", "a.safetensors", "--drop", "3", "-o", out).exception, ValueError)
+    assert torch.equal(load("same.safetensors").picks, before)
+    assert run("what-if", "a.safetensors", "--drop", "3", "-o", "same.safetensors", "--force").exit_code == 0
+    assert not (load("same.safetensors").picks == 3).any()
+
+
+def test_records_of_one_model_are_told_apart_by_their_files(run):
+    assert "a: a.safetensors   b: rule.safetensors" in run("diff", "a.safetensors", "rule.safetensors").output
+    found = json.loads(run("diff", "a.safetensors", "rule.safetensors", "--json").stdout)
+    assert (found["a"], found["b"]) == ("a.safetensors", "rule.safetensors")
+    replace(load("rule.safetensors"), model="another").save("other.safetensors")
+    assert "a: m   b: another" in run("diff", "a.safetensors", "other.safetensors").output
+
+
+def test_what_if_counts_nodes_where_they_are_given(run):
+    for options in (("--nodes", "4"), ("--placement", "four.json")):
+        Path("four.json").write_text(json.dumps([e // 8 for e in range(32)]))
+        found = json.loads(run("what-if", "a.safetensors", "--k", "2", *options, "--json").stdout)
+        assert found["placement"] == [e // 8 for e in range(32)]
+        assert found["layers"][0]["nodes"] == found["layers"][0]["groups"]  # the groups of this rule are the nodes
+
+
+def test_json_of_every_command_begins_with_the_same_keys(tmp_path, monkeypatch):
+    """Program, command, and each record with its file, config, seed and versions."""
+    monkeypatch.chdir(tmp_path)
+    save_traces()
+    app = typer.Typer()
+    for name, command in (("diff", diff), ("what-if", what_if), ("stats", stats), ("steps", steps)):
+        app.command(name=name)(command)
+    for args, files in (
+        (("diff", "a.safetensors", "same.safetensors"), ["a.safetensors", "same.safetensors"]),
+        (("what-if", "a.safetensors", "--k", "2"), ["a.safetensors"]),
+        (("stats", "a.safetensors", "--against", "same.safetensors"), ["a.safetensors", "same.safetensors"]),
+        (("steps", "--trace", "a.safetensors"), ["a.safetensors"]),
+        (("steps", "two words"), [None]),
+    ):
+        result = CliRunner().invoke(app, [*args, "--json"])
+        assert result.stderr == "", args
+        found = json.loads(result.stdout, parse_constant=pytest.fail)
+        assert list(found)[:4] == ["moesaic", "torch", "command", "records"]
+        assert (found["moesaic"], found["torch"]) == (__version__, torch.__version__)
+        assert [record["file"] for record in found["records"]] == files
+        for record in found["records"]:
+            assert set(record) == {
+                "file", "model", "config", "seed", "versions", "layers", "origins", "missing",
+            }  # fmt: skip
+        if files[0]:
+            assert found["records"][0]["config"] == CONFIG.digest()
+            assert found["records"][0]["seed"] == 3
+            assert {"moesaic", "torch"} <= found["records"][0]["versions"].keys()

@@ -43,7 +43,7 @@ def test_a_layer_whose_rule_is_not_known_says_so(capsys, tmp_path, lang):
     trace = replace(trace_of(), configs=(foreign,))
     out = shown(capsys, trace, tmp_path, lang=lang)
     assert {"en": "the rule of this layer is not known", "zh": "此层的路由规则未知"}[lang] in out.replace("\n", "")
-    assert {"en": "classic top-4: no data (", "zh": "经典 top-4: 没有数据 ("}[lang] in out
+    assert {"en": "classic top-4: no data (", "zh": "经典 top-4：没有数据（"}[lang] in out
     assert "sigmoid" not in out
 
 

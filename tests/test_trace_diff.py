@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -189,7 +190,7 @@ def test_a_rule_that_the_traces_name_is_named_in_the_reasons():
     other = replace(CONFIG, topk_group=3)
     found = diff(traced(logits, bias), traced(logits, bias * 0.5, other))
     reasons = [reason["en"] for reason in found.judgement.reasons]
-    assert "layer 0: topk_group 2 / 3" in reasons
+    assert "layers.0: topk_group 2 / 3" in reasons
     assert any(reason.startswith("correction biases differ by up to") for reason in reasons)
 
 
@@ -280,16 +281,14 @@ def test_weights_that_differ_for_some_tokens_are_told_by_layer():
     right = traced(logits_of(), biases_of())
     found = diff(right, with_weights(right, lambda w: w[0, :7].mul_(1.5)))
     (reason,) = found.judgement.reasons
-    assert reason["en"].startswith("the same experts everywhere, but 7 weights differ by more than rounding, in ")
-    assert right.layers[0] in reason["en"]
-    assert right.layers[1] not in reason["en"]
+    assert reason["en"].endswith("the weights of 7 tokens differ by more than rounding, in layers.0")
 
 
 def test_layers_without_data_leave_no_good_verdict():
     a = traced(logits_of(), biases_of())
-    found = diff(a, replace(a, missing=("layers.9\x1b[2J",)))
+    found = diff(a, replace(a, missing=("evil\x1b[2J",)))
     assert found.verdict == "cannot tell"
-    assert found.judgement.reasons[0]["en"] == r"1 layers of the model gave no data: layers.9\x1b[2J"
+    assert found.judgement.reasons[0]["en"] == r"1 layer of the model gave no data: evil\x1b[2J"
     wrong = with_weights(a, lambda w: w[1].mul_(2))
     assert diff(a, replace(wrong, missing=("x",))).verdict == "different rule"
 
@@ -395,3 +394,65 @@ def test_table_words_and_json_say_the_same(lang):
     assert [entry["flips"] for entry in about["layers"]] == found.flips.sum(1).tolist()
     with pytest.raises(ValueError, match="lang='fr' is unknown"):
         found.sentences("fr")
+
+
+def test_where_picks_were_not_read_at_the_experts_is_said_of_each():
+    a = traced(logits_of(), biases_of())
+    b = replace(a, origins=("router", "experts", "experts"))
+    found = diff(a, b)
+    note = "b: The picks of layers.0 were read at the router's output, not at the experts."
+    assert note in found.sentences()
+    assert "b：layers.0 的选择取自路由器的输出，不是在专家处读到的。" in found.sentences("zh")
+    assert found.to_dict()["notes"]["en"][0] == note
+    assert found.to_dict()["layers"][0]["origins"] == ("experts", "router")
+
+
+def test_tokens_that_could_not_be_checked_are_said():
+    a = traced(logits_of(), biases_of())
+    ids = torch.arange(len(a))
+    unchecked = "Not both records hold token ids, so whether the tokens are the same could not be checked."
+    for b, checked in ((a, False), (replace(a, input_ids=ids), True)):
+        found = diff(replace(b), replace(a, input_ids=ids))
+        assert (found.checked, found.to_dict()["tokens_checked"]) == (checked, checked)
+        assert (unchecked not in found.sentences()) == checked
+    assert "无法核对 token 是否相同" in diff(a, a).sentences("zh")[-1]
+
+
+def test_a_layer_that_both_have_no_experts_of_is_no_proof_of_likeness():
+    a = traced(logits_of(), biases_of())
+    picks = a.picks.clone()
+    picks[1] = a.n_experts
+    found = diff(replace(a, picks=picks), replace(a, picks=picks))
+    assert found.verdict == "cannot tell"
+    assert found.missing == (a.layers[1],)
+    assert found.sentences()[1] == "1 layer of the model gave no data: layers.1"
+
+
+def test_the_weight_of_a_slot_without_an_expert_means_nothing():
+    a = traced(logits_of(), biases_of())
+    picks, weights = a.picks.clone(), a.weights.clone()
+    picks[0, :, -1] = a.n_experts
+    weights[0, :, -1] = 7.0
+    found = diff(replace(a, picks=picks), replace(a, picks=picks, weights=weights))
+    assert found.verdict == "identical"
+    assert float(found.weight_differences.max()) == 0.0
+
+
+def test_a_diff_in_the_console_is_its_sentences_and_in_a_notebook_a_table():
+    a = replace(traced(logits_of(), biases_of()), model="<script>x</script>")
+    found = diff(a, a)
+    assert repr(found).startswith("identical: the same experts everywhere\n")
+    assert repr(found).endswith("(more: .by_layer(), .flips, .to_dict(), .sentences('zh'))")
+    assert len(repr(found)) < 400
+    html = diff(replace(a, layers=("<img src=x>", "y\u202e", "z")), a)._repr_html_()
+    assert "identical: the same experts everywhere" in html
+    assert "一致：处处选择相同的专家" in html
+    assert "&lt;script&gt;" in html
+    assert "&lt;img" in html
+    assert not re.search(r"<script|<img|\u202e", html)
+
+
+def test_whoever_waits_hears_of_every_layer():
+    heard, a = [], traced(logits_of(), biases_of())
+    diff(a, a, done=heard.append)
+    assert heard == [1] * a.n_layers

@@ -125,7 +125,7 @@ def test_what_cannot_be_tested_is_refused():
     trace = made(1, 4, 5)
     with pytest.raises(ValueError, match="3 labels for 4 sequences: give one label a sequence"):
         domain_preference(trace, ["a", "b", "a"])
-    with pytest.raises(ValueError, match="1 domains with tokens: a preference needs at least two"):
+    with pytest.raises(ValueError, match="1 domain with tokens: a preference needs at least two"):
         domain_preference(trace, ["a"] * 4)
     with pytest.raises(ValueError, match="4 sequences in 2 domains can be labelled in 6 ways only, so that no pref"):
         domain_preference(trace, ["a", "a", "b", "b"])

@@ -149,8 +149,8 @@ def test_preferences_are_listed_by_layer_and_domain(lang):
     text = shown(preference_table(found, trace.layers, lang), 80)
     assert f"e7:{found.lift[0, 7]:.1f}x" in text
     assert "[c]" in text  # and not taken for markup
-    assert "0  layers.0" in text
-    assert "1  layers.1" in text
+    assert "layers.0" in text
+    assert "layers.1" in text
     assert WORDS[lang]["none"] in text
     assert "1000" in text
 

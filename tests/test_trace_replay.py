@@ -463,6 +463,37 @@ def test_on_a_gpu_an_unchanged_model_gives_the_recorded_logits_too(family):
             assert torch.equal(recorded(layer, {"x": x})[1].picks, own.picks)
 
 
+class Quiet(torch.nn.Module):
+    """Keeps what the model inside gives and returns nothing; `fails` after the model inside has run."""
+
+    def __init__(self, inner) -> None:
+        super().__init__()
+        self.inner, self.fails, self.kept = inner, False, None
+
+    def forward(self, input_ids) -> None:
+        self.kept = self.inner(input_ids=input_ids).logits
+        if self.fails:
+            raise RuntimeError("after the model")
+
+
+def test_a_forward_that_returns_nothing_has_not_failed_and_one_that_raises_late_has():
+    quiet, ids = Quiet(tiny("mixtral")), token_ids()
+    expected, trace = recorded(quiet.inner, {"input_ids": ids}, {"input_ids": ids.flip(-1)})
+    trace = replace(trace, layers=tuple(f"inner.{name}" for name in trace.layers))
+    with replay(quiet, trace) as replayer, torch.no_grad():
+        quiet(ids)
+        assert torch.equal(quiet.kept, expected[0])
+        assert replayer.tokens == ids.numel()
+        quiet.fails = True
+        with pytest.raises(RuntimeError, match="after the model"):
+            quiet(ids.flip(-1))
+        assert replayer.tokens == ids.numel()
+        quiet.fails = False
+        quiet(ids.flip(-1))
+        assert torch.equal(quiet.kept, expected[1])
+        assert replayer.tokens == 2 * ids.numel()
+
+
 def test_a_record_that_does_not_tell_texts_apart_is_read_in_its_order():
     model, ids = tiny("mixtral"), token_ids()
     (expected,), trace = recorded(model, {"input_ids": ids})

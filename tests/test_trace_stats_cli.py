@@ -1,6 +1,7 @@
 """`moesaic stats`: what it prints, where, and with which exit code."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -84,7 +85,7 @@ def test_a_collapse_is_exit_code_1_after_the_tables(saved, lang):
     path = saved(picks=picks)
     code, out, _ = run(path, "--lang", lang)
     assert code == 1
-    assert {"en": "collapsed onto 4 of 32 experts", "zh": "坍缩：32 个专家中只有 4 个在工作"}[lang] in out
+    assert {"en": "collapsed onto 4 of 32 experts", "zh": "1 层坍缩：layers.1：32 个专家中只有 4 个在工作"}[lang] in out
     code, out, _ = run(path, "--json")
     assert (code, json.loads(out)["status"]) == (1, "collapsed")
 
@@ -104,6 +105,9 @@ def test_what_cannot_be_judged_is_exit_code_2_and_said(saved, kind):
     assert code == 2
     assert err.startswith("not every layer could be judged: ")
     assert "\n" not in err
+    chinese = run(path, "--lang", "zh")[2]
+    assert chinese.startswith("并非每一层都能判断：")
+    assert not re.search(r"[A-Za-z]{3,} [a-z]{3,}", chinese)  # no English sentence in it
     words = {"no tokens": "no layer has data", "too few": "too few tokens", "missing": "layers.7"}
     assert words.get(kind, "layers.1") in out
     code, out, err = run(path, "--json")
@@ -130,7 +134,11 @@ def test_placements_and_other_traces(saved, tmp_path):
     assert "The same tokens in" in out
     other = saved("other.safetensors", input_ids=torch.arange(600) + 1)
     code, _, err = run(path, "--against", other)
-    assert (code, err) == (2, "token 0 has ids 0 and 1: the texts differ, record both with the same")
+    assert (code, err) == (
+        2,
+        "the traces are not of the same tokens: token 0 is id 0 in one and 1 in the other: record both with the same "
+        "text",
+    )
     unchecked = saved("unchecked.safetensors", input_ids=None)
     assert "could not be checked" in " ".join(run(path, "--against", unchecked)[1].split())
 
@@ -164,3 +172,24 @@ def test_domains_that_cannot_be_tested_are_said(saved):
     code, out, _ = run(saved(**few))
     assert code == 0
     assert "Domains are not tested: 4 sequences in 2 domains can be labelled in 6 ways only" in " ".join(out.split())
+    out = run(saved(**few), "--lang", "zh")[1]
+    assert "未检验领域偏好：4 个序列分属 2 个领域，只有 6 种贴标签的方式" in "".join(out.splitlines())
+    assert json.loads(run(saved(**few), "--json")[1])["domains"]["not_tested"]["en"].startswith("4 sequences in 2")
+
+
+def test_one_document_is_one_document(saved):
+    out = run(saved(sequences=torch.zeros(600, dtype=torch.int64), labels=("a",)))[1]
+    assert "2 MoE layers, 600 tokens of 1 document, top 4 of 32 experts" in out
+
+
+def test_what_is_not_known_of_the_other_record_is_said(saved):
+    other = saved("other.safetensors", missing=("model.layers.7.mlp",), origins=("router", "experts"))
+    for lang, words in (
+        ("en", "second record: Nothing is said of layers.7"),
+        ("zh", "第二份记录：对 layers.7 不作判断"),
+    ):
+        out = run(saved(), "--against", other, "--lang", lang)[1]
+        assert words in " ".join(out.split())
+    found = json.loads(run(saved(), "--against", other, "--json")[1])
+    assert found["against"]["missing"] == ["model.layers.7.mlp"]
+    assert found["records"][1]["origins"] == ["router", "experts"]

@@ -12,9 +12,13 @@ from rich.console import Console
 
 from moesaic import rules
 from moesaic.trace.chance.documents import Documents
+from moesaic.trace.compare.diff import diff
+from moesaic.trace.reroute.what_if import what_if
 from moesaic.trace.statistics import coselection as coselection_module
 from moesaic.trace.statistics.coselection import coselection, count_pairs, pair_rates
+from moesaic.trace.statistics.preference import domain_preference
 from moesaic.trace.statistics.stability import set_agreement, stability
+from moesaic.trace.statistics.stats import stats
 from moesaic.trace.statistics.tables import coselection_table, stability_table
 from moesaic.trace.store import Trace
 
@@ -171,7 +175,7 @@ def test_a_moved_checkpoint_agrees_in_part():
     read = json.loads(json.dumps(found.to_dict(), allow_nan=False))
     assert read["layers"][0]["jaccard"]["value"] == pytest.approx(np.mean(expected))
     for lang in ("en", "zh"):
-        assert "0 layers.0" in shown(stability_table(found, lang))
+        assert "layers.0" in shown(stability_table(found, lang))
 
 
 def test_a_layer_without_data_has_no_agreement():
@@ -185,17 +189,54 @@ def test_a_layer_without_data_has_no_agreement():
 
 def test_traces_of_other_tokens_are_refused_with_the_reason():
     ids = torch.arange(60)
-    a = traced(random_picks(CONFIG, 2, 60), input_ids=ids)
+    a = traced(random_picks(CONFIG, 2, 60), input_ids=ids, documents=3)
     other = ids.clone()
     other[7] = 99
     for b, message in (
-        (traced(random_picks(CONFIG, 2, 61)), "the traces have 60 and 61 tokens"),
-        (traced(random_picks(CONFIG, 1, 60)), "the traces have 2 and 1 layers"),
-        (traced(random_picks(v3(16, 4, 2, 4), 2, 60), v3(16, 4, 2, 4)), "the traces have 32 and 16 experts"),
-        (dataclasses.replace(a, input_ids=other), "token 7 has ids 7 and 99: the texts differ"),
-        (dataclasses.replace(a, sequences=ids // 30), "split their tokens into documents differently"),
-        (dataclasses.replace(a, layers=("x\x1b[0m", "y")), r"layers 'model.layers.0.mlp' and 'x\\\\x1b\[0m' in one"),
+        (traced(random_picks(CONFIG, 2, 61)), "60 tokens in one and 61 in the other"),
+        (traced(random_picks(CONFIG, 1, 60)), "2 MoE layers in one and 1 in the other"),
+        (traced(random_picks(v3(16, 4, 2, 4), 2, 60), v3(16, 4, 2, 4)), "32 experts in one and 16 in the other"),
+        (dataclasses.replace(a, input_ids=other), "token 7 is id 7 in one and 99 in the other"),
+        (dataclasses.replace(a, sequences=ids // 30), "their sequences are of other lengths, from token 20 on"),
+        (dataclasses.replace(a, layers=("x\x1b.layers.4", "y")), r"the other has 'x\\\\x1b.layers.4'"),
     ):
         with pytest.raises(ValueError, match=message):
             stability(a, b)
     assert stability(a, dataclasses.replace(a, picks=a.picks.roll(1, 1))).checked is True
+
+
+def test_what_is_not_known_of_the_two_records_is_said():
+    a = traced(random_picks(CONFIG, 2, 60), origins=("experts", "imported"))
+    b = dataclasses.replace(a, origins=("router", "router"), missing=("model.layers.7.mlp",))
+    found = stability(a, b)
+    assert found.notes() == [
+        "first record: The picks of layers.1 come from the record of another program, not read at the experts.",
+        "second record: The picks of all layers were read at the router's output, not at the experts.",
+        "second record: Nothing is said of layers.7: the record has no data of it.",
+        "Not both records hold token ids, so whether the tokens are the same could not be checked.",
+    ]
+    assert found.notes("zh")[2] == "第二份记录：对 layers.7 不作判断：记录中没有它的数据。"
+    assert found.to_dict()["missing"] == ["model.layers.7.mlp"]
+    assert found.to_dict()["notes"]["en"] == found.notes()
+    for lang in ("en", "zh"):
+        text = " ".join(shown(stability_table(found, lang)).split())
+        assert all(" ".join(note.split()) in text for note in found.notes(lang))
+    with pytest.raises(ValueError, match="lang='fr' is unknown"):
+        found.notes("fr")
+    assert repr(found).startswith("the same experts for 100.0% to 100.0% of 60 tokens, by layer\n")
+    assert len(repr(found)) < 700
+
+
+def test_a_token_with_an_expert_twice_is_refused_everywhere_by_name():
+    trace = traced(random_picks(CONFIG, 2, 60))
+    picks = trace.picks.clone()
+    picks[1, 7] = torch.tensor([4, 9, 2, 9])
+    twice = dataclasses.replace(trace, picks=picks, labels=("a",))
+    message = "token 7 of layers.1 has expert e9 twice, which no top-k gives: correct the picks"
+    for ask in (
+        stats, coselection, domain_preference, what_if, lambda it: stability(trace, it), lambda it: diff(it, trace),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            ask(twice)
+    picks[1, 7] = torch.tensor([32, 9, 32, 2])  # the id E may stand in several slots
+    stats(dataclasses.replace(trace, picks=picks))

@@ -228,7 +228,7 @@ def test_layers_without_data_and_missing_layers_are_said():
     run = stats(trace)
     assert (run.status, run.is_healthy, run.is_sick) == ("partly", False, False)
     assert "2 of 4 layers without data, so nothing is said of them: layers.9, layers.7" in run.verdict("en")
-    assert "4 层中有 2 层没有数据，对它们不作判断：layers.9, layers.7" in run.verdict("zh")
+    assert "4 层中有 2 层没有数据，对其不作判断：layers.9、layers.7" in run.verdict("zh")
     for text in (shown(stats_tables(run, "en")), shown(stats_tables(run, "zh")), run._repr_html_(), run.verdict()):
         assert "layers.9" in text
         assert "\x1b" not in text
@@ -333,6 +333,76 @@ def test_every_measure_has_a_meaning_in_both_languages():
     assert all(set(words) == {"en", "zh"} for words in MEANINGS.values())
 
 
+@pytest.mark.parametrize("lang", ["en", "zh"])
+def test_picks_that_were_not_read_at_the_experts_are_said_wherever_the_verdict_is(lang):
+    trace = dataclasses.replace(scored(n_tokens=400), origins=("experts", "router"))
+    run = stats(trace)
+    note = {
+        "en": "The picks of layers.1 were read at the router's output, not at the experts.",
+        "zh": "layers.1 的选择取自路由器的输出，不是在专家处读到的。",
+    }[lang]
+    assert run.verdict(lang).splitlines()[-1] == note
+    assert run.to_dict()["verdict"][lang][-1] == note
+    assert run.to_dict()["notes"][lang] == [note]
+    assert [layer["origin"] for layer in run.to_dict()["layers"]] == ["experts", "router"]
+    assert note.replace("'", "&#x27;") in run._repr_html_()
+    everywhere = stats(dataclasses.replace(trace, origins=("derived", "derived"))).verdict(lang)
+    assert {"en": "The picks of all layers were derived from scores", "zh": "所有层的选择是按规则"}[lang] in everywhere
+    assert "picks" not in stats(scored(n_tokens=400)).verdict()
+
+
+def test_a_run_in_the_console_is_its_verdict_and_a_hint():
+    run = stats(scored(n_tokens=400))
+    assert repr(run) == run.verdict() + "\n(more: .layers, .values, .load, .to_dict(), .verdict('zh'))"
+    assert repr(run.layers[0]) == "LayerReport(layers.0: within chance; see .load, .measures, .hot, .starved, .dead)"
+
+
+def test_a_language_without_words_is_refused():
+    run = stats(scored(n_tokens=400))
+    for ask in (run.verdict, run.layers[0].verdict, lambda lang: meaning("cv", lang)):
+        with pytest.raises(ValueError, match="lang='fr' is unknown: use 'zh' or 'en'"):
+            ask("fr")
+
+
+@pytest.mark.parametrize(("n_tokens", "en", "zh"), [
+    (400, "The one layer is within chance: no expert", "仅有的一层在随机范围内："),
+    (20, "The one layer has too few tokens to judge (it takes 8",
+     "仅有的一层 token 太少，无法判断（平均每个专家需要 8 次分配"),
+])  # fmt: skip
+def test_a_single_layer_is_spoken_of_in_the_singular(n_tokens, en, zh):
+    trace = scored(n_tokens=n_tokens)
+    one = dataclasses.replace(
+        trace,
+        picks=trace.picks[:1], weights=None, logits=None, bias=None, layers=trace.layers[:1],
+        configs=trace.configs[:1], origins=("experts",),
+    )  # fmt: skip
+    assert stats(one).verdict("en").startswith(en)
+    assert stats(one).verdict("zh").startswith(zh)
+
+
+def test_layers_of_one_short_name_are_told_apart():
+    run = stats(dataclasses.replace(scored(n_tokens=400), layers=("encoder.block.1.mlp", "decoder.block.1.mlp")))
+    for text in (shown(stats_tables(run)), run._repr_html_()):
+        assert "encoder.block.1.mlp" in text
+        assert "decoder.block.1.mlp" in text
+
+
+def test_one_capacity_factor_is_as_good_as_a_list_of_one():
+    trace = scored(n_tokens=400)
+    one, many = stats(trace, capacity=1.5), stats(trace, capacity=[1.5])
+    assert one.values["dropped_at_1.5"].tolist() == many.values["dropped_at_1.5"].tolist()
+    assert [name for name in one.values if name.startswith("dropped")] == ["dropped_at_1.5"]
+    assert "dropped_at_2" in stats(trace, capacity=2).values
+    with pytest.raises(ValueError, match=r"^capacity=-1.0 must be a positive number"):
+        stats(trace, capacity=-1.0)
+
+
+def test_whoever_waits_hears_of_every_layer():
+    heard = []
+    stats(scored(n_tokens=50), done=heard.append)
+    assert heard == [1, 1]
+
+
 def test_the_dictionary_is_strict_json_and_complete():
     run = stats(scored(n_tokens=400, documents=40), nodes=4)
     read = json.loads(json.dumps(run.to_dict(), allow_nan=False))
@@ -370,7 +440,7 @@ def test_the_collapse_that_other_tools_miss_is_called_by_its_name(collapsed):
     assert run.status == run.layers[0].status == "collapsed"
     assert run.is_sick
     assert "layers.0 collapsed onto 4 of 16 experts (all load sits on e0 e1 e2 e3)" in run.verdict("en")
-    assert "layers.0 坍缩：16 个专家中只有 4 个在工作（全部负载落在 e0 e1 e2 e3 上）" in run.verdict("zh")
+    assert "layers.0：16 个专家中只有 4 个在工作（全部负载落在 e0 e1 e2 e3 上）" in run.verdict("zh")
     assert "about this text" in run.verdict("en")
     assert run.layers[0].dead == tuple(range(4, 16))
     assert run.layers[0].hot == (0, 1, 2, 3)
@@ -389,4 +459,4 @@ def test_a_trace_from_routings_without_scores_is_judged_too():
     ids = torch.arange(4).repeat(128, 1)
     trace = Trace.from_routings({"moe": Routing(None, torch.ones(128, 4), ids)}, v3(16, 4, 2, 4))
     assert stats(trace).verdict("en").startswith("The one layer is collapsed: moe collapsed onto 4 of 16 experts")
-    assert stats(trace).verdict("zh").startswith("仅有的一层坍缩：moe 坍缩：16 个专家中只有 4 个在工作")
+    assert stats(trace).verdict("zh").startswith("仅有的一层坍缩：moe：16 个专家中只有 4 个在工作")

@@ -5,6 +5,8 @@ import torch
 from cases import GRID, configs, v3
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
+from traces import made
 
 from moesaic import rules
 from moesaic.config import MoEConfig
@@ -12,6 +14,7 @@ from moesaic.layer.router import Router
 from moesaic.rules import route
 from moesaic.trace.rule.derive import check_layer
 from moesaic.trace.rule.steps import STAGES, steps, steps_of_routing, versus_topk
+from moesaic.trace.rule.steps_table import steps_as_dict, steps_table
 from moesaic.trace.store import Trace
 from moesaic.types import Routing
 
@@ -322,3 +325,33 @@ def test_a_dtype_that_torch_does_not_have_is_refused():
     trace = replace(traced(v3(16, 4, 2, 4)), dtypes={"logits": "load", "weights": "float32"})
     with pytest.raises(ValueError, match="dtype 'load' is not one of torch"):
         steps(trace)
+
+
+def test_the_steps_of_a_token_say_whose_they_are_and_where_its_picks_were_read():
+    trace = made(v3(16, 4, 2, 4), origins=("experts", "router"))
+    at_experts, at_router = steps(trace, 0, 3), steps(trace, 1, -1)
+    assert (at_experts.layer, at_experts.token, at_experts.notes()) == ("layers.0", 3, [])
+    assert (at_router.layer, at_router.token) == ("layers.1", 11)
+    note = "The picks of layers.1 were read at the router's output, not at the experts."
+    assert at_router.notes() == [note]
+    assert note in repr(at_router)
+    assert steps_as_dict(at_router)["notes"]["en"] == [note]
+    for lang in ("en", "zh"):
+        console = Console(width=200, no_color=True)
+        with console.capture() as capture:
+            console.print(steps_table(at_router, lang))
+        assert at_router.notes(lang)[0] in capture.get()
+
+
+def test_steps_in_the_console_are_short_and_in_a_notebook_a_table():
+    of_token = steps(replace(made(v3(16, 4, 2, 4)), layers=("<img src=x>", "y")), 0, 3)
+    experts = " ".join(f"e{e}" for e in of_token[11].value.tolist())
+    assert repr(of_token).splitlines()[0] == f"token 3 of <img src=x>: {experts} of 16 experts"
+    assert repr(of_token[11]) == "Step(12 pick experts: topk(masked, 4), shape [12, 4])"
+    html = of_token._repr_html_()
+    assert html.count("<tr>") == 2 * 16
+    assert "应用掩码" in html
+    assert "apply mask" in html
+    assert "classic top-4" in html
+    assert "&lt;img" in html
+    assert "<img" not in html

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from dataclasses import replace
 
 import pytest
@@ -166,7 +167,7 @@ def test_the_old_mask_does_not_bring_dropped_experts_back():
         ({"bias": torch.zeros(4)}, r"bias has shape \[4\]: give \[E\] = \[16\] or \[L, E\] = \[2, 16\]"),
         ({"bias": torch.full((16,), torch.nan)}, "bias holds NaN"),
         ({"bias": True}, "bias=True is not understood"),
-        ({"placement": [0, 1]}, "placement must give a node, from 0, to each of the 16 experts"),
+        ({"placement": [0, 1]}, r"placement has shape \[2\], not \[16\]: give the node of every expert"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_met_is_refused_in_one_line(asked, message):
@@ -179,7 +180,7 @@ def test_a_record_of_another_rule_is_refused_unless_forced():
     trace = replace(traced(), configs=(replace(CONFIG, topk_group=1),) * 2)
     with pytest.raises(ValueError, match=r"do not give the recorded picks of .* the recorded rule is not this one"):
         what_if(trace, k=2)
-    found = what_if(trace, k=2, force=True)
+    found = what_if(trace, k=2, anyway=True)
     assert found.astray.tolist() != [0, 0]
     assert not found.to_dict()["reproduced"]
     assert found.sentences()[1].startswith("careful: the recorded rule does not give the recorded experts")
@@ -238,7 +239,7 @@ def test_groups_can_be_given_to_a_model_that_has_none_and_experts_dropped_from_i
     assert found.trace.configs[0].topk_method == "group_limited_greedy"
     groups = [len({e // 4 for e in row}) for row in found.trace.picks[0].tolist()]
     assert max(groups) <= 2
-    assert found.by_layer()[0]["nodes"][1] == pytest.approx(sum(groups) / len(groups))
+    assert found.by_layer()[0]["groups"][1] == pytest.approx(sum(groups) / len(groups))
     found = what_if(trace, drop_experts=[7])
     best = torch.stack([z.index_fill(-1, torch.tensor([7]), -torch.inf).topk(4).indices for z in trace.logits])
     assert torch.equal(found.trace.picks.long().sort(-1).values, best.sort(-1).values)
@@ -316,3 +317,56 @@ def test_table_words_and_json_say_the_same(lang):
     assert [row["flipped"] for row in about["layers"]] == found.flipped.sum(1).tolist()
     with pytest.raises(ValueError, match="lang='fr' is unknown"):
         found.sentences("fr")
+
+
+def test_layers_without_data_and_picks_from_elsewhere_are_said():
+    trace = replace(traced(), missing=("model.layers.7.mlp",), origins=("router", "experts"))
+    picks = trace.picks.clone()
+    picks[1] = 16
+    found = what_if(replace(trace, picks=picks), k=2)
+    assert found.sentences()[-2:] == [
+        "Nothing is said of layers.1, layers.7: the record has no data of them.",
+        "The picks of layers.0 were read at the router's output, not at the experts.",
+    ]
+    assert found.sentences("zh")[-2] == "对 layers.1、layers.7 不作判断：记录中没有这些层的数据。"
+    assert found.to_dict()["missing"] == ["model.layers.1.mlp", "model.layers.7.mlp"]
+    assert found.to_dict()["notes"]["en"] == found.sentences()[-2:]
+    assert [row["origin"] for row in found.by_layer()] == ["router", "experts"]
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"placement": [10**12] * 16}, "placement has nodes 1000000000000 to 1000000000000: number them from 0"),
+        ({"placement": [-1] * 16}, "placement has nodes -1 to -1"),
+        ({"placement": [0.5] * 16}, "placement holds float64, not whole numbers"),
+        ({"nodes": 5}, "nodes=5 does not divide n_routed_experts=16"),
+        ({"nodes": 4, "placement": [0] * 16}, "nodes and placement are both given"),
+    ],
+)  # fmt: skip
+def test_a_placement_is_checked_as_in_stats(asked, message):
+    with pytest.raises(ValueError, match=message):
+        what_if(traced(), **asked)
+
+
+def test_groups_and_nodes_are_two_columns_each_with_its_name():
+    without, with_nodes = what_if(traced(), k=2), what_if(traced(), k=2, nodes=8)
+    for lang, names in (("en", ("groups", "nodes")), ("zh", ("组数", "节点数"))):
+        texts = [" ".join(found.sentences(lang)) for found in (without, with_nodes)]
+        assert [name in texts[0] for name in names] == [True, False]
+        assert [name in texts[1] for name in names] == [True, True]
+    assert without.by_layer()[0]["nodes"] is None
+    for side, trace in enumerate((with_nodes.before, with_nodes.trace)):
+        expected = sum(len({e // 2 for e in row}) for row in trace.picks[0].tolist()) / len(trace)
+        assert with_nodes.by_layer()[0]["nodes"][side] == pytest.approx(expected)
+
+
+def test_a_question_in_the_console_is_its_sentences_and_in_a_notebook_a_table():
+    found = what_if(replace(traced(), model="<script>x</script>", layers=("<img src=x>", "y\u202e")), k=2)
+    assert repr(found).startswith("what if: k = 2\n")
+    assert len(repr(found)) < 700
+    html = found._repr_html_()
+    assert "what if: k = 2" in html
+    assert "假如：k = 2" in html
+    assert "&lt;img" in html
+    assert not re.search(r"<script|<img|\u202e", html)

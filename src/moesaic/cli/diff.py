@@ -1,6 +1,8 @@
 """`moesaic diff`: where two records of the same tokens route differently, and why."""
 
 import math
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,10 +16,10 @@ if TYPE_CHECKING:
 LIMIT = 0.005  # of all (layer, token) pairs may flip by rounding: bfloat16 flips about 1 % of them in a tiny model
 WORDS = {
     "en": {
-        "working": "Comparing...",
+        "working": "Comparing layers",
         "above": "above the limit: {share:.2%} of the experts' sets differ and --max-flip allows {limit:.2%}",
     },
-    "zh": {"working": "正在比较……", "above": "超出限度：{share:.2%} 的选择不同，--max-flip 允许 {limit:.2%}"},
+    "zh": {"working": "正在逐层比较", "above": "超出限度：{share:.2%} 的选择不同，--max-flip 允许 {limit:.2%}"},
 }
 
 
@@ -32,7 +34,7 @@ def diff(
         str | None, typer.Option(help="Coarser dtype of the two models, such as bfloat16; read from the records.")
     ] = None,
     lang: Annotated[str, typer.Option(help="en or zh.")] = "en",
-    json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Compare the experts in two records of the same tokens: two engines, precisions or checkpoints.
 
@@ -44,21 +46,26 @@ def diff(
     limit = LIMIT if max_flip is None else share_of(max_flip)
     from rich.console import Console
 
+    from moesaic.cli.provenance import provenance
+    from moesaic.cli.trace import progress
     from moesaic.trace.compare.diff import diff as compare
     from moesaic.trace.compare.diff_table import diff_table
     from moesaic.trace.file.reader import load
 
-    with Console(stderr=True).status(WORDS[lang]["working"]):
-        trace = load(a)
-        found = compare(trace, load(b), precision=precision)
+    one, two = load(a), load(b)
+    bar = nullcontext() if json else progress(WORDS[lang]["working"], one.n_layers)
+    with bar as done:
+        found = compare(one, two, precision=precision, done=done)
+    if found.a == found.b:  # two records of one model are told apart by their files
+        found = replace(found, a=str(a), b=str(b))
     code = exit_code(found, limit, given=max_flip is not None)
     if json:
-        print_json(found.to_dict() | {"max_flip": limit, "exit_code": code})
+        print_json(provenance((a, one), (b, two)) | found.to_dict() | {"max_flip": limit, "exit_code": code})
     else:
         Console().print(diff_table(found, lang))
         if found.share > limit:
             print(WORDS[lang]["above"].format(share=found.share, limit=limit))
-        say_how_again(trace, lang)
+        say_how_again(one, lang)
     if code:
         raise typer.Exit(code)
 

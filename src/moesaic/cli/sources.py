@@ -11,6 +11,7 @@ from torch import Tensor
 from moesaic.hf.modules import moe_layers
 from moesaic.trace.file.limits import MOST_TEXT
 from moesaic.trace.recording.record import record
+from moesaic.trace.shown import piece_of
 from moesaic.trace.store import Trace
 
 WINDOW = 128  # tokens routed as one sequence
@@ -135,12 +136,6 @@ def tokens_of(tokenizer: Any, texts: Sequence[Document], window: int = WINDOW) -
         None if offsets is None else torch.tensor(offsets, dtype=torch.int64),
         {number: piece_of(tokenizer, number)[:MOST_TEXT] for number in sorted({i for row in rows for i in row})},
     )
-
-
-def piece_of(tokenizer: Any, number: int) -> str:
-    """The text of a token, or the tokenizer's own name for it where it is only part of a character. Raw: data."""
-    piece = tokenizer.decode([number])
-    return str(tokenizer.convert_ids_to_tokens(number)) if "\ufffd" in piece else piece
 
 
 def record_documents(

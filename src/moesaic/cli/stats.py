@@ -1,5 +1,6 @@
 """`moesaic stats`: the balance of a recorded run beside chance, and a verdict."""
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,21 +13,21 @@ if TYPE_CHECKING:
 
 WORDS = {
     "en": {
-        "about": "{model}: {layers} MoE layers, {tokens:,} tokens of {documents:,} documents, top {k} of {e} experts",
+        "about": "{model}: {layers}, {tokens} of {documents}, top {k} of {e} experts",
         "prefer": "Which experts prefer which domain?",
         "pairs": "Which experts are chosen together?",
         "against": "The same tokens in {other}:",
-        "checked": "Not both records hold token ids, so whether the tokens are the same could not be checked.",
-        "counting": "Counting...",
+        "counting": "Judging layers",
+        "unjudged": "not every layer could be judged: ",
         "no_test": "Domains are not tested: {why}.",
     },
     "zh": {
-        "about": "{model}：{layers} 个 MoE 层，{documents:,} 个文档共 {tokens:,} 个 token，选 {k}/{e} 个专家",
+        "about": "{model}：{layers:,} 个 MoE 层，{documents:,} 个文档共 {tokens:,} 个 token，从 {e} 个专家中选 {k} 个",
         "prefer": "哪些专家偏好哪个领域？",
         "pairs": "哪些专家常被同时选中？",
         "against": "同样的 token 在 {other} 中：",
-        "checked": "两份记录没有都存 token 编号，无法核对 token 是否相同。",
-        "counting": "正在统计……",
+        "counting": "正在逐层判断",
+        "unjudged": "并非每一层都能判断：",
         "no_test": "未检验领域偏好：{why}。",
     },
 }
@@ -48,7 +49,7 @@ def stats(
     alpha: Annotated[float, typer.Option(help="Chance of any false alarm in the whole run.")] = 0.05,
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of the simulations behind the bands.")] = 0,
     lang: Annotated[str, typer.Option(help="en or zh.")] = "en",
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON document instead of tables.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Judge the load of every layer of a record, each number beside what chance gives.
 
@@ -59,8 +60,8 @@ def stats(
     factors = _factors(capacity)
     if nodes is not None and placement is not None:
         raise ValueError("--nodes and --placement are both given: use one of them")
-    from rich.console import Console
-
+    from moesaic.cli.provenance import provenance
+    from moesaic.cli.trace import progress
     from moesaic.trace.chance.placement import read_placement
     from moesaic.trace.file.reader import load
     from moesaic.trace.statistics.coselection import coselection as pairs_of
@@ -70,19 +71,21 @@ def stats(
     recorded = load(trace)
     placed = None if placement is None else read_placement(placement, recorded.n_experts)
     other = None if against is None else load(against)
-    with Console(stderr=True).status(WORDS[lang]["counting"]):
-        found = stats_of(recorded, placement=placed, nodes=nodes, capacity=factors, alpha=alpha, seed=seed)
+    bar = nullcontext() if as_json else progress(WORDS[lang]["counting"], recorded.n_layers)
+    with bar as done:
+        found = stats_of(recorded, placement=placed, nodes=nodes, capacity=factors, alpha=alpha, seed=seed, done=done)
         alike = None if other is None else stability(recorded, other)
         pairs = pairs_of(recorded, alpha=alpha) if coselection else None
         domains = _domains(recorded, seed)
     if as_json:
-        print_json(_json(recorded, found, domains, pairs, alike))
+        records = [(trace, recorded)] + ([] if against is None or other is None else [(against, other)])
+        print_json(provenance(*records) | _json(recorded, found, domains, pairs, alike))
     else:
         _show(recorded, found, domains, pairs, alike, against, lang)
     if found.is_sick:
         raise typer.Exit(1)
     if not found.is_healthy:
-        raise ValueError("not every layer could be judged: " + found.verdict(lang).replace("\n", " "))
+        raise ValueError(WORDS[lang]["unjudged"] + found.verdict(lang).replace("\n", "" if lang == "zh" else " "))
 
 
 def _factors(text: str) -> tuple[float, ...]:
@@ -93,33 +96,36 @@ def _factors(text: str) -> tuple[float, ...]:
 
 
 def _domains(trace: "Trace", seed: int) -> Any:
-    """The test of domain preference, the reason why there is none, or None where no domains are named."""
-    from moesaic.trace.statistics.preference import domain_preference
+    """The test of domain preference; {"en": ..., "zh": ...} why there is none; None where no domains are named."""
+    from moesaic.trace.statistics.preference import Untestable, domain_preference
 
     if trace.labels is None or len(set(trace.labels)) < 2 or not len(trace):
         return None
     try:
         return domain_preference(trace, seed=seed)
-    except ValueError as error:
-        return str(error)
+    except Untestable as error:
+        return error.words
 
 
 def _show(trace: "Trace", found: Any, domains: Any, pairs: Any, alike: Any, against: Path | None, lang: str) -> None:
     from rich.console import Console
     from rich.text import Text
 
-    from moesaic.trace.shown import visible
+    from moesaic.trace.shown import counted, visible
     from moesaic.trace.statistics.load_table import preference_table
     from moesaic.trace.statistics.tables import coselection_table, stability_table, stats_tables
 
     say, show = WORDS[lang], Console().print
-    sizes = {"layers": trace.n_layers, "tokens": len(trace), "documents": found.n_documents}
+    sizes: dict[str, Any] = {"layers": trace.n_layers, "tokens": len(trace), "documents": found.n_documents}
+    if lang == "en":
+        nouns = {"layers": "MoE layer", "tokens": "token", "documents": "document"}
+        sizes = {name: counted(n, nouns[name]) for name, n in sizes.items()}
     model = visible(trace.model, 80) or "–"
     show(Text(say["about"].format(model=model, k=trace.top_k, e=trace.n_experts, **sizes)))
     show(Text(found.verdict(lang), style="bold"))
     show(stats_tables(found, lang))
-    if isinstance(domains, str):
-        show(Text("\n" + say["no_test"].format(why=domains)))
+    if isinstance(domains, dict):
+        show(Text("\n" + say["no_test"].format(why=domains[lang])))
     elif domains is not None:
         show(Text("\n" + say["prefer"]))
         show(preference_table(domains, trace.layers, lang))
@@ -129,19 +135,17 @@ def _show(trace: "Trace", found: Any, domains: Any, pairs: Any, alike: Any, agai
     if alike is not None and against is not None:
         show(Text("\n" + say["against"].format(other=visible(str(against), 80))))
         show(stability_table(alike, lang))
-        if not alike.checked:
-            show(Text(say["checked"], style="dim"))
     if trace.n_layers:
         say_how_again(trace, lang)
 
 
 def _json(trace: "Trace", found: Any, domains: Any, pairs: Any, alike: Any) -> dict[str, Any]:
-    document = found.to_dict() | {"versions": dict(trace.versions)}
+    document = found.to_dict()
     if pairs is not None:
         document["coselection"] = pairs.to_dict()
     if alike is not None:
         document["against"] = alike.to_dict()
-    if isinstance(domains, str):
+    if isinstance(domains, dict):
         document["domains"] = {"not_tested": domains}
     elif domains is not None:
         rows = [

@@ -24,7 +24,7 @@ def steps(
     token: Annotated[int, typer.Option(help="Which token, from 0.")] = 0,
     vs: Annotated[str | None, typer.Option(help="topk: what plain top-k would have taken instead.")] = None,
     lang: Annotated[str, typer.Option(help="en or zh.")] = "en",
-    json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Show what a gate did with one token: 15 steps with formula, shape and values."""
     gc.disable()  # as in demo
@@ -38,10 +38,12 @@ def steps(
     from rich.console import Console
 
     from moesaic.cli import sources
+    from moesaic.cli.provenance import provenance
     from moesaic.hf.load import TINY, load_model
     from moesaic.trace.file.reader import load
     from moesaic.trace.rule.steps import steps as steps_of
     from moesaic.trace.rule.steps_table import steps_as_dict, steps_table
+    from moesaic.trace.shown import short_layers
 
     if trace is not None:
         recorded = load(trace)
@@ -57,9 +59,11 @@ def steps(
     of_token = steps_of(recorded, layer=layer, token=token)
     if json:
         about = {"model": recorded.model, "layer": recorded.layers[layer], "token": token, "text": word}
-        print_json(about | steps_as_dict(of_token, versus=vs == "topk"))
+        print_json(provenance((trace, recorded)) | about | steps_as_dict(of_token, versus=vs == "topk"))
         return
-    title = f"token {token} {word}  {recorded.layers[layer]}"
+    title = f"token {token} {word}  layer {layer}: {short_layers(recorded.layers)[layer]}"
+    if lang == "zh":
+        title = f"token {token} {word}  第 {layer} 层：{short_layers(recorded.layers)[layer]}"
     Console().print(steps_table(of_token, lang, versus=vs == "topk", title=title))
     say_how_again(recorded, lang)
 

@@ -1,11 +1,13 @@
 """`moesaic what-if`: recorded scores routed again by another rule."""
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from moesaic.cli.output import check_lang, print_json, say_how_again
+from moesaic.cli.trace import check_target
 
 WORDS = {
     "en": {"working": "Routing again...", "saved": "Saved: {out}"},
@@ -23,29 +25,35 @@ def what_if(
     no_bias: Annotated[bool, typer.Option("--no-bias", help="Leave the correction bias out.")] = False,
     bias: Annotated[str | None, typer.Option(help="Add to biases of experts, such as 41:-0.1,7:0.2.")] = None,
     drop: Annotated[str | None, typer.Option(help="Experts that are never chosen, such as 3,7.")] = None,
-    force: Annotated[bool, typer.Option("--force", help="Answer although the record follows another rule.")] = False,
+    nodes: Annotated[int | None, typer.Option(help="Machines; experts are placed on them in equal runs.")] = None,
+    placement: Annotated[
+        Path | None, typer.Option(help="JSON list with the node of every expert, instead of --nodes.")
+    ] = None,
+    anyway: Annotated[bool, typer.Option("--anyway", help="Answer although the record follows another rule.")] = False,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Save the new routing as a record.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace the file of --out where it exists.")] = False,
     lang: Annotated[str, typer.Option(help="en or zh.")] = "en",
-    json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Route recorded scores again by another rule: who gets other experts, and what happens to load and groups.
 
     With nothing changed it proves that the recorded rule gives the recorded experts, exact ties apart.
     """
     check_lang(lang)
-    if no_bias and bias is not None:
-        raise ValueError("--no-bias and --bias are both given: use one of them")
+    _check_one_of("--no-bias", no_bias, "--bias", bias is not None)
+    _check_one_of("--nodes", nodes is not None, "--placement", placement is not None)
     dropped, deltas = numbers(drop), shifts(bias)
-    if out is not None and out.resolve() == trace.resolve():
-        raise ValueError(f"--out {out} is the record itself: give another file")
+    _check_target(out, trace, force)
     from rich.console import Console
 
+    from moesaic.cli.provenance import provenance
+    from moesaic.trace.chance.placement import read_placement
     from moesaic.trace.file.reader import load
     from moesaic.trace.reroute.what_if import what_if as ask
     from moesaic.trace.reroute.what_if_table import what_if_table
     from moesaic.trace.shown import visible
 
-    with Console(stderr=True).status(WORDS[lang]["working"]):
+    with nullcontext() if json else Console(stderr=True).status(WORDS[lang]["working"]):
         recorded = load(trace)
         found = ask(
             recorded,
@@ -56,17 +64,35 @@ def what_if(
             group_mask=group_mask,
             bias=False if no_bias else deltas,
             drop_experts=dropped,
-            force=force,
+            nodes=nodes,
+            placement=None if placement is None else read_placement(placement, recorded.n_experts),
+            anyway=anyway,
         )
         if out is not None:
             found.trace.save(out)
     if json:
-        print_json(found.to_dict() | {"saved": None if out is None else str(out)})
+        print_json(provenance((trace, recorded)) | found.to_dict() | {"saved": None if out is None else str(out)})
         return
     Console().print(what_if_table(found, lang))
     if out is not None:
         print(WORDS[lang]["saved"].format(out=visible(str(out))))
     say_how_again(recorded, lang)
+
+
+def _check_one_of(first: str, has_first: bool, second: str, has_second: bool) -> None:
+    if has_first and has_second:
+        raise ValueError(f"{first} and {second} are both given: use one of them")
+
+
+def _check_target(out: Path | None, trace: Path, force: bool) -> None:
+    """Refuse a file that cannot or should not be written, before any work."""
+    if out is None:
+        return
+    if out.resolve() == trace.resolve():
+        raise ValueError(f"--out {out} is the record itself: give another file")
+    check_target(out)
+    if out.exists() and not force:
+        raise ValueError(f"--out {out}: exists already: give another file, or --force to replace it")
 
 
 def numbers(text: str | None) -> list[int]:
@@ -82,6 +108,11 @@ def shifts(text: str | None) -> dict[int, float] | None:
     if text is None:
         return None
     try:
-        return {int(expert): float(delta) for expert, delta in (part.split(":") for part in text.split(","))}
+        pairs = [(int(expert), float(delta)) for expert, delta in (part.split(":") for part in text.split(","))]
     except ValueError:
         raise ValueError(f"--bias {text!r} is not understood: give experts and what to add, such as 41:-0.1") from None
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(expert for index, (expert, _) in enumerate(pairs) if expert in dict(pairs[:index]))
+        raise ValueError(f"--bias {text!r} names expert {twice} twice: give one number for each expert")
+    return found

@@ -3,12 +3,35 @@
 import math
 import re
 import unicodedata
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from html import escape
+from typing import Any
 
 from torch import Tensor
 
 HIDDEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}  # control, format (bidi included), surrogate, private, unassigned
 SPARKS = "▁▂▃▄▅▆▇█"
 SPARK_WIDTH = 32  # values drawn one by one; longer rows are pooled by their maximum into half as many bars
+NAMED = 3  # layers that a sentence names
+NOTES = {
+    "en": {
+        "router": "The picks of {layers} were read at the router's output, not at the experts.",
+        "derived": "The picks of {layers} were derived from scores by a rule, not read at the experts.",
+        "imported": "The picks of {layers} come from the record of another program, not read at the experts.",
+        "missing": ("Nothing is said of {layers}: the record has no data of it.",
+                    "Nothing is said of {layers}: the record has no data of them."),
+        "all": "all layers", "some": "{}", "comma": ", ", "more": " and {more} more",
+    },
+    "zh": {
+        "router": "{layers}的选择取自路由器的输出，不是在专家处读到的。",
+        "derived": "{layers}的选择是按规则由分数推导的，不是在专家处读到的。",
+        "imported": "{layers}的选择来自其他程序的记录，不是在专家处读到的。",
+        "missing": ("对 {layers} 不作判断：记录中没有它的数据。", "对 {layers} 不作判断：记录中没有这些层的数据。"),
+        "all": "所有层", "some": "{} ", "comma": "、", "more": " 等 {n} 层",
+    },
+}  # fmt: skip
+CELL = "padding:2px 8px;text-align:right;vertical-align:top;white-space:nowrap"
 
 
 def visible(text: str, most: int | None = None) -> str:
@@ -35,8 +58,50 @@ def short_layer(name: str) -> str:
     return visible(found.group() if found else name, 60)
 
 
-def words_of(words: dict[str, dict], lang: str) -> dict:
-    """The words of a language; ValueError where there are none."""
+def short_layers(names: Sequence[str]) -> list[str]:
+    """`short_layer` of each; the whole name where two would be called alike ("encoder.block.1", "decoder.block.1")."""
+    short = [short_layer(name) for name in names]
+    often = Counter(short)
+    return [visible(name, 60) if often[brief] > 1 else brief for name, brief in zip(names, short, strict=True)]
+
+
+def listed(layers: Sequence[str], lang: str = "en") -> str:
+    """The first few layers by their short names, and how many more there are."""
+    words = words_of(NOTES, lang)
+    named = words["comma"].join(short_layers(layers)[:NAMED])
+    return named + (words["more"].format(n=len(layers), more=len(layers) - NAMED) if len(layers) > NAMED else "")
+
+
+def origin_notes(layers: Sequence[str], origins: Sequence[str], lang: str = "en") -> list[str]:
+    """A sentence for every origin of picks (see Trace.origins) other than the experts themselves."""
+    words, notes = words_of(NOTES, lang), []
+    for origin in dict.fromkeys(origins):
+        if origin != "experts":
+            here = [layer for layer, its in zip(layers, origins, strict=True) if its == origin]
+            named = words["all"] if len(here) == len(layers) > 1 else words["some"].format(listed(here, lang))
+            notes.append(words[origin].format(layers=named))
+    return notes
+
+
+def missing_notes(missing: Sequence[str], lang: str = "en") -> list[str]:
+    """A sentence about the layers without data; none where there are none."""
+    one, more = words_of(NOTES, lang)["missing"]
+    return [(one if len(missing) == 1 else more).format(layers=listed(missing, lang))] if missing else []
+
+
+def counted(n: int, noun: str) -> str:
+    """ "1 document", "1,024 documents"."""
+    return f"{n:,} {noun}" if n == 1 else f"{n:,} {noun}s"
+
+
+def finite(value: Any) -> float | None:
+    """The number, or None where it is not finite or not there, as strict JSON needs it."""
+    number = math.nan if value is None else float(value)
+    return number if math.isfinite(number) else None
+
+
+def words_of(words: dict[str, Any], lang: str) -> Any:
+    """What is said in a language; ValueError where there is nothing."""
     if lang not in words:
         raise ValueError(f"lang={visible(str(lang), 20)!r} is unknown: use 'zh' or 'en'")
     return words[lang]
@@ -59,3 +124,61 @@ def short(value: float, digits: int = 3) -> str:
     """Fixed digits, without the zero before the point: .125, 1.250."""
     text = f"{value:.{digits}f}"
     return text.replace("0.", ".", 1) if abs(value) < 1 and text.lstrip("-").startswith("0.") else text
+
+
+def piece_of(tokenizer: Any, number: int) -> str:
+    """The text of a token, raw. A token that is only part of a character has none: the bytes that byte-level
+    tokenizers spell as letters are then written "<0xE5>", and any other spelling stays.
+
+    Takes tokenizers of transformers and of the library tokenizers.
+    """
+    text = tokenizer.decode([number])
+    if text and "\ufffd" not in text:
+        return text
+    spelled = (getattr(tokenizer, "convert_ids_to_tokens", None) or tokenizer.id_to_token)(number) or ""
+    if not spelled or not set(spelled) <= BYTES.keys():
+        return spelled
+    read = bytes(BYTES[letter] for letter in spelled).decode("utf-8", "surrogateescape")
+    if not any(map(_is_stray_byte, read)):
+        return spelled
+    return "".join(f"<0x{ord(c) - 0xDC00:02X}>" if _is_stray_byte(c) else c for c in read)
+
+
+def _is_stray_byte(character: str) -> bool:
+    """A byte that is no UTF-8, as "surrogateescape" marks it."""
+    return 0xDC80 <= ord(character) <= 0xDCFF
+
+
+PRINTED = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]  # bytes that byte-level BPE spells as they are
+UNPRINTED = [byte for byte in range(256) if byte not in PRINTED]  # it shifts these to letters from U+0100 on
+BYTES = {chr(b): b for b in PRINTED} | {chr(0x100 + i): b for i, b in enumerate(UNPRINTED)}
+
+
+def html_of(part: Callable[[str], str], lang: str = "en") -> str:
+    """A result for a notebook: no scripts, nothing loaded; `part` in one language, the other folded below."""
+    other = "zh" if lang == "en" else "en"
+    name = {"en": "English", "zh": "中文"}[other]
+    return (
+        f'<div style="font-size:13px;line-height:1.4"><div lang="{lang}">{part(lang)}</div>'
+        f'<details><summary>{name}</summary><div lang="{other}">{part(other)}</div></details></div>'
+    )
+
+
+def html_said(title: str, sentences: Iterable[str], colour: str = "#777") -> str:
+    """A title and sentences beside a coloured line, escaped."""
+    said = "".join(f"<div>{escape(visible(sentence))}</div>" for sentence in sentences)
+    style = f"border-left:4px solid {colour};padding-left:8px"
+    return f'<div style="{style}"><b>{escape(visible(title))}</b>{said}</div>'
+
+
+def html_table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Plain cells as a table, escaped, the first column to the left."""
+    left = CELL.replace("right", "left")
+
+    def cells(tag: str, texts: Sequence[str]) -> str:
+        shown = (escape(visible(text.replace("\n", " "))) for text in texts)
+        return "".join(f'<{tag} style="{CELL if i else left}">{text}</{tag}>' for i, text in enumerate(shown))
+
+    body = "".join(f"<tr>{cells('td', row)}</tr>" for row in rows)
+    table = '<table style="border-collapse:collapse;margin-top:6px">'
+    return f"{table}<thead><tr>{cells('th', heads)}</tr></thead><tbody>{body}</tbody></table>"

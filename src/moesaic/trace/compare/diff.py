@@ -1,28 +1,32 @@
 """Two records of the same tokens: where they chose other experts, and whether rounding explains it or another rule."""
 
-import re
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from moesaic.trace.compare.judge import Finding, Judgement, explain_layer, judge, precision_of
+from moesaic.trace.compare.aligned import aligned, notes_of_both, tokens_checked
+from moesaic.trace.compare.finding import Finding, explain_layer
+from moesaic.trace.compare.judge import Judgement, judge, precision_of
 from moesaic.trace.rule.derive import dtype_of
-from moesaic.trace.shown import visible
+from moesaic.trace.shown import counted, finite, listed
 from moesaic.trace.store import Trace
 
 
 class LayerDiff(NamedTuple):
     """One layer of a Diff. Counts are of tokens; what is not known is None.
 
-    flips: other experts; ties: flips between scores that tie exactly; incomplete: fewer experts in one of the two;
-    compared: tokens without the incomplete ones. margin: median at the flips that nothing before explains.
+    origins: where the picks of a and of b were read. flips: other experts; ties: flips between scores that tie
+    exactly; incomplete: fewer experts in one of the two; compared: tokens without the incomplete ones. margin: median
+    at the flips that nothing before explains.
     weight_difference: the largest between equal sets, relative to the token's largest weight. score_difference: of
     the logits of tokens that had not parted before, root mean square, relative to that of the logits.
     """
 
     layer: str
+    origins: tuple[str, str]
     compared: int
     flips: int
     ties: int
@@ -32,14 +36,16 @@ class LayerDiff(NamedTuple):
     score_difference: float | None
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Diff:
     """Where two traces of the same tokens route differently. Tokens lie sequence by sequence.
 
     flips, ties, incomplete: bool [L, T], see LayerDiff. origins: flips before which no token of the same text up to
     this one had parted, bool [L, T]; later ones follow from other hidden states. first_split: int64 [T], the first
     layer with a flip, or L. margins: float32 [L, T], how far scores were from the other choice, NaN where there is no
-    flip; None where no scores were recorded, or by a rule that is not known.
+    flip; None where no scores were recorded, or by a rule that is not known. read_at: per layer, where the picks of a
+    and of b were read. missing: MoE layers without data in either. checked: whether token ids were there to prove that
+    the tokens are the same. notes_en, notes_zh: sentences on that.
     """
 
     a: str
@@ -53,6 +59,14 @@ class Diff:
     weight_differences: Tensor | None
     score_differences: Tensor | None
     judgement: Judgement
+    read_at: tuple[tuple[str, str], ...]
+    missing: tuple[str, ...]
+    checked: bool
+    notes_en: tuple[str, ...]
+    notes_zh: tuple[str, ...]
+
+    def __repr__(self) -> str:
+        return "\n".join(self.sentences()) + "\n(more: .by_layer(), .flips, .to_dict(), .sentences('zh'))"
 
     @property
     def verdict(self) -> str:
@@ -81,13 +95,14 @@ class Diff:
         return [
             LayerDiff(
                 layer=name,
+                origins=self.read_at[i],
                 compared=int((~self.incomplete[i]).sum()),
                 flips=int(self.flips[i].sum()),
                 ties=int(self.ties[i].sum()),
                 incomplete=int(self.incomplete[i].sum()),
                 margin=None if self.margins is None else _median(self.margins[i][self.origins[i]]),
-                weight_difference=_number(self.weight_differences, i),
-                score_difference=_number(self.score_differences, i),
+                weight_difference=_of_layer(self.weight_differences, i),
+                score_difference=_of_layer(self.score_differences, i),
             )
             for i, name in enumerate(self.layers)
         ]
@@ -100,9 +115,12 @@ class Diff:
             "b": self.b,
             "verdict": self.verdict,
             "reasons": [dict(reason) for reason in self.judgement.reasons],
+            "notes": {"en": list(self.notes_en), "zh": list(self.notes_zh)},
+            "missing": list(self.missing),
             "tokens": self.flips.shape[1],
-            "flipped_share": _finite(self.share),
-            "flipped_tokens_share": _finite(self.token_share),
+            "tokens_checked": self.checked,
+            "flipped_share": finite(self.share),
+            "flipped_tokens_share": finite(self.token_share),
             "first_splits": split.tolist(),
             "margin": None if self.margins is None else _median(self.margins[self.origins]),
             "layers": [entry._asdict() for entry in self.by_layer()],
@@ -119,15 +137,23 @@ class Diff:
 
         return diff_table(self)
 
+    def _repr_html_(self) -> str:
+        from moesaic.trace.compare.diff_table import diff_html
 
-def diff(a: Trace, b: Trace, *, precision: str | None = None) -> Diff:
+        return diff_html(self)
+
+
+def diff(a: Trace, b: Trace, *, precision: str | None = None, done: Callable[[int], None] | None = None) -> Diff:
     """Compare the experts of two traces of the same tokens, as sets, layer by layer, and judge the difference.
 
     precision: the coarser dtype of the two models, such as "bfloat16", within whose rounding scores may differ. Unless
     told it is that of the recorded logits, or bfloat16 where routers compute in float32 whatever the model does.
+    done hears the number of layers as they are compared.
     ValueError where the traces are not of the same tokens, layers or sizes.
     """
-    a, b = _aligned(a, b)
+    a, b = aligned(a, b)
+    if not a.n_layers or not len(a):
+        raise ValueError("the traces cannot be compared: there is nothing in them")
     told = dtype_of(precision)
     allowed = precision_of(a, b) if told is None else (told, False)
     rows, findings = [], []
@@ -137,23 +163,45 @@ def diff(a: Trace, b: Trace, *, precision: str | None = None) -> Diff:
         parted = parted | _from_here_on(row["flips"] | row["incomplete"], a.sequences)
         rows.append(row)
         findings.append(finding)
+        if done is not None:
+            done(1)
     stacked: dict[str, Any] = {
         name: None if any(row[name] is None for row in rows) else torch.stack([row[name] for row in rows])
         for name in rows[0]
     }
-    judgement = _whole(judge(findings, stacked, a, b, *allowed), a, b)
-    return Diff(a.model or "a", b.model or "b", a.layers, **stacked, judgement=judgement)
+    missing = _without_data(a, b)
+    en, zh = (tuple(notes_of_both(a, b, lang, missing=False)) for lang in ("en", "zh"))
+    return Diff(
+        a.model or "a",
+        b.model or "b",
+        a.layers,
+        **stacked,
+        judgement=_whole(judge(findings, stacked, a, b, *allowed), missing),
+        read_at=tuple(zip(a.origins, b.origins, strict=True)),
+        missing=missing,
+        checked=tokens_checked(a, b),
+        notes_en=en,
+        notes_zh=zh,
+    )
 
 
-def _whole(judgement: Judgement, a: Trace, b: Trace) -> Judgement:
+def _without_data(a: Trace, b: Trace) -> tuple[str, ...]:
+    """Layers that one of the two has no expert of, whether it says so or not."""
+    empty = [
+        name
+        for layer, name in enumerate(a.layers)
+        if any(bool((trace.picks[layer] >= trace.n_experts).all()) for trace in (a, b))
+    ]
+    return tuple(dict.fromkeys((*empty, *sorted({*a.missing, *b.missing}))))
+
+
+def _whole(judgement: Judgement, absent: Sequence[str]) -> Judgement:
     """The judgement, or none where it is good and layers gave no data: what was not seen may differ."""
-    absent = sorted({*a.missing, *b.missing})
     if not absent:
         return judgement
-    names = ", ".join(visible(name) for name in absent[:3]) + (", …" if len(absent) > 3 else "")
     reason = {
-        "en": f"{len(absent)} layers of the model gave no data: {names}",
-        "zh": f"模型中有 {len(absent)} 层没有数据：{names}",
+        "en": f"{counted(len(absent), 'layer')} of the model gave no data: {listed(absent)}",
+        "zh": f"模型中有 {len(absent)} 层没有数据：{listed(absent, 'zh')}",
     }
     good = judgement.verdict in ("identical", "near-ties")
     return Judgement("cannot tell" if good else judgement.verdict, (reason, *judgement.reasons))
@@ -173,7 +221,7 @@ def _compare_layer(
     if a.weights is not None and b.weights is not None:
         same = ~flips & ~incomplete
         here, there = (
-            weights[layer].gather(-1, rows.indices)
+            weights[layer].gather(-1, rows.indices).masked_fill(rows.values >= a.n_experts, 0.0)
             for weights, rows in zip((a.weights, b.weights), ordered, strict=True)
         )
         scale = here.abs().nan_to_num(0.0).amax(-1).clamp(min=torch.finfo(torch.float32).tiny)
@@ -207,61 +255,10 @@ def _from_here_on(marked: Tensor, sequences: Tensor) -> Tensor:
     return counted - counted[first] + marked[first].long() > 0
 
 
-def _aligned(a: Trace, b: Trace) -> tuple[Trace, Trace]:
-    """Both with their tokens sequence by sequence. ValueError, with the reason, unless they are of the same tokens."""
-    for what, here, there in (
-        ("MoE layers", a.n_layers, b.n_layers),
-        ("experts", a.n_experts, b.n_experts),
-        ("experts per token", a.top_k, b.top_k),
-        ("tokens", len(a), len(b)),
-    ):
-        if here != there:
-            raise ValueError(f"the traces cannot be compared: {here} {what} in one and {there} in the other")
-    if not a.n_layers or not len(a):
-        raise ValueError("the traces cannot be compared: there is nothing in them")
-    for here, there in zip(a.layers, b.layers, strict=True):
-        if _depth(here) != _depth(there) and None not in (_depth(here), _depth(there)):
-            raise ValueError(
-                f"the traces cannot be compared: layer {here!r} of one stands where the other has {there!r}: "
-                "record the same layers"
-            )
-    if (
-        min(a.n_sequences, b.n_sequences) == 1 < max(a.n_sequences, b.n_sequences)
-    ):  # one of them does not tell texts apart
-        known = a.sequences if a.n_sequences > 1 else b.sequences
-        a, b = replace(a, sequences=known, labels=None), replace(b, sequences=known, labels=None)
-    a, b = (_by_sequence(trace) for trace in (a, b))
-    if not torch.equal(a.sequences, b.sequences):
-        where = int((a.sequences != b.sequences).nonzero()[0])
-        raise ValueError(f"the traces cannot be compared: their sequences are of other lengths, from token {where} on")
-    if a.input_ids is not None and b.input_ids is not None and not torch.equal(a.input_ids, b.input_ids):
-        where = int((a.input_ids != b.input_ids).nonzero()[0])
-        here, there = int(a.input_ids[where]), int(b.input_ids[where])
-        raise ValueError(
-            f"the traces are not of the same tokens: token {where} is id {here} in one and {there} in the other"
-        )
-    return a, b
-
-
-def _by_sequence(trace: Trace) -> Trace:
-    order = trace.sequences.argsort(stable=True)
-    return trace if torch.equal(order, torch.arange(len(trace))) else trace.select(order)
-
-
-def _depth(name: str) -> int | None:
-    """The number in a layer's name: 3 of "model.layers.3.mlp"."""
-    found = re.findall(r"(?<![^.\s_])\d+(?![^.\s_])", name)
-    return int(found[0]) if found else None
-
-
 def _median(values: Tensor) -> float | None:
     values = values[values.isfinite()]
     return float(values.median()) if len(values) else None
 
 
-def _number(values: Tensor | None, layer: int) -> float | None:
-    return None if values is None else _finite(float(values[layer]))
-
-
-def _finite(value: float) -> float | None:
-    return value if value - value == 0 else None
+def _of_layer(values: Tensor | None, layer: int) -> float | None:
+    return None if values is None else finite(values[layer])

@@ -6,7 +6,7 @@ from rich.table import Table
 from rich.text import Text
 
 from moesaic.trace.compare.diff import Diff
-from moesaic.trace.shown import short_layer, visible, words_of
+from moesaic.trace.shown import counted, html_of, html_said, html_table, short_layers, visible, words_of
 
 WORDS = {
     "en": {
@@ -16,10 +16,10 @@ WORDS = {
         "different rule": "different rule: rounding does not explain the flips",
         "cannot tell": "cannot tell",
         "flips": "other experts: {share:.2%} of (layer, token) pairs, {tokens:.1%} of {n:,} tokens in some layer",
-        "first": "first split: layer {layer}, token {token}",
+        "first": "first split: {layer}, token {token}",
         "margin": "margin at the splits: median {margin:.2g}",
         "ties": "exact ties among the flips: {n}",
-        "incomplete": "fewer experts in one of the two: {n} (layer, token) pairs, not compared",
+        "incomplete": "fewer experts in one of the two: {n}, not compared",
         "columns": (
             "layer", "flips", "share", "exact\nties", "margin\n(median)", "weights\ndiffer by", "scores\ndiffer by",
         ),
@@ -31,50 +31,74 @@ WORDS = {
         "different rule": "规则不同：舍入误差解释不了这些分歧",
         "cannot tell": "无法判断",
         "flips": "专家不同：占（层，token）的 {share:.2%}；{n:,} 个 token 中有 {tokens:.1%} 在某层不同",
-        "first": "最先分歧：第 {layer} 层，token {token}",
+        "first": "最先分歧：{layer}，token {token}",
         "margin": "分歧处的差距：中位数 {margin:.2g}",
-        "ties": "其中完全并列的分歧：{n}",
-        "incomplete": "一方专家较少的（层，token）：{n}，不参与比较",
+        "ties": "其中 {n} 处分歧是完全并列",
+        "incomplete": "一方专家较少的（层，token）有 {n} 个，不参与比较",
         "columns": ("层", "分歧", "比例", "完全\n并列", "差距\n（中位数）", "权重\n相差", "分数\n相差"),
     },
 }  # fmt: skip
 
+COLOURS = {
+    "identical": "#2e7d32", "near-ties": "#2e7d32", "different scores": "#c62828", "different rule": "#c62828",
+}  # fmt: skip
+
 
 def sentences(found: Diff, lang: str = "en") -> list[str]:
-    """The verdict, how much differs and where it begins, then the reasons."""
+    """The verdict, how much differs and where it begins, the reasons, then what is not known of the records."""
     words = words_of(WORDS, lang)
     out = [words[found.verdict]]
     if found.flips.any():
         out.append(words["flips"].format(share=found.share, tokens=found.token_share, n=found.flips.shape[1]))
         layer = int(found.first_split.min())
-        out.append(words["first"].format(layer=layer, token=int(found.flips[layer].nonzero()[0])))
+        name = short_layers(found.layers)[layer]
+        out.append(words["first"].format(layer=name, token=int(found.flips[layer].nonzero()[0])))
         margin = found.to_dict()["margin"]
         if margin is not None:
             out.append(words["margin"].format(margin=margin))
     if count := int(found.ties.sum()):
         out.append(words["ties"].format(n=count))
     if count := int(found.incomplete.sum()):
-        out.append(words["incomplete"].format(n=count))
-    return out + [reason[lang] for reason in found.judgement.reasons]
+        pairs = counted(count, "(layer, token) pair") if lang == "en" else count
+        out.append(words["incomplete"].format(n=pairs))
+    out += [reason[lang] for reason in found.judgement.reasons]
+    return [*out, *(found.notes_zh if lang == "zh" else found.notes_en)]
 
 
 def diff_table(found: Diff, lang: str = "en") -> Group:
     """One row a layer below the names of the two, and the sentences under it."""
-    words = words_of(WORDS, lang)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for index, head in enumerate(words["columns"]):
+    for index, head in enumerate(words_of(WORDS, lang)["columns"]):
         table.add_column(head, justify="right" if index else "left", overflow="fold")
-    for index, entry in enumerate(found.by_layer()):
+    for row in _rows(found):
+        table.add_row(*map(Text, row))
+    return Group(Text(_names(found), style="dim"), table, *(Text(line) for line in sentences(found, lang)))
+
+
+def diff_html(found: Diff, lang: str = "en") -> str:
+    """The same for a notebook."""
+    colour = COLOURS.get(found.verdict, "#777")
+
+    def part(lang: str) -> str:
+        said = html_said(_names(found), sentences(found, lang), colour)
+        return said + html_table(words_of(WORDS, lang)["columns"], _rows(found))
+
+    return html_of(part, lang)
+
+
+def _names(found: Diff) -> str:
+    return f"a: {visible(found.a)}   b: {visible(found.b)}"
+
+
+def _rows(found: Diff) -> list[list[str]]:
+    """The cells of the table."""
+    rows = []
+    for name, entry in zip(short_layers(found.layers), found.by_layer(), strict=True):
         share = f"{entry.flips / entry.compared:.2%}" if entry.compared else "–"
-        table.add_row(
-            Text(f"{index}  {visible(short_layer(entry.layer))}"),
-            str(entry.flips),
-            share,
-            str(entry.ties) if entry.margin is not None or entry.ties else "–",
-            *(_small(value) for value in (entry.margin, entry.weight_difference, entry.score_difference)),
-        )
-    names = Text(f"a: {visible(found.a)}   b: {visible(found.b)}", style="dim")
-    return Group(names, table, *(Text(line) for line in sentences(found, lang)))
+        ties = str(entry.ties) if entry.margin is not None or entry.ties else "–"
+        numbers = (entry.margin, entry.weight_difference, entry.score_difference)
+        rows.append([name, str(entry.flips), share, ties, *map(_small, numbers)])
+    return rows
 
 
 def _small(value: float | None) -> str:

@@ -6,27 +6,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from moesaic import rules
-from moesaic.config import MoEConfig
-from moesaic.trace.rule.derive import (
-    bias_of,
-    compare,
-    derive,
-    dtype_of,
-    follows,
-    logits_of,
-    weight_tolerance,
-    weights_follow,
-    why_not_derived,
-)
-from moesaic.trace.rule.margins import margin_between, rounding_bound
-from moesaic.trace.shown import visible
+from moesaic.trace.compare.finding import Finding, is_rounded
+from moesaic.trace.rule.derive import dtype_of
+from moesaic.trace.shown import counted, listed, short_layers
 from moesaic.trace.store import Trace
 
 VERDICTS = ("identical", "near-ties", "different scores", "different rule", "cannot tell")
-OWN = (
-    0.01  # of the tokens of a trace may fail to follow from its own scores; with more, its rule is not the one it says
-)
 WIDE = 0.1  # of the flips may be wider than rounding allows: the bound is a multiple of it and not its limit
 BROKEN = 0.1  # of the flips may break the other trace's rule
 UNEVEN = 0.1  # of a layer's tokens have other weights for the same experts: then weights are made by another rule
@@ -36,114 +21,11 @@ RULE_FIELDS = (
 )  # fmt: skip
 
 
-class Finding(NamedTuple):
-    """What the scores of one layer say, per token; None where they say nothing.
-
-    why: for each trace why nothing can be derived from it, or None. tied: the other choice is one of exact ties.
-    margins: how far scores were from the other choice, the smaller of both. near: rounding explains that.
-    broken: the picks of one do not follow from its scores by the other's rule. weights_broken: nor do its weights.
-    weights_apart: relative differences of weights of tokens with equal sets and an equal past.
-    """
-
-    why: tuple[dict[str, str] | None, dict[str, str] | None]
-    tied: Tensor
-    margins: Tensor | None = None
-    near: Tensor | None = None
-    broken: Tensor | None = None
-    weights_broken: Tensor | None = None
-    weights_apart: Tensor | None = None
-
-
 class Judgement(NamedTuple):
     """A verdict with its reasons, each {"en": ..., "zh": ...}, the weightiest first."""
 
     verdict: str
     reasons: tuple[dict[str, str], ...]
-
-
-NOT_OWN = {"en": "its picks do not follow from its scores by its rule", "zh": "按它记录的规则，由分数推不出它的选择"}
-
-
-def explain_layer(a: Trace, b: Trace, layer: int, precision: torch.dtype, flips: Tensor) -> Finding:
-    """What the scores of a layer say about the choices of both traces. `flips` [T]: where they differ."""
-    finding = Finding((None, None), torch.zeros(len(a), dtype=torch.bool))
-    why = [why_not_derived(trace, layer) for trace in (a, b)]
-    own = [None if reason else _against(trace, trace, layer) for reason, trace in zip(why, (a, b), strict=True)]
-    same_rule = a.configs[layer] == b.configs[layer] and _equal(bias_of(a, layer), bias_of(b, layer))
-    for side, (mine, other) in enumerate(((a, b), (b, a))):
-        found = own[side]
-        if found is None:
-            continue
-        if float(found[0].float().mean()) > OWN:
-            why[side] = NOT_OWN
-            continue
-        finding = _seen_from(finding, mine, other, layer, precision, flips.nonzero().flatten())
-        if other.logits is not None:
-            strays, off = (same_rule and own[1 - side]) or _against(mine, other, layer)
-            finding = finding._replace(
-                broken=_either(finding.broken, strays),
-                weights_broken=finding.weights_broken if off is None else _either(finding.weights_broken, off),
-            )
-    return finding._replace(why=(why[0], why[1]))
-
-
-def _equal(one: Tensor | None, two: Tensor | None) -> bool:
-    return one is two or (one is not None and two is not None and torch.equal(one, two))
-
-
-def _seen_from(
-    finding: Finding, mine: Trace, other: Trace, layer: int, precision: torch.dtype, rows: Tensor
-) -> Finding:
-    """Add how far the scores of a trace whose rule is known were from the other's choice, where the two differ."""
-    config, target = mine.configs[layer], other.picks[layer][rows].long()
-    derived = derive(logits_of(mine, layer)[rows], bias_of(mine, layer), config, target)
-    nowhere = torch.zeros(len(mine), dtype=torch.bool)
-    here = margin_between(derived, target, config)
-    margins = torch.full((len(mine),), torch.nan).index_put((rows,), here)
-    near = nowhere.index_put((rows,), here <= rounding_bound(derived, config, precision))
-    check = compare(derived, target, None, config)
-    tied = nowhere.index_put((rows,), check.experts & check.tied)
-    return finding._replace(
-        tied=finding.tied | tied,
-        margins=margins if finding.margins is None else torch.fmin(finding.margins, margins),
-        near=_either(finding.near, near),
-    )
-
-
-def _against(ruler: Trace, trace: Trace, layer: int) -> tuple[Tensor, Tensor | None]:
-    """Tokens of `trace` whose picks do not follow from its own scores by the rule of `ruler`, by more than the scores'
-    own rounding, and those whose weights do not, bool [T]; None where no weights were recorded."""
-    config, ids = ruler.configs[layer], trace.picks[layer].long()
-    dtype = dtype_of(trace.dtypes.get("logits")) or torch.float32
-
-    def rounded(derived: dict[str, Tensor], target: Tensor, config: MoEConfig) -> Tensor:
-        nan = derived["biased"].isnan().any(-1)
-        return nan | (margin_between(derived, target, config) <= rounding_bound(derived, config, dtype))
-
-    scores, _, _, allowed = follows(trace, layer, config, _bias_for(ruler, trace, layer), rounded)
-    strays = ~allowed & (ids < config.n_routed_experts).all(-1)
-    if trace.weights is None:
-        return strays, None
-    tolerance = weight_tolerance(dtype_of(trace.dtypes.get("weights")))
-    return strays, ~weights_follow(rules.weigh(scores, ids, config), trace.weights[layer], tolerance)
-
-
-def _bias_for(mine: Trace, other: Trace, layer: int) -> Tensor | None:
-    """The bias of my rule; in the other's narrower dtype where it only was cast down, which is rounding."""
-    bias = None if mine.bias is None else mine.bias[layer]
-    if bias is None or other.bias is None:
-        return bias
-    return other.bias[layer] if _is_rounded(bias, other.bias[layer]) else bias
-
-
-def _is_rounded(one: Tensor, two: Tensor) -> bool:
-    """One of two biases is the other cast to bfloat16 or float16."""
-    narrow = (torch.bfloat16, torch.float16)
-    return any(torch.equal(x.to(dtype).float(), y) for dtype in narrow for x, y in ((one, two), (two, one)))
-
-
-def _either(before: Tensor | None, now: Tensor) -> Tensor:
-    return now if before is None else before | now
 
 
 def precision_of(a: Trace, b: Trace) -> tuple[torch.dtype, bool]:
@@ -211,7 +93,9 @@ def _unflipped(incomplete: Tensor, weights: Tensor | None, uneven: dict[str, str
         return Judgement("cannot tell", (reason,))
     largest = None if weights is None else float(weights.max())
     reason = {"en": "every token has the same experts in every layer", "zh": "每个 token 在每一层的专家都相同"}
-    if largest is not None:
+    if largest == 0:
+        reason = {"en": f"{reason['en']}, with the same weights", "zh": f"{reason['zh']}，权重也相同"}
+    elif largest is not None:
         reason = {
             "en": f"{reason['en']}; weights differ by at most {largest:.1e} of the largest",
             "zh": f"{reason['zh']}；权重最多相差最大权重的 {largest:.1e}",
@@ -239,7 +123,7 @@ def _weights_rule(findings: Sequence[Finding], precision: torch.dtype) -> dict[s
         return {
             "en": f"{100 * max(off):.0f} % of the weights of a layer do not follow from the trace's own scores by the "
             "other's rule",
-            "zh": f"有一层 {100 * max(off):.0f} % 的权重，由自己的分数按对方的规则推不出来",
+            "zh": f"有一层 {100 * max(off):.0f}% 的权重，由自己的分数按对方的规则推不出来",
         }
     if off:
         return None
@@ -249,7 +133,7 @@ def _weights_rule(findings: Sequence[Finding], precision: torch.dtype) -> dict[s
         median = float(apart[shares.index(max(shares))].median())
         return {
             "en": f"weights of the same experts differ by {100 * median:.0f} % (median of the worst layer)",
-            "zh": f"相同专家的权重相差 {100 * median:.0f} %（最差一层的中位数）",
+            "zh": f"相同专家的权重相差 {100 * median:.0f}%（最差一层的中位数）",
         }
     return None
 
@@ -264,10 +148,11 @@ def _uneven(findings: Sequence[Finding], layers: Sequence[str], precision: torch
     counts = [0 if f.weights_apart is None else int(_beyond(f.weights_apart, precision).sum()) for f in findings]
     if not any(counts):
         return None
-    names = ", ".join(visible(name) for name, count in zip(layers, counts, strict=True) if count)
+    here = [name for name, count in zip(layers, counts, strict=True) if count]
     return {
-        "en": f"the same experts everywhere, but {sum(counts)} weights differ by more than rounding, in {names}",
-        "zh": f"专家处处相同，但有 {sum(counts)} 处权重相差超过舍入误差：{names}",
+        "en": f"the same experts everywhere, but the weights of {counted(sum(counts), 'token')} differ by more than "
+        f"rounding, in {listed(here)}",
+        "zh": f"专家处处相同，但有 {sum(counts)} 处权重相差超过舍入误差：{listed(here, 'zh')}",
     }
 
 
@@ -279,8 +164,9 @@ def _rule_differences(a: Trace, b: Trace) -> tuple[dict[str, str], ...]:
             continue
         unlike = [name for name in RULE_FIELDS if getattr(one, name) != getattr(two, name)]
         if unlike:
-            told = ", ".join(f"{name} {getattr(one, name)} / {getattr(two, name)}" for name in unlike)
-            out.append({"en": f"layer {layer}: {told}", "zh": f"第 {layer} 层：{told}"})
+            told = [f"{name} {getattr(one, name)} / {getattr(two, name)}" for name in unlike]
+            name = short_layers(a.layers)[layer]
+            out.append({"en": f"{name}: {', '.join(told)}", "zh": f"{name}：{'，'.join(told)}"})
             break
     if a.logits is None or b.logits is None:
         return tuple(out)
@@ -293,7 +179,7 @@ def _rule_differences(a: Trace, b: Trace) -> tuple[dict[str, str], ...]:
             out.append({"en": f"never chosen in one of the two: {names}", "zh": f"只在一方从不选用：{names}"})
         apart = (a.bias - b.bias).abs().masked_fill(shut | a.bias.isneginf(), 0.0)
         if largest := float(apart.max()):
-            cast = all(_is_rounded(one, two) for one, two in zip(a.bias, b.bias, strict=True))
+            cast = all(is_rounded(one, two) for one, two in zip(a.bias, b.bias, strict=True))
             en, zh = (", as much as a cast to 16 bits does", "，即转为 16 位的误差") if cast else ("", "")
             out.append({
                 "en": f"correction biases differ by up to {largest:.3g}{en}",

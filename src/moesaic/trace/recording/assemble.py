@@ -16,6 +16,7 @@ from moesaic.trace.file.parts import Part, joined, of_tensor
 from moesaic.trace.file.writer import write
 from moesaic.trace.recording.columns import Column
 from moesaic.trace.recording.kept import Kept, S, Store, check_one_size
+from moesaic.trace.shown import piece_of
 from moesaic.trace.store import TENSORS, Trace, stacked_biases, versions
 
 OF_LAYERS = {"picks": "ids", "weights": "weights", "logits": "logits"}  # a tensor of a trace: what it was kept as
@@ -130,11 +131,5 @@ def _layered(like: Trace, kept: Kept[S], n_tokens: int) -> Iterator[tuple[str, l
 
 
 def pieces_of(tokenizer: Any, numbers: Sequence[int]) -> dict[int, str]:
-    """Token id -> its text; a token that is part of a character keeps the tokenizer's own spelling, and a very long one
-    its beginning. Takes tokenizers of transformers and of the library tokenizers."""
-    spell = getattr(tokenizer, "convert_ids_to_tokens", None) or tokenizer.id_to_token
-    pieces = {}
-    for token in numbers:
-        text = tokenizer.decode([token], skip_special_tokens=False)
-        pieces[token] = (text if text and "\ufffd" not in text else spell(token) or "")[:MOST_TEXT]
-    return pieces
+    """Token id -> its text (see `piece_of`), of a very long one the beginning."""
+    return {token: piece_of(tokenizer, token)[:MOST_TEXT] for token in numbers}

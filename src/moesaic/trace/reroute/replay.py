@@ -15,11 +15,10 @@ from moesaic.layer.balance import expert_load
 from moesaic.layer.router import Router
 from moesaic.trace.recording.record import describe_forward
 from moesaic.trace.reroute.reading import Reading
+from moesaic.trace.reroute.replayable import check, first_tensor, logits_in, models_in, refuse_graph
 from moesaic.trace.rule.derive import weight_tolerance
 from moesaic.trace.store import Trace
 from moesaic.types import Routing
-
-WEIGHTS = ("live", "recorded")
 
 
 @contextmanager
@@ -54,7 +53,7 @@ class Replayer:
     """Puts recorded experts into a model. Made by `replay`; `tokens` counts what was replayed so far."""
 
     def __init__(self, model: nn.Module, trace: Trace, weights: str, layers: list[MoELayer]) -> None:
-        _check(model, trace, weights, layers)
+        check(model, trace, weights, layers)
         self.model, self.trace, self.weights = model, trace, weights
         self.layers = layers
         self.tokens = 0
@@ -62,6 +61,7 @@ class Replayer:
         self._row = {name: index for index, name in enumerate(trace.layers)}
         self._current: Tensor | None = None  # tokens of the forward that runs
         self._outer: list[Tensor | None] = []  # of the calls of models inside each other that are open
+        self._succeeded = False  # whether the call that is about to be closed raised nothing
         self._ran: set[str] = set()  # layers that ran in it
         self._alone = dict.fromkeys(self._row, 0)  # tokens that a layer took outside of any forward of the model
         self._calls: dict[str, list[Call]] = {name: [] for name in self._row}
@@ -72,7 +72,7 @@ class Replayer:
     def running(self) -> Iterator[None]:
         """Inside the block the hooks are there."""
         with ExitStack() as stack:
-            for module in _models_in(self.model):
+            for module in models_in(self.model):
                 stack.callback(module.register_forward_pre_hook(self._open, with_kwargs=True, prepend=True).remove)
             for layer in self.layers:
                 router, experts = layer.router, layer.experts
@@ -85,14 +85,15 @@ class Replayer:
                 stack.callback(router.register_forward_hook(self._look_at_router(layer), with_kwargs=True).remove)
                 hook = experts.register_forward_pre_hook(self._before_experts(layer), with_kwargs=True, prepend=True)
                 stack.callback(hook.remove)
-            for module in _models_in(self.model):  # after the hooks of layers: a bare gate is both
+            for module in models_in(self.model):  # after the hooks of layers: a bare gate is both
+                stack.callback(module.register_forward_hook(self._succeed).remove)
                 stack.callback(module.register_forward_hook(self._close, always_call=True).remove)
             yield
 
     # the forward of the model
 
     def _open(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
-        _refuse_graph()
+        refuse_graph()
         if is_recompute():
             return
         if not self._outer:
@@ -102,13 +103,19 @@ class Replayer:
             forward = describe_forward(model, args, kwargs)
             self._current = None if forward is None else self._reading.take(forward)
 
-    def _close(self, _model: nn.Module, _args: tuple, output: Any) -> None:
+    def _succeed(self, _model: nn.Module, _args: tuple, _output: Any) -> None:
+        """Called only where the forward raised nothing, whatever it returned, None too."""
+        self._succeeded = True
+
+    def _close(self, _model: nn.Module, _args: tuple, _output: Any) -> None:
+        """Called in any case, after `_succeed`."""
+        succeeded, self._succeeded = self._succeeded, False
         if is_recompute() or not self._outer:
             return
         current, self._current = self._current, self._outer.pop()
         if current is None or self._current is not None:
             return
-        if output is None:  # it failed: its tokens are still to come
+        if not succeeded:  # its tokens are still to come
             self._reading.undo()
         elif self._ran:
             self.tokens += int((current >= 0).sum())
@@ -169,8 +176,8 @@ class Replayer:
         """Our Router: what it returns is replaced, and its count of the load follows."""
 
         def hook(router: Router, args: tuple, kwargs: dict, output: Routing) -> Routing:
-            _refuse_graph()
-            tokens = self._tokens_of(layer.name, _first_tensor(args, kwargs))
+            refuse_graph()
+            tokens = self._tokens_of(layer.name, first_tensor(args, kwargs))
             ids, weights = self._picks(layer, tokens, output.logits, output.expert_ids, output.weights)
             if router.training:
                 router.load.copy_(expert_load(ids, router.config.n_routed_experts))
@@ -180,9 +187,9 @@ class Replayer:
 
     def _look_at_router(self, layer: MoELayer) -> Any:
         def hook(_router: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-            _refuse_graph()
-            tokens = self._tokens_of(layer.name, _first_tensor(args, kwargs))
-            logits = _logits_in(output, layer.config.n_routed_experts)
+            refuse_graph()
+            tokens = self._tokens_of(layer.name, first_tensor(args, kwargs))
+            logits = logits_in(output, layer.config.n_routed_experts)
             if logits is None and self.weights == "live":
                 raise ValueError(f"router of layer {layer.name!r} gives no logits: use weights='recorded'")
             self._now[layer.name] = tokens, tokens.new_zeros(0) if logits is None else logits
@@ -191,7 +198,7 @@ class Replayer:
 
     def _before_experts(self, layer: MoELayer) -> Any:
         def hook(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-            _refuse_graph()
+            refuse_graph()
             if kwargs:
                 args = inspect.signature(module.forward).bind(*args, **kwargs).args
             hidden, own_ids, own_weights, *rest = args
@@ -238,63 +245,3 @@ class Replayer:
                 f"layer {layer.name!r} makes its weights by another rule than its config says: use weights='recorded'"
             )
         self._proven.add(layer.name)
-
-
-def _check(model: nn.Module, trace: Trace, weights: str, layers: list[MoELayer]) -> None:
-    """Refuse, in one line, what cannot be replayed."""
-    if weights not in WEIGHTS:
-        raise ValueError(f"weights={weights!r} is unknown: use 'live' or 'recorded'")
-    if any(_is_compiled(module) for module in model.modules()):
-        raise ValueError("a compiled model cannot be replayed: give the model as it was before torch.compile")
-    names = [layer.name for layer in layers]
-    if strangers := [name for name in trace.layers if name not in names]:
-        raise ValueError(
-            f"the trace is of another model: it has a layer {strangers[0]!r}, and {names[0]!r} is the first of this one"
-        )
-    if weights == "recorded" and trace.weights is None:
-        raise ValueError("weights='recorded' has none to take: the trace holds ids only")
-    for layer in layers:
-        for what, here, there in (
-            ("experts", trace.n_experts, layer.config.n_routed_experts),
-            ("experts per token", trace.top_k, layer.config.num_experts_per_tok),
-        ):
-            if here != there:
-                raise ValueError(f"the trace is of another model: {here} {what}, and layer {layer.name!r} has {there}")
-        if weights == "live" and not layer.config.rule_is_known:
-            raise ValueError(
-                f"the rule of layer {layer.name!r} is not known, so its weights cannot be made again: "
-                "use weights='recorded'"
-            )
-        if not isinstance(layer.router, Router) and (layer.router is None or layer.experts is None):
-            raise ValueError(f"layer {layer.name!r} has no router and experts that can be reached: not replayable")
-        if getattr(layer, "origin", "experts") != "experts" and not isinstance(layer.router, Router):
-            raise ValueError(f"the experts of layer {layer.name!r} are not told which were chosen: not replayable")
-
-
-def _models_in(model: nn.Module) -> list[nn.Module]:
-    """The modules that are called with token ids or embeddings, inside wrappers or not; the model where none is."""
-    taking = {"input_ids", "inputs_embeds"}
-    found = [module for module in model.modules() if taking & inspect.signature(module.forward).parameters.keys()]
-    return found or [model]
-
-
-def _is_compiled(module: nn.Module) -> bool:
-    return type(module).__name__ == "OptimizedModule" or getattr(module, "_compiled_call_impl", None) is not None
-
-
-def _refuse_graph() -> None:
-    if torch.compiler.is_compiling():
-        raise ValueError("replay does not run in a compiled graph: leave torch.compile out")
-
-
-def _first_tensor(args: tuple, kwargs: dict) -> Tensor:
-    return next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
-
-
-def _logits_in(output: Any, n_experts: int) -> Tensor | None:
-    """The first of a router's results that has a number for every expert."""
-    items = (output,) if isinstance(output, Tensor) else output
-    for item in items:
-        if isinstance(item, Tensor) and item.is_floating_point() and item.shape[-1] == n_experts:
-            return item.flatten(0, -2)
-    return None

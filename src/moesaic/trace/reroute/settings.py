@@ -1,6 +1,6 @@
-"""What a question about another rule asks for: the changed config, the biases, the nodes; checked, in one line each."""
+"""What a question about another rule asks for: the changed config, the biases, the groups; each is checked."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -81,16 +81,10 @@ def biases(trace: Trace, bias: Bias, dropped: list[int]) -> Tensor | None:
     return out
 
 
-def nodes(before: MoEConfig, after: MoEConfig, placement: Sequence[int] | None) -> np.ndarray | None:
-    """The node of every expert, [E]: of the placement, else the groups of either rule; None without groups."""
-    n_experts = before.n_routed_experts
-    if placement is None:
-        grouped = next((config for config in (before, after) if config.limits_groups), None)
-        return None if grouped is None else np.arange(n_experts) // grouped.experts_per_group
-    given = np.asarray(placement)
-    if given.shape != (n_experts,) or given.dtype.kind not in "iu" or given.min() < 0:
-        raise ValueError(f"placement must give a node, from 0, to each of the {n_experts} experts")
-    return given
+def groups(before: MoEConfig, after: MoEConfig) -> np.ndarray | None:
+    """The group of every expert, [E], by the recorded rule, or by the new one where that alone has groups."""
+    grouped = next((config for config in (before, after) if config.limits_groups), None)
+    return None if grouped is None else np.arange(before.n_routed_experts) // grouped.experts_per_group
 
 
 def plain_bias(bias: Bias) -> Any:

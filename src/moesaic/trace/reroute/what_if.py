@@ -11,13 +11,16 @@ from torch import Tensor
 from moesaic import rules
 from moesaic.config import MoEConfig
 from moesaic.trace.chance.bands import balance_numbers
+from moesaic.trace.chance.placement import distinct_places, place_experts
 from moesaic.trace.reroute import settings
 from moesaic.trace.rule.derive import bias_of, check_can_derive, derive, dtype_of, follows, logits_of
+from moesaic.trace.rule.distinct import check_distinct
 from moesaic.trace.rule.margins import chosen
+from moesaic.trace.shown import finite, missing_notes, origin_notes
 from moesaic.trace.store import Trace
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class WhatIf:
     """A trace routed again by another rule, beside the one that was recorded.
 
@@ -27,7 +30,8 @@ class WhatIf:
     flipped only where the other rule leaves that choice. astray: those that differ by more; the record then follows
     another rule than it says. kept: tokens without experts, which stay without. score_lost: share of the recorded
     choice's summed unbiased score, float64 [L]; below 0 where the other rule takes higher scores.
-    nodes: the group, or the node of a placement, of every expert, int [E]; None without either.
+    groups: the group of every expert, int [E], None where neither rule has groups. placement: its node, int [E], None
+    where none was given.
     """
 
     before: Trace
@@ -38,7 +42,11 @@ class WhatIf:
     astray: Tensor
     kept: int
     score_lost: Tensor
-    nodes: np.ndarray | None
+    groups: np.ndarray | None
+    placement: np.ndarray | None
+
+    def __repr__(self) -> str:
+        return "\n".join(self.sentences()) + "\n(more: .trace, .by_layer(), .to_dict(), .sentences('zh'))"
 
     @property
     def share(self) -> float:
@@ -51,16 +59,20 @@ class WhatIf:
         return float(self.flipped.any(0).float().mean()) if self.flipped.numel() else float("nan")
 
     def by_layer(self) -> list[dict[str, Any]]:
-        """Per layer: tokens flipped, assignments lost and gained, and load, balance and nodes before and after."""
+        """Per layer: tokens flipped, assignments lost and gained; load, balance, groups and nodes before and after."""
         rows = []
         for layer, name in enumerate(self.before.layers):
             one, two = (trace.picks[layer].long() for trace in (self.before, self.trace))
             had, has = (chosen(ids, self.before.n_experts) for ids in (one, two))
             loads = [there.sum(0).numpy() for there in (had, has)]
             balance = [balance_numbers(load) for load in loads]
-            nodes = None if self.nodes is None else [_reached(there, self.nodes) for there in (had, has)]
+            reached = {
+                name: None if place is None else [_reached(ids.numpy(), place) for ids in (one, two)]
+                for name, place in (("groups", self.groups), ("nodes", self.placement))
+            }
             rows.append({
                 "layer": name,
+                "origin": self.before.origins[layer],
                 "tokens": len(one),
                 "flipped": int(self.flipped[layer].sum()),
                 "ties": int(self.ties[layer]),
@@ -68,11 +80,11 @@ class WhatIf:
                 "assignments_lost": int((had & ~has).sum()),
                 "assignments_gained": int((has & ~had).sum()),
                 "load": [load.tolist() for load in loads],
-                "max_over_mean": [_finite(numbers["max_over_mean"]) for numbers in balance],
-                "cv": [_finite(numbers["cv"]) for numbers in balance],
+                "max_over_mean": [finite(numbers["max_over_mean"]) for numbers in balance],
+                "cv": [finite(numbers["cv"]) for numbers in balance],
                 "unused": [int((load == 0).sum()) for load in loads],
-                "nodes": nodes,
-                "score_lost": _finite(self.score_lost[layer]),
+                **reached,
+                "score_lost": finite(self.score_lost[layer]),
             })  # fmt: skip
         return rows
 
@@ -82,12 +94,28 @@ class WhatIf:
             "model": self.before.model,
             "changes": dict(self.changes),
             "reproduced": not int(self.astray.sum()),
-            "flipped_share": _finite(self.share),
-            "flipped_tokens_share": _finite(self.token_share),
+            "flipped_share": finite(self.share),
+            "flipped_tokens_share": finite(self.token_share),
             "kept_without_experts": self.kept,
-            "score_lost": _finite(self.score_lost.nanmean()),
+            "missing": list(self.without_data),
+            "notes": {lang: self.notes(lang) for lang in ("en", "zh")},
+            "placement": None if self.placement is None else self.placement.tolist(),
+            "score_lost": finite(self.score_lost.nanmean()),
             "layers": self.by_layer(),
         }
+
+    @property
+    def without_data(self) -> tuple[str, ...]:
+        """MoE layers of the model that the record has no experts of."""
+        picks, n_experts = self.before.picks, self.before.n_experts
+        empty = [bool((layer >= n_experts).all()) for layer in picks]
+        none = [name for name, is_empty in zip(self.before.layers, empty, strict=True) if is_empty]
+        return tuple(dict.fromkeys((*none, *self.before.missing)))
+
+    def notes(self, lang: str = "en") -> list[str]:
+        """What has to be said of the record whatever was asked."""
+        before = self.before
+        return missing_notes(self.without_data, lang) + origin_notes(before.layers, before.origins, lang)
 
     def sentences(self, lang: str = "en") -> list[str]:
         """What would change, in plain words."""
@@ -100,6 +128,11 @@ class WhatIf:
 
         return what_if_table(self)
 
+    def _repr_html_(self) -> str:
+        from moesaic.trace.reroute.what_if_table import what_if_html
+
+        return what_if_html(self)
+
 
 def what_if(
     trace: Trace,
@@ -111,25 +144,24 @@ def what_if(
     group_mask: str | None = None,
     bias: settings.Bias = None,
     drop_experts: Iterable[int] = (),
-    placement: Sequence[int] | None = None,
-    force: bool = False,
+    nodes: int | None = None,
+    placement: Sequence[int] | np.ndarray | None = None,
+    anyway: bool = False,
 ) -> WhatIf:
     """Route the recorded scores of every layer again with some of the rule changed. What is not given stays.
 
     bias: False leaves the correction bias out, a tensor [E] or [L, E] replaces it, {expert: delta} is added to it.
     drop_experts: never chosen, in any layer; the new trace gives them a bias of minus infinity. placement: the node of
-    every expert, to count nodes instead of groups.
+    every expert, or nodes: their number, experts in equal runs; the nodes of a token are then counted too.
 
     Unchanged settings must give the recorded picks, exact ties apart: that is checked first, and where they do not,
-    the recorded rule is not the one of the trace and this refuses, unless `force`. Raises ValueError, in one line,
-    too where a rule is not known, scores were not recorded, or the settings cannot be met.
+    the recorded rule is not the one of the trace and this refuses, unless `anyway`. Raises ValueError, in one line,
+    too where a rule is not known, scores were not recorded, a token has an expert twice, or the settings cannot be met.
     """
-    if not len(trace):
-        raise ValueError("the trace has no tokens: there is nothing to route again")
-    for layer, config in enumerate(trace.configs):
-        if config.topk_method == "balanced":
-            raise ValueError(f"layer {trace.layers[layer]!r} deals experts out in turn: its scores decide nothing")
-        check_can_derive(trace, layer)
+    _check_can_ask(trace)
+    placed = None
+    if placement is not None or nodes is not None:
+        placed = place_experts(trace.n_experts, nodes=nodes, placement=placement)
     left_out = settings.dropped(trace, drop_experts)
     biases = settings.biases(trace, bias, left_out)
     gets_bias = biases is not None and trace.bias is None
@@ -138,7 +170,7 @@ def what_if(
     ]
     new_picks, weights, columns = [], [], []
     for layer in range(trace.n_layers):
-        scores, base, tied, astray, empty = _check(trace, layer, force)
+        scores, base, tied, astray, empty = _check(trace, layer, anyway)
         ids, flipped = _route_again(trace, layer, base, configs[layer], biases, empty)
         new_picks.append(ids)
         weights.append(_weights(trace, layer, configs[layer], ids, flipped))
@@ -156,24 +188,35 @@ def what_if(
     asked = {"k": k, "n_group": n_group, "topk_group": topk_group, "group_score": group_score,
              "group_mask": group_mask, "bias": settings.plain_bias(bias), "drop_experts": left_out or None}  # fmt: skip
     changes = {name: value for name, value in asked.items() if value is not None}
-    nodes = settings.nodes(trace.configs[0], configs[0], placement)
-    return WhatIf(trace, after, changes, flips, ties, strays, int(empties.sum()), lost, nodes)
+    groups = settings.groups(trace.configs[0], configs[0])
+    return WhatIf(trace, after, changes, flips, ties, strays, int(empties.sum()), lost, groups, placed)
 
 
-def _check(trace: Trace, layer: int, force: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _check_can_ask(trace: Trace) -> None:
+    """ValueError for a trace that no rule can route again."""
+    if not len(trace):
+        raise ValueError("the trace has no tokens: there is nothing to route again")
+    check_distinct(trace)
+    for layer, config in enumerate(trace.configs):
+        if config.topk_method == "balanced":
+            raise ValueError(f"layer {trace.layers[layer]!r} deals experts out in turn: its scores decide nothing")
+        check_can_derive(trace, layer)
+
+
+def _check(trace: Trace, layer: int, anyway: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """By the recorded rule: scores [T, E], the ids [T, K] that flips are counted from, and tokens whose record differs
     from it by ties, by more, and that have no experts."""
     config, ids = trace.configs[layer], trace.picks[layer].long()
     scores, derived_ids, same, allowed = follows(trace, layer, config, bias_of(trace, layer))
     empty = (ids >= config.n_routed_experts).all(-1)
     astray = ~allowed & ~empty
-    if astray.any() and not force:
+    if astray.any() and not anyway:
         n, first = int(astray.sum()), int(astray.nonzero()[0])
         partly = bool(((ids >= config.n_routed_experts).any(-1) & astray).any())
         why = "experts are missing there" if partly else "the recorded rule is not this one"
         raise ValueError(
             f"layer {trace.layers[layer]!r}: unchanged settings do not give the recorded picks of {n} of {len(ids)} "
-            f"tokens, such as token {first}: {why}; correct the trace's configs, or ask with force"
+            f"tokens, such as token {first}: {why}; correct the trace's configs, or ask anyway (anyway=True, --anyway)"
         )
     tied = allowed & ~same & ~empty
     base = torch.where(tied[:, None], derived_ids, ids)  # a tie may fall as it fell: that is no flip
@@ -236,14 +279,8 @@ def _score_lost(scores: Tensor, before: Tensor, after: Tensor, config: MoEConfig
     return (had - has) / had
 
 
-def _reached(chosen_experts: Tensor, nodes: np.ndarray) -> float | None:
-    """Distinct nodes per token, mean over tokens that have experts."""
-    on_node = torch.nn.functional.one_hot(torch.from_numpy(nodes).long()).float()
-    reached = (chosen_experts.float() @ on_node > 0).sum(-1)
-    reached = reached[reached > 0].double()
+def _reached(picks: np.ndarray, place: np.ndarray) -> float | None:
+    """Distinct places per token, mean over tokens that have experts."""
+    reached = distinct_places(picks, place)
+    reached = reached[reached > 0]
     return float(reached.mean()) if len(reached) else None
-
-
-def _finite(value: Any) -> float | None:
-    number = float(value)
-    return number if number - number == 0 else None

@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from moesaic.trace.reroute.what_if import WhatIf
-from moesaic.trace.shown import short_layer, visible, words_of
+from moesaic.trace.shown import html_of, html_said, html_table, short_layers, words_of
 
 WORDS = {
     "en": {
@@ -25,11 +25,15 @@ WORDS = {
         "flips": "other experts for {share:.1%} of (layer, token) pairs, {tokens:.1%} of tokens in some layer",
         "load": "busiest expert of a layer: {a:.2f}x its share before, {b:.2f}x after",
         "unused": "experts never used: {a} before, {b} after",
-        "nodes": "groups or nodes per token: {a:.2f} before, {b:.2f} after",
+        "groups": "groups per token: {a:.2f} before, {b:.2f} after",
+        "nodes": "nodes per token: {a:.2f} before, {b:.2f} after",
         "lost": "score lost: {lost:.2%} of the recorded choice's",
         "gained": "score won: {lost:.2%} of the recorded choice's",
         "kept": "{n} (layer, token) pairs had no experts and stay without",
-        "columns": ("layer", "flipped", "max / mean\nload", "CV", "unused", "nodes\n/ token", "score\nlost"),
+        "columns": {
+            "layer": "layer", "flipped": "flipped", "load": "max / mean\nload", "cv": "CV", "unused": "unused",
+            "groups": "groups\n/ token", "nodes": "nodes\n/ token", "lost": "score\nlost",
+        },
         "pairs": "before -> after",
     },
     "zh": {
@@ -45,17 +49,21 @@ WORDS = {
         "flips": "{share:.1%} 的（层，token）会换专家；{tokens:.1%} 的 token 在某层会换",
         "load": "各层最忙的专家：原为均值的 {a:.2f} 倍，改后 {b:.2f} 倍",
         "unused": "从未用到的专家：原有 {a} 个，改后 {b} 个",
-        "nodes": "每个 token 到达的组或节点：原为 {a:.2f}，改后 {b:.2f}",
+        "groups": "每个 token 到达的组数：原为 {a:.2f}，改后 {b:.2f}",
+        "nodes": "每个 token 到达的节点数：原为 {a:.2f}，改后 {b:.2f}",
         "lost": "分数损失：原选择总分的 {lost:.2%}", "gained": "分数增加：原选择总分的 {lost:.2%}",
         "kept": "{n} 个（层，token）本来没有专家，照旧",
-        "columns": ("层", "换专家", "最大 / 平均\n负载", "CV", "未用\n专家", "到达\n节点", "分数\n损失"),
+        "columns": {
+            "layer": "层", "flipped": "换专家", "load": "最大 / 平均\n负载", "cv": "CV", "unused": "未用\n专家",
+            "groups": "到达\n组数", "nodes": "到达\n节点数", "lost": "分数\n损失",
+        },
         "pairs": "改前 -> 改后",
     },
 }  # fmt: skip
 
 
 def sentences(found: WhatIf, lang: str = "en") -> list[str]:
-    """What was asked, whether the record can be trusted for it, and what would change."""
+    """What was asked, whether the record can be trusted for it, what would change, and what is not known."""
     words, rows = words_of(WORDS, lang), found.by_layer()
     astray = sum(row["astray"] for row in rows)
     if astray:
@@ -67,17 +75,22 @@ def sentences(found: WhatIf, lang: str = "en") -> list[str]:
     out = [_asked(found, words), trust]
     if found.kept:
         out.append(words["kept"].format(n=found.kept))
-    if not found.changes:
-        return out
-    out.append(words["flips"].format(share=found.share, tokens=found.token_share))
+    if found.changes:
+        out += _changes(found, rows, words)
+    return out + found.notes(lang)
+
+
+def _changes(found: WhatIf, rows: list[dict[str, Any]], words: dict[str, Any]) -> list[str]:
+    out = [words["flips"].format(share=found.share, tokens=found.token_share)]
     peaks = [[row["max_over_mean"][side] or 0.0 for row in rows] for side in (0, 1)]
     out.append(words["load"].format(a=max(peaks[0]), b=max(peaks[1])))
     unused = [sum(row["unused"][side] for row in rows) for side in (0, 1)]
     if any(unused):
         out.append(words["unused"].format(a=unused[0], b=unused[1]))
-    nodes = [_mean([row["nodes"][side] for row in rows if row["nodes"]]) for side in (0, 1)]
-    if nodes[0] is not None and nodes[1] is not None:
-        out.append(words["nodes"].format(a=nodes[0], b=nodes[1]))
+    for name in ("groups", "nodes"):
+        reached = [_mean([row[name][side] for row in rows if row[name]]) for side in (0, 1)]
+        if reached[0] is not None and reached[1] is not None:
+            out.append(words[name].format(a=reached[0], b=reached[1]))
     lost = found.to_dict()["score_lost"]
     if lost is not None:
         out.append(words["lost" if lost >= 0 else "gained"].format(lost=abs(lost)))
@@ -86,23 +99,42 @@ def sentences(found: WhatIf, lang: str = "en") -> list[str]:
 
 def what_if_table(found: WhatIf, lang: str = "en") -> Group:
     """One row a layer, before and after, and the sentences under it."""
-    words, rows = words_of(WORDS, lang), found.by_layer()
-    with_nodes = found.nodes is not None
-    heads = [head for i, head in enumerate(words["columns"]) if with_nodes or i != 5]
+    words, heads, rows = words_of(WORDS, lang), *_cells(found, lang)
     table = Table(box=box.SIMPLE_HEAD, caption=words["pairs"], caption_justify="left", pad_edge=False)
     for index, head in enumerate(heads):
         table.add_column(head, justify="right" if index else "left", overflow="fold")
-    for index, row in enumerate(rows):
-        cells = [
+    for row in rows:
+        table.add_row(*map(Text, row))
+    return Group(table, *(Text(line) for line in sentences(found, lang)))
+
+
+def what_if_html(found: WhatIf, lang: str = "en") -> str:
+    """The same for a notebook."""
+
+    def part(lang: str) -> str:
+        caption = f'<div style="color:#777">{words_of(WORDS, lang)["pairs"].replace(">", "&gt;")}</div>'
+        return html_said(found.before.model, sentences(found, lang)) + html_table(*_cells(found, lang)) + caption
+
+    return html_of(part, lang)
+
+
+def _cells(found: WhatIf, lang: str) -> tuple[list[str], list[list[str]]]:
+    """Heads and rows of the table; groups and nodes only where there are some."""
+    places = [name for name, there in (("groups", found.groups), ("nodes", found.placement)) if there is not None]
+    columns = words_of(WORDS, lang)["columns"]
+    heads = [head for name, head in columns.items() if name in places or name not in ("groups", "nodes")]
+    rows = []
+    for name, row in zip(short_layers(found.before.layers), found.by_layer(), strict=True):
+        rows.append([
+            name,
             f"{row['flipped'] / row['tokens']:.1%}" if row["tokens"] else "–",
             _pair(row["max_over_mean"], ".2f"),
             _pair(row["cv"], ".3f"),
             _pair(row["unused"], "d"),
-            *([_pair(row["nodes"], ".2f")] if with_nodes else []),
+            *(_pair(row[place], ".2f") for place in places),
             "–" if row["score_lost"] is None else f"{row['score_lost']:.2%}",
-        ]
-        table.add_row(Text(f"{index}  {visible(short_layer(row['layer']))}"), *cells)
-    return Group(table, *(Text(line) for line in sentences(found, lang)))
+        ])  # fmt: skip
+    return heads, rows
 
 
 def _asked(found: WhatIf, words: dict[str, Any]) -> str:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,13 +24,14 @@ from moesaic.trace.rule.stages import (
     shapes_of,
     worded,
 )  # fmt: skip
+from moesaic.trace.shown import origin_notes, short_layer
 from moesaic.trace.store import Trace
 from moesaic.types import Routing
 
-__all__ = ["STAGES", "Stage", "Step", "VersusTopK", "steps", "steps_of_routing", "versus_topk"]
+__all__ = ["STAGES", "Stage", "Step", "Steps", "VersusTopK", "steps", "steps_of_routing", "versus_topk"]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Step:
     """What one stage gave for one token.
 
@@ -46,6 +47,54 @@ class Step:
     note: dict[str, str] | None = None
     agrees: bool | None = None
     tied: bool = False
+
+    def __repr__(self) -> str:
+        shape = list(self.shape) if self.shape else "?"
+        return f"Step({self.stage.number} {self.stage.name_en}: {self.stage.formula}, shape {shape})"
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Steps(Sequence[Step]):
+    """The 15 stages of one token, in order, and whose they are.
+
+    layer, token: the layer's name and the number of the token; "" and the row for a routing that is no trace. origin:
+    where its picks were read (see Trace.origins).
+    """
+
+    steps: tuple[Step, ...]
+    layer: str
+    token: int
+    origin: str = "experts"
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.steps[index]
+
+    def __repr__(self) -> str:
+        of_layer = f" of {short_layer(self.layer)}" if self.layer else ""
+        experts = self.steps[11].value
+        config = self.steps[0].config
+        chosen = experts.tolist() if isinstance(experts, Tensor) else []
+        named = " ".join(f"e{e}" if e < config.n_routed_experts else "–" for e in chosen)
+        said = [f"token {self.token}{of_layer}: {named} of {config.n_routed_experts} experts", *self.notes()]
+        said += ["recorded values differ from the derived ones"] * any(step.agrees is False for step in self.steps)
+        return "\n".join([*said, f"(more: [0] to [{len(self) - 1}], each with .stage, .value, .note)"])
+
+    def notes(self, lang: str = "en") -> list[str]:
+        """What has to be said of the record whatever its steps show."""
+        return origin_notes([self.layer], [self.origin], lang)
+
+    def __rich__(self) -> Any:
+        from moesaic.trace.rule.steps_table import steps_table
+
+        return steps_table(self)
+
+    def _repr_html_(self) -> str:
+        from moesaic.trace.rule.steps_table import steps_html
+
+        return steps_html(self)
 
 
 class VersusTopK(NamedTuple):
@@ -63,7 +112,7 @@ class VersusTopK(NamedTuple):
     groups_topk: tuple[int, ...]
 
 
-def steps(source: Trace, layer: int = 0, token: int = 0) -> list[Step]:
+def steps(source: Trace, layer: int = 0, token: int = 0) -> Steps:
     """The 15 stages of one token of a recorded layer. ValueError for a layer or token that is not in the trace.
 
     A stage that needs what was not recorded, or a rule that is not known, has no value and a note that says so.
@@ -75,7 +124,7 @@ def steps(source: Trace, layer: int = 0, token: int = 0) -> list[Step]:
     counts = torch.bincount(source.sequences)
     lengths = counts[counts > 0]
     batch = (len(lengths), int(lengths[0])) if len(lengths) and bool((lengths == lengths[0]).all()) else None
-    return _steps(
+    of_token = _steps(
         None if source.logits is None else source.logits[layer, token],
         None if source.weights is None else source.weights[layer, token],
         source.picks[layer, token].long(),
@@ -86,6 +135,7 @@ def steps(source: Trace, layer: int = 0, token: int = 0) -> list[Step]:
         dtypes=(dtype_of(source.dtypes.get("logits")), dtype_of(source.dtypes.get("weights"))),
         without_bias=why_not_derived(source, layer) is BIAS_NOT_RECORDED,
     )
+    return Steps(of_token, source.layers[layer], range(len(source))[token], source.origins[layer])
 
 
 def steps_of_routing(
@@ -98,12 +148,12 @@ def steps_of_routing(
     batch: tuple[int, int] | None = None,
     logits_dtype: str | None = None,
     weights_dtype: str | None = None,
-) -> list[Step]:
+) -> Steps:
     """The 15 stages of one token of a live routing. `hidden` [T, D] fills the first two; `batch` is (B, S).
 
     Scores are computed in `logits_dtype`, weights compared in `weights_dtype`: those of the tensors unless told.
     """
-    return _steps(
+    of_token = _steps(
         None if routing.logits is None else routing.logits[token].detach().cpu(),
         routing.weights[token].detach().cpu().float(),
         routing.expert_ids[token].detach().cpu(),
@@ -114,6 +164,7 @@ def steps_of_routing(
         batch=batch,
         dtypes=(dtype_of(logits_dtype), dtype_of(weights_dtype) or routing.weights.dtype),
     )
+    return Steps(of_token, "", range(len(routing.expert_ids))[token])
 
 
 def _steps(
@@ -128,7 +179,7 @@ def _steps(
     batch: tuple[int, int] | None,
     dtypes: tuple[torch.dtype | None, torch.dtype | None],
     without_bias: bool = False,
-) -> list[Step]:
+) -> tuple[Step, ...]:
     """Of one token: logits [E], weights [K], ids [K]. without_bias: the rule has a bias that nobody recorded."""
     values: dict[str, Tensor | tuple[Tensor, Tensor] | None] = {"input": hidden, "tokens": hidden, "logits": logits}
     agrees: dict[str, bool | None] = {}
@@ -156,7 +207,7 @@ def _steps(
     else:
         values["scaled"] = weights
     shapes = shapes_of(config, n_tokens, batch)
-    return [
+    return tuple(
         Step(
             stage=worded(stage, config),
             shape=shapes[stage.key],
@@ -167,7 +218,7 @@ def _steps(
             tied=tied and stage.key in ("experts", "output"),
         )
         for stage in STAGES
-    ]
+    )
 
 
 def versus_topk(token_steps: Sequence[Step]) -> VersusTopK:

@@ -1,6 +1,5 @@
 """The 15 steps of a token as a console table. Nothing here prints."""
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,8 +10,18 @@ from rich.text import Text
 from torch import Tensor
 
 from moesaic.config import MoEConfig
-from moesaic.trace.rule.steps import Step, versus_topk
-from moesaic.trace.shown import short, sparkline, visible, words_of
+from moesaic.trace.rule.steps import Step, Steps, versus_topk
+from moesaic.trace.shown import (
+    finite,
+    html_of,
+    html_said,
+    html_table,
+    short,
+    short_layer,
+    sparkline,
+    visible,
+    words_of,
+)
 
 WORDS = {
     "en": {
@@ -24,7 +33,7 @@ WORDS = {
         "disagrees": "recorded values differ from the derived ones", "tied": "tie: another machine may differ",
         "versus": "classic top-{k}", "same": "would take the same experts",
         "instead": "would take {a} instead of {b}: score lost {p:.2f} %, groups {x} -> {y}",
-        "no_data": "no data",
+        "no_data": "no data", "why": " ({})", "colon": ": ",
     },
     "zh": {
         "columns": ("#", "步骤", "公式", "形状", "该 token 的值"),
@@ -35,30 +44,58 @@ WORDS = {
         "disagrees": "记录值与推导值不一致", "tied": "并列：换一台机器可能选得不同",
         "versus": "经典 top-{k}", "same": "会选同样的专家",
         "instead": "会选 {a} 而不是 {b}：分数损失 {p:.2f} %，组数 {x} -> {y}",
-        "no_data": "没有数据",
+        "no_data": "没有数据", "why": "（{}）", "colon": "：",
     },
 }  # fmt: skip
 
 
 def steps_table(steps: Sequence[Step], lang: str = "en", *, versus: bool = False, title: str = "") -> RenderableType:
     """The 15 steps of one token, one row a step. With `versus`, a line says what plain top-k would have taken."""
-    words, config = words_of(WORDS, lang), steps[0].config
+    words = words_of(WORDS, lang)
     heading = Text(visible(title)) if title else None  # it holds a token and a layer's name, so it is no markup
     table = Table(box=box.SIMPLE_HEAD, title=heading, title_justify="left", pad_edge=False, expand=False)
     for name, justify in zip(words["columns"], ("right", "left", "left", "left", "left"), strict=True):
         table.add_column(name, justify=justify, no_wrap=justify == "right", overflow="fold")  # type: ignore[arg-type]
-    by_key = {step.stage.key: step for step in steps}
-    for step in steps:
-        stage = step.stage
-        value = _value(step, by_key, words, lang)
-        shape = "[" + ", ".join(map(str, step.shape)) + "]" if step.shape else "?"
-        name = stage.name_zh if lang == "zh" else stage.name_en
-        table.add_row(str(stage.number), name, Text(stage.formula), Text(shape), value)
-    key = "unknown" if not config.rule_is_known else "config" if config.n_group > 1 else "config_flat"
-    parts: list[RenderableType] = [Text(words[key].format(**_sizes(config)), style="dim"), table]
+    for row in _rows(steps, lang):
+        table.add_row(*row)
+    parts: list[RenderableType] = [Text(_head(steps[0].config, words), style="dim"), table]
+    parts += [Text(note) for note in _notes(steps, lang)]
     if versus:
         parts.append(_versus_line(steps, words, lang))
     return Group(*parts)
+
+
+def steps_html(steps: Steps, lang: str = "en") -> str:
+    """The same for a notebook, with what plain top-k would have taken."""
+
+    def part(lang: str) -> str:
+        words = words_of(WORDS, lang)
+        said = [_head(steps[0].config, words), *steps.notes(lang), _versus_line(steps, words, lang).plain]
+        rows = [[str(cell) for cell in row] for row in _rows(steps, lang)]
+        return html_said(f"token {steps.token}  {short_layer(steps.layer)}", said) + html_table(words["columns"], rows)
+
+    return html_of(part, lang)
+
+
+def _rows(steps: Sequence[Step], lang: str) -> list[list[Text]]:
+    """The cells of the table: texts with styles, none of them markup."""
+    words, by_key, rows = words_of(WORDS, lang), {step.stage.key: step for step in steps}, []
+    for step in steps:
+        stage = step.stage
+        shape = "[" + ", ".join(map(str, step.shape)) + "]" if step.shape else "?"
+        name = words_of({"en": stage.name_en, "zh": stage.name_zh}, lang)
+        plain = (str(stage.number), name, stage.formula, shape)
+        rows.append([*map(Text, plain), _value(step, by_key, words, lang)])
+    return rows
+
+
+def _head(config: MoEConfig, words: dict) -> str:
+    key = "unknown" if not config.rule_is_known else "config" if config.n_group > 1 else "config_flat"
+    return words[key].format(**_sizes(config))
+
+
+def _notes(steps: Sequence[Step], lang: str) -> list[str]:
+    return steps.notes(lang) if isinstance(steps, Steps) else []
 
 
 def steps_as_dict(steps: Sequence[Step], *, versus: bool = False) -> dict[str, Any]:
@@ -70,7 +107,9 @@ def steps_as_dict(steps: Sequence[Step], *, versus: bool = False) -> dict[str, A
             "name_zh": step.stage.name_zh, "formula": step.stage.formula, "shape": list(step.shape),
             "value": _plain(step.value), "why": step.note, "agrees": step.agrees, "tied": step.tied,
         })  # fmt: skip
-    out: dict[str, Any] = {"config": steps[0].config.to_dict(), "steps": of_token}
+    config = steps[0].config
+    notes = {lang: _notes(steps, lang) for lang in ("en", "zh")}
+    out: dict[str, Any] = {"config": config.digest(), "fields": config.to_dict(), "notes": notes, "steps": of_token}
     if versus:
         scored = next(step for step in steps if step.stage.key == "scores").value is not None
         found = versus_topk(steps) if scored else None
@@ -83,7 +122,7 @@ def _plain(value: Any) -> Any:
         value = value.tolist()
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return finite(value) if isinstance(value, float) else value
 
 
 def rank_changes(scores: Tensor, biased: Tensor) -> list[tuple[int, int]]:
@@ -153,8 +192,8 @@ def _versus_line(steps: Sequence[Step], words: dict, lang: str) -> Text:
     head = words["versus"].format(k=config.num_experts_per_tok)
     scores = next(step for step in steps if step.stage.key == "scores")
     if scores.value is None:
-        why = "" if config.rule_is_known or not scores.note else f" ({scores.note[lang]})"
-        return Text(f"{head}: {words['no_data']}{why}", style="dim")
+        why = "" if config.rule_is_known or not scores.note else words["why"].format(scores.note[lang])
+        return Text(f"{head}{words['colon']}{words['no_data']}{why}", style="dim")
     versus = versus_topk(steps)
     if not len(versus.only_topk):
         return Text(f"{head} {words['same']}")

@@ -11,6 +11,7 @@ from moesaic.config import MoEConfig
 from moesaic.trace.chance.bands import random_picks
 from moesaic.trace.chance.documents import Documents
 from moesaic.trace.chance.tails import at_least
+from moesaic.trace.rule.distinct import check_distinct
 from moesaic.trace.statistics.verdict import documents_needed
 from moesaic.trace.store import Trace
 
@@ -59,6 +60,7 @@ def coselection(trace: Trace, *, alpha: float = 0.05) -> Coselection:
         raise ValueError(f"alpha={alpha} must lie between 0 and 1: use 0.05, say")
     if trace.top_k < 2:
         raise ValueError("num_experts_per_tok=1 leaves no pairs: co-selection needs two experts a token at least")
+    check_distinct(trace)
     documents, e = Documents.of(trace), trace.n_experts
     tests = trace.n_layers * e * (e - 1) // 2
     pairs: list[Pair] = []

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from moesaic.trace.shown import short_layer, visible
+from moesaic.trace.shown import CELL, html_of, html_said, short_layers, visible, words_of
 from moesaic.trace.statistics.measures import Measure, meaning
 
 if TYPE_CHECKING:
@@ -23,46 +23,38 @@ WORDS = {
     "zh": {"layer": "层", "verdict": "结论", "load": "各专家负载", "no_data": "没有数据",
            "about": "( ) 随机 5–95%；[ ] 该数自身的误差 5–95%。柱图中的虚线是应得份额。"},
 }  # fmt: skip
-CELL = "padding:2px 8px;text-align:right;vertical-align:top;white-space:nowrap"
 
 
 def stats_html(stats: "Stats", lang: str = "en") -> str:
     """The verdict and one row a layer with its load as bars; the other language is folded below."""
-    other = "zh" if lang == "en" else "en"
-    return (
-        f'<div style="font-size:13px;line-height:1.4">{_part(stats, lang)}'
-        f"<details><summary>{'中文' if other == 'zh' else 'English'}</summary>{_part(stats, other)}</details></div>"
-    )
+    return html_of(lambda which: _part(stats, which), lang)
 
 
 def _part(stats: "Stats", lang: str) -> str:
-    words = WORDS[lang]
+    words = words_of(WORDS, lang)
     names = [name for name in SHOWN if name in stats.values]
-    sentences = stats.verdict_zh if lang == "zh" else stats.verdict_en
-    said = "".join(f"<div>{escape(sentence)}</div>" for sentence in sentences)
+    said = html_said(stats.model, stats.verdict(lang).splitlines(), COLOURS[stats.status])
+    layers = short_layers([*(report.layer for report in stats.layers), *stats.missing])
     heads = [words["layer"], words["verdict"], words["load"]]
     head = "".join(f'<th style="{CELL}">{escape(text)}</th>' for text in heads)
     head += "".join(f'<th style="{CELL}" title="{escape(meaning(name, lang))}">{escape(name)}</th>' for name in names)
-    rows = "".join(_row(report, names, lang) for report in stats.layers)
+    rows = "".join(_row(report, name, names, lang) for name, report in zip(layers, stats.layers, strict=False))
     rows += "".join(
-        f'<tr><td style="{CELL}">{escape(short_layer(name))}</td>'
+        f'<tr><td style="{CELL}">{escape(name)}</td>'
         f'<td style="{CELL};color:#777" colspan="{2 + len(names)}">{words["no_data"]}</td></tr>'
-        for name in stats.missing
+        for name in layers[len(stats.layers) :]
     )
-    colour = COLOURS[stats.status]
     return (
-        f'<div lang="{lang}"><div style="border-left:4px solid {colour};padding-left:8px">'
-        f"<b>{escape(visible(stats.model))}</b>{said}</div>"
-        f'<table style="border-collapse:collapse;margin-top:6px"><thead><tr>{head}</tr></thead>'
-        f'<tbody>{rows}</tbody></table><div style="color:#777">{escape(words["about"])}</div></div>'
+        f'{said}<table style="border-collapse:collapse;margin-top:6px"><thead><tr>{head}</tr></thead>'
+        f'<tbody>{rows}</tbody></table><div style="color:#777">{escape(words["about"])}</div>'
     )
 
 
-def _row(report: "LayerReport", names: list[str], lang: str) -> str:
+def _row(report: "LayerReport", layer: str, names: list[str], lang: str) -> str:
     cells = "".join(_cell(report.measures.get(name), lang) for name in names)
     full = escape(visible(report.layer))
     return (
-        f'<tr><td style="{CELL}" title="{full}">{escape(short_layer(report.layer))}</td>'
+        f'<tr><td style="{CELL}" title="{full}">{escape(layer)}</td>'
         f'<td style="{CELL};text-align:left;color:{COLOURS[report.status]}">{escape(report.verdict(lang))}</td>'
         f'<td style="{CELL}">{_bars(report.load)}</td>{cells}</tr>'
     )
@@ -70,7 +62,7 @@ def _row(report: "LayerReport", names: list[str], lang: str) -> str:
 
 def _cell(measure: Measure | None, lang: str) -> str:
     if measure is None or not measure.is_known:
-        return f'<td style="{CELL};color:#777">{WORDS[lang]["no_data"]}</td>'
+        return f'<td style="{CELL};color:#777">{words_of(WORDS, lang)["no_data"]}</td>'
     band = ""
     if measure.band is not None:
         left, right = ("(", ")") if measure.kind == "chance" else ("[", "]")

@@ -6,7 +6,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from moesaic.trace.shown import short, short_layer, visible, words_of
+from moesaic.trace.shown import short, short_layers, visible, words_of
 from moesaic.trace.statistics.preference import Preferences
 from moesaic.trace.statistics.stats import LayerReport, Measure
 
@@ -19,7 +19,7 @@ WORDS = {
     },
     "zh": {
         "load": ("层\n结论", "最大 / 平均\n负载", "MaxVio", "CV", "未用\n专家", "到达\n组数"),
-        "chance": "随机 5–95 %", "preference": ("层", "领域", "专家（相对其总体使用率的倍数）", "最小 p"),
+        "chance": "随机 5–95%", "preference": ("层", "领域", "专家（相对其总体使用率的倍数）", "最小 p"),
         "none": "没有超出随机的偏好", "no_data": "没有数据",
         "test": "以序列为单位置换 {p} 次（{n} 个序列）；p 已对全部 {t} 个专家校正（最大统计量），显著性水平 {a:g}",
     },
@@ -39,8 +39,8 @@ def load_table(reports: Sequence[LayerReport], lang: str = "en") -> Table:
     table.add_column(words["load"][0], overflow="fold")
     for head in words["load"][1 : 2 + len(names)]:
         table.add_column(head, justify="right", no_wrap=True)
-    for index, report in enumerate(reports):
-        name = Text(f"{index}  {short_layer(report.layer)}\n")
+    for index, (layer, report) in enumerate(zip(short_layers([r.layer for r in reports]), reports, strict=True)):
+        name = Text(f"{index}  {layer}\n")
         name.append(report.verdict(lang), style=STYLES[report.status])
         cells = [_measure(report.measures.get(measure), measure, words) for measure in names]
         table.add_row(name, f"{report.load.max()} / {report.load.mean():.4g}", *cells)
@@ -53,6 +53,7 @@ def preference_table(
     """Per layer and domain, the experts that prefer it beyond chance, strongest first, at most `most` of them."""
     words, found = words_of(WORDS, lang), preferences.found(alpha)
     n_layers, n_experts = found.shape
+    shown_layers = short_layers(layers)
     caption = words["test"].format(
         p=preferences.permutations, n=preferences.n_sequences, t=n_layers * n_experts, a=alpha
     )
@@ -60,7 +61,7 @@ def preference_table(
     for head in words["preference"]:
         table.add_column(head, overflow="fold")
     for layer in range(n_layers):
-        name = Text(f"{layer}  {short_layer(layers[layer])}" if layers else str(layer))
+        name = Text(shown_layers[layer] if layers else str(layer))
         if not found[layer].any():
             table.add_row(name, Text("–", style="dim"), Text(words["none"], style="dim"), "", end_section=True)
             continue

@@ -19,6 +19,7 @@ from moesaic.trace.chance.bands import (
 from moesaic.trace.chance.bands import per_token as random_tokens
 from moesaic.trace.chance.documents import Documents, LoadCounts, mean_and_error
 from moesaic.trace.chance.placement import distinct_places
+from moesaic.trace.shown import words_of
 from moesaic.trace.statistics import per_token
 from moesaic.trace.store import Trace
 
@@ -30,7 +31,7 @@ MEANINGS = {
     "max_vio": {"en": "the same less 1 (MaxVio); 0 is perfect balance", "zh": "上一项减 1（MaxVio）；0 为完全均衡"},
     "cv": {
         "en": "standard deviation of the loads over their mean; sees all experts",
-        "zh": "负载的标准差除以平均值（变异系数），看到所有专家",
+        "zh": "负载的标准差除以平均值（变异系数），反映所有专家",
     },
     "entropy": {
         "en": "entropy of the load shares over log E; 1 is perfect balance",
@@ -105,7 +106,7 @@ NO_DATA = Measure(math.nan, None)
 def meaning(name: str, lang: str = "en") -> str:
     """What a measure says, in a line; "dropped_at_1.25" is that of `dropped` with the factor put in."""
     key, _, factor = name.partition("_at_")
-    return MEANINGS[key][lang].format(c=factor)
+    return words_of(MEANINGS[key], lang).format(c=factor)
 
 
 def layer_measures(

@@ -6,10 +6,20 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from moesaic.trace.rule.distinct import check_distinct
+from moesaic.trace.shown import counted
 from moesaic.trace.store import Trace
 
 LEVEL = 0.05  # the level that a preference must be able to reach
 CELLS = 8_000_000  # rates of shuffles, domains and experts held at once: 32 MB
+
+
+class Untestable(ValueError):
+    """Domains that no test can tell apart; `words` says why, {"en": ..., "zh": ...}."""
+
+    def __init__(self, en: str, zh: str) -> None:
+        super().__init__(en)
+        self.words = {"en": en, "zh": zh}
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,24 +53,24 @@ def domain_preference(
     excess rate is put in units of its own spread over the shuffles, and the largest of all pairs in each shuffle is
     the yardstick (max-statistic of Westfall and Young, which bounds the chance of any false finding).
 
-    Raises ValueError where there are no tokens, fewer than two domains, not one label a sequence, or so few sequences
-    that no shuffle could be significant.
+    Raises ValueError where there is not one label a sequence or a token has an expert twice; Untestable where fewer
+    than two domains have tokens, or so few sequences that no shuffle could be significant.
     """
-    names = trace.labels if labels is None else tuple(labels)
-    if names is None:
-        raise ValueError("no domain labels: give one label for each sequence")
-    if len(names) < trace.n_sequences:
-        raise ValueError(f"{len(names)} labels for {trace.n_sequences} sequences: give one label a sequence")
+    names = _labels_of(trace, labels)
+    check_distinct(trace)
     if permutations < 1:
         raise ValueError(f"permutations={permutations} gives no p-value: use 1000, say")
     counts, n_tokens = sequence_loads(trace, len(names))  # [N, L*E], [N]
     counts, n_tokens, names = counts[n_tokens > 0], n_tokens[n_tokens > 0], _kept(names, n_tokens > 0)
     domains = tuple(dict.fromkeys(names))
     if len(domains) < 2:
-        raise ValueError(f"{len(domains)} domains with tokens: a preference needs at least two")
+        n = len(domains)
+        raise Untestable(
+            f"{counted(n, 'domain')} with tokens: a preference needs at least two",
+            f"有 token 的领域只有 {n} 个，至少要两个才谈得上偏好",
+        )
     label = np.array([domains.index(name) for name in names])
     _check_documents(label, len(domains))
-
     rng = np.random.default_rng(seed)
     shuffled = np.stack([label, *(rng.permutation(label) for _ in range(permutations))])
     member = (shuffled[:, None, :] == np.arange(len(domains))[:, None]).astype(np.float32)  # [P+1, domains, N]
@@ -107,14 +117,25 @@ def sequence_loads(trace: Trace, n_sequences: int) -> tuple[np.ndarray, np.ndarr
     return counts.reshape(n_sequences, n_layers * e), np.bincount(sequence, minlength=n_sequences)
 
 
+def _labels_of(trace: Trace, labels: Sequence[str] | None) -> tuple[str, ...]:
+    names = trace.labels if labels is None else tuple(labels)
+    if names is None:
+        raise ValueError("no domain labels: give one label for each sequence")
+    if len(names) < trace.n_sequences:
+        raise ValueError(f"{len(names)} labels for {trace.n_sequences} sequences: give one label a sequence")
+    return names
+
+
 def _check_documents(label: np.ndarray, n_domains: int) -> None:
     """Refuse what cannot come out significant: labels that can be dealt to the sequences in few ways only."""
     sizes = np.bincount(label, minlength=n_domains)
     ways = math.exp(min(math.lgamma(len(label) + 1) - sum(math.lgamma(size + 1) for size in sizes.tolist()), 50.0))
     if ways < 1 / LEVEL:
-        raise ValueError(
+        raise Untestable(
             f"{len(label)} sequences in {n_domains} domains can be labelled in {ways:.0f} ways only, so that no "
-            f"preference could have a p-value below {LEVEL}: give more sequences, four a domain, say"
+            f"preference could have a p-value below {LEVEL}: give more sequences, four a domain, say",
+            f"{len(label)} 个序列分属 {n_domains} 个领域，只有 {ways:.0f} 种贴标签的方式，任何偏好的 p 值都到不了 "
+            f"{LEVEL} 以下：请给更多序列，例如每个领域四个",
         )
 
 

@@ -5,25 +5,27 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 
 from moesaic.trace.chance.bands import Band, overlap, random_picks
 from moesaic.trace.chance.documents import Documents, mean_and_error
-from moesaic.trace.shown import visible
+from moesaic.trace.compare.aligned import aligned, notes_of_both, tokens_checked
+from moesaic.trace.shown import counted, finite, words_of
 from moesaic.trace.statistics.measures import NO_DATA, Measure
 from moesaic.trace.store import Trace
 
+NAMES = {"en": ("first record", "second record"), "zh": ("第一份记录", "第二份记录")}
 SLICE = 65536  # tokens compared at once
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Stability:
     """Per layer: how alike the picks of the same tokens are. Bands are what two unrelated random routings give.
 
     jaccard: experts common to both over experts of either, mean over tokens. same_set: share of tokens with the very
     same experts. load_correlation: Pearson's, of the experts' loads. errors: of jaccard over documents (of tokens where
     there is one document only), [L].
-    checked: whether token ids were there to prove that the tokens are the same.
+    checked: whether token ids were there to prove that the tokens are the same. missing: MoE layers without data in
+    either. notes_en, notes_zh: sentences on that, and on picks that were not read at the experts.
     """
 
     layers: tuple[str, ...]
@@ -33,6 +35,19 @@ class Stability:
     errors: tuple[float, ...]
     n_tokens: int
     checked: bool
+    missing: tuple[str, ...]
+    notes_en: tuple[str, ...]
+    notes_zh: tuple[str, ...]
+
+    def __repr__(self) -> str:
+        known = [measure.value for measure in self.same_set if measure.is_known]
+        range_of = f"{min(known):.1%} to {max(known):.1%}" if known else "an unknown share"
+        first = f"the same experts for {range_of} of {counted(self.n_tokens, 'token')}, by layer"
+        return "\n".join([first, *self.notes_en, "(more: .same_set, .jaccard, .load_correlation, .to_dict())"])
+
+    def notes(self, lang: str = "en") -> list[str]:
+        """What has to be said of the two records whatever they show."""
+        return list(words_of({"en": self.notes_en, "zh": self.notes_zh}, lang))
 
     def to_dict(self) -> dict[str, Any]:
         """All of it for strict JSON; None where there is no data."""
@@ -41,28 +56,35 @@ class Stability:
             {
                 "layer": layer,
                 "jaccard": _plain(jaccard),
-                "jaccard_error": error if math.isfinite(error) else None,
+                "jaccard_error": finite(error),
                 "same_set": _plain(same),
                 "load_correlation": _plain(correlation),
             }
             for layer, jaccard, same, correlation, error in rows
         ]
-        return {"tokens": self.n_tokens, "tokens_checked": self.checked, "layers": named}
+        return {
+            "tokens": self.n_tokens,
+            "tokens_checked": self.checked,
+            "missing": list(self.missing),
+            "notes": {"en": list(self.notes_en), "zh": list(self.notes_zh)},
+            "layers": named,
+        }
 
 
 def stability(a: Trace, b: Trace) -> Stability:
     """Compare two recordings of the same tokens, layer by layer.
 
-    ValueError, with the reason, where tokens, their order, documents, layers or sizes differ: nothing is aligned here
-    (`moesaic.trace.compare.diff` tells why picks differ; this tells how much).
+    ValueError, with the reason, where tokens, documents, layers or sizes differ (`moesaic.trace.compare.diff` tells why
+    picks differ; this tells how much).
     """
-    _check_same(a, b)
+    a, b = aligned(a, b)
     documents = Documents.of(a)
     whole = documents if len(documents) > 1 else None
     rows = [_layer(a, b, layer, whole) for layer in range(a.n_layers)]
     jaccard, same, correlation, errors = zip(*rows, strict=True) if rows else ((), (), (), ())
-    checked = a.input_ids is not None and b.input_ids is not None
-    return Stability(tuple(a.layers), jaccard, same, correlation, errors, len(a), checked)
+    en, zh = (tuple(notes_of_both(a, b, lang, names=NAMES[lang])) for lang in ("en", "zh"))
+    missing = tuple(sorted({*a.missing, *b.missing}))
+    return Stability(tuple(a.layers), jaccard, same, correlation, errors, len(a), tokens_checked(a, b), missing, en, zh)
 
 
 def set_agreement(a: np.ndarray, b: np.ndarray, n_experts: int) -> tuple[np.ndarray, np.ndarray]:
@@ -112,27 +134,6 @@ def _correlation(a: np.ndarray, b: np.ndarray) -> Measure:
         return NO_DATA
     width = 1.645 / math.sqrt(len(a) - 1)
     return Measure(float(np.corrcoef(a, b)[0, 1]), Band(0.0, -width, width, min(1.88 * width, 1.0)))
-
-
-def _check_same(a: Trace, b: Trace) -> None:
-    """Refuse traces whose tokens, layers or sizes differ."""
-    for what, ours, theirs in (
-        ("tokens", len(a), len(b)),
-        ("layers", a.n_layers, b.n_layers),
-        ("experts", a.n_experts, b.n_experts),
-    ):
-        if ours != theirs:
-            raise ValueError(f"the traces have {ours} and {theirs} {what}: record both with the same text and layers")
-    for ours, theirs in zip(a.layers, b.layers, strict=True):
-        if ours != theirs:
-            names = f"{visible(ours, 60)!r} and {visible(theirs, 60)!r}"
-            raise ValueError(f"the traces have layers {names} in one place: compare checkpoints of one model")
-    if a.input_ids is not None and b.input_ids is not None and not torch.equal(a.input_ids, b.input_ids):
-        token = int((a.input_ids != b.input_ids).nonzero()[0])
-        first = f"{int(a.input_ids[token])} and {int(b.input_ids[token])}"
-        raise ValueError(f"token {token} has ids {first}: the texts differ, record both with the same")
-    if not torch.equal(a.sequences, b.sequences):
-        raise ValueError("the traces split their tokens into documents differently: record both in the same batches")
 
 
 def _plain(measure: Measure) -> dict[str, Any] | None:

@@ -1,6 +1,6 @@
 """How balanced the routing of every layer is, beside what chance gives, and what that means."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,8 @@ from moesaic.config import MoEConfig
 from moesaic.trace.chance.bands import Band
 from moesaic.trace.chance.documents import Documents, LoadCounts, count_loads
 from moesaic.trace.chance.placement import place_experts
+from moesaic.trace.rule.distinct import check_distinct
+from moesaic.trace.shown import origin_notes, short_layer, words_of
 from moesaic.trace.statistics import verdict
 from moesaic.trace.statistics.measures import Measure, layer_measures
 from moesaic.trace.statistics.preference import Preferences, domain_preference
@@ -25,18 +27,20 @@ __all__ = [
 CAPACITIES = (1.0, 1.25, 2.0)  # capacity factors that papers and frameworks use
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class LayerReport:
     """Balance of one layer over a whole run.
 
     load: assignments per expert, [E]. measures: by name (measures.py). status: a key of STATUSES.
     by_documents: whether the verdict holds for texts like these (documents were resampled) or for these texts only.
-    hot, starved, dead: experts significantly above or below their share, by more than the effect sizes of
-    verdict.py. p_value: corrected for all experts and layers. design_effect: by how much the likeness of a
-    document's tokens inflates variances. least_seen: the smallest load, over a fair one, that would have been found.
+    origin: where its picks were read (see Trace.origins). hot, starved, dead: experts significantly above or below
+    their share, by more than the effect sizes of verdict.py. p_value: corrected for all experts and layers.
+    design_effect: by how much the likeness of a document's tokens inflates variances. least_seen: the smallest load,
+    over a fair one, that would have been found.
     """
 
     layer: str
+    origin: str
     n_tokens: int
     n_documents: int
     config: MoEConfig
@@ -53,8 +57,11 @@ class LayerReport:
     design_effect: float
     least_seen: float
 
+    def __repr__(self) -> str:
+        return f"LayerReport({short_layer(self.layer)}: {self.verdict_en}; see .load, .measures, .hot, .starved, .dead)"
+
     def verdict(self, lang: str = "en") -> str:
-        return self.verdict_zh if lang == "zh" else self.verdict_en
+        return words_of({"en": self.verdict_en, "zh": self.verdict_zh}, lang)
 
     @property
     def is_healthy(self) -> bool:
@@ -72,14 +79,15 @@ class LayerReport:
         return Band(mean, max(mean - 1.645 * spread, 0.0), mean + 1.645 * spread, mean + 3.09 * spread)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Stats:
     """Balance of all layers of a trace. Arrays are [L] or [L, E], in the order of `layers`.
 
     layers: a report for each. missing: MoE layers of the model that the trace has no data of. load: int64 [L, E].
     values, low, high: every number by name and its band, float64 [L], NaN where there is no data. placement: the node
     of every expert or None. status: of the run, a key of STATUSES or "partly" (what was judged is healthy, some layers
-    could not be judged). verdict_en, verdict_zh: sentences, the worst first.
+    could not be judged). verdict_en, verdict_zh: sentences, the worst first; at the
+    end, where picks were not read at the experts.
     """
 
     model: str
@@ -98,9 +106,12 @@ class Stats:
     verdict_en: tuple[str, ...]
     verdict_zh: tuple[str, ...]
 
+    def __repr__(self) -> str:
+        return self.verdict() + "\n(more: .layers, .values, .load, .to_dict(), .verdict('zh'))"
+
     def verdict(self, lang: str = "en") -> str:
         """The sentences of the verdict, one a line."""
-        return "\n".join(self.verdict_zh if lang == "zh" else self.verdict_en)
+        return "\n".join(words_of({"en": self.verdict_en, "zh": self.verdict_zh}, lang))
 
     @property
     def is_healthy(self) -> bool:
@@ -128,9 +139,10 @@ def stats(
     *,
     placement: Sequence[int] | np.ndarray | None = None,
     nodes: int | None = None,
-    capacity: Sequence[float] = CAPACITIES,
+    capacity: float | Sequence[float] = CAPACITIES,
     alpha: float = 0.05,
     seed: int = 0,
+    done: Callable[[int], None] | None = None,
 ) -> Stats:
     """Balance numbers of every layer beside chance, and a verdict on the run.
 
@@ -138,19 +150,24 @@ def stats(
     layer, with probability `alpha` at most, and one other than "balanced" an effect that matters as well. Documents
     are what is resampled; where there are too few of them the verdict is about these texts only, and says so.
 
-    placement: the node of every expert, or nodes: their number, experts in equal runs. capacity: factors c; what goes
-    beyond ceil(c*T*K/E) assignments of an expert counts as dropped, the whole trace being one batch.
+    placement: the node of every expert, or nodes: their number, experts in equal runs. capacity: factors c, or one;
+    what goes beyond ceil(c*T*K/E) assignments of an expert counts as dropped, the whole trace being one batch. done
+    hears the number of layers as they are judged. ValueError where a token has an expert twice.
     """
-    _check(alpha, capacity)
+    factors = _checked(alpha, capacity)
+    check_distinct(trace)
     placed = None
     if placement is not None or nodes is not None:
         placed = place_experts(trace.n_experts, nodes=nodes, placement=placement)
-    reports = _reports(trace, range(trace.n_layers), placed, tuple(capacity), alpha, seed)
+    reports = _reports(trace, range(trace.n_layers), placed, factors, alpha, seed, done)
     names = list(dict.fromkeys(name for report in reports for name in report.measures))
     measured = {name: [report.measures.get(name) for report in reports] for name in names}
     missing = tuple(trace.missing)
     documents = int(np.unique(trace.sequences.numpy()).size)
-    en, zh = (run_verdict(reports, missing, len(trace), documents, lang) for lang in ("en", "zh"))
+    en, zh = (
+        (*run_verdict(reports, missing, len(trace), documents, lang), *origin_notes(trace.layers, trace.origins, lang))
+        for lang in ("en", "zh")
+    )
     return Stats(
         model=trace.model,
         n_tokens=len(trace),
@@ -193,6 +210,7 @@ def _reports(
     capacity: tuple[float, ...],
     alpha: float,
     seed: int,
+    done: Callable[[int], None] | None = None,
 ) -> tuple[LayerReport, ...]:
     documents, counts, by_documents = Documents.of(trace), [], []
     for layer in layers:
@@ -207,6 +225,8 @@ def _reports(
     for layer, count, test, whole, least in rows:
         measures = layer_measures(trace, layer, count, documents if whole else None, placement, capacity, seed)
         found.append(_report(trace, layer, count, test, whole, measures, float(least), documents, alpha))
+        if done is not None:
+            done(1)
     return tuple(found)
 
 
@@ -230,6 +250,7 @@ def _report(
     experts = {name: tuple(find(counts, test, alpha).tolist()) if judged else () for name, find in named.items()}
     return LayerReport(
         layer=trace.layers[layer],
+        origin=trace.origins[layer],
         n_tokens=counts.n_tokens if counts.load.sum() else 0,
         n_documents=documents.n_documents if counts.load.sum() else 0,
         config=trace.configs[layer],
@@ -250,8 +271,11 @@ def _column(row: Sequence[Measure | None], what: str) -> np.ndarray:
     return np.array([float("nan") if measure is None else getattr(measure, what) for measure in row])
 
 
-def _check(alpha: float, capacity: Sequence[float]) -> None:
+def _checked(alpha: float, capacity: float | Sequence[float]) -> tuple[float, ...]:
+    """The capacity factors; ValueError for numbers that make no sense."""
     if not 0 < alpha < 1:
         raise ValueError(f"alpha={alpha} must lie between 0 and 1: use 0.05, say")
-    if bad := [factor for factor in capacity if not 0 < factor < float("inf")]:
+    factors = (capacity,) if isinstance(capacity, int | float) else tuple(capacity)
+    if bad := [factor for factor in factors if not 0 < factor < float("inf")]:
         raise ValueError(f"capacity={bad[0]} must be a positive number: use 1.25, say")
+    return tuple(float(factor) for factor in factors)

@@ -4,6 +4,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from moesaic.trace.chance.bands import HIGHER_IS_BETTER
+from moesaic.trace.shown import finite, missing_notes, origin_notes
 from moesaic.trace.statistics.measures import Measure, meaning
 
 if TYPE_CHECKING:
@@ -21,12 +22,20 @@ def as_dict(stats: "Stats") -> dict[str, Any]:
         "status": stats.status,
         "healthy": stats.is_healthy,
         "verdict": {"en": list(stats.verdict_en), "zh": list(stats.verdict_zh)},
+        "notes": {lang: _notes(stats, lang) for lang in ("en", "zh")},
         "missing": list(stats.missing),
         "placement": None if stats.placement is None else stats.placement.tolist(),
         "meanings": {name: {lang: meaning(name, lang) for lang in ("en", "zh")} for name in stats.values},
         "overall": overall(stats),
         "layers": [_layer(report) for report in stats.layers],
     }
+
+
+def _notes(stats: "Stats", lang: str) -> list[str]:
+    """What the verdict says of the record whatever its loads are."""
+    layers = [report.layer for report in stats.layers]
+    origins = [report.origin for report in stats.layers]
+    return missing_notes(stats.missing, lang) + origin_notes(layers, origins, lang)
 
 
 def overall(stats: "Stats") -> dict[str, dict[str, Any] | None]:
@@ -51,14 +60,15 @@ def overall(stats: "Stats") -> dict[str, dict[str, Any] | None]:
 def _layer(report: "LayerReport") -> dict[str, Any]:
     return {
         "layer": report.layer,
+        "origin": report.origin,
         "tokens": report.n_tokens,
         "documents": report.n_documents,
         "status": report.status,
         "verdict": {"en": report.verdict_en, "zh": report.verdict_zh},
         "holds_for": "texts like these" if report.by_documents else "these texts only",
-        "p_value": _number(report.p_value),
-        "design_effect": _number(report.design_effect),
-        "least_seen": _number(report.least_seen),
+        "p_value": finite(report.p_value),
+        "design_effect": finite(report.design_effect),
+        "least_seen": finite(report.least_seen),
         "hot": list(report.hot),
         "starved": list(report.starved),
         "dead": list(report.dead),
@@ -70,10 +80,6 @@ def _layer(report: "LayerReport") -> dict[str, Any]:
 def _measure(measure: Measure) -> dict[str, Any]:
     band = measure.band if measure.is_known else None
     return {
-        "value": _number(measure.value),
-        "band": None if band is None else {"kind": measure.kind, "low": _number(band.low), "high": _number(band.high)},
+        "value": finite(measure.value),
+        "band": None if band is None else {"kind": measure.kind, "low": finite(band.low), "high": finite(band.high)},
     }
-
-
-def _number(value: float) -> float | None:
-    return float(value) if math.isfinite(value) else None

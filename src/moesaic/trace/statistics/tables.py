@@ -8,7 +8,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from moesaic.trace.shown import short_layer, words_of
+from moesaic.trace.shown import short_layers, words_of
 from moesaic.trace.statistics.coselection import Coselection
 from moesaic.trace.statistics.load_table import STYLES
 from moesaic.trace.statistics.measures import Measure, meaning
@@ -18,7 +18,8 @@ from moesaic.trace.statistics.stats import Stats
 WORDS = {
     "en": {
         "numbers": ("number", "median layer", "worst layer", "band there", "what it says"),
-        "chance": "chance 5–95 %", "sample": "uncertain 5–95 %", "no_data": "no data", "facts": "bands: ",
+        "chance": "chance 5–95 %", "sample": "uncertain 5–95 %", "no_data": "no data",
+        "facts": "bands: ( ) {chance}, [ ] {sample}",
         "layers": ("layer", "verdict", "p", "alike x", "seen from", "hot", "starved"),
         "columns": "p: corrected for all experts and layers; alike x: so many alike tokens count as one (design "
                    "effect); seen from: the smallest load, over a fair one, that would have been found",
@@ -30,7 +31,8 @@ WORDS = {
     },
     "zh": {
         "numbers": ("指标", "中位层", "最差层", "该层的区间", "含义"),
-        "chance": "随机 5–95 %", "sample": "估计误差 5–95 %", "no_data": "没有数据", "facts": "区间：",
+        "chance": "随机 5–95%", "sample": "估计误差 5–95%", "no_data": "没有数据",
+        "facts": "区间：( ) {chance}，[ ] {sample}",
         "layers": ("层", "结论", "p", "相似倍数", "可发现", "过热", "饥饿"),
         "columns": "p：已对全部专家和层校正；相似倍数：这么多个相似的 token 只抵一个（设计效应）；"
                    "可发现：能被发现的最小负载（相对应得份额）",
@@ -54,8 +56,9 @@ def numbers_table(stats: Stats, lang: str = "en") -> Table:
     from moesaic.trace.statistics.stats_dict import overall
 
     words = words_of(WORDS, lang)
-    found = overall(stats)
-    caption = words["facts"] + f"( ) {words['chance']}, [ ] {words['sample']}"
+    found, every = overall(stats), [report.layer for report in stats.layers]
+    names = dict(zip(every, short_layers(every), strict=True))
+    caption = words["facts"].format(chance=words["chance"], sample=words["sample"])
     table = Table(box=box.SIMPLE_HEAD, caption=Text(caption), caption_justify="left", pad_edge=False)
     for head, justify in zip(words["numbers"], ("left", "right", "right", "left", "left"), strict=True):
         table.add_column(head, justify=justify, overflow="fold")  # type: ignore[arg-type]
@@ -65,7 +68,7 @@ def numbers_table(stats: Stats, lang: str = "en") -> Table:
             table.add_row(name, Text(words["no_data"], style="dim"), "", "", says)
             continue
         report = next(report for report in stats.layers if report.layer == about["layer"])
-        worst = Text(f"{short(about['worst'])} ({short_layer(about['layer'])})")
+        worst = Text(f"{short(about['worst'])} ({names[about['layer']]})")
         table.add_row(name, short(about["median"]), worst, band_text(report.measures[name]), says)
     return table
 
@@ -76,10 +79,11 @@ def layers_table(stats: Stats, lang: str = "en") -> Table:
     table = Table(box=box.SIMPLE_HEAD, caption=words["columns"], caption_justify="left", pad_edge=False)
     for head, justify in zip(words["layers"], ("left", "left", *["right"] * 3, "left", "left"), strict=True):
         table.add_column(head, justify=justify, overflow="fold")  # type: ignore[arg-type]
-    for index, report in enumerate(stats.layers):
+    names = short_layers([*(report.layer for report in stats.layers), *stats.missing])
+    for name, report in zip(names, stats.layers, strict=False):
         judged = math.isfinite(report.p_value)
         table.add_row(
-            Text(f"{index} {short_layer(report.layer)}"),
+            Text(name),
             Text(report.verdict(lang), style=STYLES[report.status]),
             f"{report.p_value:.2g}" if judged else "–",
             f"{report.design_effect:.3g}" if report.n_tokens else "–",
@@ -87,8 +91,8 @@ def layers_table(stats: Stats, lang: str = "en") -> Table:
             experts_text(report.hot),
             experts_text(report.starved),
         )
-    for name in stats.missing:
-        table.add_row(Text(f"– {short_layer(name)}"), Text(words["missing"], style="dim"), *["–"] * 5)
+    for name in names[len(stats.layers) :]:
+        table.add_row(Text(name), Text(words["missing"], style="dim"), *["–"] * 5)
     return table
 
 
@@ -99,11 +103,11 @@ def coselection_table(found: Coselection, lang: str = "en", most: int = 10) -> R
     table = Table(box=box.SIMPLE_HEAD, caption=note, caption_justify="left", pad_edge=False)
     for head, justify in zip(words["pairs"], ("left", "left", *["right"] * 4), strict=True):
         table.add_column(head, justify=justify)  # type: ignore[arg-type]
-    for index, name in enumerate(found.layers):
+    for index, name in enumerate(short_layers(found.layers)):
         pairs = [pair for pair in found.pairs if pair.layer == index]
         for pair in pairs[:most]:
             table.add_row(
-                Text(f"{index} {short_layer(name)}"), f"e{pair.first} e{pair.second}", f"{pair.together:,}",
+                Text(name), f"e{pair.first} e{pair.second}", f"{pair.together:,}",
                 f"{pair.expected:,.1f}", f"{pair.lift:.2f}x", f"{pair.p_value:.2g}",
             )  # fmt: skip
         if len(pairs) > most:
@@ -111,18 +115,19 @@ def coselection_table(found: Coselection, lang: str = "en", most: int = 10) -> R
     return table if found.pairs else Group(Text(words["no_pairs"]), Text(note, style="dim"))
 
 
-def stability_table(found: Stability, lang: str = "en") -> Table:
-    """One row a layer: how far two recordings of the same tokens agree, beside what chance gives."""
+def stability_table(found: Stability, lang: str = "en") -> RenderableType:
+    """One row a layer: how far two recordings of the same tokens agree, beside what chance gives; and what is not
+    known of them."""
     words = words_of(WORDS, lang)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for head, justify in zip(words["stable"], ("left", *["right"] * 6), strict=True):
         table.add_column(head, justify=justify)  # type: ignore[arg-type]
-    for index, name in enumerate(found.layers):
+    for index, name in enumerate(short_layers(found.layers)):
         cells: list[str] = []
         for measure in (found.same_set[index], found.jaccard[index], found.load_correlation[index]):
             cells += [short(measure.value), band_text(measure)] if measure.is_known else [words["no_data"], ""]
-        table.add_row(Text(f"{index} {short_layer(name)}"), *cells)
-    return table
+        table.add_row(Text(name), *cells)
+    return Group(table, *(Text(note) for note in found.notes(lang)))
 
 
 def band_text(measure: Measure) -> str:

@@ -1,0 +1,84 @@
+"""Two records of the same tokens, put side by side, and what has to be said of them whatever they show."""
+
+import re
+from dataclasses import replace
+
+import torch
+
+from moesaic.trace.rule.distinct import check_distinct
+from moesaic.trace.shown import missing_notes, origin_notes, visible, words_of
+from moesaic.trace.store import Trace
+
+UNCHECKED = {
+    "en": "Not both records hold token ids, so whether the tokens are the same could not be checked.",
+    "zh": "两份记录没有都存 token 编号，无法核对 token 是否相同。",
+}
+
+
+def aligned(a: Trace, b: Trace) -> tuple[Trace, Trace]:
+    """Both with their tokens sequence by sequence. ValueError, with the reason, unless they are of the same tokens,
+    layers and sizes, or where a token has an expert twice."""
+    for what, here, there in (
+        ("MoE layers", a.n_layers, b.n_layers),
+        ("experts", a.n_experts, b.n_experts),
+        ("experts per token", a.top_k, b.top_k),
+        ("tokens", len(a), len(b)),
+    ):
+        if here != there:
+            raise ValueError(
+                f"the traces cannot be compared: {here} {what} in one and {there} in the other: record both alike"
+            )
+    for here, there in zip(a.layers, b.layers, strict=True):
+        if _depth(here) != _depth(there) and None not in (_depth(here), _depth(there)):
+            raise ValueError(
+                f"the traces cannot be compared: layer {visible(here, 60)!r} of one stands where the other has "
+                f"{visible(there, 60)!r}: record the same layers"
+            )
+    if min(a.n_sequences, b.n_sequences) == 1 < max(a.n_sequences, b.n_sequences):  # one does not tell texts apart
+        known = a.sequences if a.n_sequences > 1 else b.sequences
+        a, b = replace(a, sequences=known, labels=None), replace(b, sequences=known, labels=None)
+    a, b = (_by_sequence(trace) for trace in (a, b))
+    if not torch.equal(a.sequences, b.sequences):
+        where = int((a.sequences != b.sequences).nonzero()[0])
+        raise ValueError(
+            f"the traces cannot be compared: their sequences are of other lengths, from token {where} on: record both "
+            "in the same batches"
+        )
+    if a.input_ids is not None and b.input_ids is not None and not torch.equal(a.input_ids, b.input_ids):
+        where = int((a.input_ids != b.input_ids).nonzero()[0])
+        here, there = int(a.input_ids[where]), int(b.input_ids[where])
+        raise ValueError(
+            f"the traces are not of the same tokens: token {where} is id {here} in one and {there} in the other: "
+            "record both with the same text"
+        )
+    for trace in (a, b):
+        check_distinct(trace)
+    return a, b
+
+
+def tokens_checked(a: Trace, b: Trace) -> bool:
+    """Whether token ids were there to prove that the tokens are the same."""
+    return a.input_ids is not None and b.input_ids is not None
+
+
+def notes_of_both(
+    a: Trace, b: Trace, lang: str, *, names: tuple[str, str] = ("a", "b"), missing: bool = True
+) -> list[str]:
+    """Sentences: where picks of either were not read at the experts, layers without data, tokens not checked."""
+    colon = words_of({"en": ": ", "zh": "："}, lang)
+    notes = []
+    for name, trace in zip(names, (a, b), strict=True):
+        own = origin_notes(trace.layers, trace.origins, lang) + (missing_notes(trace.missing, lang) if missing else [])
+        notes += [f"{name}{colon}{note}" for note in own]
+    return notes if tokens_checked(a, b) else [*notes, UNCHECKED[lang]]
+
+
+def _by_sequence(trace: Trace) -> Trace:
+    order = trace.sequences.argsort(stable=True)
+    return trace if torch.equal(order, torch.arange(len(trace))) else trace.select(order)
+
+
+def _depth(name: str) -> int | None:
+    """The number in a layer's name: 3 of "model.layers.3.mlp"."""
+    found = re.findall(r"(?<![^.\s_])\d+(?![^.\s_])", name)
+    return int(found[0]) if found else None

@@ -1,0 +1,126 @@
+"""What the scores of a layer say about the choices of two traces: how near they were, and whether a rule gives them."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from moesaic import rules
+from moesaic.config import MoEConfig
+from moesaic.trace.rule.derive import (
+    bias_of,
+    compare,
+    derive,
+    dtype_of,
+    follows,
+    logits_of,
+    weight_tolerance,
+    weights_follow,
+    why_not_derived,
+)
+from moesaic.trace.rule.margins import margin_between, rounding_bound
+from moesaic.trace.store import Trace
+
+OWN = 0.01  # of a trace's tokens may fail to follow from its own scores; with more, its rule is not the one it says
+NOT_OWN = {"en": "its picks do not follow from its scores by its rule", "zh": "按它记录的规则，由分数推不出它的选择"}
+
+
+class Finding(NamedTuple):
+    """What the scores of one layer say, per token; None where they say nothing.
+
+    why: for each trace why nothing can be derived from it, or None. tied: the other choice is one of exact ties.
+    margins: how far scores were from the other choice, the smaller of both. near: rounding explains that.
+    broken: the picks of one do not follow from its scores by the other's rule. weights_broken: nor do its weights.
+    weights_apart: relative differences of weights of tokens with equal sets and an equal past.
+    """
+
+    why: tuple[dict[str, str] | None, dict[str, str] | None]
+    tied: Tensor
+    margins: Tensor | None = None
+    near: Tensor | None = None
+    broken: Tensor | None = None
+    weights_broken: Tensor | None = None
+    weights_apart: Tensor | None = None
+
+
+def explain_layer(a: Trace, b: Trace, layer: int, precision: torch.dtype, flips: Tensor) -> Finding:
+    """What the scores of a layer say about the choices of both traces. `flips` [T]: where they differ."""
+    finding = Finding((None, None), torch.zeros(len(a), dtype=torch.bool))
+    why = [why_not_derived(trace, layer) for trace in (a, b)]
+    own = [None if reason else _against(trace, trace, layer) for reason, trace in zip(why, (a, b), strict=True)]
+    same_rule = a.configs[layer] == b.configs[layer] and _equal(bias_of(a, layer), bias_of(b, layer))
+    for side, (mine, other) in enumerate(((a, b), (b, a))):
+        found = own[side]
+        if found is None:
+            continue
+        if float(found[0].float().mean()) > OWN:
+            why[side] = NOT_OWN
+            continue
+        finding = _seen_from(finding, mine, other, layer, precision, flips.nonzero().flatten())
+        if other.logits is not None:
+            strays, off = (same_rule and own[1 - side]) or _against(mine, other, layer)
+            finding = finding._replace(
+                broken=_either(finding.broken, strays),
+                weights_broken=finding.weights_broken if off is None else _either(finding.weights_broken, off),
+            )
+    return finding._replace(why=(why[0], why[1]))
+
+
+def _equal(one: Tensor | None, two: Tensor | None) -> bool:
+    return one is two or (one is not None and two is not None and torch.equal(one, two))
+
+
+def _seen_from(
+    finding: Finding, mine: Trace, other: Trace, layer: int, precision: torch.dtype, rows: Tensor
+) -> Finding:
+    """Add how far the scores of a trace whose rule is known were from the other's choice, where the two differ."""
+    config, target = mine.configs[layer], other.picks[layer][rows].long()
+    derived = derive(logits_of(mine, layer)[rows], bias_of(mine, layer), config, target)
+    nowhere = torch.zeros(len(mine), dtype=torch.bool)
+    here = margin_between(derived, target, config)
+    margins = torch.full((len(mine),), torch.nan).index_put((rows,), here)
+    near = nowhere.index_put((rows,), here <= rounding_bound(derived, config, precision))
+    check = compare(derived, target, None, config)
+    tied = nowhere.index_put((rows,), check.experts & check.tied)
+    return finding._replace(
+        tied=finding.tied | tied,
+        margins=margins if finding.margins is None else torch.fmin(finding.margins, margins),
+        near=_either(finding.near, near),
+    )
+
+
+def _against(ruler: Trace, trace: Trace, layer: int) -> tuple[Tensor, Tensor | None]:
+    """Tokens of `trace` whose picks do not follow from its own scores by the rule of `ruler`, by more than the scores'
+    own rounding, and those whose weights do not, bool [T]; None where no weights were recorded."""
+    config, ids = ruler.configs[layer], trace.picks[layer].long()
+    dtype = dtype_of(trace.dtypes.get("logits")) or torch.float32
+
+    def rounded(derived: dict[str, Tensor], target: Tensor, config: MoEConfig) -> Tensor:
+        nan = derived["biased"].isnan().any(-1)
+        return nan | (margin_between(derived, target, config) <= rounding_bound(derived, config, dtype))
+
+    scores, _, _, allowed = follows(trace, layer, config, _bias_for(ruler, trace, layer), rounded)
+    whole = (ids < config.n_routed_experts).all(-1)  # the weight of the id E means nothing
+    strays = ~allowed & whole
+    if trace.weights is None:
+        return strays, None
+    tolerance = weight_tolerance(dtype_of(trace.dtypes.get("weights")))
+    return strays, whole & ~weights_follow(rules.weigh(scores, ids, config), trace.weights[layer], tolerance)
+
+
+def _bias_for(mine: Trace, other: Trace, layer: int) -> Tensor | None:
+    """The bias of my rule; in the other's narrower dtype where it only was cast down, which is rounding."""
+    bias = None if mine.bias is None else mine.bias[layer]
+    if bias is None or other.bias is None:
+        return bias
+    return other.bias[layer] if is_rounded(bias, other.bias[layer]) else bias
+
+
+def is_rounded(one: Tensor, two: Tensor) -> bool:
+    """One of two biases is the other cast to bfloat16 or float16."""
+    narrow = (torch.bfloat16, torch.float16)
+    return any(torch.equal(x.to(dtype).float(), y) for dtype in narrow for x, y in ((one, two), (two, one)))
+
+
+def _either(before: Tensor | None, now: Tensor) -> Tensor:
+    return now if before is None else before | now

@@ -1,0 +1,73 @@
+"""What can be replayed: whether a trace belongs to a model, and where in the model its tokens and experts are."""
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moesaic.hf.modules import MoELayer
+from moesaic.layer.router import Router
+from moesaic.trace.store import Trace
+
+WEIGHTS = ("live", "recorded")
+
+
+def check(model: nn.Module, trace: Trace, weights: str, layers: list[MoELayer]) -> None:
+    """Refuse, in one line, what cannot be replayed."""
+    if weights not in WEIGHTS:
+        raise ValueError(f"weights={weights!r} is unknown: use 'live' or 'recorded'")
+    if any(_is_compiled(module) for module in model.modules()):
+        raise ValueError("a compiled model cannot be replayed: give the model as it was before torch.compile")
+    names = [layer.name for layer in layers]
+    if strangers := [name for name in trace.layers if name not in names]:
+        raise ValueError(
+            f"the trace is of another model: it has a layer {strangers[0]!r}, and {names[0]!r} is the first of this one"
+        )
+    if weights == "recorded" and trace.weights is None:
+        raise ValueError("weights='recorded' has none to take: the trace holds ids only")
+    for layer in layers:
+        for what, here, there in (
+            ("experts", trace.n_experts, layer.config.n_routed_experts),
+            ("experts per token", trace.top_k, layer.config.num_experts_per_tok),
+        ):
+            if here != there:
+                raise ValueError(f"the trace is of another model: {here} {what}, and layer {layer.name!r} has {there}")
+        if weights == "live" and not layer.config.rule_is_known:
+            raise ValueError(
+                f"the rule of layer {layer.name!r} is not known, so its weights cannot be made again: "
+                "use weights='recorded'"
+            )
+        if not isinstance(layer.router, Router) and (layer.router is None or layer.experts is None):
+            raise ValueError(f"layer {layer.name!r} has no router and experts that can be reached: not replayable")
+        if getattr(layer, "origin", "experts") != "experts" and not isinstance(layer.router, Router):
+            raise ValueError(f"the experts of layer {layer.name!r} are not told which were chosen: not replayable")
+
+
+def models_in(model: nn.Module) -> list[nn.Module]:
+    """The modules that are called with token ids or embeddings, inside wrappers or not; the model where none is."""
+    taking = {"input_ids", "inputs_embeds"}
+    found = [module for module in model.modules() if taking & inspect.signature(module.forward).parameters.keys()]
+    return found or [model]
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    return type(module).__name__ == "OptimizedModule" or getattr(module, "_compiled_call_impl", None) is not None
+
+
+def refuse_graph() -> None:
+    if torch.compiler.is_compiling():
+        raise ValueError("replay does not run in a compiled graph: leave torch.compile out")
+
+
+def first_tensor(args: tuple, kwargs: dict) -> Tensor:
+    return next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+
+
+def logits_in(output: Any, n_experts: int) -> Tensor | None:
+    """The first of a router's results that has a number for every expert."""
+    items = (output,) if isinstance(output, Tensor) else output
+    for item in items:
+        if isinstance(item, Tensor) and item.is_floating_point() and item.shape[-1] == n_experts:
+            return item.flatten(0, -2)
+    return None

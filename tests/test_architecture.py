@@ -11,7 +11,7 @@ import moesaic
 
 SRC = Path(__file__).parents[1] / "src" / "moesaic"
 ROOMS = [
-    {"types", "config", "families", "rules"},
+    {"types", "config", "families", "hf_config", "rules"},
     {"engine"},
     {"layer"},
     {"hf"},

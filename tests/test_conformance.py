@@ -318,6 +318,115 @@ def test_a_bad_row_may_not_leave_the_group_limit():
     assert failed.says.en == "all NaN: the bad row reaches 4 groups, 2 are allowed"
 
 
+class DropsWeight(SoundGate):
+    def forward(self, x):
+        answer = super().forward(x)
+        del self.weight
+        return answer
+
+
+class DropsBias(SoundGate):
+    def forward(self, x):
+        answer = super().forward(x)
+        del self._buffers["e_score_correction_bias"]
+        return answer
+
+
+class SpoilsGraph(SoundGate):
+    def normalise(self, weights, x):
+        answer = super().normalise(weights, x)
+        weights.zero_()  # backward needs them
+        return answer
+
+
+class RefusesTraining(SoundGate):
+    def train(self, mode=True):
+        if mode:
+            raise RuntimeError("made for serving")
+        return super().train(mode)
+
+
+class RefusesCasts(SoundGate):
+    def half(self):
+        raise RuntimeError("no float16")
+
+
+class RefusesLoading(SoundGate):
+    @staticmethod
+    def before_loading(*_):
+        raise SystemExit(0)
+
+
+class RoutesAtRandomSize(SoundGate):
+    """The recompute saves other tensors than the first forward."""
+
+    asked = 0
+
+    def normalise(self, weights, x):
+        RoutesAtRandomSize.asked += 1
+        for _ in range(self.training * RoutesAtRandomSize.asked):
+            weights = weights.square().sqrt()  # saves tensors
+        return super().normalise(weights, x)
+
+
+MISBEHAVED = [
+    (DropsWeight, "gradient", "it has lost its weight"),
+    (DropsBias, "bias-steady", "it has lost its e_score_correction_bias"),
+    (SpoilsGraph, "gradient", "the gate raised RuntimeError: one of the variables needed for gradient computation"),
+    (RefusesTraining, "train-eval", "the gate raised RuntimeError: made for serving"),
+    (RefusesCasts, "underflow-fp16", "the gate raised RuntimeError: no float16"),
+    (RefusesCasts, "bias-cast", "the gate raised RuntimeError: no float16"),
+    (RefusesLoading, "bias-load", "the gate raised SystemExit: 0"),
+    (RoutesAtRandomSize, "recompute-counts", "the gate raised CheckpointError: "),
+]
+
+
+@pytest.mark.parametrize(("gate", "probe", "said"), MISBEHAVED, ids=lambda one: getattr(one, "__name__", None))
+def test_whatever_a_gate_does_to_itself_is_a_finding_and_no_mistake_of_the_suite(gate, probe, said):
+    result = next(r for r in check(gate, SMALL).results if r.probe.id == probe)
+    assert result.outcome == "fail"
+    assert result.says.en.startswith(said)
+
+
+class NeverCopied(SoundGate):
+    def __deepcopy__(self, memo):
+        raise TypeError("cannot pickle '_thread.lock' object")
+
+
+class NoNumbers(SoundGate):
+    def forward(self, x):
+        return tuple(tensor.to("meta") for tensor in super().forward(x))
+
+
+class Mask(SoundGate):
+    def forward(self, x):
+        ids, weights = super().forward(x)
+        return ids.bool(), weights
+
+
+@pytest.mark.parametrize(
+    ("gate", "said"),
+    [
+        (NeverCopied, "NeverCopied cannot be asked: on plain logits it raised TypeError: cannot pickle"),
+        (
+            NoNumbers,
+            "NoNumbers cannot be asked: on plain logits it raised NotImplementedError: Cannot copy out of meta",
+        ),
+        (Mask, "0 tensors of integers and 1 of floats came back: ids and weights unclear"),
+        (dict, "dict is no torch.nn.Module: give one, or a function .logits, bias, config."),
+    ],
+)
+def test_what_cannot_be_asked_is_refused_in_one_line(gate, said):
+    with pytest.raises(ValueError, match=said):
+        check(gate, SMALL)
+
+
+def test_every_probe_is_announced_before_it_is_asked():
+    told = []
+    check(SoundGate, SMALL, before=told.append, level="wrong")
+    assert told == [probe for probe in PROBES if probe.level == "wrong"]
+
+
 def test_a_gate_that_ends_the_program_has_failed_and_not_passed():
     def leaves(_logits, _bias, _config):
         raise SystemExit(0)

@@ -93,16 +93,16 @@ def test_what_is_no_model_is_refused(config, experts, message):
     ("text", "message"),
     [
         ('{"n_routed_experts": 8, "n_routed_experts": 9}', "a key is there twice"),
-        ('{"n_routed_experts": NaN}', "holds NaN"),
-        ('{"n_routed_experts": 8', "not JSON, or cut short"),
-        ("[" * 100_000, "not JSON, or cut short"),
+        ('{"hidden_size": 8, "n_routed_experts": NaN, "moe_k": 2}', "n_routed_experts=nan is not an integer"),
+        ('{"n_routed_experts": 8', "not a JSON file"),
+        ("[" * 100_000, "not a JSON file .nested too deep"),
         ("[1]", "not a JSON object"),
-        ("\xff", "not JSON"),
+        ("\xff", "not a JSON file"),
         ('{"hidden_size": 8, "model_type": "llama"}', "no n_routed_experts"),
         ('{"hidden_size": 8, "num_experts": true, "moe_k": 2, "model_type": "x"}', "n_routed_experts=True is not an"),
-        ('{"hidden_size": 8, "num_experts": 1' + "0" * 5000 + "}", "a number that is too long"),
+        ('{"hidden_size": 8, "num_experts": 1' + "0" * 5000 + "}", "not a JSON file .Exceeds the limit"),
         ('{"hidden_size": 8, "num_experts": 10000000, "moe_k": 2, "model_type": "x"}', "experts: use 1 to 65536"),
-        ("", "the file is empty"),
+        ("", "not a JSON file"),
     ],
 )
 def test_a_damaged_config_is_refused_in_one_line(tmp_path, text, message):

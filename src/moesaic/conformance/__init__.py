@@ -7,7 +7,7 @@ judged is anything that `as_gate` takes. Probes have two levels: "wrong" (the re
 lawful input) and "fragile" (right until something usual happens).
 """
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -29,18 +29,29 @@ PROBES: tuple[Probe, ...] = tuple(
 )
 
 
-def check(target: Any, config: MoEConfig | None = None, *, level: str = "fragile") -> Report:
+def check(
+    target: Any,
+    config: MoEConfig | None = None,
+    *,
+    level: str = "fragile",
+    before: Callable[[Probe], None] = lambda _: None,
+) -> Report:
     """Judge a gate: a Router, a layer or model that holds one, a module, a class, or a function.
 
     `config` is the rule that it should follow; modules of ours and of transformers carry their own. level="wrong" runs
-    the probes of that level alone. ValueError where there is no gate, or no rule to judge it by.
+    the probes of that level alone; `before` is told each probe before it is asked. ValueError where there is no gate,
+    or no rule to judge it by.
     """
     if level not in LEVELS:
         raise ValueError(f"level={level!r} is unknown: use one of {', '.join(LEVELS)}")
     gate = as_gate(target, config)
     _try(gate)
-    wanted = [p for p in PROBES if level == "fragile" or p.level == level]
-    return Report(gate, tuple(p.judge(gate) for p in wanted))
+    results = []
+    for probe in PROBES:
+        if level in ("fragile", probe.level):
+            before(probe)
+            results.append(probe.judge(gate))
+    return Report(gate, tuple(results))
 
 
 def _try(gate: Gate) -> None:

@@ -1,7 +1,8 @@
 """What a probe is and what it says: registered by `probe`, run by `check`, asserted by `assert_conforms`."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -55,8 +56,24 @@ class GateRaised(Exception):
 
     def __init__(self, error: Exception | SystemExit) -> None:
         self.error = error
-        message = (str(error).strip().splitlines() or [""])[0]
-        super().__init__(visible(f"{type(error).__name__}: {message}", most=200))  # foreign text, bound for a terminal
+        super().__init__(in_one_line(error))
+
+
+def in_one_line(error: BaseException) -> str:
+    """The kind and the words of a foreign error, whole but for its length, safe for a terminal."""
+    told = " ".join(str(error).split())
+    return visible(type(error).__name__ + (f": {told}" if told else ""), most=300)
+
+
+@contextmanager
+def gate_code() -> Iterator[None]:
+    """Whatever the gate's own code raises in here is GateRaised, a finding, and no mistake of the suite."""
+    try:
+        yield
+    except (Fault, NotApplicable, GateRaised):
+        raise
+    except (Exception, SystemExit) as error:
+        raise GateRaised(error) from error
 
 
 class Result(NamedTuple):

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
-FONT_FILE = Path(__file__).parent.parent / "assets" / "font" / "MoesaicCJK.ttf"
+FONT_FILE = Path(__file__).parents[2] / "assets" / "font" / "MoesaicCJK.ttf"
 
 
 @cache

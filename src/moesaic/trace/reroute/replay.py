@@ -13,7 +13,7 @@ from moesaic.config import MoEConfig
 from moesaic.hf.modules import MoELayer, is_recompute, moe_layers
 from moesaic.layer.balance import expert_load
 from moesaic.layer.router import Router
-from moesaic.trace.recording.record import describe_forward
+from moesaic.trace.recording.forwards import describe_forward, models_in
 from moesaic.trace.reroute.reading import Reading
 from moesaic.trace.rule.derive import weight_tolerance
 from moesaic.trace.store import Trace
@@ -72,7 +72,7 @@ class Replayer:
     def running(self) -> Iterator[None]:
         """Inside the block the hooks are there."""
         with ExitStack() as stack:
-            for module in _models_in(self.model):
+            for module in models_in(self.model, nested=True):
                 stack.callback(module.register_forward_pre_hook(self._open, with_kwargs=True, prepend=True).remove)
             for layer in self.layers:
                 router, experts = layer.router, layer.experts
@@ -85,7 +85,7 @@ class Replayer:
                 stack.callback(router.register_forward_hook(self._look_at_router(layer), with_kwargs=True).remove)
                 hook = experts.register_forward_pre_hook(self._before_experts(layer), with_kwargs=True, prepend=True)
                 stack.callback(hook.remove)
-            for module in _models_in(self.model):  # after the hooks of layers: a bare gate is both
+            for module in models_in(self.model, nested=True):  # after the hooks of layers: a bare gate is both
                 stack.callback(module.register_forward_hook(self._close, always_call=True).remove)
             yield
 
@@ -269,13 +269,6 @@ def _check(model: nn.Module, trace: Trace, weights: str, layers: list[MoELayer])
             raise ValueError(f"layer {layer.name!r} has no router and experts that can be reached: not replayable")
         if getattr(layer, "origin", "experts") != "experts" and not isinstance(layer.router, Router):
             raise ValueError(f"the experts of layer {layer.name!r} are not told which were chosen: not replayable")
-
-
-def _models_in(model: nn.Module) -> list[nn.Module]:
-    """The modules that are called with token ids or embeddings, inside wrappers or not; the model where none is."""
-    taking = {"input_ids", "inputs_embeds"}
-    found = [module for module in model.modules() if taking & inspect.signature(module.forward).parameters.keys()]
-    return found or [model]
 
 
 def _is_compiled(module: nn.Module) -> bool:

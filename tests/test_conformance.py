@@ -236,6 +236,79 @@ def test_a_function_is_asked_every_kind_of_bad_row(kind, spoiled):
     assert failed["bad-rows"].says.en == f"{kind}: row 2: expert 3 was chosen 4 times in [3, 3, 3, 3]"
 
 
+def spread_of(logits):
+    return (logits.amax(-1) - logits.amin(-1))[:, None]
+
+
+def around(level):
+    """Rows whose mean lies near a level."""
+    return lambda logits, _bias, _config: (logits.mean(-1, keepdim=True) - level).abs() < 5
+
+
+def biased_around(shift, scale):
+    """Every row, where the biases lie around a value and spread as wide as this."""
+
+    def spoiled(logits, bias, _config):
+        near = abs(bias.mean().item() - shift) < 1 and scale / 2 < bias.std().item() < 2 * scale
+        return torch.full((len(logits), 1), near)
+
+    return spoiled
+
+
+ASKED = [  # probe, what is spoiled, in which of the probe's cases alone
+    ("distinct", "first", lambda z, _bias, _config: (spread_of(z) > 1) & (spread_of(z) < 50)),
+    ("distinct", "first", lambda z, _bias, _config: (z == 0).all(-1, keepdim=True)),
+    ("distinct", "first", lambda z, _bias, _config: spread_of(z) > 100),
+    ("distinct", "first", lambda z, _bias, _config: (z == -60).all(-1, keepdim=True)),
+    ("distinct", "first", lambda z, _bias, _config: (z == 60).all(-1, keepdim=True)),
+    ("masked-groups", "outside", biased_around(-2.0, 0.05)),
+    ("masked-groups", "outside", biased_around(-50.0, 0.05)),
+    ("masked-groups", "outside", biased_around(0.0, 0.05)),
+    ("masked-groups", "outside", biased_around(50.0, 0.05)),
+    ("biased-weight", "weights", biased_around(0.0, 1.0)),
+    ("biased-weight", "weights", biased_around(2.0, 1.0)),
+    ("biased-weight", "weights", biased_around(-2.0, 1.0)),
+    ("underflow", "nan", around(-150.0)),
+    ("underflow", "nan", around(-90.0)),
+    ("underflow", "nan", around(90.0)),
+    ("scaled-once", "outside", lambda z, _b, config: torch.full((len(z), 1), config.routed_scaling_factor == 4.0)),
+    ("bad-neighbours", "swapped", lambda z, _b, _c: z.isnan().any().expand(len(z), 1)),
+    ("bad-neighbours", "weights", lambda z, _b, _c: z.isnan().any().expand(len(z), 1)),
+    ("definition", "weights", lambda z, _b, _c: z.std(-1, keepdim=True) > 4),
+    ("definition", "weights", lambda z, _b, _c: z.std(-1, keepdim=True) < 4),
+]
+SPOILED = {
+    "first": lambda ids, weights: (ids[:, :1].expand_as(ids), weights),
+    "outside": lambda ids, weights: ((ids + 8 * torch.arange(ids.shape[1])) % 32, weights),
+    "swapped": lambda ids, weights: (ids.flip(-1), weights),
+    "weights": lambda ids, weights: (ids, 1.1 * weights),
+    "nan": lambda ids, weights: (ids, weights * torch.nan),
+}
+
+
+@pytest.mark.parametrize(("probe", "what", "where"), ASKED, ids=[f"{a[0]}-{n}" for n, a in enumerate(ASKED)])
+def test_a_probe_asks_each_of_its_cases(probe, what, where):
+    """A gate that is right but for one case alone fails the probe."""
+
+    def gate(logits, bias, config):
+        ids, weights = route_as_function(logits, bias, config)
+        bad = where(logits, bias, config)
+        return tuple(torch.where(bad, b, a) for a, b in zip((ids, weights), SPOILED[what](ids, weights), strict=True))
+
+    asked = next(p for p in PROBES if p.id == probe)
+    assert asked.judge(as_gate(gate, SMALL)).outcome == "fail"
+    assert asked.judge(as_gate(route_as_function, SMALL)).outcome == "pass"
+
+
+def test_negative_weights_do_not_upset_the_count_of_scales():
+    def gate(logits, bias, config):
+        ids, weights = route_as_function(logits, bias, config)
+        return ids, -weights
+
+    report = check(gate, SMALL)
+    assert {"definition", "weight-sum", "underflow"} <= {result.probe.id for result in report.failed()}
+
+
 def test_a_gate_that_refuses_bad_rows_passes():
     def gate(logits, bias, config):
         if not logits.isfinite().all():
@@ -304,7 +377,7 @@ def test_a_wrong_shape_is_what_every_probe_says():
     failed = check(narrow, SMALL).failed()
     assert {"shapes", "definition", "one-token"} <= {result.probe.id for result in failed}
     shapes = next(result for result in failed if result.probe.id == "shapes")
-    assert shapes.says.en == "weights have shape (6, 1), not [T, K] = (6, 4)"
+    assert shapes.says.en == "weights have shape (8, 1), not [T, K] = (8, 4)"
 
 
 def test_a_bad_row_may_not_leave_the_group_limit():

@@ -3,6 +3,9 @@
 import dataclasses
 import json
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -492,6 +495,35 @@ class Mask(SoundGate):
 def test_what_cannot_be_asked_is_refused_in_one_line(gate, said):
     with pytest.raises(ValueError, match=said):
         check(gate, SMALL)
+
+
+AMBIENT = {
+    "no gradients": torch.no_grad,
+    "inference mode": torch.inference_mode,
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+    "another device": lambda: torch.device("meta"),
+}
+
+
+@pytest.mark.parametrize("ambient", AMBIENT)
+@pytest.mark.parametrize("gate", [SoundGate, ZeroFill])
+def test_what_the_caller_has_set_in_torch_is_no_finding(ambient, gate):
+    expected = [str(result) for result in check(gate, SMALL).results]
+    with AMBIENT[ambient]():
+        got = [str(result) for result in check(gate, SMALL).results]
+        one_by_one = [str(probe.judge(as_gate(gate, SMALL))) for probe in PROBES]
+    assert got == one_by_one == expected
+
+
+def test_a_gate_that_does_not_conform_raises_without_assert_statements_too():
+    code = (
+        "from broken_gates import ZeroFill; from test_conformance import SMALL\n"
+        "from moesaic.conformance import assert_conforms; assert_conforms(ZeroFill, SMALL)"
+    )
+    here = Path(__file__).parent
+    run = subprocess.run([sys.executable, "-O", "-c", code], capture_output=True, text=True, cwd=here, check=False)
+    assert run.returncode == 1
+    assert "AssertionError: ZeroFill does not conform:" in run.stderr
 
 
 def test_every_probe_is_announced_before_it_is_asked():

@@ -18,7 +18,7 @@ from moesaic.conformance.asking import numbers, random_bias
 from moesaic.conformance.gates import Gate, ModuleGate
 from moesaic.conformance.parts import NoTuple
 from moesaic.conformance.targets import as_gate
-from moesaic.conformance.verdict import LEVELS, Fault, GateRaised, Probe, Report, Result
+from moesaic.conformance.verdict import LEVELS, Fault, GateRaised, Probe, Report, Result, plain_torch
 from moesaic.conformance.verdict import PROBES as _REGISTERED
 
 __all__ = ["LEVELS", "PROBES", "Probe", "Report", "Result", "as_gate", "assert_conforms", "check"]
@@ -54,6 +54,7 @@ def check(
     return Report(gate, tuple(results))
 
 
+@plain_torch()
 def _try(gate: Gate) -> None:
     """ValueError where the gate answers nothing at all, or its logits cannot be set."""
     try:
@@ -74,6 +75,8 @@ def assert_conforms(
     """AssertionError with the numbers of every failed probe that is not in `allowed`. level="fragile" asks for both."""
     if unknown := set(allowed) - {p.id for p in PROBES}:
         raise ValueError(f"allowed={min(unknown)!r} is no probe: use ids of moesaic.conformance.PROBES")
+    __tracebackhide__ = True  # pytest shows the line of the test, not this one
     report = check(target, config, level=level)
     failed = [r for r in report.failed() if r.probe.id not in allowed]
-    assert not failed, "\n".join([f"{report.gate.name} does not conform:", *map(str, failed)])
+    if failed:  # no assert statement, which `python -O` would leave out
+        raise AssertionError("\n".join([f"{report.gate.name} does not conform:", *map(str, failed)]))

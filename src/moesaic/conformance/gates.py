@@ -104,8 +104,8 @@ class ModuleGate:
 
     @property
     def weight(self) -> Tensor:
-        """The module's own weight, [E, D] however it keeps it."""
-        weight = tensor_of(self.module, self._parts.weight)
+        """The module's own weight, [E, D] however and wherever it keeps it."""
+        weight = tensor_of(self.module, self._parts.weight).cpu()
         return weight.T if self._parts.transposed else weight
 
     def no_weight(self) -> Tensor:

@@ -256,7 +256,7 @@ def own_weights(gate: Gate) -> None:
     weight = holder.weight.float()
     if not weight.any():
         raise NotApplicable("its weight is all zero", "它的权重全是 0")
-    bias = None if holder.bias_name is None else tensor_of(holder.module, holder.bias_name).float().flatten()
+    bias = None if holder.bias_name is None else tensor_of(holder.module, holder.bias_name).cpu().float().flatten()
     hidden = torch.randn(64, config.hidden_size, generator=numbers(12))
     with torch.no_grad():
         ids = holder.run(holder.prepared(weight, bias), hidden, bias).ids.tolist()

@@ -14,7 +14,7 @@ from torch import nn
 from moesaic.config import MoEConfig
 from moesaic.conformance.building import gate_of_class, ours, router_in
 from moesaic.conformance.gates import FunctionGate, Gate, ModuleGate, replace
-from moesaic.conformance.verdict import GateRaised, NotApplicable, gate_code, in_one_line
+from moesaic.conformance.verdict import GateRaised, NotApplicable, gate_code, in_one_line, plain_torch
 from moesaic.families import ALIASES, PRESETS
 from moesaic.hf.load import quiet_transformers
 from moesaic.hf.modules import MoELayer, moe_layers, routed_blocks
@@ -25,6 +25,7 @@ WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 BY_FAMILY = ("scoring_func", "topk_method")  # transformers' routers have these in their code, whatever the config says
 
 
+@plain_torch()
 def as_gate(target: Any, config: MoEConfig | None = None) -> Gate:
     """A gate of whatever was given: a Gate, a Router, a layer or model that holds one, a module, a class, a function.
 

@@ -2,9 +2,11 @@
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
 
 from moesaic.trace.shown import visible
 
@@ -76,6 +78,18 @@ def gate_code() -> Iterator[None]:
         raise GateRaised(error) from error
 
 
+@contextmanager
+def plain_torch() -> Iterator[None]:
+    """Gradients, no inference mode, no autocast, tensors on the CPU: whatever the caller has set is no finding."""
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(torch.autocast("cpu", enabled=False))
+        if torch.get_default_device().type != "cpu":
+            stack.enter_context(torch.device("cpu"))
+        yield
+
+
 class Result(NamedTuple):
     """What one probe found: outcome "pass", "fail" or "not applicable", and what there is to say about it."""
 
@@ -109,6 +123,7 @@ class Probe:
     def __str__(self) -> str:
         return self.id
 
+    @plain_torch()
     def judge(self, gate: "Gate") -> Result:
         """Ask the gate. Anything its code raises on lawful input is a failure too."""
         if self.needs_rule and not gate.config.rule_is_known:

@@ -191,6 +191,10 @@ def test_what_cannot_be_judged_is_a_users_mistake(arguments, message):
         ('{"model_type": "no_such_family"}', "no model can be built"),
         ('{"model_type": "mixtral", "hidden_size": "x"}', "Field 'hidden_size' expected int, got str"),
         ('{"model_type": ["mixtral"]}', "no model can be built"),
+        (
+            '{"model_type": "mixtral", "num_local_experts": 1000000000000, "hidden_size": 64, "num_hidden_layers": 2}',
+            "a gate of these sizes cannot be built (RuntimeError: ",
+        ),
         ("[" * 100_000, "not a JSON file"),
     ],
 )

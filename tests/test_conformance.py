@@ -532,6 +532,17 @@ def test_every_probe_is_announced_before_it_is_asked():
     assert told == [probe for probe in PROBES if probe.level == "wrong"]
 
 
+def test_a_rule_that_ignores_its_groups_allows_a_bad_row_all_of_them():
+    rule = dataclasses.replace(SMALL, topk_method="greedy")
+
+    def gate(logits, bias, config):
+        ids, weights = route_as_function(logits, bias, config)
+        spread = torch.arange(ids.shape[1]) * 8 % 31  # another group each
+        return torch.where(logits.isnan().any(-1, keepdim=True), spread, ids), weights
+
+    assert not check(gate, rule).failed()
+
+
 def test_a_gate_that_ends_the_program_has_failed_and_not_passed():
     def leaves(_logits, _bias, _config):
         raise SystemExit(0)

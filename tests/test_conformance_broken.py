@@ -230,6 +230,10 @@ def test_a_recovered_weight_is_shown_beside_the_true_one():
     assert abs(numbers["got"] - numbers["expected"]) > 0.01 * numbers["expected"]
 
 
+def test_a_bias_that_no_checkpoint_holds_is_told_as_that():
+    assert result_of(ForgottenBias, "bias-load").says.en == "the bias is not in the state dict"
+
+
 def test_a_gate_that_raises_fails_with_what_it_raised():
     result = result_of(PrintsRange, "no-tokens")
     assert result.outcome == "fail"

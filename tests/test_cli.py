@@ -1,6 +1,7 @@
 """The command line as a user meets it: results on stdout, one line and exit 2 for a mistake, nothing half-written."""
 
 import json
+import os
 import re
 import shutil
 import signal
@@ -62,7 +63,7 @@ MISTAKES = {
         "--preset mixtral is for the random gate: add --random",
     ),
     "layer of the random gate": (["demo", "--random", "--layer", "1"], "--random routes random input: leave out"),
-    "unknown language": (["demo", "--lang", "fr"], "--lang 'fr' is unknown: use en or zh"),
+    "unknown language": (["demo", "--lang", "fr"], "--lang 'fr' is unknown: use zh or en"),
     "random with text": (["demo", "--random", "--text", "x"], "--random routes random input: leave out"),
     "two texts": (["demo", "--text", "x", "--file", "y"], "--text and --file are both given: use one"),
     "missing file": (["demo", "--file", "nowhere.txt"], "nowhere.txt: cannot be read (No such file or directory)"),
@@ -173,7 +174,8 @@ def test_random_demo_prints_the_article_in_both_languages(run, tmp_path):
 def demo_folder(tmp_path_factory) -> tuple[Path, str]:
     out = tmp_path_factory.mktemp("demo") / "out"
     command = [sys.executable, "-m", "moesaic", "demo", "--out", str(out)]
-    run = subprocess.run(command, capture_output=True, text=True, check=True, env={"COLUMNS": "160", "PATH": ""})
+    env = {"COLUMNS": "160", "PATH": "", "PYTHONPATH": str(Path(moesaic.__file__).parents[1])}  # the code under test
+    run = subprocess.run(command, capture_output=True, text=True, check=True, env=env)
     assert run.stderr == ""
     return out, run.stdout
 
@@ -198,6 +200,48 @@ def test_demo_shows_verdicts_preferences_and_15_steps(demo_folder):
     assert "classic top-4 would take" in shown
     assert f"Reproduce: moesaic demo --out {out}" in shown
     assert {path.name for path in out.iterdir()} == {"routing.png", "load.png", "trace.safetensors"}
+
+
+def test_demo_as_json_has_the_numbers_it_shows_and_how_to_get_them_again(run, tmp_path, demo_folder):
+    code, out, err = run("demo", "--json", "--out", tmp_path)
+    assert (code, err) == (0, "")
+    found = json.loads(out)
+    trace = moesaic.load(tmp_path / "trace.safetensors")
+    assert torch.equal(trace.picks, moesaic.load(demo_folder[0] / "trace.safetensors").picks)
+    assert sum(found["tokens_by_domain"].values()) == found["tokens"] == len(trace)
+    shown = " ".join(demo_folder[1].split())
+    for domain, count in found["tokens_by_domain"].items():
+        assert f"{domain} {count:,}" in shown
+    for index, layer in enumerate(found["layers"]):
+        assert layer["verdict"]["en"] in shown
+        assert layer["load"] == torch.bincount(trace.picks[index].flatten().long(), minlength=32).tolist()
+    assert found["domains"]["preferences"][0]["lift"] > 1
+    followed = found["followed"]
+    assert f"layer {followed['layer']}, token {followed['token']} {followed['text']} of {followed['domain']}" in shown
+    assert [step["number"] for step in followed["steps"]] == list(range(1, 16))
+    assert followed["steps"][-1]["value"] is not None
+    assert [Path(file).name for file in found["files"]] == ["routing.png", "load.png", "trace.safetensors"]
+    assert found["command"] == f"moesaic demo --json --out {tmp_path}"
+    assert (found["seed"], found["config"]) == (0, trace.configs[0].digest())
+    assert found["versions"]["torch"] == torch.__version__
+
+
+def test_random_demo_as_json_is_one_document(run, tmp_path):
+    code, out, err = run("demo", "--random", "--preset", "classic", "--seed", "3", "--json", "--out", tmp_path)
+    found = json.loads(out)
+    assert (code, found["seed"], found["tokens_by_domain"], found["domains"]) == (0, 3, {}, None)
+    assert sum(found["layers"][0]["load"]) == found["tokens"] * 2
+    assert "MoE" in err, "the article's transcript"
+
+
+@pytest.mark.parametrize(("given", "policy"), [({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")])
+def test_threads_of_the_demo_wait_without_spinning_unless_told_to(tmp_path, given, policy):
+    command = [sys.executable, "-m", "moesaic", "demo", "--random", "--preset", "classic", "--out", str(tmp_path)]
+    env = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"} | given
+    shown = subprocess.run(command, capture_output=True, text=True, check=True, env=env | {"OMP_DISPLAY_ENV": "TRUE"})
+    if "OMP_WAIT_POLICY" not in shown.stderr:
+        pytest.skip("this torch has another OpenMP")
+    assert f"OMP_WAIT_POLICY = '{policy}'" in shown.stderr
 
 
 def test_demo_finds_the_shipped_model_balanced_and_its_experts_specialised(demo_folder):

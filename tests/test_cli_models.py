@@ -10,9 +10,21 @@ import pytest
 from commands import runner
 from packaging.version import Version
 
-from moesaic.cli.models import BY_THEMSELVES, ENGINE, EXPERTS, FAMILY_OF, SPELLINGS, models
+from moesaic.cli.models import models
 from moesaic.config import MoEConfig
-from moesaic.families import ALIASES, CONVENTIONS, FAMILIES, FIXED, PRESETS, ROUTING
+from moesaic.families import (
+    ALIASES,
+    BY_THEMSELVES,
+    CONVENTIONS,
+    ENGINE,
+    EXPERTS,
+    FAMILIES,
+    FAMILY_OF,
+    FIXED,
+    PRESETS,
+    ROUTING,
+    SPELLINGS,
+)
 
 PAGE = Path(__file__).parents[1] / "docs" / "en" / "hf-drop-in.md"
 

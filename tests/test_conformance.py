@@ -3,6 +3,9 @@
 import dataclasses
 import json
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -236,6 +239,79 @@ def test_a_function_is_asked_every_kind_of_bad_row(kind, spoiled):
     assert failed["bad-rows"].says.en == f"{kind}: row 2: expert 3 was chosen 4 times in [3, 3, 3, 3]"
 
 
+def spread_of(logits):
+    return (logits.amax(-1) - logits.amin(-1))[:, None]
+
+
+def around(level):
+    """Rows whose mean lies near a level."""
+    return lambda logits, _bias, _config: (logits.mean(-1, keepdim=True) - level).abs() < 5
+
+
+def biased_around(shift, scale):
+    """Every row, where the biases lie around a value and spread as wide as this."""
+
+    def spoiled(logits, bias, _config):
+        near = abs(bias.mean().item() - shift) < 1 and scale / 2 < bias.std().item() < 2 * scale
+        return torch.full((len(logits), 1), near)
+
+    return spoiled
+
+
+ASKED = [  # probe, what is spoiled, in which of the probe's cases alone
+    ("distinct", "first", lambda z, _bias, _config: (spread_of(z) > 1) & (spread_of(z) < 50)),
+    ("distinct", "first", lambda z, _bias, _config: (z == 0).all(-1, keepdim=True)),
+    ("distinct", "first", lambda z, _bias, _config: spread_of(z) > 100),
+    ("distinct", "first", lambda z, _bias, _config: (z == -60).all(-1, keepdim=True)),
+    ("distinct", "first", lambda z, _bias, _config: (z == 60).all(-1, keepdim=True)),
+    ("masked-groups", "outside", biased_around(-2.0, 0.05)),
+    ("masked-groups", "outside", biased_around(-50.0, 0.05)),
+    ("masked-groups", "outside", biased_around(0.0, 0.05)),
+    ("masked-groups", "outside", biased_around(50.0, 0.05)),
+    ("biased-weight", "weights", biased_around(0.0, 1.0)),
+    ("biased-weight", "weights", biased_around(2.0, 1.0)),
+    ("biased-weight", "weights", biased_around(-2.0, 1.0)),
+    ("underflow", "nan", around(-150.0)),
+    ("underflow", "nan", around(-90.0)),
+    ("underflow", "nan", around(90.0)),
+    ("scaled-once", "outside", lambda z, _b, config: torch.full((len(z), 1), config.routed_scaling_factor == 4.0)),
+    ("bad-neighbours", "swapped", lambda z, _b, _c: z.isnan().any().expand(len(z), 1)),
+    ("bad-neighbours", "weights", lambda z, _b, _c: z.isnan().any().expand(len(z), 1)),
+    ("definition", "weights", lambda z, _b, _c: z.std(-1, keepdim=True) > 4),
+    ("definition", "weights", lambda z, _b, _c: z.std(-1, keepdim=True) < 4),
+]
+SPOILED = {
+    "first": lambda ids, weights: (ids[:, :1].expand_as(ids), weights),
+    "outside": lambda ids, weights: ((ids + 8 * torch.arange(ids.shape[1])) % 32, weights),
+    "swapped": lambda ids, weights: (ids.flip(-1), weights),
+    "weights": lambda ids, weights: (ids, 1.1 * weights),
+    "nan": lambda ids, weights: (ids, weights * torch.nan),
+}
+
+
+@pytest.mark.parametrize(("probe", "what", "where"), ASKED, ids=[f"{a[0]}-{n}" for n, a in enumerate(ASKED)])
+def test_a_probe_asks_each_of_its_cases(probe, what, where):
+    """A gate that is right but for one case alone fails the probe."""
+
+    def gate(logits, bias, config):
+        ids, weights = route_as_function(logits, bias, config)
+        bad = where(logits, bias, config)
+        return tuple(torch.where(bad, b, a) for a, b in zip((ids, weights), SPOILED[what](ids, weights), strict=True))
+
+    asked = next(p for p in PROBES if p.id == probe)
+    assert asked.judge(as_gate(gate, SMALL)).outcome == "fail"
+    assert asked.judge(as_gate(route_as_function, SMALL)).outcome == "pass"
+
+
+def test_negative_weights_do_not_upset_the_count_of_scales():
+    def gate(logits, bias, config):
+        ids, weights = route_as_function(logits, bias, config)
+        return ids, -weights
+
+    report = check(gate, SMALL)
+    assert {"definition", "weight-sum", "underflow"} <= {result.probe.id for result in report.failed()}
+
+
 def test_a_gate_that_refuses_bad_rows_passes():
     def gate(logits, bias, config):
         if not logits.isfinite().all():
@@ -304,7 +380,7 @@ def test_a_wrong_shape_is_what_every_probe_says():
     failed = check(narrow, SMALL).failed()
     assert {"shapes", "definition", "one-token"} <= {result.probe.id for result in failed}
     shapes = next(result for result in failed if result.probe.id == "shapes")
-    assert shapes.says.en == "weights have shape (6, 1), not [T, K] = (6, 4)"
+    assert shapes.says.en == "weights have shape (8, 1), not [T, K] = (8, 4)"
 
 
 def test_a_bad_row_may_not_leave_the_group_limit():
@@ -316,6 +392,155 @@ def test_a_bad_row_may_not_leave_the_group_limit():
     (failed,) = check(gate, SMALL).failed()
     assert failed.probe.id == "bad-rows"
     assert failed.says.en == "all NaN: the bad row reaches 4 groups, 2 are allowed"
+
+
+class DropsWeight(SoundGate):
+    def forward(self, x):
+        answer = super().forward(x)
+        del self.weight
+        return answer
+
+
+class DropsBias(SoundGate):
+    def forward(self, x):
+        answer = super().forward(x)
+        del self._buffers["e_score_correction_bias"]
+        return answer
+
+
+class SpoilsGraph(SoundGate):
+    def normalise(self, weights, x):
+        answer = super().normalise(weights, x)
+        weights.zero_()  # backward needs them
+        return answer
+
+
+class RefusesTraining(SoundGate):
+    def train(self, mode=True):
+        if mode:
+            raise RuntimeError("made for serving")
+        return super().train(mode)
+
+
+class RefusesCasts(SoundGate):
+    def half(self):
+        raise RuntimeError("no float16")
+
+
+class RefusesLoading(SoundGate):
+    @staticmethod
+    def before_loading(*_):
+        raise SystemExit(0)
+
+
+class RoutesAtRandomSize(SoundGate):
+    """The recompute saves other tensors than the first forward."""
+
+    asked = 0
+
+    def normalise(self, weights, x):
+        RoutesAtRandomSize.asked += 1
+        for _ in range(self.training * RoutesAtRandomSize.asked):
+            weights = weights.square().sqrt()  # saves tensors
+        return super().normalise(weights, x)
+
+
+MISBEHAVED = [
+    (DropsWeight, "gradient", "it has lost its weight"),
+    (DropsBias, "bias-steady", "it has lost its e_score_correction_bias"),
+    (SpoilsGraph, "gradient", "the gate raised RuntimeError: one of the variables needed for gradient computation"),
+    (RefusesTraining, "train-eval", "the gate raised RuntimeError: made for serving"),
+    (RefusesCasts, "underflow-fp16", "the gate raised RuntimeError: no float16"),
+    (RefusesCasts, "bias-cast", "the gate raised RuntimeError: no float16"),
+    (RefusesLoading, "bias-load", "the gate raised SystemExit: 0"),
+    (RoutesAtRandomSize, "recompute-counts", "the gate raised CheckpointError: "),
+]
+
+
+@pytest.mark.parametrize(("gate", "probe", "said"), MISBEHAVED, ids=lambda one: getattr(one, "__name__", None))
+def test_whatever_a_gate_does_to_itself_is_a_finding_and_no_mistake_of_the_suite(gate, probe, said):
+    result = next(r for r in check(gate, SMALL).results if r.probe.id == probe)
+    assert result.outcome == "fail"
+    assert result.says.en.startswith(said)
+
+
+class NeverCopied(SoundGate):
+    def __deepcopy__(self, memo):
+        raise TypeError("cannot pickle '_thread.lock' object")
+
+
+class NoNumbers(SoundGate):
+    def forward(self, x):
+        return tuple(tensor.to("meta") for tensor in super().forward(x))
+
+
+class Mask(SoundGate):
+    def forward(self, x):
+        ids, weights = super().forward(x)
+        return ids.bool(), weights
+
+
+@pytest.mark.parametrize(
+    ("gate", "said"),
+    [
+        (NeverCopied, "NeverCopied cannot be asked: on plain logits it raised TypeError: cannot pickle"),
+        (
+            NoNumbers,
+            "NoNumbers cannot be asked: on plain logits it raised NotImplementedError: Cannot copy out of meta",
+        ),
+        (Mask, "0 tensors of integers and 1 of floats came back: ids and weights unclear"),
+        (dict, "dict is no torch.nn.Module: give one, or a function .logits, bias, config."),
+    ],
+)
+def test_what_cannot_be_asked_is_refused_in_one_line(gate, said):
+    with pytest.raises(ValueError, match=said):
+        check(gate, SMALL)
+
+
+AMBIENT = {
+    "no gradients": torch.no_grad,
+    "inference mode": torch.inference_mode,
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+    "another device": lambda: torch.device("meta"),
+}
+
+
+@pytest.mark.parametrize("ambient", AMBIENT)
+@pytest.mark.parametrize("gate", [SoundGate, ZeroFill])
+def test_what_the_caller_has_set_in_torch_is_no_finding(ambient, gate):
+    expected = [str(result) for result in check(gate, SMALL).results]
+    with AMBIENT[ambient]():
+        got = [str(result) for result in check(gate, SMALL).results]
+        one_by_one = [str(probe.judge(as_gate(gate, SMALL))) for probe in PROBES]
+    assert got == one_by_one == expected
+
+
+def test_a_gate_that_does_not_conform_raises_without_assert_statements_too():
+    code = (
+        "from broken_gates import ZeroFill; from test_conformance import SMALL\n"
+        "from moesaic.conformance import assert_conforms; assert_conforms(ZeroFill, SMALL)"
+    )
+    here = Path(__file__).parent
+    run = subprocess.run([sys.executable, "-O", "-c", code], capture_output=True, text=True, cwd=here, check=False)
+    assert run.returncode == 1
+    assert "AssertionError: ZeroFill does not conform:" in run.stderr
+
+
+def test_every_probe_is_announced_before_it_is_asked():
+    told = []
+    check(SoundGate, SMALL, before=told.append, level="wrong")
+    assert told == [probe for probe in PROBES if probe.level == "wrong"]
+
+
+def test_a_rule_that_ignores_its_groups_allows_a_bad_row_all_of_them():
+    rule = dataclasses.replace(SMALL, topk_method="greedy")
+
+    def gate(logits, bias, config):
+        ids, weights = route_as_function(logits, bias, config)
+        spread = torch.arange(ids.shape[1]) * 8 % 31  # another group each
+        return torch.where(logits.isnan().any(-1, keepdim=True), spread, ids), weights
+
+    assert not check(gate, rule).failed()
 
 
 def test_a_gate_that_ends_the_program_has_failed_and_not_passed():

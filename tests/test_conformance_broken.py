@@ -10,19 +10,25 @@ from broken_gates import (
     ArgmaxAgain,
     BatchMaximum,
     BiasedWeights,
+    CappedBias,
     CastAndBack,
     CastBias,
     ClampedBias,
+    CountsFromMinusOne,
     CountsFromOne,
     DecodeWithoutBias,
+    DetachedRest,
     DetachedSum,
     FiniteFill,
     FollowsWeight,
+    ForgottenBias,
     FrozenWeight,
     GroupMaximum,
     GroupSumKOverM,
     LastOfTiedGroups,
     LastOfTies,
+    LastWhereAllTie,
+    LastWhereSomeTie,
     LearnedBias,
     LimitForSigmoidAlone,
     LoadsAnyBias,
@@ -32,8 +38,12 @@ from broken_gates import (
     NeverNormalised,
     NeverScaled,
     NoisyTraining,
+    NoisyWithoutGradient,
+    NoLimitForSigmoid,
+    NoLimitForSqrtsoftplus,
     OneGroupHalved,
     OwnNoise,
+    PaddedIds,
     ParameterBias,
     PlaceInBatch,
     PlainDenominator,
@@ -42,6 +52,7 @@ from broken_gates import (
     RecoveredWeights,
     RefusesBoundary,
     RoundedBias,
+    ScaledByHeart,
     ScaledTwice,
     SingleNotNormalised,
     SmallIds,
@@ -149,6 +160,23 @@ BROKEN = (
     Broken(AddsUp, "recompute-counts"),
     Broken(StepsAlways, "bias-steady", "strides recompute-counts"),
     Broken(ZeroFill, "masked-underflow", rule="v2"),
+    Broken(CappedBias, "bias-shift", "masked-groups recovered-weight"),
+    Broken(PaddedIds, "distinct",
+           "definition ties-experts ties-groups masked-groups group-score one-group all-groups exactly-enough "
+           "scoring-functions biased-weight recovered-weight single-expert shapes linear linear-cast autocast "
+           "own-weights gradient"),
+    Broken(CountsFromMinusOne, "shapes",
+           "definition ties-experts bad-rows masked-groups masked-underflow group-score one-group all-groups "
+           "exactly-enough scoring-functions biased-weight recovered-weight single-expert linear linear-cast autocast "
+           "own-weights gradient"),
+    Broken(LastWhereAllTie, "ties-experts"),
+    Broken(LastWhereSomeTie, "ties-experts"),
+    Broken(NoLimitForSigmoid, "scoring-functions", rule="v2"),
+    Broken(NoLimitForSqrtsoftplus, "scoring-functions"),
+    Broken(ScaledByHeart, "scaled-once"),
+    Broken(ForgottenBias, "bias-load"),
+    Broken(DetachedRest, "gradient", "scoring-functions", rule="v2"),
+    Broken(NoisyWithoutGradient, "recompute-plan", "train-eval"),
 )  # fmt: skip
 
 
@@ -200,6 +228,10 @@ def test_a_scale_that_is_applied_another_number_of_times_is_counted(gate, times)
 def test_a_recovered_weight_is_shown_beside_the_true_one():
     numbers = result_of(RecoveredWeights, "recovered-weight").numbers
     assert abs(numbers["got"] - numbers["expected"]) > 0.01 * numbers["expected"]
+
+
+def test_a_bias_that_no_checkpoint_holds_is_told_as_that():
+    assert result_of(ForgottenBias, "bias-load").says.en == "the bias is not in the state dict"
 
 
 def test_a_gate_that_raises_fails_with_what_it_raised():

@@ -26,13 +26,15 @@ GLM = {"model_type": "glm4_moe", "hidden_size": 64, "n_routed_experts": 16, "num
        "topk_group": 1, "routed_scaling_factor": 1.5, "norm_topk_prob": True}  # fmt: skip
 
 
-def run(*arguments):
-    return CliRunner().invoke(app, [str(a) for a in arguments], env={"COLUMNS": "160", "TERM": "dumb"})
+def run(*arguments, env=None):
+    plain = {"COLUMNS": "160", "TERM": "dumb", **(env or {})}
+    return CliRunner().invoke(app, [str(a) for a in arguments], env=plain)
 
 
 def rows_of(output):
     """Probe -> (level, result) as the table shows them."""
-    return {m[1]: (m[2], m[3]) for m in re.finditer(r"^│ ([a-z][\w-]+) +│ (\S+) +│ (\S+) +│", output, re.MULTILINE)}
+    row = r"^ ([a-z][\w-]+) +(wrong|fragile|错误|脆弱) +(\S+)  "
+    return {m[1]: (m[2], m[3]) for m in re.finditer(row, output, re.MULTILINE)}
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +108,33 @@ def test_code_in_the_current_folder_is_judged_by_the_rule_that_is_named(code, tm
     assert "one-group" not in failed
 
 
+def test_what_a_gate_prints_is_kept_out_of_the_result(code):
+    loud = "print('imported')\n" + SOUND.replace("    scores =", "    print('I am asked')\n    scores =", 1)
+    result = run(code(loud), "--config", "glm4-moe", "--json", "--level", "wrong")
+    assert json.loads(result.stdout)["conforms"] is True
+    assert result.stderr.count("imported") == 1
+    assert result.stderr.count("I am asked") > 20
+    assert "I am asked" not in run(code(loud), "--config", "glm4-moe", "--level", "wrong").stdout
+
+
+def test_a_terminal_is_shown_which_probe_is_asked_and_a_pipe_nothing():
+    assert run("classic").stderr == ""
+    shown = run("classic", env={"TTY_COMPATIBLE": "1", "TERM": "xterm"})
+    assert shown.exit_code == 0
+    assert "bias-steady" in shown.stderr
+
+
+@pytest.mark.parametrize(
+    "error", ["ValueError('n_group must be 3,\\n  not 8')", "RuntimeError('n_group must be 3,\\n  not 8')"]
+)
+def test_what_a_class_says_when_it_cannot_be_built_is_told_whole(code, error):
+    target = code(
+        f"import torch\nclass gate(torch.nn.Module):\n    def __init__(self, config):\n        raise {error}\n"
+    )
+    told = str(run(target).exception)
+    assert told.startswith(f"gate: cannot be built ({error[: error.index('(')]}: n_group must be 3, not 8): ")
+
+
 def test_a_failing_gate_is_told_what_to_do(code):
     target = code(SOUND.replace("scores.gather", "(scores + bias).gather"))
     result = run(target, "--config", "glm4-moe", "--lang", "zh")
@@ -132,7 +161,12 @@ def test_names_and_messages_of_foreign_code_cannot_steer_the_terminal(code):
         (["nowhere:Gate"], "nowhere:Gate: cannot be imported .ModuleNotFoundError: No module named 'nowhere'"),
         (["math:nope"], "math:nope: cannot be imported .AttributeError: module 'math' has no attribute 'nope'"),
         (["math:pi"], "a float is no gate: give a module, a class or a function"),
-        (["torch.nn:Bilinear"], "torch.nn:Bilinear: cannot be built .TypeError"),
+        (["torch.nn:Bilinear"], "Bilinear: cannot be built .TypeError: Bilinear.__init__.. missing 2 required"),
+        (["pathlib:Path"], "Path is no torch.nn.Module: give one, or a function"),
+        (["math:pi", "--config", "nowhere"], "--config nowhere: no such file or folder"),
+        (["gate.py"], "gate.py is a file of code: name the gate in it, as gate:Gate"),
+        (["deepseek-v3", "--layer", "0"], "--layer 0 is for a model: deepseek-v3 is one gate, leave --layer out"),
+        (["math:floor", "--layer", "3"], "--layer 3 is for a model: math:floor is one gate"),
         (["math:floor"], "floor cannot be asked: on plain logits it raised TypeError: math.floor.. takes exactly one"),
         (["deepseek-v3", "--lang", "fr"], "--lang 'fr' is unknown"),
         (["deepseek-v3", "--level", "bad"], "--level 'bad' is unknown: use wrong or fragile"),
@@ -149,12 +183,19 @@ def test_what_cannot_be_judged_is_a_users_mistake(arguments, message):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (None, "no config.json there: give a model folder or a config.json"),
-        ("{", "not a JSON file"),
-        ("[]", "names no model_type"),
+        (None, "not a model folder: it has no config.json: give a model folder or a config.json"),
+        ("{", "not JSON, or cut short"),
+        ("[]", "not a JSON object"),
         ('{"hidden_size": 4}', "names no model_type"),
         ('{"model_type": "llama", "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}', "not an MoE"),
         ('{"model_type": "no_such_family"}', "no model can be built"),
+        ('{"model_type": "mixtral", "hidden_size": "x"}', "Field 'hidden_size' expected int, got str"),
+        ('{"model_type": ["mixtral"]}', "no model can be built"),
+        (
+            '{"model_type": "mixtral", "num_local_experts": 1000000000000, "hidden_size": 64, "num_hidden_layers": 2}',
+            "a gate of these sizes cannot be built (RuntimeError: ",
+        ),
+        ("[" * 100_000, "not JSON, or cut short"),
     ],
 )
 def test_a_folder_without_a_moe_model_is_refused(tmp_path, config, message):

@@ -4,8 +4,10 @@ import json
 
 import pytest
 import torch
+import transformers
 from hf_every_family import families, tiny_of
 from hf_models import FAMILIES, tiny
+from packaging.version import Version
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
 
 from moesaic.config import MoEConfig
@@ -40,6 +42,8 @@ def test_a_router_of_transformers_follows_the_definition_and_its_fragile_points_
 
 # the suite cannot set their logits: hash routing, shared experts among the logits, a multiplier, a network before them
 CANNOT_BE_ASKED = {"deepseek_v4", "inkling", "muse_spark", "zaya"}
+if Version(transformers.__version__) < Version("5.23"):
+    CANNOT_BE_ASKED |= {"jamba"}  # its router was a plain linear, and its block chose
 
 
 @pytest.mark.parametrize("family", families())
@@ -48,7 +52,9 @@ def test_no_router_of_any_family_differs_from_the_definition(family):
     if model is None:
         pytest.skip(f"{family} does not build tiny")
     if family in CANNOT_BE_ASKED:
-        with pytest.raises(ValueError, match=r"cannot be judged|give the router itself|they cannot be set"):
+        with pytest.raises(
+            ValueError, match=r"cannot be judged|give (the router itself|its router)|they cannot be set"
+        ):
             check(model)
         return
     report = check(model)

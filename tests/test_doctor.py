@@ -9,7 +9,8 @@ import torch
 from moesaic.bench import forms
 from moesaic.bench.forms import FormTimes, engine_form, time_forms
 from moesaic.cli import main
-from moesaic.cli.doctor import SWITCH_ON, WORDS, held_back, transformers_seam, try_engine, wrong
+from moesaic.cli.doctor_table import WORDS
+from moesaic.cli.examine import SWITCH_ON, held_back, transformers_seam, try_engine, wrong
 from moesaic.engine import gemm
 from moesaic.engine.select import ENGINES, best_engine
 
@@ -69,7 +70,7 @@ def test_both_languages_have_the_same_words():
 def test_an_unknown_language_is_a_mistake(run):
     code, out, err = run("--lang", "fr")
     assert (code, out) == (2, "")
-    assert err == "moesaic: --lang 'fr' is unknown: use en or zh\n"
+    assert err == "moesaic: --lang 'fr' is unknown: use zh or en\n"
 
 
 def broken(tokens, expert_ids, weights, experts, spec):

@@ -66,8 +66,10 @@ def test_a_folder_that_is_not_there(tmp_path):
 def test_a_folder_without_a_model(tmp_path):
     refused(tmp_path, "not a model folder: it has no config.json")
     (tmp_path / "config.json").write_text("{nonsense")
-    refused(tmp_path, "its config.json cannot be read")
+    refused(tmp_path, "config.json is not JSON, or cut short")
     (tmp_path / "config.json").write_text("[]")
+    refused(tmp_path, "config.json: not a JSON object")
+    (tmp_path / "config.json").write_text('{"text_config": 5}')
     refused(tmp_path, "not an MoE model")
 
 

@@ -9,7 +9,8 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, get_args
 
-from moesaic.families import CONVENTIONS, PRESETS, read_family
+from moesaic.families import CONVENTIONS, PRESETS
+from moesaic.hf_config import read_config_json, read_family
 
 CHOICES = {
     "scoring_func": ("sigmoid", "softmax", "sqrtsoftplus"),
@@ -123,7 +124,7 @@ class MoEConfig:
     def from_hf(cls, source: Any, **overrides: Any) -> "MoEConfig":
         """Read the layer out of a Hugging Face config: an object, a dict, or a folder with a config.json."""
         if isinstance(source, str | Path):
-            source = _read_json(Path(source))
+            source = read_config_json(Path(source))
         known = {field.name for field in dataclasses.fields(cls)}
         return cls(**{**read_family(source, known), **overrides})
 
@@ -241,13 +242,3 @@ SIZES = (
 def _divisor_near(n: int, wanted: int) -> int:
     """The divisor of n that is nearest to `wanted`, the smaller one of two."""
     return min((d for d in range(1, n + 1) if n % d == 0), key=lambda d: (abs(d - wanted), d))
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    file = path / "config.json" if path.is_dir() else path
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no config.json there: give the folder of a Hugging Face model") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file}: not a JSON file ({error})") from None

@@ -1,4 +1,4 @@
-"""Released models as data: presets, how each Hugging Face family spells and routes, where official codes disagree."""
+"""Released models as data: presets, how each Hugging Face family spells, routes and computes, where codes disagree."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -137,54 +137,6 @@ def rule_of(family: str) -> dict[str, Any] | None:
     return rules({"num_experts_per_tok": 1}) if callable(rules) else rules
 
 
-def read_family(source: Any, known: set[str]) -> dict[str, Any]:
-    """The fields in `known` that a Hugging Face config, or a plain object or dict like one, sets."""
-    given = _as_dict(source)
-    if "text_config" in given and not any(name in given for name in ALIASES["n_routed_experts"]):
-        given = _as_dict(given["text_config"])
-    given = {name: value for name, value in given.items() if value is not None}
-    model_type = given.get("model_type", "")
-    if not any(name in given for name in ALIASES["n_routed_experts"]):
-        raise ValueError(
-            f"model_type={model_type!r} has no experts (no {', '.join(ALIASES['n_routed_experts'])}): not an MoE model"
-        )
-    if model_type in ROUTING:
-        return _read_gate(given, *ROUTING[model_type])
-    if model_type and model_type not in FAMILIES and not {"scoring_func", "topk_method"} <= given.keys():
-        raise ValueError(
-            f"model_type={model_type!r} is not a family known here and its config has no scoring_func and topk_method: "
-            f"build MoEConfig(...) by hand, or use one of {', '.join(FAMILIES)}"
-        )
-    read = known - set(FIXED.get(model_type, ()))
-    return _with_sizes({**FAMILIES.get(model_type, {}), **_given(given, read)})
-
-
-def _read_gate(given: Mapping[str, Any], rules: Rules, decided: tuple[str, ...]) -> dict[str, Any]:
-    """The fields of a family of which only the routing is known."""
-    fixed = rules(given) if callable(rules) else rules
-    return _with_sizes({**fixed, **_given(given, {*decided, *GATE_SIZES})})
-
-
-def _given(given: Mapping[str, Any], names: set[str]) -> dict[str, Any]:
-    """What a config sets of these fields, whatever it calls them."""
-    found = {name: next((a for a in ALIASES.get(name, (name,)) if a in given), None) for name in names}
-    return {name: given[alias] for name, alias in found.items() if alias is not None}
-
-
-def _with_sizes(fields: dict[str, Any]) -> dict[str, Any]:
-    if missing := {"hidden_size", "num_experts_per_tok"} - set(fields):
-        raise ValueError(f"{min(missing)} is missing from the config: add it")
-    return fields
-
-
-def _as_dict(source: Any) -> dict[str, Any]:
-    if isinstance(source, Mapping):
-        return dict(source)
-    if hasattr(source, "to_dict"):
-        return source.to_dict()
-    return {name: getattr(source, name) for name in dir(source) if not name.startswith("_")}
-
-
 PRESETS: dict[str, dict[str, Any]] = {
     "deepseek-v3": {
         **V3, "hidden_size": 7168, "moe_intermediate_size": 2048, "n_routed_experts": 256, "num_experts_per_tok": 8,
@@ -254,3 +206,58 @@ CONVENTIONS: dict[str, dict[str, Any] | Callable[[Any], dict[str, Any]]] = {
     "deepspeed": {"router_dtype": "model"},
     "torchtitan": {**IN_MODEL_DTYPE_THROUGHOUT, "group_score": "top2_sum"},
 }
+
+# Preset -> its family in transformers; the classic MoE is none of them.
+FAMILY_OF = {
+    "deepseek-v3": "deepseek_v3", "deepseek-v2": "deepseek_v2", "glm4-moe": "glm4_moe", "mixtral": "mixtral",
+    "qwen3-moe": "qwen3_moe", "olmoe": "olmoe", "gpt-oss": "gpt_oss",
+}  # fmt: skip
+# Family -> our field -> how its config.json of transformers 5.23 spells it; most fields of V3 have our own names.
+SIZES = ("hidden_size", "n_routed_experts", "num_experts_per_tok", "moe_intermediate_size", "hidden_act")
+OWN = dict.fromkeys(SIZES)  # spelled as ours
+OWN_V3 = {
+    **OWN,
+    **dict.fromkeys(("n_shared_experts", "n_group", "topk_group", "norm_topk_prob", "routed_scaling_factor")),
+}
+SPELLINGS: dict[str, dict[str, str | None]] = {
+    "deepseek_v3": OWN_V3,
+    "glm4_moe": OWN_V3,
+    "dots1": OWN_V3,
+    "deepseek_v2": {**{name: None for name in OWN_V3 if name != "norm_topk_prob"}, "topk_method": None},
+    "mixtral": {
+        **OWN, "n_routed_experts": "num_local_experts", "moe_intermediate_size": "intermediate_size",
+        "router_jitter_noise": None,
+    },
+    "qwen2_moe": {
+        **OWN, "n_routed_experts": "num_experts", "norm_topk_prob": None, "shared_expert_intermediate_size": None,
+    },
+    "qwen3_moe": {**OWN, "n_routed_experts": "num_experts", "norm_topk_prob": None},
+    "olmoe": {
+        **OWN, "n_routed_experts": "num_experts", "moe_intermediate_size": "intermediate_size", "norm_topk_prob": None,
+    },
+    "gpt_oss": {
+        **{name: None for name in SIZES if name != "hidden_act"}, "n_routed_experts": "num_local_experts",
+        "moe_intermediate_size": "intermediate_size", "swiglu_limit": None, "swiglu_alpha": None,
+    },
+}  # fmt: skip
+# What our engines say of the experts of the families of transformers 5.23, as docs/en/hf-drop-in.md has it (tested).
+EXPERTS = {
+    "silu": """afmoe axk1 axk2 bailing_hybrid beam cohere2_moe deepseek_ocr2 deepseek_v2 deepseek_v3 deepseek_v32 dots1
+        dots3_note ernie4_5_moe ernie4_5_vl_moe exaone_moe flex_olmo flint glm4_moe glm4_moe_lite glm4v_moe glm_moe_dsa
+        granitemoe granitemoe_swa granitemoehybrid granitemoeshared hunyuan_v1_moe hy_v3 inkling jamba kimi_linear
+        kolibri1 laguna lfm2_moe mellum mimo_v2_flash minimax minimax_m2 mistral4 mistral_large4 mixtral olmoe phimoe
+        qwen2_moe qwen3_5_moe qwen3_moe qwen3_next qwen3_omni_moe qwen3_vl_moe qwen4_exp solar_open unlimited_ocr
+        zaya""",
+    "silu, limit=10": "deepseek_v4 glm5_next hy_v4",
+    "gelu_pytorch_tanh": "diffusion_gemma gemma4",
+    "relu2, not gated": "nemotron_h",
+    "silu, limit=7, alpha=1.702, up_offset=1": "minimax_m3_vl",
+    "silu, limit=7, alpha=1.702, up_offset=1, interleaved, transposed, biases": "gpt_oss",
+    "silu, limit=7, alpha=1.702, up_offset=1, transposed, biases": "openai_privacy_filter",
+    "silu, transposed": "aria",
+    "refused: has an activation that is none of ours (Inkling2Experts._apply_gate, "
+    "Inkling2SoftcappedSwiGLU)": "inkling2",
+    "refused: normalises the output of every expert before it is weighted": "muse_spark",
+}
+BY_THEMSELVES = ["dbrx", "doge", "jetmoe", "llama4", "longcat_flash", "nllb_moe", "step3p7", "switch_transformers"]
+ENGINE = {family: verdict for verdict, names in EXPERTS.items() for family in names.split()}

@@ -1,17 +1,19 @@
 """`moesaic check`: the gate conformance suite on one gate."""
 
+import contextlib
 import shlex
 import sys
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from moesaic.cli.output import check_lang, print_json
+from moesaic.cli.output import JSON_HELP, check_lang, print_json, table
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from moesaic.conformance import Report
+    from moesaic.conformance import Probe, Report
 
 TEXTS: dict[str, dict[str, Any]] = {
     "en": {
@@ -61,7 +63,7 @@ def check(
     ] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Exit 1 on fragile findings too.")] = False,
     lang: Annotated[str, typer.Option(help="en or zh.")] = "en",
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON document instead of the table.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help=JSON_HELP)] = False,
 ) -> None:
     """Judge a gate by known traps. Exit code 0: as the definition; 1: not; 2: nothing to judge."""
     check_lang(lang)
@@ -71,7 +73,9 @@ def check(
 
     if level not in LEVELS:
         raise ValueError(f"--level {level!r} is unknown: use wrong or fragile")
-    report = judge(find(target, layer=layer, config=config), level=level)
+    # what a gate prints, while it is imported or asked, is none of the result
+    with contextlib.redirect_stdout(sys.stderr), progress() as tell:
+        report = judge(find(target, layer=layer, config=config), level=level, before=tell)
     if as_json:
         print_json(as_document(report, lang))
     else:
@@ -86,9 +90,26 @@ def check(
         raise typer.Exit(1)
 
 
+@contextlib.contextmanager
+def progress() -> "Iterator[Callable[[Probe], None]]":
+    """A bar on stderr, where that is a terminal, that names the probe being asked: a gate that hangs is seen to."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from moesaic.conformance import PROBES
+
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("", total=len(PROBES))
+
+        def tell(probe: "Probe") -> None:
+            bar.update(task, completed=PROBES.index(probe), description=probe.id)
+
+        yield tell
+
+
 def table_of(report: "Report", lang: str) -> "Table":
     """All probes in order; the numbers and the advice where one failed, the reason where one has nothing to judge."""
-    from rich.table import Table
     from rich.text import Text
 
     texts, config = TEXTS[lang], report.gate.config
@@ -101,9 +122,9 @@ def table_of(report: "Report", lang: str) -> "Table":
         groups=groups,
         scoring=scoring,
     )
-    table = Table(title=Text(title), title_justify="left", show_lines=False)
-    for place, column in enumerate(texts["columns"]):
-        table.add_column(column, overflow="fold", no_wrap=place < 3)
+    drawn = table(title, texts["columns"])
+    for column in drawn.columns[:3]:
+        column.no_wrap = True
     styles = {"pass": "green", "fail": "bold red", "not applicable": "dim"}
     for result in report.results:
         probe = result.probe
@@ -115,8 +136,8 @@ def table_of(report: "Report", lang: str) -> "Table":
             about.append("\n" + texts["do"].format(advice=in_language(probe.advice, lang)), style="not bold italic")
         about.stylize("dim" if result.outcome == "not applicable" else "")
         style = "yellow" if result.outcome == "fail" and probe.level == "fragile" else styles[result.outcome]
-        table.add_row(probe.id, texts[probe.level], Text(texts[result.outcome], style=style), about)
-    return table
+        drawn.add_row(probe.id, texts[probe.level], Text(texts[result.outcome], style=style), about)
+    return drawn
 
 
 def summary_of(report: "Report", lang: str) -> list[str]:

@@ -1,14 +1,21 @@
 """`moesaic demo`: real text through a really trained MoE model, and what its gates did."""
 
+import contextlib
 import gc
+import os
+import shlex
+import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
-from moesaic.cli.output import make_ready, say_how_again
+from moesaic.cli.output import JSON_HELP, check_lang, make_ready, print_json, say_how_again
 
 if TYPE_CHECKING:
+    from moesaic.trace.rule.steps import Step
+    from moesaic.trace.statistics.preference import Preferences
+    from moesaic.trace.statistics.stats import Stats
     from moesaic.trace.store import Trace
 
 WORDS = {
@@ -62,6 +69,7 @@ def demo(
     ] = None,
     token: Annotated[int | None, typer.Option(help="Token to follow, from 0; a telling one unless given.")] = None,
     out: Annotated[Path, typer.Option(help="Folder for figures and the record.")] = Path("moesaic-demo"),
+    as_json: Annotated[bool, typer.Option("--json", help=JSON_HELP)] = False,
 ) -> int:
     """Route real English, Chinese and code through a trained MoE model and say what its gates did.
 
@@ -69,32 +77,33 @@ def demo(
     the routing record. Exit code 1 where a layer has collapsed.
     """
     gc.disable()  # seconds long: collecting would cost 1.2 of 9 s while torch and transformers are imported
-    if lang not in WORDS:
-        raise ValueError(f"--lang {lang!r} is unknown: use en or zh")
+    # the threads of a matmul wait for each other; spinning while they do takes ten times as long on a busy machine
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    check_lang(lang)
     if random:
         if any(given is not None for given in (text, file, model, layer, token)):
             raise ValueError("--random routes random input: leave out --text, --file, --model, --layer and --token")
-        return _random(preset or "deepseek-v3", lang, seed, out)
+        return _random(preset or "deepseek-v3", lang, seed, out, as_json)
     if preset is not None:
         raise ValueError(f"--preset {preset} is for the random gate: add --random, or leave it out")
-    return _real(lang, seed, text, file, model, layer, token, out)
+    return _real(lang, seed, text, file, model, layer, token, out, as_json)
 
 
-def _random(preset: str, lang: str, seed: int, out: Path) -> int:
+def _random(preset: str, lang: str, seed: int, out: Path, as_json: bool) -> int:
     from moesaic.article import create_moe_config, demo_moe_gate
     from moesaic.config import MoEConfig
 
     article = preset == "deepseek-v3"  # its sizes, with the article's routed_scaling_factor of 1.0
     config = create_moe_config() if article else MoEConfig.preset(preset)
     make_ready(out)
-    trace = demo_moe_gate(
-        config,
-        title="DeepSeek-V3" if article else preset,
-        lang=lang,
-        seed=seed,
-        save_path=out / "moe_routing_visualization.png",
-    )
-    say_how_again(trace, lang)
+    figure = out / "moe_routing_visualization.png"
+    title = "DeepSeek-V3" if article else preset
+    with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
+        trace = demo_moe_gate(config, title=title, lang=lang, seed=seed, save_path=figure)
+    if as_json:
+        print_json(_document(trace, _what_is_shown(trace, lang, 0, 0, seed), 0, 0, "", [figure]))
+    else:
+        say_how_again(trace, lang)
     return 0
 
 
@@ -107,6 +116,7 @@ def _real(
     layer: int | None,
     token: int | None,
     out: Path,
+    as_json: bool,
 ) -> int:
     from rich.console import Console
 
@@ -124,47 +134,106 @@ def _real(
     layer = trace.n_layers // 2 if layer is None else layer
     token = _telling_token(trace, layer) if token is None else token
 
-    collapsed = _show(trace, sources.word_of(tokenizer, trace, token), lang, layer, token, seed)
+    word = sources.word_of(tokenizer, trace, token)
+    shown = _what_is_shown(trace, lang, layer, token, seed)
+    if not as_json:
+        _show(trace, shown, word, lang, layer, token)
     names = ("routing.png", "load.png", "trace.safetensors")
     save_figure(routing_figure(trace, layer=layer, lang=lang), out / names[0], dpi=100, trim=False)
     save_figure(load_figure(trace, lang=lang), out / names[1], dpi=100, trim=False)
     trace.save(out / names[2])
-    _say_saved(trace, lang, layer, out, names)
-    return 1 if collapsed else 0
+    if as_json:
+        print_json(_document(trace, shown, layer, token, word, [out / name for name in names]))
+    else:
+        _say_saved(trace, lang, layer, out, names)
+    return 1 if any(report.status == "collapsed" for report in shown.stats.layers) else 0
 
 
-def _show(trace: "Trace", word: str, lang: str, layer: int, token: int, seed: int) -> bool:
-    """Print the three parts; True where a layer has collapsed."""
-    from rich.console import Console
+class Shown(NamedTuple):
+    """What the demo says of a routing; labels: the domain of each sequence, in words, empty for random input."""
 
+    stats: "Stats"
+    preferences: "Preferences | None"
+    steps: "list[Step]"
+    labels: list[str]
+
+    def tokens_of(self, trace: "Trace") -> dict[str, int]:
+        """Tokens of every domain."""
+        counts = dict.fromkeys(self.labels, 0)
+        for sequence in trace.sequences.tolist() if self.labels else ():
+            counts[self.labels[sequence]] += 1
+        return counts
+
+
+def _what_is_shown(trace: "Trace", lang: str, layer: int, token: int, seed: int) -> Shown:
     from moesaic.trace.rule.steps import steps
-    from moesaic.trace.rule.steps_table import steps_table
-    from moesaic.trace.statistics.load_table import load_table, preference_table
-    from moesaic.trace.statistics.stats import domain_preference, layer_reports
+    from moesaic.trace.statistics.preference import domain_preference
+    from moesaic.trace.statistics.stats import stats
     from moesaic.train.data import DOMAINS
 
-    say, show = WORDS[lang], Console().print
-    names = {key: getattr(domain, lang) for key, domain in DOMAINS.items()} | {"text": say["your_text"]}
+    names = {key: getattr(domain, lang) for key, domain in DOMAINS.items()} | {"text": WORDS[lang]["your_text"]}
     labels = [names.get(label, label) for label in trace.labels or ()]
-    per_label = dict.fromkeys(labels, 0)
-    for sequence in trace.sequences.tolist():
-        per_label[labels[sequence]] += 1
-    config = trace.configs[0]
+    preferences = domain_preference(trace, labels, seed=seed) if len(set(labels)) > 1 else None
+    return Shown(stats(trace, seed=seed), preferences, steps(trace, layer=layer, token=token), labels)
+
+
+def _show(trace: "Trace", shown: Shown, word: str, lang: str, layer: int, token: int) -> None:
+    """Print the three parts."""
+    from rich.console import Console
+
+    from moesaic.trace.rule.steps_table import steps_table
+    from moesaic.trace.statistics.load_table import load_table, preference_table
+
+    say, show = WORDS[lang], Console().print
+    per_label, config = shown.tokens_of(trace), trace.configs[0]
     sizes = say["sizes"].format(c=config) + (say["groups"].format(c=config) if config.n_group > 1 else "")
     print(say["model"].format(model=trace.model, layers=trace.n_layers, config=sizes))
     domains = ", ".join(f"{label} {count:,}" for label, count in per_label.items())
     print(say["text"].format(tokens=len(trace), sequences=trace.n_sequences, domains=domains))
 
-    reports = layer_reports(trace)
     print("\n" + say["load"])
-    show(load_table(reports, lang))
-    if len(per_label) > 1:
+    show(load_table(list(shown.stats.layers), lang))
+    if shown.preferences is not None:
         print(say["prefer"])
-        show(preference_table(domain_preference(trace, labels, seed=seed), trace.layers, lang))
-    label = labels[int(trace.sequences[token])]
+        show(preference_table(shown.preferences, trace.layers, lang))
+    label = shown.labels[int(trace.sequences[token])]
     print(say["token"].format(layer=trace.layers[layer], token=token, word=word, label=label))
-    show(steps_table(steps(trace, layer=layer, token=token), lang, versus=True))
-    return any(report.status == "collapsed" for report in reports)
+    show(steps_table(shown.steps, lang, versus=True))
+
+
+def _document(trace: "Trace", shown: Shown, layer: int, token: int, word: str, files: list[Path]) -> dict[str, Any]:
+    """The same numbers for a program, and how to get them again."""
+    from moesaic.trace.rule.steps_table import steps_as_dict
+
+    domain = shown.labels[int(trace.sequences[token])] if shown.labels else None
+    followed = {"layer": trace.layers[layer], "token": token, "text": word, "domain": domain}
+    return {
+        **shown.stats.to_dict(),
+        "sequences": trace.n_sequences,
+        "tokens_by_domain": shown.tokens_of(trace),
+        "domains": None if shown.preferences is None else _preferences(shown.preferences, trace),
+        "followed": followed | steps_as_dict(shown.steps, versus=True),
+        "files": [str(file) for file in files],
+        "command": shlex.join(["moesaic", *sys.argv[1:]]),
+        "versions": dict(trace.versions),
+        "seed": trace.seed,
+        "config": trace.configs[0].digest(),
+    }
+
+
+def _preferences(found: "Preferences", trace: "Trace") -> dict[str, Any]:
+    """Experts that are used in a domain beyond chance, as `moesaic stats --json` has them."""
+    rows = [
+        {
+            "layer": trace.layers[layer],
+            "expert": int(expert),
+            "domain": found.domains[found.domain[layer, expert]],
+            "lift": float(found.lift[layer, expert]),
+            "p_value": float(found.p_value[layer, expert]),
+        }
+        for layer, expert in zip(*found.found().nonzero(), strict=True)
+    ]
+    return {"permutations": found.permutations, "preferences": rows}
 
 
 def _telling_token(trace: "Trace", layer: int) -> int:

@@ -1,67 +1,25 @@
 """`moesaic models`: what is known about families of models, by name: presets, rules, spellings, conventions."""
 
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
-from moesaic.cli.output import check_lang, print_json
+from moesaic.cli.output import JSON_HELP, check_lang, print_json, table
 from moesaic.config import MoEConfig
-from moesaic.families import ALIASES, CONVENTIONS, FAMILIES, FIXED, PRESETS, ROUTING, rule_of
-
-if TYPE_CHECKING:
-    from rich.table import Table
-
-# Preset -> its family in transformers; the classic MoE is none of them.
-FAMILY_OF = {
-    "deepseek-v3": "deepseek_v3", "deepseek-v2": "deepseek_v2", "glm4-moe": "glm4_moe", "mixtral": "mixtral",
-    "qwen3-moe": "qwen3_moe", "olmoe": "olmoe", "gpt-oss": "gpt_oss",
-}  # fmt: skip
-# Family -> our field -> how its config.json of transformers 5.23 spells it; most fields of V3 have our own names.
-SIZES = ("hidden_size", "n_routed_experts", "num_experts_per_tok", "moe_intermediate_size", "hidden_act")
-OWN = dict.fromkeys(SIZES)  # spelled as ours
-V3 = {**OWN, **dict.fromkeys(("n_shared_experts", "n_group", "topk_group", "norm_topk_prob", "routed_scaling_factor"))}
-SPELLINGS: dict[str, dict[str, str | None]] = {
-    "deepseek_v3": V3,
-    "glm4_moe": V3,
-    "dots1": V3,
-    "deepseek_v2": {**{name: None for name in V3 if name != "norm_topk_prob"}, "topk_method": None},
-    "mixtral": {
-        **OWN, "n_routed_experts": "num_local_experts", "moe_intermediate_size": "intermediate_size",
-        "router_jitter_noise": None,
-    },
-    "qwen2_moe": {
-        **OWN, "n_routed_experts": "num_experts", "norm_topk_prob": None, "shared_expert_intermediate_size": None,
-    },
-    "qwen3_moe": {**OWN, "n_routed_experts": "num_experts", "norm_topk_prob": None},
-    "olmoe": {
-        **OWN, "n_routed_experts": "num_experts", "moe_intermediate_size": "intermediate_size", "norm_topk_prob": None,
-    },
-    "gpt_oss": {
-        **{name: None for name in SIZES if name != "hidden_act"}, "n_routed_experts": "num_local_experts",
-        "moe_intermediate_size": "intermediate_size", "swiglu_limit": None, "swiglu_alpha": None,
-    },
-}  # fmt: skip
-# What our engines say of the experts of the families of transformers 5.23, as docs/en/hf-drop-in.md has it (tested).
-EXPERTS = {
-    "silu": """afmoe axk1 axk2 bailing_hybrid beam cohere2_moe deepseek_ocr2 deepseek_v2 deepseek_v3 deepseek_v32 dots1
-        dots3_note ernie4_5_moe ernie4_5_vl_moe exaone_moe flex_olmo flint glm4_moe glm4_moe_lite glm4v_moe glm_moe_dsa
-        granitemoe granitemoe_swa granitemoehybrid granitemoeshared hunyuan_v1_moe hy_v3 inkling jamba kimi_linear
-        kolibri1 laguna lfm2_moe mellum mimo_v2_flash minimax minimax_m2 mistral4 mistral_large4 mixtral olmoe phimoe
-        qwen2_moe qwen3_5_moe qwen3_moe qwen3_next qwen3_omni_moe qwen3_vl_moe qwen4_exp solar_open unlimited_ocr
-        zaya""",
-    "silu, limit=10": "deepseek_v4 glm5_next hy_v4",
-    "gelu_pytorch_tanh": "diffusion_gemma gemma4",
-    "relu2, not gated": "nemotron_h",
-    "silu, limit=7, alpha=1.702, up_offset=1": "minimax_m3_vl",
-    "silu, limit=7, alpha=1.702, up_offset=1, interleaved, transposed, biases": "gpt_oss",
-    "silu, limit=7, alpha=1.702, up_offset=1, transposed, biases": "openai_privacy_filter",
-    "silu, transposed": "aria",
-    "refused: has an activation that is none of ours (Inkling2Experts._apply_gate, "
-    "Inkling2SoftcappedSwiGLU)": "inkling2",
-    "refused: normalises the output of every expert before it is weighted": "muse_spark",
-}
-BY_THEMSELVES = ["dbrx", "doge", "jetmoe", "llama4", "longcat_flash", "nllb_moe", "step3p7", "switch_transformers"]
-ENGINE = {family: verdict for verdict, names in EXPERTS.items() for family in names.split()}
+from moesaic.families import (
+    ALIASES,
+    BY_THEMSELVES,
+    CONVENTIONS,
+    ENGINE,
+    EXPERTS,
+    FAMILIES,
+    FAMILY_OF,
+    FIXED,
+    PRESETS,
+    ROUTING,
+    SPELLINGS,
+    rule_of,
+)
 
 WORDS: dict[str, dict[str, Any]] = {
     "en": {
@@ -111,7 +69,7 @@ def models(
     name: Annotated[
         str | None, typer.Argument(help="A preset, a family of transformers, or a convention: all about it.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help=JSON_HELP)] = False,
     lang: Annotated[str, typer.Option(help="en or zh.")] = "en",
 ) -> int:
     """Say which models are known: presets, families, names of fields and their spellings, conventions."""
@@ -179,33 +137,33 @@ def _show_all(lang: str) -> None:
     from rich.console import Console
 
     say, console = WORDS[lang], Console()
-    table = _table(say["presets"], say["preset_columns"])
+    drawn = table(say["presets"], say["preset_columns"])
     for name in PRESETS:
         c = MoEConfig.preset(name)
         groups = say["kept"].format(kept=c.topk_group, all=c.n_group) if c.n_group > 1 else ""
         bias = say["yes" if c.has_correction_bias else "no"]
         sizes = (str(c.n_routed_experts), str(c.num_experts_per_tok))
-        table.add_row(name, *sizes, groups, c.scoring_func, bias, FAMILY_OF.get(name, ""))
-    console.print(table)
-    table = _table(say["families"], say["family_columns"])
+        drawn.add_row(name, *sizes, groups, c.scoring_func, bias, FAMILY_OF.get(name, ""))
+    console.print(drawn)
+    drawn = table(say["families"], say["family_columns"])
     for family in (*FAMILIES, *ROUTING):
         preset = next((p for p, f in FAMILY_OF.items() if f == family), "")
         served = ENGINE.get(family.removesuffix("_text"), say["not_known"])
-        table.add_row(family, preset, _in_words(rule_of(family) or {}), served)
-    console.print(table)
-    table = _table(say["engine"], say["engine_columns"])
+        drawn.add_row(family, preset, _in_words(rule_of(family) or {}), served)
+    console.print(drawn)
+    drawn = table(say["engine"], say["engine_columns"])
     for verdict, names in EXPERTS.items():
-        table.add_row(verdict, ", ".join(names.split()))
-    console.print(table)
+        drawn.add_row(verdict, ", ".join(names.split()))
+    console.print(drawn)
     console.print(say["themselves"].format(names=", ".join(BY_THEMSELVES)) + "\n", markup=False, highlight=False)
-    table = _table(say["spellings"], say["spelling_columns"])
+    drawn = table(say["spellings"], say["spelling_columns"])
     for name, spelled in ALIASES.items():
-        table.add_row(name, ", ".join(other for other in spelled if other != name))
-    console.print(table)
-    table = _table(say["conventions"].format(name="deepseek-v3"), say["convention_columns"])
+        drawn.add_row(name, ", ".join(other for other in spelled if other != name))
+    console.print(drawn)
+    drawn = table(say["conventions"].format(name="deepseek-v3"), say["convention_columns"])
     for name in CONVENTIONS:
-        table.add_row(name, _in_words(changes_of(name)) or say["nothing"])
-    console.print(table)
+        drawn.add_row(name, _in_words(changes_of(name)) or say["nothing"])
+    console.print(drawn)
     console.print(say["details"], markup=False, highlight=False)
 
 
@@ -214,10 +172,10 @@ def _show_one(name: str, found: dict[str, Any], lang: str) -> None:
 
     say, console = WORDS[lang], Console()
     if found["kind"] == "convention":
-        table = _table(name, say["convention_columns"])
+        drawn = table(name, say["convention_columns"])
         for preset, changes in found["changes"].items():
-            table.add_row(preset, _in_words(changes) or say["nothing"])
-        console.print(table)
+            drawn.add_row(preset, _in_words(changes) or say["nothing"])
+        console.print(drawn)
         return
     family = found.get("family") or ("" if found["kind"] == "preset" else name)
     rule = found.get("fields") or found["rule"]
@@ -227,11 +185,11 @@ def _show_one(name: str, found: dict[str, Any], lang: str) -> None:
         digest = found.get("config")
         title = say["fields"].format(name=name, digest=digest) if digest else name
         columns = [column.format(family=family) for column in say["field_columns"]]
-        table = _table(title, columns if family else columns[:2])
+        drawn = table(title, columns if family else columns[:2])
         for field in dict.fromkeys([*rule, *(found["spellings"] or {})]):
             value = str(rule[field]) if field in rule else ""
-            table.add_row(field, value, *([_spelled(field, family, found, say)] if family else []))
-        console.print(table)
+            drawn.add_row(field, value, *([_spelled(field, family, found, say)] if family else []))
+        console.print(drawn)
     verdict = found["experts"]
     if family in BY_THEMSELVES:
         print(say["by_itself"])
@@ -243,16 +201,6 @@ def _spelled(field: str, family: str, found: dict[str, Any], say: dict[str, Any]
     if field in (found["spellings"] or {}):
         return found["spellings"][field]
     return say["rule"] if field in (rule_of(family) or {}) or field in FIXED.get(family, ()) else ""
-
-
-def _table(title: str, columns: "list[str] | tuple[str, ...]") -> "Table":
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
-    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
-    for column in columns:
-        table.add_column(column, overflow="fold")
-    return table
 
 
 def _in_words(fields: dict[str, Any]) -> str:

@@ -4,11 +4,16 @@ import json
 import shlex
 import sys
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from moesaic.trace.store import Trace
+
+JSON_HELP = "Print the result as JSON."
 
 AGAIN = {
     "en": ("Reproduce: {command}", "with ", ", ", ("seed {}", "config {}", "no config: only sizes are known")),
@@ -29,6 +34,18 @@ def print_json(what: Any) -> None:
 
     text = json.dumps(what, ensure_ascii=False, allow_nan=False)
     print("".join(json.dumps(c)[1:-1] if hidden(c) else c for c in text))
+
+
+def table(title: str, columns: "Iterable[str]", justify: Any = "left") -> "Table":
+    """A table as every command draws it: a line under the head, no box."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    drawn = Table(title=Text(title, "bold"), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in columns:
+        drawn.add_column(name, justify=justify, overflow="fold")
+    return drawn
 
 
 def make_ready(out: Path) -> None:

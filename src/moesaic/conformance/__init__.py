@@ -7,7 +7,7 @@ judged is anything that `as_gate` takes. Probes have two levels: "wrong" (the re
 lawful input) and "fragile" (right until something usual happens).
 """
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from moesaic.conformance.asking import numbers, random_bias
 from moesaic.conformance.gates import Gate, ModuleGate
 from moesaic.conformance.parts import NoTuple
 from moesaic.conformance.targets import as_gate
-from moesaic.conformance.verdict import LEVELS, Fault, GateRaised, Probe, Report, Result
+from moesaic.conformance.verdict import LEVELS, Fault, GateRaised, Probe, Report, Result, plain_torch
 from moesaic.conformance.verdict import PROBES as _REGISTERED
 
 __all__ = ["LEVELS", "PROBES", "Probe", "Report", "Result", "as_gate", "assert_conforms", "check"]
@@ -29,20 +29,32 @@ PROBES: tuple[Probe, ...] = tuple(
 )
 
 
-def check(target: Any, config: MoEConfig | None = None, *, level: str = "fragile") -> Report:
+def check(
+    target: Any,
+    config: MoEConfig | None = None,
+    *,
+    level: str = "fragile",
+    before: Callable[[Probe], None] = lambda _: None,
+) -> Report:
     """Judge a gate: a Router, a layer or model that holds one, a module, a class, or a function.
 
     `config` is the rule that it should follow; modules of ours and of transformers carry their own. level="wrong" runs
-    the probes of that level alone. ValueError where there is no gate, or no rule to judge it by.
+    the probes of that level alone; `before` is told each probe before it is asked. ValueError where there is no gate,
+    or no rule to judge it by.
     """
     if level not in LEVELS:
         raise ValueError(f"level={level!r} is unknown: use one of {', '.join(LEVELS)}")
     gate = as_gate(target, config)
     _try(gate)
-    wanted = [p for p in PROBES if level == "fragile" or p.level == level]
-    return Report(gate, tuple(p.judge(gate) for p in wanted))
+    results = []
+    for probe in PROBES:
+        if level in ("fragile", probe.level):
+            before(probe)
+            results.append(probe.judge(gate))
+    return Report(gate, tuple(results))
 
 
+@plain_torch()
 def _try(gate: Gate) -> None:
     """ValueError where the gate answers nothing at all, or its logits cannot be set."""
     try:
@@ -63,6 +75,8 @@ def assert_conforms(
     """AssertionError with the numbers of every failed probe that is not in `allowed`. level="fragile" asks for both."""
     if unknown := set(allowed) - {p.id for p in PROBES}:
         raise ValueError(f"allowed={min(unknown)!r} is no probe: use ids of moesaic.conformance.PROBES")
+    __tracebackhide__ = True  # pytest shows the line of the test, not this one
     report = check(target, config, level=level)
     failed = [r for r in report.failed() if r.probe.id not in allowed]
-    assert not failed, "\n".join([f"{report.gate.name} does not conform:", *map(str, failed)])
+    if failed:  # no assert statement, which `python -O` would leave out
+        raise AssertionError("\n".join([f"{report.gate.name} does not conform:", *map(str, failed)]))

@@ -9,7 +9,7 @@ from torch import nn
 
 from moesaic.config import MoEConfig
 from moesaic.conformance.gates import ModuleGate, replace
-from moesaic.conformance.verdict import GateRaised
+from moesaic.conformance.verdict import gate_code
 from moesaic.families import ALIASES
 from moesaic.hf.modules import routed_blocks
 from moesaic.layer.router import Router
@@ -39,7 +39,8 @@ def ours(fields_of: MoEConfig, module_class: Callable[[MoEConfig], Router]) -> C
 def gate_of_class(module_class: type[nn.Module], config: MoEConfig, name: str = "") -> ModuleGate:
     """A gate from its class: built from a config object, or from keyword arguments with the names of its fields."""
     if issubclass(module_class, Router):
-        router = module_class(config)
+        with gate_code():
+            router = module_class(config)
         return ModuleGate(router, router.config, name, ours(config, module_class))
     spelled = SpelledConfig(**config.to_dict())
 
@@ -60,14 +61,13 @@ def router_in(module: nn.Module) -> nn.Module:
 
 def construct(module_class: Callable[..., nn.Module], settings: MoEConfig) -> nn.Module:
     """`Class(config)`, or `Class(hidden_size=..., n_group=..., ...)` where every needed argument is a field."""
-    parameters = inspect.signature(module_class).parameters.values()
+    with gate_code():  # "no signature found", as of builtins
+        parameters = inspect.signature(module_class).parameters.values()
     needed = [
         p.name for p in parameters if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
     ]
     known = {**settings.to_dict(), **{a: getattr(settings, f) for f, names in ALIASES.items() for a in names}}
-    try:
+    with gate_code():
         if set(needed) <= known.keys() and needed:
             return module_class(**{p.name: known[p.name] for p in parameters if p.name in known})
         return module_class(settings)
-    except (Exception, SystemExit) as error:  # whatever its own code raises
-        raise GateRaised(error) from error

@@ -20,10 +20,11 @@ from moesaic.conformance.parts import (
     find_parts,
     read_answer,
     read_logits,
+    slot_of,
     tensor_of,
     through_linear,
 )
-from moesaic.conformance.verdict import GateRaised, NotApplicable
+from moesaic.conformance.verdict import NotApplicable, gate_code
 from moesaic.layer.router import Router
 
 F32 = torch.float32
@@ -56,10 +57,8 @@ class FunctionGate:
         inputs = logits.clone().requires_grad_()
 
         def run(rows: Tensor) -> Answer:
-            try:
+            with gate_code():
                 answer = read_answer(self.function(rows, bias, self.config), self.config)
-            except (Exception, SystemExit) as error:  # whatever the gate's own code raises
-                raise GateRaised(error) from error
             return check_shape(answer, len(rows), self.config)
 
         return Ready(run, inputs, None, lambda: inputs.grad)
@@ -105,8 +104,8 @@ class ModuleGate:
 
     @property
     def weight(self) -> Tensor:
-        """The module's own weight, [E, D] however it keeps it."""
-        weight = tensor_of(self.module, self._parts.weight)
+        """The module's own weight, [E, D] however and wherever it keeps it."""
+        weight = tensor_of(self.module, self._parts.weight).cpu()
         return weight.T if self._parts.transposed else weight
 
     def no_weight(self) -> Tensor:
@@ -114,12 +113,13 @@ class ModuleGate:
 
     def weight_gradient(self, module: nn.Module) -> Tensor | None:
         """What a backward left at the weight of a prepared module, [E, D]."""
-        gradient = dict(module.named_parameters())[self._parts.weight].grad
+        gradient = slot_of(module, self._parts.weight).grad
         return gradient.T if gradient is not None and self._parts.transposed else gradient
 
     def prepared(self, weight: Tensor, bias: Tensor | None = None, linear_bias: Tensor | None = None) -> nn.Module:
         """A copy with this [E, D] weight in its own dtype; the other tensors are float32. A bias left out is zero."""
-        module = copy.deepcopy(self.module).cpu().eval().to(F32)
+        with gate_code():  # a module may hold what cannot be copied
+            module = copy.deepcopy(self.module).cpu().eval().to(F32)
         tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
         given = {self._parts.weight: weight, self._parts.linear_bias: linear_bias, self._parts.bias: bias}
         with torch.no_grad():
@@ -134,10 +134,8 @@ class ModuleGate:
     def run(self, module: nn.Module, hidden: Tensor, bias: Tensor | None = None) -> Answer:
         """What a prepared module answers to hidden states. GateRaised where its code raises, Fault by a wrong shape."""
         output = self.call(module, hidden, bias)
-        try:
+        with gate_code():  # not what a gate returns
             answer = read_answer(output, self.config)
-        except Exception as error:  # not what a gate returns
-            raise GateRaised(error) from error
         return check_shape(answer, hidden.shape[:-1].numel(), self.config)
 
     def call(self, module: nn.Module, hidden: Tensor, bias: Tensor | None = None) -> Any:
@@ -145,10 +143,8 @@ class ModuleGate:
         extra = {}
         if self._parts.bias_argument:
             extra[self._parts.bias_argument] = torch.zeros(self.config.n_routed_experts) if bias is None else bias
-        try:
+        with gate_code():
             return call(module, hidden, extra)
-        except (Exception, SystemExit) as error:  # whatever the gate's own code raises
-            raise GateRaised(error) from error
 
     def check_logits(self) -> None:
         """ValueError where the module says logits that are not those it was given: then nothing can be asked of it."""

@@ -67,8 +67,16 @@ def find_parts(module: nn.Module, config: MoEConfig) -> Parts:
 
 
 def tensor_of(module: nn.Module, name: str) -> Tensor:
-    """A parameter or buffer by name, detached."""
-    return {**dict(module.named_parameters()), **dict(module.named_buffers())}[name].detach()
+    """A parameter or buffer by name, detached. Fault where the module's own code has taken it away."""
+    return slot_of(module, name).detach()
+
+
+def slot_of(module: nn.Module, name: str) -> Tensor:
+    """As `tensor_of`, with its gradient."""
+    tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    if name not in tensors:
+        raise Fault(f"it has lost its {name}", f"它丢掉了自己的 {name}", missing=name)
+    return tensors[name]
 
 
 def through_linear(logits: Tensor, hidden_size: int) -> tuple[Tensor, Tensor]:
@@ -107,12 +115,12 @@ def read_logits(output: Any, config: MoEConfig) -> Tensor | None:
 def read_answer(output: Any, config: MoEConfig) -> Answer:
     """Ids and weights out of (logits, weights, ids), (ids, weights), (ids, weights, loss), or (dense weights, ids).
 
-    Flat, [T, K]. TypeError where it is none of these.
+    Flat, [T, K], on the CPU. TypeError where it is none of these.
     """
     if not isinstance(output, tuple | list):
         raise NoTuple(f"a {type(output).__name__} came back, not a tuple with ids and weights")
-    tensors = [t.flatten(0, -2) for t in output if isinstance(t, Tensor) and t.dim() >= 2]
-    whole = [t for t in tensors if not t.is_floating_point()]
+    tensors = [t.cpu().flatten(0, -2) for t in output if isinstance(t, Tensor) and t.dim() >= 2]
+    whole = [t for t in tensors if not (t.is_floating_point() or t.is_complex() or t.dtype == torch.bool)]
     real = [t for t in tensors if t.is_floating_point()]
     if len(whole) != 1 or not real:
         raise TypeError(

@@ -11,7 +11,7 @@ from moesaic.conformance.asking import as_list, need_module, numbers, random_bia
 from moesaic.conformance.definition import Decision, best, decide, is_group_limited
 from moesaic.conformance.gates import F32, Gate, ModuleGate
 from moesaic.conformance.parts import tensor_of
-from moesaic.conformance.verdict import Fault, NotApplicable, probe
+from moesaic.conformance.verdict import Fault, NotApplicable, gate_code, probe
 
 CASTS = {
     ".bfloat16()": lambda m: m.bfloat16(),
@@ -46,7 +46,8 @@ def bias_cast(gate: Gate) -> None:
     holder, name = own_bias(gate)
     wanted = 5.0 + 1e-4 * torch.arange(1.0, gate.config.n_routed_experts + 1)
     for how, cast in CASTS.items():
-        module = cast(holder.prepared(holder.no_weight(), wanted))
+        with gate_code():
+            module = cast(holder.prepared(holder.no_weight(), wanted))
         expect_kept(tensor_of(module, name).flatten(), wanted, how)
 
 
@@ -68,7 +69,8 @@ def bias_load(gate: Gate) -> None:
     saved = {key: t.bfloat16() if t.is_floating_point() else t for key, t in module.state_dict().items()}
     if name not in saved:
         raise Fault("the bias is not in the state dict", "偏置不在 state dict 里")
-    module.load_state_dict(saved, assign=True)
+    with gate_code():
+        module.load_state_dict(saved, assign=True)
     dtype = tensor_of(module, name).dtype
     if dtype != F32:
         raise Fault(f"after loading it is {dtype}", f"加载后是 {dtype}", got=str(dtype))
@@ -254,7 +256,7 @@ def own_weights(gate: Gate) -> None:
     weight = holder.weight.float()
     if not weight.any():
         raise NotApplicable("its weight is all zero", "它的权重全是 0")
-    bias = None if holder.bias_name is None else tensor_of(holder.module, holder.bias_name).float().flatten()
+    bias = None if holder.bias_name is None else tensor_of(holder.module, holder.bias_name).cpu().float().flatten()
     hidden = torch.randn(64, config.hidden_size, generator=numbers(12))
     with torch.no_grad():
         ids = holder.run(holder.prepared(weight, bias), hidden, bias).ids.tolist()

@@ -2,7 +2,6 @@
 
 import copy
 import importlib
-import json
 import sys
 import warnings
 from collections.abc import Callable
@@ -15,21 +14,22 @@ from torch import nn
 from moesaic.config import MoEConfig
 from moesaic.conformance.building import gate_of_class, ours, router_in
 from moesaic.conformance.gates import FunctionGate, Gate, ModuleGate, replace
-from moesaic.conformance.verdict import GateRaised, NotApplicable
+from moesaic.conformance.verdict import GateRaised, NotApplicable, gate_code, in_one_line, plain_torch
 from moesaic.families import ALIASES, PRESETS
 from moesaic.hf.load import quiet_transformers
 from moesaic.hf.modules import MoELayer, moe_layers, routed_blocks
+from moesaic.hf_config import read_config_json
 from moesaic.layer.router import Router
-from moesaic.trace.shown import visible
 
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 BY_FAMILY = ("scoring_func", "topk_method")  # transformers' routers have these in their code, whatever the config says
 
 
+@plain_torch()
 def as_gate(target: Any, config: MoEConfig | None = None) -> Gate:
     """A gate of whatever was given: a Gate, a Router, a layer or model that holds one, a module, a class, a function.
 
-    ValueError where a config is needed and was not given, or there is no gate in it.
+    ValueError where a config is needed and was not given, where there is no gate in it, or where it cannot be built.
     """
     if isinstance(target, FunctionGate | ModuleGate):
         return target
@@ -44,8 +44,21 @@ def as_gate(target: Any, config: MoEConfig | None = None) -> Gate:
     if isinstance(target, nn.Module):
         return ModuleGate(router_in(target), config)
     if isinstance(target, type):
-        return gate_of_class(target, config)
+        return built(target, config)
     return FunctionGate(target, config)
+
+
+def built(gate_class: type, config: MoEConfig) -> ModuleGate:
+    """The gate of a class. ValueError where it is no module's, or raises while it is built."""
+    name = gate_class.__qualname__
+    if not issubclass(gate_class, nn.Module):
+        raise ValueError(f"{name} is no torch.nn.Module: give one, or a function (logits, bias, config)")
+    try:
+        return gate_of_class(gate_class, config)
+    except GateRaised as raised:
+        raise ValueError(
+            f"{name}: cannot be built ({raised}): it is called with a config, or with arguments named as its fields"
+        ) from None
 
 
 def find(target: str, *, layer: int | None = None, config: str | None = None) -> Gate:
@@ -54,12 +67,17 @@ def find(target: str, *, layer: int | None = None, config: str | None = None) ->
     `config` is a preset or a config.json for module:Class. Raises ValueError, in one line, where there is none.
     """
     path = Path(target)
-    if ":" in target and not path.exists():
+    is_code = ":" in target and not path.exists()
+    if layer is not None and (is_code or target in PRESETS):
+        raise ValueError(f"--layer {layer} is for a model: {target} is one gate, leave --layer out")
+    if is_code:
         return gate_of_code(target, read_config(config or "deepseek-v3"))
     if config is not None:
         raise ValueError(f"--config {config!r} is for module:Class: {target} says its own rule")
     if target in PRESETS:
         return gate_of_preset(target)
+    if path.suffix == ".py":
+        raise ValueError(f"{target} is a file of code: name the gate in it, as {path.stem}:Gate")
     if not path.exists():
         raise ValueError(
             f"{target}: no such folder, file or preset: give a model folder, a config.json, module:Class, or one of "
@@ -78,7 +96,10 @@ def gate_of_preset(name: str) -> ModuleGate:
 
 def read_config(source: str) -> MoEConfig:
     """A preset by name, or a config.json, or the folder of one; its hidden size no larger than is needed."""
-    config = MoEConfig.preset(source) if source in PRESETS else MoEConfig.from_hf(source)
+    try:
+        config = MoEConfig.preset(source) if source in PRESETS else MoEConfig.from_hf(source)
+    except (TypeError, ValueError) as error:  # TypeError: a config.json with a list where a number should be
+        raise ValueError(f"--config {error}") from None
     return replace(config, {"hidden_size": config.n_routed_experts, "moe_intermediate_size": 8, "output_size": None})
 
 
@@ -94,16 +115,10 @@ def gate_of_code(target: str, config: MoEConfig) -> Gate:
         for part in name.split("."):
             found = getattr(found, part)
     except (Exception, SystemExit) as error:  # whatever the user's module raises while it is imported
-        why = visible(f"{type(error).__name__}: {error}")
-        raise ValueError(f"{target}: cannot be imported ({why})") from None
+        raise ValueError(f"{target}: cannot be imported ({in_one_line(error)})") from None
     finally:
         sys.path.remove(str(Path.cwd()))
-    try:
-        return as_gate(found, config)
-    except GateRaised as error:
-        raise ValueError(
-            f"{target}: cannot be built ({error}): it is called with a config, or with arguments named as its fields"
-        ) from None
+    return as_gate(found, config)
 
 
 def gate_in(model: nn.Module, layer: int | None = None, *, random: bool = False) -> ModuleGate:
@@ -134,7 +149,10 @@ def gate_of_layer(model: nn.Module, layer: MoELayer, *, random: bool) -> ModuleG
         return ModuleGate(router, config, name or "gate", ours(config, type(router)))
     rebuild = hf_rebuild(type(router), nearest_config(model, name), config)
     if random:
-        router, config = rebuild({}, True)
+        try:
+            router, config = rebuild({}, True)
+        except GateRaised as raised:  # too large for this machine
+            raise ValueError(f"{name}: a gate of these sizes cannot be built ({raised})") from None
     return ModuleGate(router, config, f"{type(router).__name__} {name}", rebuild)
 
 
@@ -168,10 +186,8 @@ def hf_rebuild(
             unread = [field for field, value in fields.items() if getattr(changed, field) != value]
             if unread:
                 raise NotApplicable(f"it does not read {unread[0]}", f"它不读取 {unread[0]}")
-        try:
+        with gate_code():
             router = router_class(settings)
-        except Exception as error:  # whatever the family's code raises
-            raise GateRaised(error) from error
         for parameter in router.parameters():  # they come as zeros, or as whatever memory held
             nn.init.normal_(parameter, std=0.02, generator=torch.Generator().manual_seed(0))
         return router, changed
@@ -182,13 +198,8 @@ def hf_rebuild(
 def build(path: Path) -> nn.Module:
     """The model of a config.json on the meta device: no weights, no memory. ValueError where there is no such model."""
     file = path / "config.json" if path.is_dir() else path
-    try:
-        given = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no config.json there: give a model folder or a config.json") from None
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{file}: not a JSON file ({error})") from None
-    if not isinstance(given, dict) or not given.get("model_type"):
+    given = read_config_json(path)
+    if not given.get("model_type"):
         raise ValueError(f"{file}: names no model_type: give the config.json of a Hugging Face model")
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -198,7 +209,7 @@ def build(path: Path) -> nn.Module:
             kind = given.pop("model_type")
             return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **given))
         except Exception as error:  # transformers raises many kinds
-            raise ValueError(f"{file}: no model can be built ({first_line(error)})") from None
+            raise ValueError(f"{file}: no model can be built ({in_one_line(error)})") from None
 
 
 def load(folder: Path) -> nn.Module:
@@ -212,8 +223,4 @@ def load(folder: Path) -> nn.Module:
         try:
             return AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         except Exception as error:  # transformers, safetensors and torch each raise their own kinds
-            raise ValueError(f"{folder}: the model cannot be loaded ({first_line(error)})") from None
-
-
-def first_line(error: BaseException) -> str:
-    return visible((str(error).strip() or type(error).__name__).splitlines()[0], most=200)
+            raise ValueError(f"{folder}: the model cannot be loaded ({in_one_line(error)})") from None

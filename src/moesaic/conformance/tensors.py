@@ -34,9 +34,10 @@ def some_logits(gate: Gate, rows: int = 6) -> Tensor:
     needs_rule=False,
 )
 def shapes(gate: Gate) -> None:
-    logits = some_logits(gate)
-    answer = gate.answer(logits, random_bias(gate.config))
     n_experts = gate.config.n_routed_experts
+    falling = torch.linspace(4.0, -4.0, n_experts)  # takes the first expert, and its mirror the last one
+    logits = torch.cat([some_logits(gate), falling[None], falling.flip(-1)[None]])
+    answer = gate.answer(logits, random_bias(gate.config, scale=0.0))
     if answer.ids.min() < 0 or answer.ids.max() >= n_experts:
         ids = sorted(set(answer.ids.flatten().tolist()))
         raise Fault(

@@ -18,9 +18,9 @@ from moesaic.conformance.asking import (
 from moesaic.conformance.definition import decide, weigh
 from moesaic.conformance.definition import score as score_of
 from moesaic.conformance.gates import Gate, ModuleGate, Ready
-from moesaic.conformance.parts import Answer, tensor_of
+from moesaic.conformance.parts import Answer, slot_of, tensor_of
 from moesaic.conformance.precision import own_bias
-from moesaic.conformance.verdict import Fault, NotApplicable, probe
+from moesaic.conformance.verdict import Fault, NotApplicable, gate_code, probe
 
 STEP = 1e-5  # of the finite differences, in float64
 
@@ -45,7 +45,9 @@ def gradient(gate: Gate) -> None:
     ready = gate.ready(logits, bias)
     answer = ready.run(ready.inputs)
     if answer.weights.requires_grad:
-        (answer.weights * worth[answer.ids.clamp(0, len(worth) - 1)]).sum().backward()
+        worth_of_answer = (answer.weights * worth[answer.ids.clamp(0, len(worth) - 1)]).sum()
+        with gate_code():
+            worth_of_answer.backward()
     got = ready.logits_gradient()
     got = torch.zeros_like(logits) if got is None else got
     for row, values in enumerate(logits.tolist()):
@@ -108,11 +110,11 @@ def bias_gradient(gate: Gate) -> None:
     ready = gate.ready(logits, given)
     watched = [given]
     if isinstance(gate, ModuleGate) and ready.module is not None and gate.bias_name is not None:
-        slot = {**dict(ready.module.named_parameters()), **dict(ready.module.named_buffers())}[gate.bias_name]
-        watched.append(slot.requires_grad_())
+        watched.append(slot_of(ready.module, gate.bias_name).requires_grad_())
     weights = ready.run(ready.inputs).weights
     if weights.requires_grad:
-        weights.square().sum().backward()
+        with gate_code():
+            weights.square().sum().backward()
     for tensor in watched:
         if tensor.grad is not None and tensor.grad.any():
             largest = tensor.grad.abs().max().item()
@@ -152,7 +154,7 @@ def bias_parameter(gate: Gate) -> None:
 )
 def train_eval(gate: Gate) -> None:
     module, ready = in_training(gate)
-    with torch.no_grad():
+    with torch.no_grad(), gate_code():
         module.eval()
         evaluated = ready.run(ready.inputs.detach())
         module.train()
@@ -169,7 +171,8 @@ def in_training(gate: Gate) -> tuple[torch.nn.Module, Ready]:
         logits = clear_logits(gate.config, random_bias(gate.config), rows=6)
     ready = gate.ready(logits, random_bias(gate.config))
     assert ready.module is not None
-    return ready.module.train(), ready
+    with gate_code():
+        return ready.module.train(), ready
 
 
 @probe(
@@ -206,9 +209,10 @@ def recompute(ready: Ready, reentrant: bool) -> list[Answer]:
         answers.append(Answer(answer.ids.clone(), answer.weights.detach().clone()))
         return answer.weights
 
-    with set_checkpoint_early_stop(False):  # else the second forward ends by an exception inside the gate
+    with gate_code(), set_checkpoint_early_stop(False):  # else the second forward ends by an exception inside the gate
         weights: Tensor = checkpoint(forward, ready.inputs, use_reentrant=reentrant)
-    weights.square().sum().backward()
+    with gate_code():
+        weights.square().sum().backward()
     return answers
 
 

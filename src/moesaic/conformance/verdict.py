@@ -1,9 +1,12 @@
 """What a probe is and what it says: registered by `probe`, run by `check`, asserted by `assert_conforms`."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
 
 from moesaic.trace.shown import visible
 
@@ -55,8 +58,36 @@ class GateRaised(Exception):
 
     def __init__(self, error: Exception | SystemExit) -> None:
         self.error = error
-        message = (str(error).strip().splitlines() or [""])[0]
-        super().__init__(visible(f"{type(error).__name__}: {message}", most=200))  # foreign text, bound for a terminal
+        super().__init__(in_one_line(error))
+
+
+def in_one_line(error: BaseException) -> str:
+    """The kind and the words of a foreign error, whole but for its length, safe for a terminal."""
+    told = " ".join(str(error).split())
+    return visible(type(error).__name__ + (f": {told}" if told else ""), most=300)
+
+
+@contextmanager
+def gate_code() -> Iterator[None]:
+    """Whatever the gate's own code raises in here is GateRaised, a finding, and no mistake of the suite."""
+    try:
+        yield
+    except (Fault, NotApplicable, GateRaised):
+        raise
+    except (Exception, SystemExit) as error:
+        raise GateRaised(error) from error
+
+
+@contextmanager
+def plain_torch() -> Iterator[None]:
+    """Gradients, no inference mode, no autocast, tensors on the CPU: whatever the caller has set is no finding."""
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(torch.autocast("cpu", enabled=False))
+        if torch.get_default_device().type != "cpu":
+            stack.enter_context(torch.device("cpu"))
+        yield
 
 
 class Result(NamedTuple):
@@ -92,6 +123,7 @@ class Probe:
     def __str__(self) -> str:
         return self.id
 
+    @plain_torch()
     def judge(self, gate: "Gate") -> Result:
         """Ask the gate. Anything its code raises on lawful input is a failure too."""
         if self.needs_rule and not gate.config.rule_is_known:

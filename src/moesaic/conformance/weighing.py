@@ -19,7 +19,7 @@ from moesaic.conformance.asking import (
 from moesaic.conformance.definition import decide, is_group_limited
 from moesaic.conformance.gates import Gate
 from moesaic.conformance.parts import Answer
-from moesaic.conformance.verdict import Fault, NotApplicable, probe
+from moesaic.conformance.verdict import Fault, NotApplicable, gate_code, probe
 
 
 @probe(
@@ -224,6 +224,6 @@ def underflow_fp16(gate: Gate) -> None:
     holder, config = need_module(gate), gate.config
     ready = holder.ready(-20.0 + torch.linspace(-1.0, 1.0, config.n_routed_experts).repeat(2, 1))
     assert ready.module is not None
-    with torch.no_grad():
+    with torch.no_grad(), gate_code():
         answer = holder.run(ready.module.half(), ready.inputs.detach().half())
     expect_finite(answer, "float16, logits around -20", "float16，logits 约 -20", config)

@@ -1,6 +1,5 @@
 """Loading a local Hugging Face model without network, noise or surprises."""
 
-import json
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,6 +8,7 @@ from typing import Any
 
 from moesaic.families import ALIASES
 from moesaic.hf.modules import moe_layers
+from moesaic.hf_config import read_config_json
 
 TINY = Path(__file__).parents[1] / "assets" / "tiny"  # the trained model that is shipped
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
@@ -53,13 +53,9 @@ def _check_is_moe(folder: Path) -> None:
     if not folder.is_dir():
         what = "is a file, not a folder" if folder.exists() else "no such folder"
         raise ValueError(f"{folder}: {what}: give the folder of a Hugging Face model")
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{folder}: not a model folder: it has no config.json") from None
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{folder}: its config.json cannot be read ({_first_line(error)})") from None
-    given = {**config, **(config.get("text_config") or {})} if isinstance(config, dict) else {}
+    config = read_config_json(folder)
+    inner = config.get("text_config")
+    given = {**config, **inner} if isinstance(inner, dict) else config
     if not any(given.get(name) for name in ALIASES["n_routed_experts"]):
         kind = given.get("model_type", "unknown")
         raise ValueError(f"{folder}: not an MoE model: the config of this {kind!r} model names no experts")

@@ -78,12 +78,13 @@ class LoadCounter:
             self._current = Forward(counts, None if found is None else token_mask(found.tokens, found.mask))
         self._running += 1
 
-    def close(self, output: Any) -> None:
-        """It is over; one that failed has no output."""
+    def close(self, output: Any, *, failed: bool) -> None:
+        """It is over, by an error if `failed`."""
+        del output
         if not self._running:  # it began before anybody counted
             return
         self._running -= 1
-        if output is None:
+        if failed:
             self._pending.clear()
         if not self._running:
             self._settle()

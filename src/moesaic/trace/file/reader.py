@@ -10,11 +10,11 @@ import numpy as np
 import torch
 
 from moesaic import __version__
+from moesaic.strict_json import parsed
 from moesaic.trace.file.about import fields_of, is_count
 from moesaic.trace.file.limits import MOST_HEADER, check_labels, check_offsets, check_range
 from moesaic.trace.shown import visible
 from moesaic.trace.store import FORMAT, FORMAT_VERSION, TYPES, Trace
-from moesaic.trace.strict_json import parsed
 
 WHOLE = ("U8", "I16", "I32", "I64")
 FLOAT = ("F32",)

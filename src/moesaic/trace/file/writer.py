@@ -13,12 +13,12 @@ from typing import Any, Self
 import numpy as np
 from torch import Tensor
 
+from moesaic.strict_json import parsed
 from moesaic.trace.file.about import about, fields_of
 from moesaic.trace.file.limits import MOST_HEADER, check_labels, check_offsets, check_range
 from moesaic.trace.file.parts import Column, Part, as_numbers, joined, of_tensor, span, unwritable
 from moesaic.trace.shown import visible
 from moesaic.trace.store import FORMAT, FORMAT_VERSION, TENSORS, TYPES, Trace
-from moesaic.trace.strict_json import parsed
 
 PER_LAYER = ("picks", "weights", "logits")
 FLOATS = ("weights", "logits", "bias")

@@ -7,12 +7,10 @@ from typing import Any
 
 from moesaic.config import MoEConfig
 from moesaic.families import ALIASES, PRESETS, rule_of
-from moesaic.trace.imports.untrusted import read_bytes
-from moesaic.trace.strict_json import parsed
+from moesaic.hf_config import read_config_json
 
 MOST_EXPERTS = 1 << 16
 MOST_LAYERS = 1 << 12
-MOST_CONFIG = 16 << 20  # bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,12 +60,10 @@ def read_target(config: str | None = None, experts: int | None = None) -> Target
         raise ValueError(
             f"--config {config}: neither a file, nor a folder with a config.json, nor a preset ({', '.join(PRESETS)})"
         )
-    return _of_dict(parsed(read_bytes(file, MOST_CONFIG), str(file)), file)
+    return _of_dict(read_config_json(file), file)
 
 
-def _of_dict(given: Any, file: Path) -> Target:
-    if not isinstance(given, dict):
-        raise ValueError(f"{file}: not a JSON object: give the config.json of a model")
+def _of_dict(given: dict[str, Any], file: Path) -> Target:
     try:
         config = _sizes_only(*_sizes(given)) if _names_no_rule(given) else MoEConfig.from_hf(given)
     except (TypeError, ValueError) as error:

@@ -18,11 +18,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from moesaic.strict_json import parsed
 from moesaic.trace.imports.assemble import MOST_PICKS, NONE, Imported, Part, assemble, without_filler
 from moesaic.trace.imports.target import MOST_LAYERS, Target
 from moesaic.trace.imports.untrusted import counts, is_count, read_bytes
 from moesaic.trace.store import PHASES
-from moesaic.trace.strict_json import parsed
 
 NPY = b"\x93NUMPY"
 

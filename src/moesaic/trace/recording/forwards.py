@@ -37,14 +37,15 @@ def takes_tokens(module: nn.Module) -> bool:
     return any(name in TOKEN_ARGUMENTS for name in parameters_of(module))
 
 
-def models_in(model: nn.Module) -> list[nn.Module]:
+def models_in(model: nn.Module, *, nested: bool = False) -> list[nn.Module]:
     """The outermost modules whose calls describe tokens; `model` itself where there are none.
 
-    A wrapper that passes everything on says nothing of its own: what it wraps does.
+    A wrapper that passes everything on says nothing of its own: what it wraps does. `nested` gives those inside of
+    others too, for whoever must know of a call of the model without its head.
     """
     found, inside = [], set()
     for module in model.modules():
-        if id(module) not in inside and takes_tokens(module):
+        if (nested or id(module) not in inside) and takes_tokens(module):
             found.append(module)
             inside |= {id(part) for part in module.modules()}
     return found or [model]

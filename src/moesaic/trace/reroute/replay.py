@@ -13,9 +13,9 @@ from moesaic.config import MoEConfig
 from moesaic.hf.modules import MoELayer, is_recompute, moe_layers
 from moesaic.layer.balance import expert_load
 from moesaic.layer.router import Router
-from moesaic.trace.recording.record import describe_forward
+from moesaic.trace.recording.forwards import describe_forward, models_in
 from moesaic.trace.reroute.reading import Reading
-from moesaic.trace.reroute.replayable import check, first_tensor, logits_in, models_in, refuse_graph
+from moesaic.trace.reroute.replayable import check, first_tensor, logits_in, refuse_graph
 from moesaic.trace.rule.derive import weight_tolerance
 from moesaic.trace.store import Trace
 from moesaic.types import Routing
@@ -72,7 +72,7 @@ class Replayer:
     def running(self) -> Iterator[None]:
         """Inside the block the hooks are there."""
         with ExitStack() as stack:
-            for module in models_in(self.model):
+            for module in models_in(self.model, nested=True):
                 stack.callback(module.register_forward_pre_hook(self._open, with_kwargs=True, prepend=True).remove)
             for layer in self.layers:
                 router, experts = layer.router, layer.experts
@@ -85,7 +85,7 @@ class Replayer:
                 stack.callback(router.register_forward_hook(self._look_at_router(layer), with_kwargs=True).remove)
                 hook = experts.register_forward_pre_hook(self._before_experts(layer), with_kwargs=True, prepend=True)
                 stack.callback(hook.remove)
-            for module in models_in(self.model):  # after the hooks of layers: a bare gate is both
+            for module in models_in(self.model, nested=True):  # after the hooks of layers: a bare gate is both
                 stack.callback(module.register_forward_hook(self._succeed).remove)
                 stack.callback(module.register_forward_hook(self._close, always_call=True).remove)
             yield

@@ -1,6 +1,5 @@
 """What can be replayed: whether a trace belongs to a model, and where in the model its tokens and experts are."""
 
-import inspect
 from typing import Any
 
 import torch
@@ -42,13 +41,6 @@ def check(model: nn.Module, trace: Trace, weights: str, layers: list[MoELayer]) 
             raise ValueError(f"layer {layer.name!r} has no router and experts that can be reached: not replayable")
         if getattr(layer, "origin", "experts") != "experts" and not isinstance(layer.router, Router):
             raise ValueError(f"the experts of layer {layer.name!r} are not told which were chosen: not replayable")
-
-
-def models_in(model: nn.Module) -> list[nn.Module]:
-    """The modules that are called with token ids or embeddings, inside wrappers or not; the model where none is."""
-    taking = {"input_ids", "inputs_embeds"}
-    found = [module for module in model.modules() if taking & inspect.signature(module.forward).parameters.keys()]
-    return found or [model]
 
 
 def _is_compiled(module: nn.Module) -> bool:

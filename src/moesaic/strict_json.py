@@ -4,9 +4,10 @@ import json
 from typing import Any, NoReturn
 
 
-def parsed(text: str | bytes, what: str) -> Any:
+def parsed(text: str | bytes, what: str, *, constants: bool = False) -> Any:
     """What a JSON document says. ValueError, in one line that begins with `what`, where a key is given twice, for NaN
-    and Infinity, for numbers of thousands of digits, and for what is nested too deep, cut short or no JSON at all."""
+    and Infinity (unless `constants`: transformers writes them), for numbers of thousands of digits, and for what is
+    nested too deep, cut short or no JSON at all."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
@@ -21,7 +22,7 @@ def parsed(text: str | bytes, what: str) -> Any:
 
     try:
         whole = text if isinstance(text, str) else text.decode("utf-8")
-        return json.loads(whole, object_pairs_hook=unique, parse_constant=refuse)
+        return json.loads(whole, object_pairs_hook=unique, parse_constant=None if constants else refuse)
     except UnicodeDecodeError:
         raise ValueError(f"{what} is not UTF-8") from None
     except (json.JSONDecodeError, RecursionError) as error:

@@ -13,7 +13,7 @@ import typer
 from moesaic.cli.output import JSON_HELP, check_lang, make_ready, print_json, say_how_again
 
 if TYPE_CHECKING:
-    from moesaic.trace.rule.steps import Step
+    from moesaic.trace.rule.steps import Steps
     from moesaic.trace.statistics.preference import Preferences
     from moesaic.trace.statistics.stats import Stats
     from moesaic.trace.store import Trace
@@ -154,7 +154,7 @@ class Shown(NamedTuple):
 
     stats: "Stats"
     preferences: "Preferences | None"
-    steps: "list[Step]"
+    steps: "Steps"
     labels: list[str]
 
     def tokens_of(self, trace: "Trace") -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""The experiment of docs/en/balancing-experiment.md: one model, one text, several ways to balance, three seeds each.
+"""The experiment: one model, one text, several ways to balance, three seeds each.
 
     python benchmarks/balance.py --out runs/balance              # every run that is not finished yet; hours
     python benchmarks/balance.py --out runs/balance --minutes 60 # begin no run after that; call again to go on

@@ -49,11 +49,11 @@ BALANCING = [kind for kind in LOSSES if kind != "z"]
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("kind", BALANCING)
 def test_every_balancing_loss_is_one_at_perfect_balance(kind, dtype, scoring):
-    """Each token chooses one expert in every group of four in turn: two devices, two experts on each."""
+    """Each of 16 tokens chooses two experts on one device of four and two on the next."""
     config = config_of(scoring_func=scoring)
     logits = torch.full((16, E), -3.0, dtype=dtype)
-    ids = torch.tensor([[4 * (t % 4) + a, 4 * (t % 4) + (a + 1) % 4, 4 * ((t + 1) % 4) + a, 4 * ((t + 1) % 4) + (a + 1) % 4]
-                        for t in range(16) for a in [t // 4]])  # fmt: skip
+    pairs = [[4 * (t % 4) + t // 4, 4 * (t % 4) + (t // 4 + 1) % 4] for t in range(16)]  # of tokens on one device each
+    ids = torch.tensor([pair + [(expert + 4) % E for expert in pair] for pair in pairs])  # and on the next one
     logits.scatter_(1, ids, 1.0)
     routing = Routing(logits, torch.ones(16, K, dtype=dtype), ids)
     value = LOSSES[kind](routing, config, **arguments(kind, routing, config))

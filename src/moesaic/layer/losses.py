@@ -200,7 +200,7 @@ def to_library(value: Tensor | float, library: str, *, k: int, n_layers: int = 1
     balance, layer by layer. "megablocks" divides by the number of layers: this is the layer's part. "transformers"
     counts c/T instead of c/(KT), so it is K at balance, and multiplies f and P of all layers *pooled*: with n_layers
     over 1 no function of the layers' own values gives it, and it is refused. Concatenate the layers' tokens into one
-    Routing and take that for a layer. Coefficients convert the other way: alpha here = coefficient * to_library(1, ...).
+    Routing and take that for a layer. A library's coefficient becomes alpha times to_library(1.0, ...).
     """
     if library not in LIBRARIES:
         raise ValueError(f"library={library!r} has no known scale: use one of {', '.join(LIBRARIES)}")

@@ -75,7 +75,7 @@ class BalanceLoss(TrainerCallback):
     def attach(self, model: nn.Module) -> "BalanceLoss":
         """Balance the model's training forwards from now on. Returns self."""
         self.detach()
-        layers = moe_layers(model)
+        layers = [_with_its_rule(layer) for layer in moe_layers(model)]
         attribute = f"_moesaic_loss_{self.kind}"
         for layer in layers:
             _check_layer(layer, self.kind, self.options)
@@ -170,6 +170,11 @@ def _check_devices(kind: str, n_devices: int | None, max_devices: int | None) ->
             raise ValueError(f"{name}={value} is no number of devices: use 1 or more")
 
 
+def _with_its_rule(layer: MoELayer) -> MoELayer:
+    """A router that was given a bias knows its rule, which the model's config does not."""
+    return layer._replace(config=vars(layer.router).get(RULE, layer.config)) if layer.router is not None else layer
+
+
 def _check_layer(layer: MoELayer, kind: str, options: dict[str, int]) -> None:
     """Refuse a layer whose scores cannot be told from what its router returns."""
     if layer.router is None:
@@ -216,7 +221,9 @@ def _after_router(
         raise ValueError(f"{layer}: a bias was added after BalanceLoss was attached: attach it after the bias")
     found = read_router(router, output)
     if found.logits is None or found.place is None or found.logits.shape[-1] != config.n_routed_experts:
-        raise ValueError(f"{layer}: {type(router).__name__} does not return its logits, ids and weights: use its own loss")
+        raise ValueError(
+            f"{layer}: {type(router).__name__} does not return its logits, ids and weights: use its own loss"
+        )
     key, ids = router.__dict__[attribute], found.ids.flatten(0, -2)
     if not torch.is_grad_enabled():
         if not torch.compiler.is_compiling():
@@ -250,7 +257,7 @@ def _after_model(model: nn.Module, args: tuple, kwargs: dict, output: Any, *, at
 
 
 def _share(model: nn.Module, args: tuple, kwargs: dict) -> Tensor | None:
-    """Which part of the whole batch a loss is that was divided by `num_items_in_batch`, as transformers' Trainer has it.
+    """Which part of the whole batch a loss is that was divided by `num_items_in_batch`, as under transformers' Trainer.
 
     None where it is the mean of a micro-batch, which the loop then divides by their number.
     """

@@ -14,7 +14,7 @@ import torch
 from hypothesis import settings
 
 # torch keeps compiled graphs on disk and does not notice that an operator in them has changed: a cache for each version
-OPERATORS = [Path(__file__).parents[1] / "src" / "moesaic" / name for name in ("engine", "trace")]
+OPERATORS = [Path(__file__).parents[1] / "src" / "moesaic" / name for name in ("engine", "trace", "train")]
 SOURCE = b"".join(path.read_bytes() for folder in OPERATORS for path in sorted(folder.rglob("*.py")))
 DIGEST = hashlib.sha256(SOURCE).hexdigest()[:12]
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(tempfile.gettempdir()) / f"moesaic-graphs-{DIGEST}"))

@@ -7,6 +7,7 @@ __version__ = "0.1.0"
 
 # public name -> the module it lives in; nothing is imported before it is used (PEP 562)
 _HOMES = {
+    "BalanceLoss": "moesaic.train.balance_loss",
     "BiasBalance": "moesaic.train.bias_balance",
     "DeepseekV3MoE": "moesaic.layer.moe",
     "ExpertSpec": "moesaic.engine.spec",

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 # how a run may be balanced -> the callbacks that do it, from its recipe
 BALANCES: dict[str, Callable[["Recipe"], list[Any]]] = {
     "none": lambda _recipe: [],
+    "aux": lambda recipe: [_loss(recipe, "switch")],
+    "seq": lambda recipe: [_loss(recipe, "sequence")],
     "bias": lambda recipe: [_bias(recipe, "sign")],
     "bias-centred": lambda recipe: [_bias(recipe, "centred")],
     "bias-proportional": lambda recipe: [_bias(recipe, "proportional")],
@@ -41,6 +43,12 @@ def _bias(recipe: "Recipe", rule: str) -> Any:
     from moesaic.train.bias_balance import BiasBalance
 
     return BiasBalance(fading(recipe.bias_speed), rule=rule)
+
+
+def _loss(recipe: "Recipe", kind: str) -> Any:
+    from moesaic.train.balance_loss import BalanceLoss
+
+    return BalanceLoss(kind, recipe.loss_alpha)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,285 @@
+"""A balancing loss for any model: its gradient joins at the routers, the loss that is reported stays the task's."""
+
+import sys
+import warnings
+from contextlib import ExitStack
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers import TrainerCallback
+
+from moesaic.config import MoEConfig
+from moesaic.hf.added_bias import RULE
+from moesaic.hf.modules import MoELayer, moe_layers, parameters_of
+from moesaic.hf.outputs import read_router
+from moesaic.layer.losses import LOSSES, devices
+from moesaic.trace.recording.calls import listening
+from moesaic.trace.recording.forwards import models_in
+from moesaic.train.injection import Ledger, ledger_of
+from moesaic.types import Routing
+
+
+class BalanceLoss(TrainerCallback):
+    """A balancing loss for any MoE model, as if `alpha * sum of it over layers` had been added to the loss.
+
+        trainer.add_callback(ms.BalanceLoss("sequence", 1e-4))       # transformers' Trainer
+
+        balance = ms.BalanceLoss("switch", 1e-2).attach(model)       # a loop of your own
+        for batch in batches:
+            loss = model(**batch).loss                               # or: loss = balance(my_loss(model(x), y))
+            loss.backward()
+            optimizer.step()
+            balance.step()
+
+    kind: "switch", "sequence", "global_batch", "device", "communication" or "z" (see moesaic.layer.losses; all but z
+        are 1 at perfect balance). Several kinds may be attached to one model.
+    alpha: how much of it, over 0. May be set anew at any time.
+    n_devices, max_devices: of "device" and "communication"; the config's n_group and topk_group unless given.
+    group: the data-parallel process group of "global_batch"; all ranks unless given.
+
+    Forward values do not change: the gradient is added where the router's weights pass, times the gradient that the
+    model's loss gets (GradScaler, accumulation). That loss is the model's own, or what `balance(loss)` was given; a
+    backward with neither raises ValueError. Padding (a 2-D attention_mask) and forwards without gradients or in
+    evaluation mode take no part. `values` has each layer's mean value in the last step. Raises ValueError for a model
+    without MoE layers, one whose routing rule is not known, and one with a BalanceLoss of this kind.
+    """
+
+    def __init__(
+        self,
+        kind: str,
+        alpha: float,
+        *,
+        n_devices: int | None = None,
+        max_devices: int | None = None,
+        group: Any = None,
+    ) -> None:
+        if kind not in LOSSES:
+            raise ValueError(f"kind={kind!r} is no balancing loss known here: use {', '.join(LOSSES)}")
+        if not 0 < alpha < float("inf"):
+            raise ValueError(f"alpha={alpha} does not balance: use a positive number, such as 0.001")
+        _check_devices(kind, n_devices, max_devices)
+        self.kind, self.alpha, self.group = kind, alpha, group
+        given = {"n_devices": n_devices, "max_devices": max_devices}
+        self.options = {name: value for name, value in given.items() if value is not None}
+        self.values: dict[str, Float[Tensor, ""]] = {}
+        self._hooks = ExitStack()
+        self._ledger: Ledger | None = None
+        self._key: Tensor | None = None
+        self._stepped = False
+
+    # a loop of your own
+
+    def attach(self, model: nn.Module) -> "BalanceLoss":
+        """Balance the model's training forwards from now on. Returns self."""
+        self.detach()
+        layers = [_with_its_rule(layer) for layer in moe_layers(model)]
+        attribute = f"_moesaic_loss_{self.kind}"
+        for layer in layers:
+            _check_layer(layer, self.kind, self.options)
+            if attribute in vars(layer.router):
+                raise ValueError(
+                    f"{type(model).__name__} has a BalanceLoss of kind {self.kind!r} already: its gradient would count "
+                    "twice; call its detach() first"
+                )
+        if "torch._dynamo" in sys.modules:  # hooks that come after a graph was compiled are not noticed by its guards
+            torch.compiler.reset()
+        ledger = Ledger(
+            lambda: self.alpha,
+            sums_load=self.kind == "global_batch",
+            splits_sequences=self.kind == "sequence",
+            group=self.group,
+        )
+        with ExitStack() as hooks:
+            hooks.callback(ledger.remove)
+            for part in models_in(model):
+                hooks.enter_context(listening(part, ledger))
+                part.__dict__[attribute] = ledger.key("")
+                _hook(hooks, part, attribute, partial(_after_model, attribute=attribute), with_kwargs=True)
+            for layer in layers:
+                assert layer.router is not None
+                layer.router.__dict__[attribute] = ledger.key(layer.name)
+                biased = RULE in vars(layer.router)
+                after = partial(
+                    _after_router, attribute=attribute, kind=self.kind, layer=layer.name, config=layer.config,
+                    options=self.options, biased=biased,
+                )  # fmt: skip
+                _hook(hooks, layer.router, attribute, after)
+            self._key = ledger.key("")
+            self._hooks = hooks.pop_all()
+        self._ledger, self._stepped = ledger, False
+        return self
+
+    def detach(self) -> None:
+        """Take the hooks off the model."""
+        self._hooks.close()
+        self._ledger = self._key = None
+
+    def __call__(self, loss: Float[Tensor, ""], *, share: float | Tensor | None = None) -> Float[Tensor, ""]:
+        """The same loss, by whose gradient the balancing is scaled: of all forwards since the last one given.
+
+        share: which part of the optimizer step's batch it stands for, where it is a part of a sum over that batch and
+        not the mean of a micro-batch.
+        """
+        if self._key is None:
+            raise ValueError("this BalanceLoss is attached to no model: call attach(model) before the first forward")
+        if loss.numel() != 1:
+            raise ValueError(f"the loss has shape {tuple(loss.shape)}: give one number, such as its mean")
+        part = None if share is None else torch.as_tensor(share, dtype=torch.float64).detach()
+        return torch.ops.moesaic.balance_note(self._key, loss, part, True)[0]
+
+    def step(self) -> None:
+        """Close an optimizer step: `values` are those of its forwards. Call it after each optimizer step."""
+        if self._ledger is None:
+            raise ValueError("this BalanceLoss is attached to no model: call attach(model) before the first forward")
+        self.values = self._ledger.take()
+        if not self.values and not self._stepped:
+            warnings.warn(NOTHING_SEEN, stacklevel=2)
+        self._stepped = True
+
+    # transformers' Trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):  # noqa: ARG002 (the Trainer's signature)
+        self.attach(kwargs["model"])
+
+    def on_optimizer_step(self, args, state, control, **kwargs):  # noqa: ARG002
+        self.step()
+
+    def on_train_end(self, args, state, control, **kwargs):  # noqa: ARG002
+        self.detach()
+
+
+NOTHING_SEEN = (
+    "BalanceLoss saw no router in this step: is the model that trains the one it is attached to, in training mode and "
+    "with gradients on?"
+)
+
+
+def _check_devices(kind: str, n_devices: int | None, max_devices: int | None) -> None:
+    for name, value, kinds in (
+        ("n_devices", n_devices, ("device", "communication")),
+        ("max_devices", max_devices, ("communication",)),
+    ):
+        if value is None:
+            continue
+        if kind not in kinds:
+            raise ValueError(f"{name}={value} does not matter to kind={kind!r}: leave it out, or use {kinds[-1]!r}")
+        if value < 1:
+            raise ValueError(f"{name}={value} is no number of devices: use 1 or more")
+
+
+def _with_its_rule(layer: MoELayer) -> MoELayer:
+    """A router that was given a bias knows its rule, which the model's config does not."""
+    return layer._replace(config=vars(layer.router).get(RULE, layer.config)) if layer.router is not None else layer
+
+
+def _check_layer(layer: MoELayer, kind: str, options: dict[str, int]) -> None:
+    """Refuse a layer whose scores cannot be told from what its router returns."""
+    if layer.router is None:
+        raise ValueError(f"{layer.name}: no router of its own returns the picks, so there is no loss to make of them")
+    if not layer.config.rule_is_known:
+        raise ValueError(
+            f"{layer.name}: how {type(layer.router).__name__} scores is not known here, so there is no loss to make of "
+            "it: use the model's own, where it has one"
+        )
+    if kind in ("device", "communication") and devices(layer.config, options.get("n_devices")) == 1:
+        raise ValueError(
+            f"{layer.name}: all experts are on one device, which is always balanced: use n_devices=2 or more"
+        )
+
+
+def _hook(hooks: ExitStack, module: nn.Module, attribute: str, after: Any, *, with_kwargs: bool = False) -> None:
+    """Have `after` called after each call of a module that has its key in `attribute`.
+
+    Graphs are guarded by that key, so the hooks go from them with it.
+    """
+    hooks.callback(module.__dict__.pop, attribute, None)
+    hooks.callback(module.register_forward_hook(after, with_kwargs=with_kwargs).remove)
+
+
+# What follows may be traced into a graph: it looks at shapes and settings, and leaves the rest to operators.
+
+
+def _after_router(
+    router: nn.Module,
+    _args: tuple,
+    output: Any,
+    *,
+    attribute: str,
+    kind: str,
+    layer: str,
+    config: MoEConfig,
+    options: dict[str, int],
+    biased: bool,
+) -> Any:
+    """The router's output with weights through which the gradient of its loss comes."""
+    if attribute not in router.__dict__ or not router.training:
+        return None
+    if (RULE in router.__dict__) != biased:
+        raise ValueError(f"{layer}: a bias was added after BalanceLoss was attached: attach it after the bias")
+    found = read_router(router, output)
+    if found.logits is None or found.place is None or found.logits.shape[-1] != config.n_routed_experts:
+        raise ValueError(
+            f"{layer}: {type(router).__name__} does not return its logits, ids and weights: use its own loss"
+        )
+    key, ids = router.__dict__[attribute], found.ids.flatten(0, -2)
+    if not torch.is_grad_enabled():
+        if not torch.compiler.is_compiling():
+            ledger, name = ledger_of(key)
+            ledger.count(name, ids, config.n_routed_experts)
+        return None
+    if not found.logits.requires_grad:
+        return None
+    routing = Routing(found.logits.flatten(0, -2), found.weights.flatten(0, -2), ids)
+    mask, sequences, load = torch.ops.moesaic.balance_tokens(key, ids, config.n_routed_experts)
+    asked = {"sequence": {"sequences": sequences}, "global_batch": {"load": load}}.get(kind, {})
+    loss = LOSSES[kind](routing, config, mask=mask, **asked, **options)
+    weights, _ = torch.ops.moesaic.balance_inject(key, found.weights, loss)
+    if hasattr(output, "_replace"):
+        return type(output)(*(weights if item is found.weights else item for item in output))
+    return type(output)(weights if item is found.weights else item for item in output)
+
+
+def _after_model(model: nn.Module, args: tuple, kwargs: dict, output: Any, *, attribute: str) -> Any:
+    """The model's output with a loss that notes its gradient."""
+    if attribute not in model.__dict__ or not (model.training and torch.is_grad_enabled()):
+        return None
+    loss = output[0] if isinstance(output, tuple) and output else getattr(output, "loss", None)
+    if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
+        return None
+    noted, _ = torch.ops.moesaic.balance_note(model.__dict__[attribute], loss, _share(model, args, kwargs), False)
+    if isinstance(output, tuple):
+        return (noted, *output[1:])
+    output.loss = noted
+    return output
+
+
+def _share(model: nn.Module, args: tuple, kwargs: dict) -> Tensor | None:
+    """Which part of the whole batch a loss is that was divided by `num_items_in_batch`, as under transformers' Trainer.
+
+    None where it is the mean of a micro-batch, which the loop then divides by their number.
+    """
+    n_items = kwargs.get("num_items_in_batch")
+    if n_items is None:
+        return None
+    given = {**dict(zip(parameters_of(model), args, strict=False)), **kwargs}
+    labels = given.get("shift_labels")
+    if labels is None:
+        labels = given.get("labels")
+        if labels is not None and _shifts_labels(model):
+            labels = labels[..., 1:]
+    if labels is None:
+        raise ValueError(
+            "the model was called with num_items_in_batch and without labels, so its part of the batch is not known: "
+            "write `loss = balance_loss(loss, share=...)`"
+        )
+    return (labels != -100).sum().double() / n_items
+
+
+def _shifts_labels(model: nn.Module) -> bool:
+    """Whether a model's loss leaves out the first label of each row, as that of causal language models does."""
+    from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
+
+    return LOSS_MAPPING.get(getattr(model, "loss_type", None) or "") is ForCausalLMLoss

@@ -1,0 +1,295 @@
+"""How the gradient of a loss that nobody adds reaches the routers: operators, and what is remembered between them.
+
+A router's weights pass through `moesaic::balance_inject`, whose backward gives them their gradient unchanged and the
+router's own loss a gradient of alpha times the scale of this backward. That scale, a GradScaler's or that of
+accumulation, is the gradient which the model's loss gets: it passes through `moesaic::balance_note`, whose backward
+runs before that of the routers. Operators, so that a compiled graph holds them and what they ask for at run time.
+"""
+
+import itertools
+from collections import OrderedDict, deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from moesaic.hf.modules import is_recompute
+from moesaic.layer.balance import expert_load
+from moesaic.trace.recording.forwards import read_arguments
+from moesaic.train.counting import token_mask
+
+REMEMBERED = 256  # forwards: as many may wait for one backward
+NOT_TIED = (
+    "the balancing loss does not know the scale of this backward, since no loss it knows of is in it: let the model "
+    "compute the loss (give it labels), or write `loss = balance_loss(loss)` before loss.backward()"
+)
+_numbers = itertools.count()
+_ledgers: dict[int, tuple["Ledger", str]] = {}  # by the number in a module's key: whose it is, and the layer's name
+
+
+@dataclass(eq=False)
+class Call:
+    """One forward of a model. mask: [T] or None. n_rows: sequences in it, of equal length; None where nobody said."""
+
+    number: int
+    trains: bool = True  # it began with gradients on; so they are off only where checkpointing takes them away
+    mask: Bool[Tensor, " T"] | None = None
+    n_rows: int | None = None
+    scale: Tensor | None = None  # of the backward that runs
+    over: bool = False  # the model returned, so what comes is no part of it
+    by_hand: bool = False  # its loss was named by the user: what the model calls its loss does not count
+    loads: dict[str, Tensor] = field(default_factory=dict)
+    valued: set[str] = field(default_factory=set)
+    repeated: set[str] = field(default_factory=set)  # layers that the backward that runs has computed again
+
+
+class Ledger:
+    """What one BalanceLoss remembers of forwards and of the backward that runs."""
+
+    def __init__(self, alpha: Callable[[], float], *, sums_load: bool, splits_sequences: bool, group: Any) -> None:
+        self.alpha = alpha
+        self.sums_load, self.splits_sequences, self.group = sums_load, splits_sequences, group
+        self.keys: list[int] = []
+        self._running = 0  # calls of models, inside each other
+        self._current: Call | None = None
+        self._calls: OrderedDict[int, Call] = OrderedDict()
+        self._notes: OrderedDict[int, tuple[list[Call], bool, Tensor | None]] = OrderedDict()
+        self._untied: deque[Call] = deque(maxlen=REMEMBERED)
+        self._noted: list[Call] = []  # in the backward that runs
+        self._asking: dict[str, Call] = {}
+        self._loads: dict[str, Tensor] = {}  # of this step so far
+        self._values: dict[str, tuple[Tensor, int]] = {}
+
+    def key(self, name: str) -> Tensor:
+        """A tensor by which operators find this ledger and a layer."""
+        number = next(_numbers)
+        _ledgers[number] = self, name
+        self.keys.append(number)
+        with torch.inference_mode(False):
+            return torch.tensor(number, device="cpu")
+
+    def remove(self) -> None:
+        for number in self.keys:
+            del _ledgers[number]
+
+    def take(self) -> dict[str, Tensor]:
+        """The mean value of each layer since the last take; starts the next step."""
+        values = {name: total / count for name, (total, count) in self._values.items()}
+        for memory in (self._values, self._loads, self._calls, self._notes, self._untied):
+            memory.clear()
+        self._current = None
+        return values
+
+    # calls of the model
+
+    def open(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
+        if not self._running:
+            found = read_arguments(model, args, kwargs)
+            call = self._begin(None if found is None else found.tokens, None if found is None else found.mask)
+            call.trains = model.training and torch.is_grad_enabled()
+        self._running += 1
+
+    def close(self, output: Any) -> None:
+        del output
+        self._running = max(0, self._running - 1)
+        if not self._running and self._current is not None:
+            self._current.over = True  # its loss may be noted still
+
+    def opened_in_graph(self, tokens: Tensor, mask: Tensor | None, unused: None, cached: bool) -> None:
+        del unused, cached
+        if not self._running:
+            self._begin(tokens, mask)
+
+    def _begin(self, tokens: Tensor | None, mask: Tensor | None) -> Call:
+        self.backward_is_over()  # one that failed did not say so
+        call = Call(next(_numbers))
+        if tokens is not None:
+            call.mask = token_mask(tokens, mask)
+            call.n_rows = tokens.shape[:-2].numel() if tokens.is_floating_point() else len(tokens)
+        self._current = call
+        self._untied.append(call)
+        return call
+
+    # what the operators do
+
+    def describe(self, name: str, ids: Int[Tensor, "T K"], n_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Mask [T], sequence of each token [T], and load of the step so far [E], for one call of a layer."""
+        call = self._asking[name] = self._call_of(name)
+        n_tokens, device = len(ids), ids.device
+        mask = torch.ones(n_tokens, dtype=torch.bool, device=device)
+        if call.mask is not None and len(call.mask) == n_tokens:  # else padding was cut out, or a part ran alone
+            mask = call.mask.to(device, copy=True)
+        sequences = torch.zeros(n_tokens, dtype=torch.int64, device=device)
+        if self.splits_sequences and n_tokens:
+            if not call.n_rows or n_tokens % call.n_rows:
+                raise ValueError(
+                    f"{name}: which of its {n_tokens} tokens are of one sequence cannot be told: call the model with "
+                    "input_ids or inputs_embeds [batch, length, ...], or use kind='switch'"
+                )
+            sequences = torch.arange(n_tokens, device=device) // (n_tokens // call.n_rows)
+        load = torch.zeros(n_experts, dtype=torch.float64, device=device)
+        if self.sums_load:
+            load = self._load(call, name, ids.masked_fill(~mask.unsqueeze(-1), n_experts), n_experts)
+        return mask, sequences, load
+
+    def count(self, name: str, ids: Int[Tensor, "T K"], n_experts: int) -> None:
+        """Add the load of a layer that checkpointing runs without gradients: its recomputation comes after others."""
+        call = self._current
+        if self.sums_load and call is not None and call.trains and not call.over and not is_recompute():
+            self.describe(name, ids, n_experts)
+
+    def value(self, name: str, loss: Float[Tensor, ""]) -> int:
+        """Keep the value of a layer; returns the number of the call it is of."""
+        call = self._asking.pop(name)
+        if name not in call.valued:
+            call.valued.add(name)
+            total, count = self._values.get(name, (0.0, 0))
+            self._values[name] = (loss.detach().double() + total, count + 1)
+        _remember(self._calls, call.number, call)
+        return call.number
+
+    def note(self, share: Tensor | None, by_hand: bool) -> int:
+        """A loss was computed: by the model, of the call that runs, or by the user, of all calls since the last."""
+        calls = list(self._untied) if by_hand else [call for call in (self._current,) if call is not None]
+        if by_hand:
+            self._untied.clear()
+            for call in calls:
+                call.by_hand = True
+        number = next(_numbers)
+        _remember(self._notes, number, (calls, by_hand, share))
+        return number
+
+    def noted(self, number: int, grad: Float[Tensor, ""]) -> None:
+        """The backward that runs has reached this loss, with this gradient."""
+        calls, by_hand, share = self._notes.get(number, ([], False, None))
+        for call in calls:
+            if by_hand or not call.by_hand:
+                call.scale = grad.detach().double() * (1.0 if share is None else share.to(grad.device))
+                self._noted.append(call)
+        torch.autograd.Variable._execution_engine.queue_callback(self.backward_is_over)
+
+    def scale(self, number: int) -> Tensor:
+        """What the gradient of a layer's loss is in the backward that runs."""
+        call = self._calls.get(number)
+        if call is None or call.scale is None:
+            raise ValueError(NOT_TIED)
+        return call.scale * self.alpha()
+
+    def backward_is_over(self) -> None:
+        for call in self._noted:
+            call.scale = None
+            call.repeated.clear()
+        self._noted.clear()
+
+    def _call_of(self, name: str) -> Call:
+        """The call that a layer runs in; in a recomputation the one whose backward runs.
+
+        Backward goes through calls from the last to the first, and so through their recomputations.
+        """
+        if not is_recompute():
+            return self._begin(None, None) if self._current is None or self._current.over else self._current
+        if not self._noted:
+            raise ValueError(NOT_TIED)
+        call = next((call for call in reversed(self._noted) if name not in call.repeated), self._noted[-1])
+        call.repeated.add(name)
+        return call
+
+    def _load(self, call: Call, name: str, ids: Int[Tensor, "T K"], n_experts: int) -> Tensor:
+        if name not in call.loads:  # a recomputation gives what was counted before
+            load = expert_load(ids, n_experts).double()
+            if torch.distributed.is_available() and torch.distributed.is_initialized():
+                torch.distributed.all_reduce(load, group=self.group)
+            call.loads[name] = self._loads[name] = self._loads.get(name, 0.0) + load
+        return call.loads[name].clone()
+
+
+def _remember(memory: OrderedDict[int, Any], number: int, value: Any) -> None:
+    memory[number] = value
+    while len(memory) > REMEMBERED:
+        memory.popitem(last=False)
+
+
+def ledger_of(key: Tensor) -> tuple[Ledger, str]:
+    """Whose a key is, and the name of the layer."""
+    if int(key) not in _ledgers:
+        raise ValueError("this forward was made for a BalanceLoss that is detached now: run it again")
+    return _ledgers[int(key)]
+
+
+# The operators. What each copies is what goes on, so that no graph drops them; gradients pass through the copies.
+for schema in (
+    "balance_tokens(Tensor key, Tensor ids, int n_experts) -> (Tensor, Tensor, Tensor)",
+    "balance_inject(Tensor key, Tensor weights, Tensor loss) -> (Tensor, Tensor)",
+    "balance_scale(Tensor key, Tensor call, Tensor after, ScalarType dtype) -> Tensor",
+    "balance_note(Tensor key, Tensor loss, Tensor? share, bool by_hand) -> (Tensor, Tensor)",
+    "balance_noted(Tensor key, Tensor note, Tensor grad) -> Tensor",
+):
+    name, arguments = schema.split("(", 1)
+    torch.library.define(f"moesaic::{name}", f"({arguments}", tags=(torch.Tag.cudagraph_unsafe,))
+
+
+def _tokens(key: Tensor, ids: Tensor, n_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    ledger, name = ledger_of(key)
+    return ledger.describe(name, ids, n_experts)
+
+
+def _tokens_fake(_key: Tensor, ids: Tensor, n_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    n_tokens = ids.shape[0]
+    load = ids.new_empty(n_experts, dtype=torch.float64)
+    return ids.new_empty(n_tokens, dtype=torch.bool), ids.new_empty(n_tokens, dtype=torch.int64), load
+
+
+def _inject(key: Tensor, weights: Tensor, loss: Tensor) -> tuple[Tensor, Tensor]:
+    ledger, name = ledger_of(key)
+    return weights.clone(), torch.tensor(ledger.value(name, loss))
+
+
+def _scale(key: Tensor, call: Tensor, after: Tensor, dtype: torch.dtype) -> Tensor:
+    return ledger_of(key)[0].scale(int(call)).to(after.device, dtype)
+
+
+def _note(key: Tensor, loss: Tensor, share: Tensor | None, by_hand: bool) -> tuple[Tensor, Tensor]:
+    return loss.clone(), torch.tensor(ledger_of(key)[0].note(share, by_hand))
+
+
+def _noted(key: Tensor, note: Tensor, grad: Tensor) -> Tensor:
+    ledger_of(key)[0].noted(int(note), grad)
+    return grad.clone()
+
+
+def _copy_and_number(_key: Tensor, used: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(used), torch.empty((), dtype=torch.int64, device="cpu")
+
+
+IMPLEMENTATIONS = {
+    "balance_tokens": (_tokens, _tokens_fake),
+    "balance_inject": (_inject, _copy_and_number),
+    "balance_scale": (_scale, lambda _key, _call, after, dtype: after.new_empty((), dtype=dtype)),
+    "balance_note": (_note, _copy_and_number),
+    "balance_noted": (_noted, lambda _key, _note, grad: torch.empty_like(grad)),
+}
+for name, (implementation, fake) in IMPLEMENTATIONS.items():
+    torch.library.impl(f"moesaic::{name}", "CompositeExplicitAutograd")(implementation)
+    torch.library.register_fake(f"moesaic::{name}")(fake)
+
+
+def _keep_number(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    ctx.key, ctx.dtype = inputs[0], inputs[2].dtype if isinstance(inputs[2], Tensor) else None
+    ctx.save_for_backward(output[1])
+
+
+def _inject_backward(ctx: Any, grad: Tensor, _number: None) -> tuple[None, Tensor, Tensor]:
+    (call,) = ctx.saved_tensors
+    return None, grad, torch.ops.moesaic.balance_scale(ctx.key, call, grad, ctx.dtype)
+
+
+def _note_backward(ctx: Any, grad: Tensor, _number: None) -> tuple[None, Tensor, None, None]:
+    (note,) = ctx.saved_tensors
+    return None, torch.ops.moesaic.balance_noted(ctx.key, note, grad), None, None
+
+
+torch.library.register_autograd("moesaic::balance_inject", _inject_backward, setup_context=_keep_number)
+torch.library.register_autograd("moesaic::balance_note", _note_backward, setup_context=_keep_number)

@@ -22,7 +22,9 @@ def train(
     ] = None,
     balance: Annotated[
         str | None,
-        typer.Option(help="none, aux, seq (losses), bias (the sign rule; unless given), bias-centred, bias-proportional."),
+        typer.Option(
+            help="none, aux, seq (losses), bias (the sign rule; unless given), bias-centred, bias-proportional."
+        ),
     ] = None,
     resume: Annotated[Path | None, typer.Option(help="Folder of an interrupted run to go on with.")] = None,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps; the recipe's own number unless given.")] = None,

@@ -23,7 +23,7 @@ def train(
     balance: Annotated[
         str | None,
         typer.Option(
-            help="none, aux, seq (losses), bias (the sign rule; unless given), bias-centred, bias-proportional."
+            help="none; aux, seq: losses; bias (unless given), bias-centred, bias-proportional."
         ),
     ] = None,
     resume: Annotated[Path | None, typer.Option(help="Folder of an interrupted run to go on with.")] = None,

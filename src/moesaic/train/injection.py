@@ -92,8 +92,8 @@ class Ledger:
             call.trains = model.training and torch.is_grad_enabled()
         self._running += 1
 
-    def close(self, output: Any) -> None:
-        del output
+    def close(self, output: Any, *, failed: bool) -> None:
+        del output, failed
         self._running = max(0, self._running - 1)
         if not self._running and self._current is not None:
             self._current.over = True  # its loss may be noted still

@@ -22,7 +22,7 @@ test-all: lint shapes
 SHAPED := moesaic.types,moesaic.rules,moesaic.engine,moesaic.layer
 shapes: setup
 	$(BIN)/pytest -q -p no:cacheprovider --jaxtyping-packages=$(SHAPED),beartype.beartype -m "not slow and not compile" \
-		tests/test_rules.py tests/test_router.py tests/test_engines.py tests/test_moe.py tests/test_balance.py
+		tests/test_rules.py tests/test_router.py tests/test_engines.py tests/test_moe.py tests/test_balance.py tests/test_losses.py
 
 lint: setup
 	$(BIN)/ruff check .

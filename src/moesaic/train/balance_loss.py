@@ -246,12 +246,17 @@ def _after_model(model: nn.Module, args: tuple, kwargs: dict, output: Any, *, at
     """The model's output with a loss that notes its gradient."""
     if attribute not in model.__dict__ or not (model.training and torch.is_grad_enabled()):
         return None
-    loss = output[0] if isinstance(output, tuple) and output else getattr(output, "loss", None)
+    if isinstance(output, tuple):
+        loss = output[0] if output else None
+    else:
+        loss = output.get("loss") if type(output) is dict else getattr(output, "loss", None)
     if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
         return None
     noted, _ = torch.ops.moesaic.balance_note(model.__dict__[attribute], loss, _share(model, args, kwargs), False)
     if isinstance(output, tuple):
         return (noted, *output[1:])
+    if type(output) is dict:
+        return {**output, "loss": noted}
     output.loss = noted
     return output
 

@@ -1,0 +1,52 @@
+"""BalanceLoss in compiled models: the eager model's gradient, bit for bit."""
+
+import pytest
+import torch
+from balanced import assert_same, attached, batch_of, gradients, model_of
+
+
+@pytest.fixture
+def _fresh_graphs():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def layer_by_layer(model):
+    for layer in model.model.layers:
+        layer.mlp.compile(backend="aot_eager")
+    return model
+
+
+@pytest.mark.compile
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.usefixtures("_fresh_graphs")
+@pytest.mark.parametrize(
+    ("way", "kind"),
+    [
+        ("whole", "global_batch"), ("attached after compiling", "switch"), ("by layer", "sequence"),
+        ("reentrant", "switch"), ("not reentrant", "z"),
+    ],
+)  # fmt: skip
+def test_a_compiled_model_gets_the_same_gradient(way, kind):
+    batch = batch_of()
+    eager = model_of("deepseek_v3", num_hidden_layers=2)
+    attached(kind, eager)
+    expected = gradients(eager, lambda: eager(**batch).loss.backward())
+    model = model_of("deepseek_v3", num_hidden_layers=2)
+    if "reentrant" in way:
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": way == "reentrant"})
+    run = layer_by_layer(model) if way == "by layer" else torch.compile(model, backend="aot_eager")
+    plain = None
+    if way == "attached after compiling":
+        plain = gradients(model, lambda: run(**batch).loss.backward())
+    balance = attached(kind, model)
+    assert_same(gradients(model, lambda: run(**batch).loss.backward()), expected)
+    once = gradients(model, lambda: (run(**batch).loss * 2).backward())  # the same graph, another scale
+    assert_same(expected, once, factor=2)
+    balance.step()
+    assert list(balance.values) == ["model.layers.1.mlp"]
+    balance.detach()
+    if plain is not None:
+        assert_same(gradients(model, lambda: run(**batch).loss.backward()), plain)

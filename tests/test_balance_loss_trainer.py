@@ -1,0 +1,124 @@
+"""BalanceLoss as a callback of transformers' Trainer."""
+
+import pytest
+import torch
+from balanced import ALPHA, OPTIONS, attached, batch_of, explicit, hooked, model_of
+from hf_models import tiny, token_ids
+from torch import nn
+from transformers import Trainer, TrainingArguments
+
+import moesaic as ms
+from moesaic.hf.modules import moe_layers
+from moesaic.train.balance_loss import BalanceLoss
+
+
+def run_trainer(model, folder, data, balance=None, **arguments):
+    arguments = {"per_device_train_batch_size": 2, "max_steps": 1, "learning_rate": 0.1} | arguments
+    args = TrainingArguments(
+        str(folder),
+        use_cpu=True,
+        report_to="none",
+        save_strategy="no",
+        logging_strategy="no",
+        disable_tqdm=True,
+        optim="sgd",
+        lr_scheduler_type="constant",
+        max_grad_norm=0.0,
+        train_sampling_strategy="sequential",
+        dataloader_pin_memory=False,
+        **arguments,
+    )
+    trainer = Trainer(
+        model=model, args=args, train_dataset=data, eval_dataset=data[:2], callbacks=[balance] if balance else []
+    )
+    trainer.train()
+    return model
+
+
+def rows_of(count, length=8):
+    ids = torch.randint(3, 64, (count, length), generator=torch.Generator().manual_seed(1))
+    return [{"input_ids": row, "labels": row} for row in ids]
+
+
+@pytest.mark.parametrize("kind", ["sequence", "z"])
+def test_the_trainer_accumulates_to_the_same_step_as_one_large_batch(tmp_path, kind):
+    """It divides by the tokens of the whole batch, not by the number of micro-batches: 1, 2 and 4 rows at a time."""
+    plain = run_trainer(model_of(), tmp_path, rows_of(4), per_device_train_batch_size=4)
+    moved = []
+    for size in (4, 2, 1):
+        balance = BalanceLoss(kind, ALPHA, **OPTIONS.get(kind, {}))
+        model = run_trainer(
+            model_of(), tmp_path, rows_of(4), balance,
+            per_device_train_batch_size=size, gradient_accumulation_steps=4 // size,
+        )  # fmt: skip
+        assert not hooked(model)
+        moved.append(dict(model.named_parameters()))
+    gate = "model.layers.1.mlp.gate.weight"
+    assert (moved[0][gate] - dict(plain.named_parameters())[gate]).abs().max() > 1e-4
+    for name, parameter in moved[0].items():
+        for other in moved[1:]:
+            torch.testing.assert_close(parameter, other[name], rtol=0, atol=1e-7)  # its loss is float32
+
+
+def test_micro_batches_weigh_by_their_labels(tmp_path):
+    """Under the Trainer a micro-batch with a third of the labels counts a third, for the task and for balance."""
+    data = rows_of(2)
+    data[0]["labels"] = data[0]["labels"].clone()
+    data[0]["labels"][:4] = -100  # the loss counts 4 labels of row 0 and 7 of row 1
+    balance = BalanceLoss("z", ALPHA)
+    found = run_trainer(
+        model_of(), tmp_path, data, balance, per_device_train_batch_size=1, gradient_accumulation_steps=2
+    )
+    model = model_of()
+    for row, share in zip(data, (4 / 11, 7 / 11), strict=True):
+        batch = {name: value[None] for name, value in row.items()} | {"attention_mask": torch.ones(1, 8)}
+        (explicit(model, batch, "z")[1] * share).backward()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter -= 0.1 * parameter.grad
+    for (name, one), other in zip(found.named_parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-7, msg=name)
+
+
+def test_a_call_that_hides_its_labels_is_an_error():
+    model, batch = model_of(), batch_of()
+    attached("switch", model)
+    loss = model(**batch, num_items_in_batch=torch.tensor(60)).loss
+    loss.backward()
+    del batch["attention_mask"]
+
+    class Hiding(nn.Module):
+        def forward(self, input_ids, **_kwargs):
+            return model(input_ids, labels=input_ids)
+
+    hiding = Hiding()
+    hiding.model = model
+    balance = BalanceLoss("z", 0.1).attach(hiding)
+    with pytest.raises(ValueError, match="num_items_in_batch and without labels, so its part of the batch"):
+        hiding(batch["input_ids"], num_items_in_batch=60)
+    balance.detach()
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "glm4_moe", "qwen3_moe"])
+def test_the_trainer_brings_max_vio_down(tmp_path, family):
+    def violation(model):
+        """Of the worst layer."""
+        with ms.record(model) as rec, torch.no_grad():
+            model.eval()(ids)
+        loads = [
+            torch.bincount(torch.as_tensor(x).flatten(), minlength=n_experts) for x in rec.trace.to_arrays()["picks"]
+        ]
+        return max((load.max() / load.double().mean() - 1).item() for load in loads)
+
+    fields = {"n_group": 1, "topk_group": 1} if family != "qwen3_moe" else {}
+    model, ids = tiny(family, **fields), token_ids(16, 16)
+    n_experts = moe_layers(model)[0].config.n_routed_experts
+    with torch.no_grad():
+        model.model.embed_tokens.weight += 0.02  # what all tokens share makes some experts liked by nature
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.endswith("gate.weight"))
+    before = violation(model)
+    balance = BalanceLoss("switch", 3.0)
+    run_trainer(model.train(), tmp_path, rows_of(80, 16), balance, max_steps=40, per_device_train_batch_size=8)
+    assert violation(model) < 0.5 * before
+    assert set(balance.values) == {layer.name for layer in moe_layers(model)}

@@ -3,8 +3,8 @@ import pytest
 import moesaic
 
 PUBLIC = [
-    "BiasBalance", "DeepseekV3MoE", "ExpertSpec", "ExpertWeights", "Experts", "MoE", "MoEConfig", "MoEGate", "Router",
-    "Routing", "attach", "diff", "load", "record", "replay", "route", "stats", "steps", "what_if",
+    "BiasBalance", "DeepseekV3MoE", "ExpertSpec", "ExpertWeights", "Experts", "LoadMonitor", "MoE", "MoEConfig",
+    "MoEGate", "Router", "Routing", "attach", "diff", "load", "record", "replay", "route", "stats", "steps", "what_if",
 ]  # fmt: skip
 
 

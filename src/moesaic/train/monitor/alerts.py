@@ -123,6 +123,7 @@ class Judge:
         return alerts
 
     def _changed(self, step: int, kind: str, layer: str | None, on: bool, **values: Any) -> list[Alert]:
+        on = bool(on)  # numpy has its own, which JSON does not know
         if ((kind, layer) in self.active) == on:
             return []
         (self.active.add if on else self.active.discard)((kind, layer))

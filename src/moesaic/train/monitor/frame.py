@@ -121,7 +121,9 @@ def duration(seconds: float) -> str:
 
 
 def steps_of(log: RunLog) -> int:
-    return log.steps[-1]["step"] if log.steps else int(log.header.get("after") or 0)
+    """How many steps were done."""
+    after = log.header.get("after")
+    return log.steps[-1]["step"] if log.steps else after if isinstance(after, int) else 0
 
 
 def total_of(log: RunLog) -> int | None:

@@ -6,6 +6,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -197,9 +198,10 @@ class LoadMonitor(TrainerCallback):
         try:
             self._log.write(line)
         except OSError as error:
-            sys.stderr.write(
-                f"moesaic: {self.path}: cannot be written any more ({error.strerror}): the log ends here\n"
-            )
+            why = f"cannot be written any more ({error.strerror}), the log ends"
+            sys.stderr.write(f"moesaic: {self.path}: {why}\n")
+            with suppress(OSError):  # it tries to write what is left
+                self._log.close()
             self._log = None
 
     def _send(self, line: Mapping[str, Any], loss: float | None) -> None:
@@ -228,14 +230,10 @@ class LoadMonitor(TrainerCallback):
         return None
 
     def _header(self, model: nn.Module, step: int) -> dict[str, Any]:
+        rows = zip(self._layers, _biases(self._layers), strict=True)
         layers = [
-            {
-                "name": layer.name,
-                "experts": layer.config.n_routed_experts,
-                "config": layer.config.digest(),
-                "bias": bias,
-            }
-            for layer, bias in zip(self._layers, _biases(self._layers), strict=True)
+            {"name": x.name, "experts": x.config.n_routed_experts, "config": x.config.digest(), "bias": bias}
+            for x, bias in rows
         ]
         configs = " ".join(f"{layer['name']}={layer['config']}" for layer in layers)
         return {

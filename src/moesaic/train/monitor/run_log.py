@@ -14,6 +14,7 @@ from typing import Any, BinaryIO
 LOG = "load.jsonl"  # its name in the folder of a run
 FORMAT, VERSION = "moesaic-load", 1
 BEGIN = f'{{"kind":"run","format":"{FORMAT}"'.encode()  # of every log
+# of a step line, each with a value a layer; all but the bias are None together
 COLUMNS = ("tokens", "percentiles", "max_vio", "chance", "dead", "hottest", "coldest", "bias")
 Line = dict[str, Any]
 
@@ -71,6 +72,8 @@ class RunLog:
         check_line(line, len(self.layers))
         kind = line["kind"]
         if kind == "run":
+            if self.header:
+                raise ValueError("it begins a second run")
             self.header = line
         elif kind == "step":
             self.end = None
@@ -176,8 +179,8 @@ def _check_header(line: Line) -> None:
 
 
 def _check_step(line: Line, n_layers: int) -> None:
-    if not _is_number(line.get("time")):
-        raise ValueError("time is no number")
+    if not _is_number(line.get("time")) or not _is_count(line.get("steps")):
+        raise ValueError("time or steps are no numbers")
     try:
         float("nan" if line.get("loss") is None else line["loss"])
     except (TypeError, ValueError, OverflowError):
@@ -186,6 +189,9 @@ def _check_step(line: Line, n_layers: int) -> None:
         kind = {"percentiles": 7, "chance": 2, "bias": 3}.get(name, float)
         if not _is_column(line.get(name), n_layers, kind):
             raise ValueError(f"{name} does not fit the layers")
+    loads = [line[name] for name in COLUMNS if name != "bias"]
+    if any(len({value is None for value in row}) > 1 or None in (row[1] or ()) for row in zip(*loads, strict=True)):
+        raise ValueError("a layer has some of its numbers, not all")
     if "load" in line and not _is_column(line["load"], n_layers, list):
         raise ValueError("load does not fit the layers")
 

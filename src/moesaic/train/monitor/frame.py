@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from rich import box
+from rich.cells import cell_len
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -22,13 +23,12 @@ WORDS = {
     "en": {
         "step": "step {step:,}", "of": " of {total:,}", "speed": "{speed} a step", "left": "{left} left",
         "finished": "finished", "running": "last line {age} ago",
-        "silent": "silent for {age}: stopped, killed or busy with something else",
+        "silent": "silent for {age}: stopped, killed or busy",
         "loss": "loss", "no_steps": "no step yet",
-        "columns": ("layer", "MaxVio", "chance\n5–95 %", "MaxVio so far", "hottest", "coldest", "dead", "bias",
+        "columns": ("layer", "MaxVio", "chance\n5–95 %", "so far", "hottest", "coldest", "dead", "bias",
                     "verdict"),
         "calmer": "+{n} layers closer to chance; a taller terminal shows more", "unjudged": "not judged yet",
-        "strip": "{layer}, load of every expert (left to right) over steps (downwards): "
-                 "blank none, ░ below {low:g}x, ▒ to {high:g}x, ▓ to 2x, █ beyond",
+        "strip": "{layer}: experts over steps; load ░ below {low:g}x, ▒ to {high:g}x, ▓ to 2x, █ beyond",
         "alerts": "alerts", "no_alerts": "no alerts", "on": "on", "over": "over", "whole": "the run",
         "kinds": {"collapsed": "collapsed", "dead": "dead experts", "drift": "bias drifted away",
                   "loss": "loss not finite", "gradient": "gradient not finite"},
@@ -41,10 +41,9 @@ WORDS = {
         "finished": "已结束", "running": "{age}前有新的一行",
         "silent": "已 {age}没有新内容：停了、被杀掉，或者在忙别的",
         "loss": "损失", "no_steps": "还没有走完一步",
-        "columns": ("层", "MaxVio", "随机\n5–95 %", "MaxVio 走势", "最忙", "最闲", "未用", "偏置", "结论"),
+        "columns": ("层", "MaxVio", "随机\n5–95 %", "走势", "最忙", "最闲", "未用", "偏置", "结论"),
         "calmer": "另有 {n} 层更接近随机，终端高一些就能看到", "unjudged": "尚未判断",
-        "strip": "{layer}：每个专家（从左到右）的负载随步数（从上到下）的变化："
-                 "空白为零，░ 低于均值的 {low:g} 倍，▒ 到 {high:g} 倍，▓ 到 2 倍，█ 更高",
+        "strip": "{layer}：各专家的负载随步数的变化；░ 低于均值的 {low:g} 倍，▒ 到 {high:g} 倍，▓ 到 2 倍，█ 更高",
         "alerts": "警报", "no_alerts": "没有警报", "on": "开始", "over": "解除", "whole": "整个训练",
         "kinds": {"collapsed": "坍缩", "dead": "有专家从未被选中", "drift": "偏置漂移",
                   "loss": "损失不是有限值", "gradient": "梯度不是有限值"},
@@ -52,9 +51,12 @@ WORDS = {
         "again": "训练命令：{command}", "with": "版本 {versions}，配置 {config}",
     },
 }  # fmt: skip
+COLUMNS = ("layer", "max_vio", "chance", "course", "hottest", "coldest", "dead", "bias", "verdict")
+NARROW = ("bias", "coldest", "course", "hottest")  # what a narrow terminal shows first not
+GAP = 3  # characters between columns
 SILENT = 10.0  # times the usual time between lines, and
 PATIENCE = 60.0  # seconds at least: evaluating and saving take their time
-CURVE, COURSE = 60, 20  # characters of the curves of loss and MaxVio
+CURVE, COURSE = 60, 10  # characters of the curves of loss and MaxVio
 STRIP_ROWS, MOST_ALERTS = 8, 5
 OTHER_LINES = 14  # of a frame, beside layers and strip
 
@@ -79,13 +81,13 @@ def frame(log: RunLog, *, now: float, lang: str = "en", width: int = 100, height
     parts: list[RenderableType] = [_title(log, now, words)]
     if not log.steps:
         return Group(*parts, Text(words["no_steps"], style="dim"), *_footer(log, words))
-    room = None if height is None else max(1, height - OTHER_LINES)
+    room = None if height is None else max(1, height - OTHER_LINES - min(len(log.alerts), MOST_ALERTS))
     strip = _strip(log, words, width) if room is None or room >= STRIP_ROWS + 4 else []
     rows = None if room is None else max(1, room - len(strip))
     loss = [float(line["loss"]) for line in log.steps if line.get("loss") is not None]
     if loss:
         parts.append(Text(f"{words['loss']} {loss[-1]:.4g}  ").append(curve(loss, min(CURVE, width - 20)), "cyan"))
-    parts += [_layers(log, words, lang, rows), *strip, *_alerts(log, words)]
+    parts += [_layers(log, words, lang, width, rows), *strip, *_alerts(log, words)]
     style = ("green", "bold red", "dim")[outcome(log)]
     return Group(*parts, Text(outcome_words(log, lang), style), *_footer(log, words))
 
@@ -148,39 +150,50 @@ def _title(log: RunLog, now: float, words: dict[str, Any]) -> Text:
     return title.append("  " + " · ".join(facts), style="not bold")
 
 
-def _layers(log: RunLog, words: dict[str, Any], lang: str, rows: int | None) -> RenderableType:
-    last, order = log.steps[-1], sorted(_by_excess(log))
-    if rows is not None and rows < len(order):
-        order = sorted(_by_excess(log)[:rows])
+def _layers(log: RunLog, words: dict[str, Any], lang: str, width: int, rows: int | None) -> RenderableType:
+    """A row a layer, as many as there is room for; columns give way in the order of NARROW."""
+    order = _by_excess(log)
+    order = sorted(order if rows is None else order[:rows])
+    columns = dict(zip(COLUMNS, zip(*(_cells(log, row, words, lang) for row in order), strict=True), strict=True))
+    heads = dict(zip(COLUMNS, words["columns"], strict=True))
+    wide = {
+        name: max(cell_len(text) for text in [*heads[name].split("\n"), *(cell.plain for cell in cells)]) + GAP
+        for name, cells in columns.items()
+    }
+    for name in NARROW:
+        if sum(wide.values()) > width:
+            del wide[name]
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for place, head in enumerate(words["columns"]):
-        table.add_column(head, justify="left" if place in (0, 3, 8) else "right", no_wrap=True)
-    statuses = log.verdicts[-1]["status"] if log.verdicts else [None] * len(log.layers)
-    for row in order:
-        status = statuses[row]
-        told = STATUSES.get(status, {}).get(lang) or (words["unjudged"] if status is None else visible(status, 30))
-        verdict = Text(told, STYLES.get(status, "dim"))
-        table.add_row(Text(short_layer(log.layers[row]["name"])), *_cells(log, row), _bias(last["bias"][row]), verdict)
+    for name in wide:
+        left = name in ("layer", "course", "verdict")
+        table.add_column(heads[name], justify="left" if left else "right", no_wrap=not left)
+    for cells in zip(*(columns[name] for name in wide), strict=True):
+        table.add_row(*cells)
     hidden = len(log.layers) - len(order)
     return Group(table, Text(words["calmer"].format(n=hidden), "dim")) if hidden else table
 
 
-def _cells(log: RunLog, row: int) -> list[Text]:
-    """MaxVio, its band and course, the hottest, the coldest, the dead."""
-    last = log.steps[-1]
+def _cells(log: RunLog, row: int, words: dict[str, Any], lang: str) -> list[Text]:
+    """What each of COLUMNS says of a layer."""
+    last, name = log.steps[-1], Text(short_layer(log.layers[row]["name"]))
+    status = log.verdicts[-1]["status"][row] or "" if log.verdicts else ""
+    told = STATUSES.get(status, {}).get(lang) or visible(status, 30) or words["unjudged"]
+    verdict = Text(told, STYLES.get(status, "dim"))
     if last["max_vio"][row] is None:
-        return [Text("–", "dim")] * 6
+        return [name, *[Text("–", "dim")] * 6, _bias(last["bias"][row]), verdict]
     value, (low, high), share = last["max_vio"][row], last["chance"][row], last["percentiles"][row]
     course = [math.nan if line["max_vio"][row] is None else line["max_vio"][row] for line in log.steps]
-    hot, cold = f"e{last['hottest'][row]} {share[-1]:.2f}x", f"e{last['coldest'][row]} {share[0]:.2f}x"
     dead = last["dead"][row]
     return [
+        name,
         Text(short(value, 2), "bold" if value > high else ""),
         Text(f"{short(low, 2)}–{short(high, 2)}", "dim"),
         Text(curve(course, COURSE)),
-        Text(hot),
-        Text(cold),
+        Text(f"e{last['hottest'][row]} {share[-1]:.2f}x"),
+        Text(f"e{last['coldest'][row]} {share[0]:.2f}x"),
         Text(str(dead), "bold" if dead else ""),
+        _bias(last["bias"][row]),
+        verdict,
     ]
 
 

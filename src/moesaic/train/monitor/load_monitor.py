@@ -86,6 +86,8 @@ class LoadMonitor(TrainerCallback):
         self.steps = 0
         self._counter: LoadCounter | None = None
         self._layers: list[MoELayer] = []
+        self._rules: list[MoEConfig] = []
+        self._chosen: dict[str, int] | None = None  # how many experts a token was given when the rules were made
         self._log: LogWriter | None = None
         self._judge: Judge | None = None
         self._written = 0  # the step of the last line
@@ -104,7 +106,7 @@ class LoadMonitor(TrainerCallback):
             raise ValueError(problem)
         self._counter = LoadCounter(model, self._layers, training=True)
         self.steps = self._written = step
-        self._losses, self._pending = [], None
+        self._losses, self._pending, self._chosen = [], None, None
         return self
 
     def step(self, loss: float | Tensor | None = None) -> None:
@@ -173,7 +175,7 @@ class LoadMonitor(TrainerCallback):
         if self._judge is None:  # not the rank that writes
             return
         loss = float(np.mean([float(each) for each in losses])) if losses else None
-        rules = [_rule(layer.config, self._counter.chosen.get(layer.name)) for layer in self._layers]
+        rules = self._rules_now(self._counter.chosen)
         line = {"kind": "step", "step": step, "steps": steps, "time": round(time.time(), 3), "loss": _as_json(loss)}
         line |= load_numbers(loads, rules) | {"bias": biases}
         if self.loads:
@@ -186,6 +188,15 @@ class LoadMonitor(TrainerCallback):
         if verdict:
             self._put(verdict)
         self._say(alerts)
+
+    def _rules_now(self, chosen: Mapping[str, int]) -> list[MoEConfig]:
+        """The rule of each layer, with the K that it really chose, which not every config says."""
+        if chosen != self._chosen:
+            given = [(layer.config, chosen.get(layer.name)) for layer in self._layers]
+            rules = [config if k is None else with_sizes(config, k) for config, k in given]
+            alike = dict(zip(rules, rules, strict=True))  # one object for equal rules: they are asked for every step
+            self._rules, self._chosen = [alike[rule] for rule in rules], dict(chosen)
+        return self._rules
 
     def _say(self, alerts: Sequence[Alert]) -> None:
         for alert in alerts:
@@ -278,11 +289,6 @@ def _biases(layers: Sequence[MoELayer]) -> list[Any]:
     values = torch.cat([bias.to(there[0].device) for bias in there]).cpu().numpy()
     parts = iter(np.split(values, np.cumsum([bias.numel() for bias in there])[:-1]))
     return bias_numbers([None if bias is None else next(parts) for bias in found])
-
-
-def _rule(config: MoEConfig, chosen: int | None) -> MoEConfig:
-    """The rule of a layer with the K that it really chose, which not every config says."""
-    return config if chosen is None else with_sizes(config, chosen)
 
 
 def _as_json(loss: float | None) -> float | str | None:

@@ -1,5 +1,6 @@
 """The numbers of one line of a run log: how even the load of every layer was, beside chance, and where its bias is."""
 
+import math
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
@@ -24,30 +25,42 @@ def load_numbers(loads: Sequence[np.ndarray], rules: Sequence[MoEConfig]) -> dic
         if not rows:
             continue
         table = np.stack([loads[row] for row in rows])
-        relative = table / table.mean(1, keepdims=True)
+        means = table.mean(1)
+        ordered = np.sort(table / means[:, None], axis=1)
         found = {
             "tokens": [tokens_of(loads[row], rules[row]) for row in rows],
-            "percentiles": np.percentile(relative, PERCENTILES, axis=1).T.round(4).tolist(),
-            "max_vio": (relative.max(1) - 1.0).round(4).tolist(),
+            "percentiles": percentiles(ordered).round(4).tolist(),
+            "max_vio": (ordered[:, -1] - 1.0).round(4).tolist(),
             "dead": (table == 0).sum(1).tolist(),
             "hottest": table.argmax(1).tolist(),
             "coldest": table.argmin(1).tolist(),
         }
-        found["chance"] = [
-            max_vio_band(chance(rules[row], tokens)["max_vio"], mean)
-            for row, tokens, mean in zip(rows, found["tokens"], table.mean(1), strict=True)
-        ]
+        bands: dict[tuple[int, float], list[float]] = {}  # most layers share one, and a rule's hash is slow
+        for row, tokens, mean in zip(rows, found["tokens"], means.tolist(), strict=True):
+            if (id(rules[row]), mean) not in bands:
+                bands[id(rules[row]), mean] = max_vio_band(rules[row], tokens, mean)
+        found["chance"] = [bands[id(rules[row]), mean] for row, mean in zip(rows, means.tolist(), strict=True)]
         for name, values in found.items():
             for row, value in zip(rows, values, strict=True):
                 columns[name][row] = value
     return columns
 
 
-def max_vio_band(band: Band, mean: float) -> list[float]:
+def percentiles(ordered: np.ndarray) -> np.ndarray:
+    """PERCENTILES of sorted rows, linear between values: a third of the time of numpy's own, and this is every step."""
+    place = np.array(PERCENTILES) / 100 * (ordered.shape[1] - 1)
+    below = place.astype(int)
+    above = np.minimum(below + 1, ordered.shape[1] - 1)
+    return ordered[:, below] + (ordered[:, above] - ordered[:, below]) * (place - below)
+
+
+@lru_cache(maxsize=4096)
+def max_vio_band(rule: MoEConfig, n_tokens: int, mean: float) -> list[float]:
     """[low, high], outwards to what a load of that mean can reach: counts are whole, so MaxVio has steps of 1/mean,
     and a band for a rounded number of tokens, between two of them, would hold too little."""
-    low, high = np.floor((1 + band.low) * mean + 1e-6) / mean - 1, np.ceil((1 + band.high) * mean - 1e-6) / mean - 1
-    return [round(float(low), 4), round(float(high), 4)]
+    band = chance(rule, n_tokens)["max_vio"]
+    low, high = math.floor((1 + band.low) * mean + 1e-6) / mean - 1, math.ceil((1 + band.high) * mean - 1e-6) / mean - 1
+    return [round(low, 4), round(high, 4)]
 
 
 def tokens_of(load: np.ndarray, rule: MoEConfig) -> int:

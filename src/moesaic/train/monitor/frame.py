@@ -110,9 +110,11 @@ def curve(values: Sequence[float], width: int) -> str:
 
 
 def duration(seconds: float) -> str:
-    """ "12 s", "3 min 20 s", "5 h 07 min", "3 d 4 h"."""
+    """ "35 ms", "5.0 s", "12 s", "3 min 20 s", "5 h 07 min", "3 d 4 h"."""
+    if seconds < 1:
+        return f"{1e3 * seconds:.3g} ms"
     if seconds < 10:
-        return f"{seconds:.2g} s" if seconds < 1 else f"{seconds:.1f} s"
+        return f"{seconds:.1f} s"
     if seconds < 60:
         return f"{seconds:.0f} s"
     if seconds < 3600:

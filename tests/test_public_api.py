@@ -3,7 +3,8 @@ import pytest
 import moesaic
 
 PUBLIC = [
-    "BalanceLoss", "BiasBalance", "DeepseekV3MoE", "ExpertSpec", "ExpertWeights", "Experts", "MoE", "MoEConfig",
+    "BalanceLoss", "BiasBalance", "DeepseekV3MoE", "ExpertSpec", "ExpertWeights", "Experts", "LoadMonitor", "MoE",
+    "MoEConfig",
     "MoEGate", "Router", "Routing", "attach", "diff", "load", "record", "replay", "route", "stats", "steps", "what_if",
 ]  # fmt: skip
 

@@ -13,6 +13,7 @@ _HOMES = {
     "ExpertSpec": "moesaic.engine.spec",
     "ExpertWeights": "moesaic.types",
     "Experts": "moesaic.layer.experts",
+    "LoadMonitor": "moesaic.train.monitor.load_monitor",
     "MoE": "moesaic.layer.moe",
     "MoEConfig": "moesaic.config",
     "MoEGate": "moesaic.article",

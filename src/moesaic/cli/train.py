@@ -22,9 +22,7 @@ def train(
     ] = None,
     balance: Annotated[
         str | None,
-        typer.Option(
-            help="none; aux, seq: losses; bias (unless given), bias-centred, bias-proportional."
-        ),
+        typer.Option(help="none; aux, seq: losses; bias (unless given), bias-centred, bias-proportional."),
     ] = None,
     resume: Annotated[Path | None, typer.Option(help="Folder of an interrupted run to go on with.")] = None,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps; the recipe's own number unless given.")] = None,
@@ -32,7 +30,8 @@ def train(
     """Train a model on the shipped corpus, balanced as you like, and say what it learnt.
 
     The shipped model came from `moesaic train tiny --seed 0`; its training.json says how long that took. Ctrl-C saves
-    and leaves, with exit code 130; `--resume DIR` goes on to the same weights, also after a kill.
+    and leaves, with exit code 130; `--resume DIR` goes on to the same weights, also after a kill. Watch it from
+    another terminal with `moesaic watch DIR`.
     """
     given = {"--seed": seed, "--steps": steps, "--balance": balance}
     if resume is not None and (said := [name for name, value in given.items() if value is not None]):

@@ -30,6 +30,7 @@ class LoadCounter:
     def __init__(self, model: nn.Module, layers: Sequence[MoELayer], *, training: bool) -> None:
         self.training = training
         self.layers = {layer.name: layer for layer in layers}
+        self.chosen: dict[str, int] = {}  # by layer, how many experts a token was given; configs do not always say
         self._sum: Loads = {}
         self._running = 0  # calls of models, inside each other
         self._current: Forward | None = None
@@ -104,6 +105,7 @@ class LoadCounter:
         ids, n_experts = routing.expert_ids.detach(), layer.config.n_routed_experts
         if forward.mask is not None and len(forward.mask) == len(ids):  # else padding was cut out, or a part ran alone
             ids = ids.masked_fill(~forward.mask.to(ids.device).unsqueeze(-1), n_experts)
+        self.chosen[name] = ids.shape[-1]
         self._pending.append((name, expert_load(ids, n_experts)))
 
     def _trains(self, layer: MoELayer) -> bool:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from transformers import TrainingArguments
 
 
+LOGGED = 10  # steps between lines of the log that `moesaic watch` shows
 # how a run may be balanced -> the callbacks that do it, from its recipe
 BALANCES: dict[str, Callable[["Recipe"], list[Any]]] = {
     "none": lambda _recipe: [],
@@ -141,6 +142,7 @@ def _run(out: Path, record: dict[str, Any], recipe: Recipe, *, progress: bool) -
 
     from moesaic.train.checkpoints import Checkpoints, last_checkpoint
     from moesaic.train.keeping import KeepBest, ProgressBar
+    from moesaic.train.monitor.load_monitor import LoadMonitor
 
     started, seed = time.monotonic(), record["seed"]
     set_seed(seed)
@@ -154,13 +156,14 @@ def _run(out: Path, record: dict[str, Any], recipe: Recipe, *, progress: bool) -
         DeepseekV3ForCausalLM(SIZES[record["size"]]()) if last is None else DeepseekV3ForCausalLM.from_pretrained(last)
     )
     keep = KeepBest(HeldOut(tokenizer, max_windows=recipe.held_out_windows), out, record, every=recipe.evaluate_every)
+    monitor = LoadMonitor(out, every=LOGGED, loads=True, resume=True)
     checkpoints, bar = Checkpoints(out), ProgressBar(disable=not progress)
     trainer = Trainer(
         model=model,
         args=_arguments(out, seed, recipe),
         train_dataset=mixture,
         optimizers=(Muon(model, lr=recipe.learning_rate), None),
-        callbacks=[*BALANCES[recipe.balance](recipe), keep, checkpoints, bar],
+        callbacks=[*BALANCES[recipe.balance](recipe), monitor, keep, checkpoints, bar],
     )
     trainer.remove_callback(PrinterCallback)
     with bar.shown, checkpoints.saving_on_interrupt():
@@ -191,7 +194,7 @@ def _arguments(out: Path, seed: int, recipe: Recipe) -> "TrainingArguments":
         seed=seed,
         use_cpu=True,
         report_to="none",
-        logging_strategy="no",
+        logging_steps=LOGGED,
         disable_tqdm=True,
     )
 

@@ -1,0 +1,103 @@
+"""What ms.LoadMonitor costs on this machine: optimizer steps with and without it in turn, one thread.
+
+python benchmarks/monitor.py                       # the shipped model, and a random Qwen3-MoE, 8 layers of 64 experts
+python benchmarks/monitor.py --model shipped --rows 10
+
+A run is as many steps as are judged together, so that the cost of judging is in it.
+"""
+
+import argparse
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import moesaic as ms
+from moesaic.bench.recording import mid_size_model
+from moesaic.bench.timing import Entrant, interleave, spread
+from moesaic.hf.load import load_model
+from moesaic.train.monitor.alerts import SUSTAINED
+
+PLAIN = "not watched"
+MODELS = {"shipped": lambda: load_model()[0], "qwen3-moe": mid_size_model}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rows", type=int, default=4, help="sequences a batch")
+    parser.add_argument("--length", type=int, default=128, help="tokens a sequence")
+    parser.add_argument("--model", choices=MODELS, action="append", help="both unless given")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    for name in options.model or MODELS:
+        model = MODELS[name]()
+        size = (options.rows, options.length)
+        ids = torch.randint(3, model.config.vocab_size, size, generator=torch.Generator().manual_seed(0))
+        with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+            entrants = entrants_of(model.train(), ids, Path(folder), stack)
+            names = [entrant.name for entrant in entrants]
+            interleave(entrants, dict.fromkeys(names, 1))  # warm
+            seconds = interleave(entrants, dict.fromkeys(names, options.rounds), time.process_time)
+        base = spread(seconds[PLAIN]).median
+        for entrant in names:
+            found = spread(seconds[entrant])
+            median, p10, p90 = (value / SUSTAINED * 1e3 for value in found[:3])
+            print(
+                f"{name}, {ids.numel()} tokens a step, {entrant:>22}: median {median:8.2f} ms a step "
+                f"(p10 {p10:.2f}, p90 {p90:.2f}), {found.median / base - 1:+.2%}"
+            )
+
+
+def entrants_of(model: Any, ids: torch.Tensor, folder: Path, stack: ExitStack) -> list[Entrant]:
+    """The same steps, watched by nobody, by a LoadMonitor with and without loads, and beside a BiasBalance."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-6)
+    watchers: list[Any] = []
+
+    def steps() -> None:
+        for _ in range(SUSTAINED):
+            loss = model(input_ids=ids, labels=ids).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            for watcher in watchers:
+                watcher.step(*([loss] if isinstance(watcher, ms.LoadMonitor) else []))
+
+    def entrant(name: str, *kinds: str) -> Entrant:
+        def prepare() -> None:
+            stack.close()
+            stack.enter_context(attached(model, kinds, folder / name, watchers))
+
+        return Entrant(name, prepare, steps)
+
+    several = [entrant(PLAIN), entrant("LoadMonitor", "monitor"), entrant("LoadMonitor, loads=True", "loads")]
+    if any("correction_bias" in name for name, _ in model.named_buffers()):
+        several += [entrant("BiasBalance", "balance"), entrant("BiasBalance and it", "balance", "monitor")]
+    return several
+
+
+@contextmanager
+def attached(model: Any, kinds: tuple[str, ...], path: Path, watchers: list[Any]) -> Iterator[None]:
+    """Watchers on the model inside the block."""
+    for kind in kinds:
+        new = ms.BiasBalance(0.0) if kind == "balance" else monitor(path, kind == "loads")
+        watchers.append(new.attach(model))
+    try:
+        yield
+    finally:
+        for watcher in watchers:
+            watcher.detach()
+        watchers.clear()
+
+
+def monitor(path: Path, loads: bool) -> ms.LoadMonitor:
+    """One whose alerts are for the log alone: a batch that is the same every step gives some."""
+    return ms.LoadMonitor(path, loads=loads, resume=True, on_alert=lambda _alert: None)
+
+
+if __name__ == "__main__":
+    main()

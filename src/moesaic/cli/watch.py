@@ -1,0 +1,91 @@
+"""`moesaic watch`: a training run as it goes on, or as it went."""
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from moesaic.cli.output import check_lang, print_json
+
+if TYPE_CHECKING:
+    from moesaic.train.monitor.run_log import RunLog
+
+MOST = 512  # step lines that are held: twice that is more than any curve here can show
+
+
+def watch(
+    run: Annotated[Path, typer.Argument(help="Folder or log of a run that ms.LoadMonitor watches, or watched.")],
+    once: Annotated[bool, typer.Option("--once", help="Show one picture and leave.")] = False,
+    every: Annotated[float, typer.Option(help="Seconds between looks.")] = 2.0,
+    lang: Annotated[str, typer.Option(help="en or zh.")] = "en",
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON document and leave.")] = False,
+) -> None:
+    """Show a training run: loss, balance of every layer beside chance, dead experts, biases, alerts, time left.
+
+    Looks again until the run has finished; Ctrl-C leaves. Where stdout is no terminal, one picture. Exit code 0: judged
+    and healthy; 1: experts are dead or a layer has collapsed, or loss or gradients are not finite; 2: nothing to show,
+    or nothing judged yet.
+    """
+    check_lang(lang)
+    if not every > 0:
+        raise ValueError(f"--every {every} is no time to wait: give seconds, such as 2")
+    from rich.console import Console
+
+    from moesaic.train.monitor.frame import frame, outcome, outcome_words
+    from moesaic.train.monitor.run_log import read_log
+
+    log = read_log(run, most=MOST)
+    console = Console()
+    if as_json:
+        print_json(_json(log))
+    elif once or not console.is_terminal or log.end is not None:
+        console.print(frame(log, now=time.time(), lang=lang, width=console.width))
+    else:
+        log = _follow(run, console, every, lang)
+    code = outcome(log)
+    if code == 2 and not as_json:
+        raise ValueError(outcome_words(log, lang))
+    if code:
+        raise typer.Exit(code)
+
+
+def _follow(run: Path, console: Any, every: float, lang: str) -> "RunLog":
+    """Look again and again, until the run has finished or Ctrl-C; the last picture stays."""
+    from rich.live import Live
+
+    from moesaic.train.monitor.frame import frame
+    from moesaic.train.monitor.run_log import LogReader, log_path
+
+    reader = LogReader(log_path(run), most=MOST)
+    log = reader.poll()
+
+    def picture(height: int | None) -> Any:
+        return frame(log, now=time.time(), lang=lang, width=console.width, height=height)
+
+    with Live(console=console, auto_refresh=False, transient=True) as live:
+        try:
+            while log.end is None:
+                live.update(picture(console.height), refresh=True)
+                time.sleep(every)
+                log = reader.poll()
+        except KeyboardInterrupt:
+            pass
+    console.print(picture(None))
+    return log
+
+
+def _json(log: "RunLog") -> dict[str, Any]:
+    from moesaic.train.monitor.frame import outcome, seconds_a_step, steps_of, total_of
+
+    return {
+        "run": log.header,
+        "step": steps_of(log),
+        "total_steps": total_of(log),
+        "seconds_a_step": seconds_a_step(log),
+        "finished": log.end is not None,
+        "last": log.steps[-1] if log.steps else None,
+        "verdict": log.verdicts[-1] if log.verdicts else None,
+        "alerts": list(log.active.values()),
+        "exit_code": outcome(log),
+    }

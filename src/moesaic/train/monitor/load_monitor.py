@@ -1,0 +1,296 @@
+"""Watching what every expert gets while a model trains: a line a step in a log, with chance bands and alerts."""
+
+import hashlib
+import platform
+import shlex
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import TrainerCallback
+
+import moesaic
+from moesaic.config import MoEConfig
+from moesaic.hf.modules import MoELayer, moe_layers, unwrapped, with_sizes
+from moesaic.train.counting import LoadCounter
+from moesaic.train.monitor.alerts import Alert, Judge
+from moesaic.train.monitor.numbers import bias_numbers, load_numbers
+from moesaic.train.monitor.run_log import FORMAT, VERSION, LogWriter, check_writable, log_path, open_log
+from moesaic.train.monitor.trackers import Send, scalars, sender
+
+
+def tell(alert: Alert) -> None:
+    """One line on stderr."""
+    sys.stderr.write(f"moesaic: step {alert.step}: {alert.message}\n")
+
+
+class LoadMonitor(TrainerCallback):
+    """Writes what every expert got, step by step, to a log that `moesaic watch` shows, and gives alerts.
+
+        trainer.add_callback(ms.LoadMonitor("runs/mine"))       # transformers' Trainer
+
+        monitor = ms.LoadMonitor("runs/mine").attach(model)     # a loop of your own
+        for batch in batches:
+            ...
+            optimizer.step()
+            balance.step()                                      # where there is one, before it
+            monitor.step(loss)
+        monitor.detach()
+
+    Counted is what `BiasBalance` counts: training forwards, without padding and recomputation, over all micro-batches
+    and ranks; steps that a GradScaler skipped count here too. Only rank 0 writes. The log is JSON lines
+    (docs/en/monitoring.md), each written out at once, so that a kill costs the last one at most.
+
+    path: a folder, or a file that ends in .jsonl.
+    every: steps a line; its load is the sum of theirs.
+    loads: also write every expert's load as integers (for strips of experts over time).
+    resume: begin again in a log that holds steps, dropping them. Without it that is refused. Training that goes on
+        after a step N > 0 needs no word: the log goes on there, and later lines are cut off.
+    trackers: TensorBoard writers, and modules or runs with `log(numbers, step=)` (trackio, W&B), which get curves.
+    on_alert: who is told of alerts, beside the log; stderr unless given.
+    total_steps: what `moesaic watch` reckons the end by, in a loop of your own; the Trainer knows.
+    group: the data-parallel process group; all ranks unless given.
+
+    Raises ValueError for a path that cannot be written, for the log of another model, and for a model without MoE. What
+    goes wrong later (a full disk, a tracker that fails) is told on stderr once, and training goes on without it.
+    """
+
+    def __init__(
+        self,
+        path: Path | str,
+        every: int = 1,
+        *,
+        loads: bool = False,
+        resume: bool = False,
+        trackers: Sequence[Any] = (),
+        on_alert: Callable[[Alert], None] = tell,
+        total_steps: int | None = None,
+        group: Any = None,
+    ) -> None:
+        if every < 1:
+            raise ValueError(f"every={every} writes nothing: use 1 or more steps a line")
+        if total_steps is not None and total_steps < 1:
+            raise ValueError(f"total_steps={total_steps} is no length of training: use 1 or more")
+        self.path, self.every, self.loads, self.resume = log_path(path), every, loads, resume
+        self.on_alert, self.total_steps, self.group = on_alert, total_steps, group
+        self._senders: list[Send] = [sender(tracker) for tracker in trackers]
+        if _is_first_rank():
+            check_writable(self.path)
+        self.steps = 0
+        self._counter: LoadCounter | None = None
+        self._layers: list[MoELayer] = []
+        self._rules: list[MoEConfig] = []
+        self._chosen: dict[str, int] | None = None  # how many experts a token was given when the rules were made
+        self._log: LogWriter | None = None
+        self._judge: Judge | None = None
+        self._written = 0  # the step of the last line
+        self._losses: list[Any] = []  # since then
+        self._pending: tuple[int, int, list[np.ndarray], list[Any]] | None = None
+
+    # a loop of your own
+
+    def attach(self, model: nn.Module, *, step: int = 0) -> "LoadMonitor":
+        """Count the model's training forwards from now on. step: how many were done before, in a run that goes on."""
+        self._release()
+        self._layers = moe_layers(model)
+        header = self._header(model, step)
+        problem = self._open(header, step) if _is_first_rank() else None
+        if problem := _shared(problem):
+            raise ValueError(problem)
+        self._counter = LoadCounter(model, self._layers, training=True)
+        self.steps = self._written = step
+        self._losses, self._pending, self._chosen = [], None, None
+        return self
+
+    def step(self, loss: float | Tensor | None = None) -> None:
+        """An optimizer step is done. Call it after each, on every rank; with a BiasBalance, after its step.
+
+        loss: of this step. A tensor is not waited for before a line is written.
+        """
+        if self._counter is None:
+            raise ValueError("this LoadMonitor is attached to no model: call attach(model) before the first forward")
+        self.steps += 1
+        if loss is not None:
+            self._losses.append(loss.detach() if isinstance(loss, Tensor) else loss)
+        self._take()
+        self._write()
+
+    def detach(self) -> None:
+        """The run has come to its end: say so in the log, close it, and take the counting off the model."""
+        if self._counter is not None:
+            self._write()
+            self._put({"kind": "end", "step": self.steps, "time": round(time.time(), 3)})
+        self._release()
+
+    # transformers' Trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):  # noqa: ARG002 (the Trainer's signature)
+        self.total_steps = state.max_steps if state.max_steps > 0 else self.total_steps
+        self.attach(kwargs["model"], step=state.global_step)
+
+    def on_step_end(self, args, state, control, **kwargs):  # noqa: ARG002
+        self._write()
+        self.steps = state.global_step
+        self._take()
+        if not control.should_log:  # else its loss comes next
+            self._write()
+
+    def on_log(self, args, state, control, logs=None, **kwargs):  # noqa: ARG002
+        if self._counter is None or not logs:
+            return
+        if "loss" in logs:
+            self._losses.append(float(logs["loss"]))
+        if self._judge is not None and "grad_norm" in logs:
+            self._say(self._judge.add_gradient(state.global_step, float(logs["grad_norm"])))
+        self._write()
+
+    def on_train_end(self, args, state, control, **kwargs):  # noqa: ARG002
+        self.detach()
+
+    # inside
+
+    def _take(self) -> None:
+        """Where a line is due: what was counted and where the biases are, on every rank, since both may be shared."""
+        assert self._counter is not None
+        if self.steps % self.every:
+            return
+        flat = torch.cat(list(self._counter.take(self.group).values())).cpu().numpy()
+        ends = np.cumsum([layer.config.n_routed_experts for layer in self._layers])[:-1]
+        self._pending = (self.steps, self.steps - self._written, np.split(flat, ends), _biases(self._layers))
+        self._written = self.steps
+
+    def _write(self) -> None:
+        """Write the line that waits, judge, and tell."""
+        if self._pending is None or self._counter is None:
+            return
+        (step, steps, loads, biases), self._pending = self._pending, None
+        losses, self._losses = self._losses, []
+        if self._judge is None:  # not the rank that writes
+            return
+        loss = float(np.mean([float(each) for each in losses])) if losses else None
+        rules = self._rules_now(self._counter.chosen)
+        line = {"kind": "step", "step": step, "steps": steps, "time": round(time.time(), 3), "loss": _as_json(loss)}
+        line |= load_numbers(loads, rules) | {"bias": biases}
+        if self.loads:
+            line["load"] = [load.astype(np.int64).tolist() for load in loads]
+        self._put(line)
+        self._send(line, loss)
+        if loss is not None:
+            self._say(self._judge.add_loss(step, loss))
+        verdict, alerts = self._judge.add(step, steps, loads, rules, biases)
+        if verdict:
+            self._put(verdict)
+        self._say(alerts)
+
+    def _rules_now(self, chosen: Mapping[str, int]) -> list[MoEConfig]:
+        """The rule of each layer, with the K that it really chose, which not every config says."""
+        if chosen != self._chosen:
+            given = [(layer.config, chosen.get(layer.name)) for layer in self._layers]
+            rules = [config if k is None else with_sizes(config, k) for config, k in given]
+            alike = dict(zip(rules, rules, strict=True))  # one object for equal rules: they are asked for every step
+            self._rules, self._chosen = [alike[rule] for rule in rules], dict(chosen)
+        return self._rules
+
+    def _say(self, alerts: Sequence[Alert]) -> None:
+        for alert in alerts:
+            self._put(alert.line())
+            self.on_alert(alert)
+
+    def _put(self, line: Mapping[str, Any]) -> None:
+        if self._log is None:
+            return
+        try:
+            self._log.write(line)
+        except OSError as error:
+            why = f"cannot be written any more ({error.strerror}), the log ends"
+            sys.stderr.write(f"moesaic: {self.path}: {why}\n")
+            with suppress(OSError):  # it tries to write what is left
+                self._log.close()
+            self._log = None
+
+    def _send(self, line: Mapping[str, Any], loss: float | None) -> None:
+        if not self._senders:
+            return
+        numbers = scalars(line, [layer.name for layer in self._layers])
+        numbers |= {} if loss is None else {"moe/loss": loss}
+        for send in tuple(self._senders):
+            try:
+                send(numbers, line["step"])
+            except Exception as error:  # of a stranger's code, over a network maybe: no reason to stop training
+                sys.stderr.write(f"moesaic: a tracker failed and gets no more numbers: {error!r}\n")
+                self._senders.remove(send)
+
+    def _open(self, header: dict[str, Any], step: int) -> str | None:
+        """Open the log and take up what it says; the reason where that cannot be."""
+        try:
+            self._log, before = open_log(self.path, header, step=step, resume=self.resume)
+        except (ValueError, OSError) as error:
+            return str(error)
+        if before.steps or step:
+            resumed = {"kind": "resume", "step": step, "time": header["time"]}
+            self._put(resumed | {name: header[name] for name in ("command", "versions")})
+        begun = before.header["layers"]
+        self._judge = Judge({layer["name"]: layer["bias"] for layer in begun}, list(before.active))
+        return None
+
+    def _header(self, model: nn.Module, step: int) -> dict[str, Any]:
+        rows = zip(self._layers, _biases(self._layers), strict=True)
+        layers = [
+            {"name": x.name, "experts": x.config.n_routed_experts, "config": x.config.digest(), "bias": bias}
+            for x, bias in rows
+        ]
+        configs = " ".join(f"{layer['name']}={layer['config']}" for layer in layers)
+        return {
+            "kind": "run", "format": FORMAT, "version": VERSION, "time": round(time.time(), 3),
+            "model": type(unwrapped(model)).__name__, "config": hashlib.sha256(configs.encode()).hexdigest()[:12],
+            "after": step, "total_steps": self.total_steps, "every": self.every,
+            "command": shlex.join(sys.argv),
+            "versions": {"moesaic": moesaic.__version__, "python": platform.python_version()}
+            | {name: version(name) for name in ("torch", "transformers")},
+            "layers": layers,
+        }  # fmt: skip
+
+    def _release(self) -> None:
+        if self._counter is not None:
+            self._counter.remove()
+        if self._log is not None:
+            self._log.close()
+        self._counter = self._log = self._judge = self._pending = None
+
+
+def _is_first_rank() -> bool:
+    there = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return not there or torch.distributed.get_rank() == 0
+
+
+def _shared(problem: str | None) -> str | None:
+    """What the first rank found, on all of them: else the others would wait for it for ever."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return problem
+    told = [problem]
+    torch.distributed.broadcast_object_list(told, src=0)
+    return told[0]
+
+
+@torch.no_grad()
+def _biases(layers: Sequence[MoELayer]) -> list[Any]:
+    """[least, greatest, mean] of the bias of each layer, None where it has none: one transfer from the device."""
+    found = [layer.bias for layer in layers]
+    there = [bias.detach().float() for bias in found if bias is not None]
+    if not there:
+        return bias_numbers([None] * len(layers))
+    values = torch.cat([bias.to(there[0].device) for bias in there]).cpu().numpy()
+    parts = iter(np.split(values, np.cumsum([bias.numel() for bias in there])[:-1]))
+    return bias_numbers([None if bias is None else next(parts) for bias in found])
+
+
+def _as_json(loss: float | None) -> float | str | None:
+    """Strict JSON has no NaN; Python's float() reads these words again."""
+    return loss if loss is None or np.isfinite(loss) else str(loss)

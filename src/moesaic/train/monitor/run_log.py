@@ -1,0 +1,274 @@
+"""The log of a run: a file of JSON lines that is only added to, so that whoever is killed leaves all but the last line.
+
+A line that has no end yet is not read, and cut off by whoever goes on. Nothing here needs torch.
+"""
+
+import json
+import math
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+LOG = "load.jsonl"  # its name in the folder of a run
+FORMAT, VERSION = "moesaic-load", 1
+BEGIN = f'{{"kind":"run","format":"{FORMAT}"'.encode()  # of every log
+# of a step line, each with a value a layer; all but the bias are None together
+COLUMNS = ("tokens", "percentiles", "max_vio", "chance", "dead", "hottest", "coldest", "bias")
+Line = dict[str, Any]
+
+
+def log_path(path: Path | str) -> Path:
+    """The log itself for a folder; a name that ends in .jsonl is a file."""
+    path = Path(path)
+    return path if path.suffix == ".jsonl" and not path.is_dir() else path / LOG
+
+
+def check_writable(path: Path) -> None:
+    """Make the folder of a log and try it, before hours of training have gone by."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+        if path.exists():
+            path.open("r+b").close()
+    except OSError as error:
+        raise ValueError(f"path={path} cannot be written ({error.strerror}): name another file or folder") from None
+
+
+@dataclass
+class RunLog:
+    """What a log says. header: its first line. Lists hold lines in their order; `end` that of a run that came to it.
+
+    most: keep at most about so many step lines, dropping every other of them where there are more; the newest stays.
+    """
+
+    header: Line = field(default_factory=dict)
+    steps: list[Line] = field(default_factory=list)
+    verdicts: list[Line] = field(default_factory=list)
+    alerts: list[Line] = field(default_factory=list)
+    end: Line | None = None
+    most: int | None = None
+
+    @property
+    def layers(self) -> list[Line]:
+        return self.header.get("layers", [])
+
+    @property
+    def active(self) -> dict[tuple[str, str | None], Line]:
+        """Alerts that began and did not end, by their kind and layer."""
+        found: dict[tuple[str, str | None], Line] = {}
+        for line in self.alerts:
+            name = (line["alert"], line["layer"])
+            if line["begins"]:
+                found[name] = line
+            else:
+                found.pop(name, None)
+        return found
+
+    def add(self, line: Line) -> None:
+        """Take in one line; kinds that a later version may add are passed over. ValueError for what is no line."""
+        check_line(line, len(self.layers))
+        kind = line["kind"]
+        if kind == "run":
+            if self.header:
+                raise ValueError("it begins a second run")
+            self.header = line
+        elif kind == "step":
+            self.end = None
+            self.steps.append(line)
+            if self.most is not None and len(self.steps) > 2 * self.most:
+                self.steps[:] = self.steps[1::2] if len(self.steps) % 2 == 0 else self.steps[::2]
+        elif kind == "verdict":
+            self.verdicts[:] = [line] if self.most is not None else [*self.verdicts, line]
+        elif kind == "alert":
+            self.alerts.append(line)
+        elif kind == "end":
+            self.end = line
+
+
+class LogReader:
+    """Reads a log as it grows: `poll` takes in what is new, and starts again where the file was cut or replaced."""
+
+    def __init__(self, path: Path, *, most: int | None = None) -> None:
+        self.path, self.most = path, most
+        self._restart()
+
+    def poll(self) -> RunLog:
+        """All that the log says by now. OSError where it cannot be read, ValueError where it is no log."""
+        with self.path.open("rb") as file:
+            if not self._goes_on(file):
+                self._restart()
+            file.seek(self.offset)
+            for line, _ in lines_of(file, self.path, self.log, self.number):
+                self.number, self.offset, self._last = self.number + 1, self.offset + len(line), line
+        return self.log
+
+    def _goes_on(self, file: BinaryIO) -> bool:
+        """Whether the line that was read last is still where it was."""
+        file.seek(self.offset - len(self._last))
+        return file.read(len(self._last)) == self._last
+
+    def _restart(self) -> None:
+        self.log, self.offset, self.number, self._last = RunLog(most=self.most), 0, 0, b""
+
+
+def read_log(path: Path | str, *, most: int | None = None) -> RunLog:
+    """The log of a run, by its file or its folder. ValueError where it is none or holds no whole line."""
+    path = log_path(path)
+    try:
+        log = LogReader(path, most=most).poll()
+    except FileNotFoundError:
+        raise ValueError(f"{path}: there is no such file: give a folder that ms.LoadMonitor writes to") from None
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
+    if not log.header:
+        raise ValueError(f"{path}: empty so far, nothing to show: look again when training has begun")
+    return log
+
+
+def lines_of(file: BinaryIO, path: Path, log: RunLog, number: int = 0) -> Iterator[tuple[bytes, Line]]:
+    """(bytes, line) of every line with an end, taken in by `log`, from where the file stands: after `number` lines."""
+    for line in file:
+        if not line.endswith(b"\n"):
+            return
+        number += 1
+        if number == 1 and not line.startswith(BEGIN):
+            raise ValueError(f"{path}: not a log of ms.LoadMonitor")
+        try:
+            parsed = json.loads(line)
+            log.add(parsed)
+        except (ValueError, OverflowError, RecursionError) as error:
+            raise ValueError(f"{path}: line {number} is damaged: {error}") from None
+        yield line, parsed
+
+
+def check_line(line: Any, n_layers: int) -> None:
+    """ValueError for a line that is none of ours: a log may be anybody's file. n_layers: what columns must hold."""
+    if not isinstance(line, dict) or not isinstance(line.get("kind"), str):
+        raise ValueError("it has no kind")
+    kind = line["kind"]
+    if kind == "run":
+        _check_header(line)
+    elif kind in ("step", "verdict", "alert", "end", "resume") and not _is_count(line.get("step")):
+        raise ValueError("it has no step")
+    if kind == "step":
+        _check_step(line, n_layers)
+    if kind == "verdict" and not _is_column(line.get("status"), n_layers, str):
+        raise ValueError("status does not fit the layers")
+    if kind == "alert" and not (
+        isinstance(line.get("alert"), str)
+        and isinstance(line.get("layer"), str | None)
+        and isinstance(line.get("begins"), bool)
+        and isinstance(line.get("message"), str)
+    ):
+        raise ValueError("an alert without its kind, layer or state")
+
+
+def _check_header(line: Line) -> None:
+    if line.get("version") != VERSION:
+        raise ValueError(f"version {line.get('version')!r}, and {VERSION} is read here: use a newer moesaic")
+    layers = line.get("layers")
+    if not isinstance(layers, list) or not layers or not all(isinstance(layer, dict) for layer in layers):
+        raise ValueError("it names no layers")
+    if not all(isinstance(layer.get("name"), str) and _is_count(layer.get("experts")) for layer in layers):
+        raise ValueError("its layers have no names or sizes")
+    if not _is_column([layer.get("bias") for layer in layers], len(layers), 3):
+        raise ValueError("bias does not fit the layers")
+
+
+def _check_step(line: Line, n_layers: int) -> None:
+    if not _is_number(line.get("time")) or not _is_count(line.get("steps")):
+        raise ValueError("time or steps are no numbers")
+    try:
+        float("nan" if line.get("loss") is None else line["loss"])
+    except (TypeError, ValueError, OverflowError):
+        raise ValueError("loss is no number") from None
+    for name in COLUMNS:
+        kind = {"percentiles": 7, "chance": 2, "bias": 3}.get(name, float)
+        if not _is_column(line.get(name), n_layers, kind):
+            raise ValueError(f"{name} does not fit the layers")
+    loads = [line[name] for name in COLUMNS if name != "bias"]
+    if any(len({value is None for value in row}) > 1 or None in (row[1] or ()) for row in zip(*loads, strict=True)):
+        raise ValueError("a layer has some of its numbers, not all")
+    if "load" in line and not _is_column(line["load"], n_layers, list):
+        raise ValueError("load does not fit the layers")
+
+
+def _is_column(values: Any, n_layers: int, kind: Any) -> bool:
+    """A list with a value a layer, each None or of that kind: float, str, list, or so many numbers."""
+    if not isinstance(values, list) or len(values) != n_layers:
+        return False
+    known = [value for value in values if value is not None]
+    if kind is str:
+        return all(isinstance(value, str) for value in known)
+    if kind is float:
+        return all(_is_number(value) for value in known)
+    if not all(isinstance(value, list) and all(x is None or _is_number(x) for x in value) for value in known):
+        return False
+    return kind is list or all(len(value) == kind for value in known)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+class LogWriter:
+    """Adds lines to a log, each handed to the system at once."""
+
+    def __init__(self, path: Path, file: BinaryIO) -> None:
+        self.path, self._file = path, file
+
+    def write(self, line: Mapping[str, Any]) -> None:
+        text = json.dumps(line, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+        self._file.write(text.encode() + b"\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def open_log(path: Path, header: Line, *, step: int, resume: bool) -> tuple[LogWriter, RunLog]:
+    """A log to add to after `step`, and what it holds up to there; later lines, and one without an end, are cut off.
+
+    A new log gets the header. One that holds steps is gone on with only where training does: step > 0, or resume.
+    ValueError, with nothing changed, for one of another model, one that a new run would cut, and what is no log.
+    """
+    check_writable(path)
+    with path.open("a+b") as file:
+        file.seek(0)
+        head = file.read(len(BEGIN))
+    if not BEGIN.startswith(head):  # neither empty nor cut off in its first words
+        raise ValueError(f"path={path} is no log of ms.LoadMonitor: name another file")
+    whole = LogReader(path, most=1).poll()
+    if whole.steps and not step and not resume:
+        raise ValueError(
+            f"path={path} holds {whole.steps[-1]['step']} steps of an earlier run: name another folder, or use "
+            "resume=True to begin it again"
+        )
+    if whole.header and (whole.steps or step) and whole.header.get("config") != header["config"]:
+        raise ValueError(
+            f"path={path} is the log of another model (config {whole.header.get('config')}, here {header['config']}): "
+            "name another folder"
+        )
+    if not whole.header or not step:
+        path.write_bytes(b"")
+        writer, kept = LogWriter(path, path.open("ab")), RunLog()
+        writer.write(header)
+        kept.add(json.loads(json.dumps(header)))
+        return writer, kept
+    kept, end = RunLog(most=1), 0
+    with path.open("r+b") as file:
+        for line in file:
+            parsed = json.loads(line) if line.endswith(b"\n") else {"step": math.inf}
+            if parsed.get("step", 0) > step:
+                break
+            kept.add(parsed)
+            end += len(line)
+        file.truncate(end)
+    return LogWriter(path, path.open("ab")), kept

@@ -1,0 +1,249 @@
+"""`moesaic watch` shows what a log says, in both languages, and answers with the run's own exit code."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from commands import runner
+from test_train_monitor_log import HEADER, alert, step, written
+
+from moesaic.cli.watch import watch
+from moesaic.train.monitor.frame import curve, duration, frame, outcome, seconds_a_step
+from moesaic.train.monitor.run_log import read_log
+
+VERDICT = {"kind": "verdict", "step": 20, "from": 1, "status": ["chance", "no_data"]}
+END = {"kind": "end", "step": 20, "time": 30.0}
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    return runner(monkeypatch, capsys, watch=watch)
+
+
+def healthy(path: Path, *more: dict, **values) -> Path:
+    return written(path / "load.jsonl", *[step(n, **values) for n in range(1, 21)], VERDICT, *more).parent
+
+
+def test_a_finished_healthy_run_is_shown_with_all_that_its_log_says(run, tmp_path):
+    code, out, err = run("watch", healthy(tmp_path / "run", END))
+    assert (code, err) == (0, "")
+    assert "M  step 20 of 100 · 1.0 s a step · finished" in out
+    assert "loss 1.5 " in out
+    row = next(line for line in out.splitlines() if line.split()[:1] == ["a"])
+    assert row.split() == [
+        "a", "1.00", ".10–.50", "▁" * 10, "e2", "2.00x", "e0", "0.00x", "1", "-0.100", "+0.100", "within", "chance",
+    ]  # fmt: skip
+    assert next(line for line in out.splitlines() if line.split()[:1] == ["b"]).split()[1:] == ["–"] * 7 + [
+        "no",
+        "data",
+    ]
+    assert "no alerts\nno collapse, no dead experts\n" in out
+    assert "run: c\nwith –, config abc\n" in out
+
+
+def test_it_speaks_chinese(run, tmp_path):
+    code, out, _ = run("watch", healthy(tmp_path, alert(7, True), alert(9, False), END), "--lang", "zh")
+    assert code == 0
+    assert "第 20 步，共 100 步 · 每步 1.0 s · 已结束" in out
+    assert "在随机范围内" in out
+    assert "没有坍缩，没有死掉的专家" in out
+    assert "       9  解除  a: 有专家从未被选中" in out
+
+
+@pytest.mark.parametrize("kind", ["collapsed", "dead", "loss", "gradient"])
+def test_a_sick_run_is_exit_code_1_until_its_alert_ends(run, tmp_path, kind):
+    layer = "a" if kind in ("collapsed", "dead") else None
+    code, out, _ = run("watch", healthy(tmp_path / "1", alert(7, True, kind, layer), END))
+    assert code == 1
+    assert "\nsick: " in out
+    assert run("watch", healthy(tmp_path / "2", alert(7, True, kind, layer), alert(9, False, kind, layer)))[0] == 0
+
+
+def test_a_drift_is_shown_and_is_no_bad_verdict(run, tmp_path):
+    code, out, _ = run("watch", healthy(tmp_path, alert(7, True, "drift"), END))
+    assert code == 0
+    assert "       7  on  a: bias drifted away" in out
+
+
+def test_a_run_that_nobody_judged_yet_is_exit_code_2_and_shown_all_the_same(run, tmp_path):
+    code, out, err = run("watch", written(tmp_path / "load.jsonl", step(1)))
+    assert (code, err) == (2, "moesaic: no verdict yet: it takes 20 steps and enough tokens\n")
+    assert "step 1 of 100" in out
+    assert "not judged yet" in out
+    code, out, _ = run("watch", written(tmp_path / "load.jsonl"))
+    assert code == 2
+    assert "no step yet" in out
+    empty = VERDICT | {"status": ["no_data", "too_few"]}
+    assert run("watch", written(tmp_path / "load.jsonl", step(1), empty))[0] == 2
+
+
+def test_json_is_one_document_with_the_exit_code(run, tmp_path):
+    code, out, err = run("watch", healthy(tmp_path, alert(7, True, "collapsed")), "--json")
+    document = json.loads(out)
+    assert (code, err, out.count("\n")) == (1, "", 1)
+    assert document["run"] == HEADER
+    assert document["last"] == step(20)
+    assert document["verdict"] == VERDICT
+    assert document["alerts"] == [alert(7, True, "collapsed")]
+    assert (document["step"], document["total_steps"], document["finished"], document["exit_code"]) == (
+        20,
+        100,
+        False,
+        1,
+    )
+    code, out, err = run("watch", written(tmp_path / "load.jsonl", step(1)), "--json")
+    assert (code, json.loads(out)["exit_code"], err) == (2, 2, "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere"], "nowhere/load.jsonl: there is no such file: give a folder that ms.LoadMonitor writes to"),
+        (["notes.jsonl"], "notes.jsonl: not a log of ms.LoadMonitor"),
+        (["empty.jsonl"], "empty.jsonl: empty so far, nothing to show: look again when training has begun"),
+        (["load.jsonl", "--lang", "fr"], "--lang 'fr' is unknown: use zh or en"),
+        (["load.jsonl", "--every", "0"], "--every 0.0 is no time to wait: give seconds, such as 2"),
+        (["load.jsonl", "--every", "nan"], "--every nan is no time to wait: give seconds, such as 2"),
+    ],
+)
+def test_mistakes_are_one_line_and_exit_code_2(run, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    written(tmp_path / "load.jsonl", step(1))
+    (tmp_path / "notes.jsonl").write_text("hello\n")
+    (tmp_path / "empty.jsonl").write_text("")
+    assert run("watch", *arguments) == (2, "", f"moesaic: {message}\n")
+
+
+EVIL = "\x1b[2J\u202e"
+
+
+def test_no_control_character_of_a_log_reaches_the_terminal(run, tmp_path):
+    header = HEADER | {
+        "model": EVIL, "command": EVIL, "config": EVIL, "versions": {EVIL: EVIL}, "total_steps": EVIL, "after": EVIL,
+        "layers": [layer | {"name": EVIL + str(place)} for place, layer in enumerate(HEADER["layers"])],
+    }  # fmt: skip
+    lines = [
+        header,
+        step(1),
+        VERDICT | {"status": [EVIL, EVIL]},
+        alert(1, True, EVIL, EVIL),
+        alert(1, True, "dead", EVIL),
+    ]
+    path = tmp_path / "load.jsonl"
+    path.write_text("".join(json.dumps(line, separators=(",", ":")) + "\n" for line in lines))
+    for arguments in ((), ("--lang", "zh"), ("--json",)):
+        code, out, err = run("watch", path, *arguments)
+        assert code == 1
+        assert "\\x1b" in out or "\\u001b" in out
+        assert not set(EVIL) & set(out + err) - set("[2J")
+
+
+def rendered(log, **options) -> list[str]:
+    from rich.console import Console
+
+    console = Console(width=options.get("width", 100), color_system=None)
+    with console.capture() as capture:
+        console.print(frame(log, **options))
+    return capture.get().splitlines()
+
+
+def many_layers(path: Path, count: int):
+    layers = [{"name": f"layers.{n}.mlp", "experts": 4, "config": "x", "bias": None} for n in range(count)]
+    columns = {name: [value[0]] * count for name, value in step(1).items() if isinstance(value, list)}
+    columns |= {"max_vio": [float(n) for n in range(count)], "load": [[n, 4, 8, 2] for n in range(count)]}
+    text = [HEADER | {"layers": layers}, *[step(n, **columns) for n in range(1, 31)]]
+    path.write_text("".join(json.dumps(line, separators=(",", ":")) + "\n" for line in text))
+    return read_log(path)
+
+
+def test_a_low_terminal_shows_the_layers_farthest_from_chance_and_says_how_many_it_does_not(tmp_path):
+    log = many_layers(tmp_path / "load.jsonl", 40)
+    lines = rendered(log, now=50.0, height=24)
+    shown = [line.split()[0] for line in lines if line.strip().startswith("layers.")]
+    assert shown == [f"layers.{n}" for n in range(30, 40)]
+    assert any("+30 layers closer to chance" in line for line in lines)
+    assert len(lines) <= 24
+    assert sum(line.strip().startswith("layers.") for line in rendered(log, now=50.0)) == 41  # and the strip's title
+
+
+def test_a_narrow_terminal_shows_fewer_columns_and_cuts_none(tmp_path):
+    log = read_log(healthy(tmp_path, load=[[0, 4, 8, 2], [0] * 4]))
+    for lang in ("en", "zh"):
+        for width in (50, 72, 80, 100, 160):
+            lines = rendered(log, now=50.0, width=width, lang=lang)
+            assert "…" not in "".join(lines)
+            row = next(line for line in lines if line.split()[:1] == ["a"])
+            assert ("▁▁▁" in row) == (width >= 80)
+            assert ("e2 2.00x" in row) == (width >= 72)
+            assert ("-0.100" in row) == (width >= 160)
+
+
+def test_a_strip_of_experts_over_steps_is_drawn_of_the_worst_layer_where_it_fits(tmp_path):
+    log = many_layers(tmp_path / "load.jsonl", 1)
+    lines = rendered(log, now=50.0)
+    strip = [line for line in lines if line.endswith(" ▒█▒")]
+    assert len(strip) == 8  # expert 0 has none, 1 is at 1.14 times its share, 2 at 2.3, 3 at 0.57
+    assert strip[-1].split()[0] == "30"
+    log.layers[0]["experts"] = 90
+    assert not any("█" in line for line in rendered(log, now=50.0))
+
+
+def test_age_speed_and_time_left_are_told(tmp_path):
+    log = read_log(written(tmp_path / "load.jsonl", *[step(n, time=100.0 + 2 * n) for n in range(1, 21)]))
+    title = rendered(log, now=145.0)[0]
+    assert title == "M  step 20 of 100 · 2.0 s a step · 2 min 40 s left · last line 5.0 s ago"
+    assert "silent for 16 min 40 s: stopped, killed or busy" in rendered(log, now=1140.0)[0]
+    assert "left" not in rendered(log, now=1140.0)[0]
+
+
+def test_a_night_between_two_lines_does_not_count_for_the_speed(tmp_path):
+    times = [1.0, 2.0, 3.0, 50_000.0, 50_001.0, 50_002.0]
+    log = read_log(written(tmp_path / "load.jsonl", *[step(n, time=t) for n, t in enumerate(times, 1)]))
+    assert seconds_a_step(log) == 1.0
+    assert outcome(log) == 2
+
+
+def test_durations_and_curves_are_short():
+    said = [duration(s) for s in (0.05, 5.04, 59.4, 200, 18420, 273600)]
+    assert said == ["50 ms", "5.0 s", "59 s", "3 min 20 s", "5 h 07 min", "3 d 4 h"]
+    assert curve([1.0, 2.0], 10) == "▁█"
+    assert curve([0.0] * 50 + [1.0] * 50, 4) == "▁▁██"
+    assert curve([0.0, float("nan"), 1.0], 3) == "▁ █"
+
+
+def test_a_running_job_is_followed_until_it_ends_or_ctrl_c(tmp_path):
+    """On a terminal of its own, as a user has it."""
+    pty = pytest.importorskip("pty")
+    folder = healthy(tmp_path, time=time.time())
+    for ending in ("end", "ctrl-c"):
+        above, below = pty.openpty()
+        command = [sys.executable, "-m", "moesaic", "watch", str(folder), "--every", "0.1"]
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "TERM": "xterm", "COLUMNS": "100"}
+        with subprocess.Popen(command, stdout=below, stderr=subprocess.STDOUT, env=environment) as process:
+            os.close(below)
+            shown = os.read(above, 100_000)
+            while b"no alerts" not in shown:
+                shown += os.read(above, 100_000)
+            assert process.poll() is None
+            if ending == "ctrl-c":
+                process.send_signal(signal.SIGINT)
+            else:
+                with (folder / "load.jsonl").open("ab") as file:
+                    file.write(json.dumps(END).encode() + b"\n")
+            rest = b""
+            try:
+                while part := os.read(above, 100_000):
+                    rest += part
+            except OSError:  # Linux tells the end so
+                pass
+            assert process.wait(20) == 0
+        os.close(above)
+        assert b"Traceback" not in rest
+        assert rest.rstrip().endswith(b"config abc")
+        assert (b"finished" in rest) == (ending == "end")
+        folder = healthy(tmp_path / "again", time=time.time())

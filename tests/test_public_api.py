@@ -4,7 +4,7 @@ import moesaic
 
 PUBLIC = [
     "BiasBalance", "DeepseekV3MoE", "ExpertSpec", "ExpertWeights", "Experts", "MoE", "MoEConfig", "MoEGate", "Router",
-    "Routing", "attach", "diff", "load", "record", "replay", "route", "stats", "steps", "what_if",
+    "Routing", "attach", "diff", "load", "record", "replay", "route", "stats", "steps", "upcycle", "what_if",
 ]  # fmt: skip
 
 

@@ -20,6 +20,7 @@ from moesaic.cli.stats import stats
 from moesaic.cli.steps import steps
 from moesaic.cli.trace import trace
 from moesaic.cli.train import train
+from moesaic.cli.upcycle import upcycle
 from moesaic.cli.what_if import what_if
 
 app = typer.Typer(
@@ -36,7 +37,7 @@ benches.command()(tune)
 for command in (demo, trace, steps, stats, diff, what_if, check):
     app.command()(command)
 app.command(name="import")(import_)
-for command in (models, train, doctor):
+for command in (models, train, upcycle, doctor):
     app.command()(command)
 app.add_typer(benches, name="bench")
 

@@ -45,6 +45,13 @@ def test_the_command_writes_a_folder_that_plain_transformers_loads(run, folder):
     assert [file.name for file in (folder / "new").iterdir()] == ["moe"]
 
 
+def test_the_command_speaks_chinese_and_says_when_the_output_is_another(run, folder):
+    code, out, _ = run("upcycle", folder / "dense", "--out", folder / "moe", "--noise", 0.5, "--lang", "zh")
+    assert code == 0
+    assert "3 层，每层 8 个专家，取 2 个" in out
+    assert "输出：已改变" in out
+
+
 def test_the_command_says_as_json_what_it_made(run, folder):
     code, out, _ = run("upcycle", folder / "dense", "--out", folder / "moe", "--noise", 0.5, "--seed", 3, "--json")
     said = json.loads(out)

@@ -180,3 +180,12 @@ def test_equal_copies_drift_apart_because_they_see_other_tokens():
         assert (router < 1e-12 * experts) == (step == 0)
         optimizer.step()
     assert len({tuple(expert.flatten().tolist()) for expert in layer.experts.down_proj}) == 8
+
+
+def test_with_slices_the_router_has_a_gradient_from_the_first_step():
+    config = layer_config(granularity=4)
+    layer = layer_of(dense_mlp(config), config, granularity=4, router_std=0.3)
+    layer(torch.randn(100, HIDDEN, dtype=torch.float64)).square().mean().backward()
+    by_copy = layer.gate.weight.grad.unflatten(0, (8, 4))
+    assert by_copy.abs().max() > 1e-3 * layer.experts.down_proj.grad.abs().max()
+    assert by_copy.sum(1).abs().max() < 1e-9 * by_copy.abs().max(), "whole copies still do not matter"

@@ -9,13 +9,34 @@ from typing import Annotated, Any
 
 import typer
 
-from moesaic.cli.output import print_json
+from moesaic.cli.output import check_lang, print_json
 
 # carried over as they are: what belongs to the tokenizer, and the terms of the weights
 CARRIED = (
     "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "spiece.model", "tekken.json",
     "chat_template*", "LICENSE*", "NOTICE*",
 )  # fmt: skip
+
+WORDS = {
+    "en": {
+        "what": "{from} -> {to}: {layers} layers of {experts} experts, top {top_k}",
+        "parameters": "parameters {dense_parameters:,} -> {parameters:,}",
+        "same": "output: the same, compared on a few tokens",
+        "other": "output: another one, a share of every expert was drawn anew",
+        "written": "written to {out}",
+        "again": "reproduce: {command}",
+        "with": "with {versions}",
+    },
+    "zh": {
+        "what": "{from} -> {to}：{layers} 层，每层 {experts} 个专家，取 {top_k} 个",
+        "parameters": "参数 {dense_parameters:,} -> {parameters:,}",
+        "same": "输出：不变，用几个 token 比对过",
+        "other": "输出：已改变，每个专家都有一部分重新抽取",
+        "written": "写入 {out}",
+        "again": "复现：{command}",
+        "with": "版本 {versions}",
+    },
+}
 
 
 def upcycle(
@@ -35,15 +56,18 @@ def upcycle(
     ] = None,
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of the router and of --noise.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print what was written as JSON.")] = False,
+    lang: Annotated[str, typer.Option(help="en or zh.")] = "en",
 ) -> int:
     """Make an MoE model of a dense one that computes the same, to train it further: Qwen3 -> Qwen3-MoE, Qwen2 ->
     Qwen2-MoE, Llama and Mistral -> Mixtral, OLMo 2 and 3 -> FlexOlmo. Plain transformers loads it.
     """
+    check_lang(lang)
     if out.exists():
         raise ValueError(f"--out {out} is there already: give a new folder")
     options = {"experts": experts, "k": k, "granularity": granularity, "noise": noise, "router_std": router_std}
     from moesaic.hf.load import quiet_transformers
     from moesaic.hf.upcycle import upcycle as upcycled
+    from moesaic.trace.shown import visible
 
     with quiet_transformers():
         dense = _load(model, experts, k, granularity)
@@ -54,11 +78,9 @@ def upcycle(
     if as_json:
         print_json({**said, "options": {**options, "seed": seed}, "out": str(out)})
         return 0
-    print(f"{said['from']} -> {said['to']}: {said['layers']} layers of {said['experts']} experts, top {said['top_k']}")
-    print(f"parameters {said['dense_parameters']:,} -> {said['parameters']:,}")
-    print("output: drawn anew in part, another one" if noise else "output: the same, compared on a few tokens")
-    print(f"written to {out}")
-    print(f"reproduce: {shlex.join(['moesaic', *sys.argv[1:]])}\nwith {said['versions']}")
+    facts = {**said, "out": out, "command": shlex.join(["moesaic", *sys.argv[1:]])}
+    for name in ("what", "parameters", "other" if noise else "same", "written", "again", "with"):
+        print(visible(WORDS[lang][name].format(**facts)))
     return 0
 
 

@@ -55,9 +55,10 @@ def test_all_but_the_mlps_is_carried_over_and_the_dense_model_stays(name):
     model = dense(name)
     model.generation_config.max_new_tokens = 7
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    moe = ms.upcycle(model.train(), experts=4, k=2, granularity=2)
+    model.train().model.layers[0].eval()  # as one that is frozen
+    moe = ms.upcycle(model, experts=4, k=2, granularity=2)
     assert moe.training
-    assert model.training
+    assert [layer.training for layer in model.model.layers] == [False, True, True]
     assert moe.generation_config.max_new_tokens == 7
     kept = {key: value for key, value in moe.state_dict().items() if ".mlp." not in key}
     assert kept.keys() == {key for key in before if ".mlp." not in key}
@@ -119,6 +120,7 @@ def test_an_upcycled_model_is_recorded_like_any_other():
         (dense, {"experts": 1}, "experts=1 leaves nothing to route: use 2 or more"),
         (dense, {"experts": 4, "k": 5}, "k=5 is not within 1 and experts=4: use 1 to 4"),
         (dense, {"noise": -0.1}, "noise=-0.1 is no share"),
+        (dense, {"router_std": -1.0}, "router_std=-1.0 is no deviation: use 0 or a positive number"),
     ],
 )  # fmt: skip
 def test_a_model_that_cannot_be_upcycled_is_refused(make, options, message):

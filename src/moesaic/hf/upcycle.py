@@ -225,16 +225,21 @@ def _check_same(model: Any, moe: Any) -> None:
     ids = torch.randint(model.config.vocab_size, (1, PROBE), generator=generator).to(model.device)
     implementation = moe.config._experts_implementation
     moe.set_experts_implementation("eager")  # the one that takes float64
-    logits = []
-    for each in (model, moe):
-        was_training = each.training
-        logits.append(each.eval()(input_ids=ids, use_cache=False).logits.double()[0])
-        each.train(was_training)
+    expected, found = _logits(model, ids), _logits(moe, ids)
     moe.set_experts_implementation(implementation)
-    expected, found = logits
     difference = ((found - expected).abs().amax(-1) / expected.abs().amax(-1)).median().item()
     if not difference <= CLOSE[model.dtype]:
         raise ValueError(
             f"{type(model).__name__} and {type(moe).__name__} differ by {difference:.1e} of the logits: "
             "give the model as transformers loads it"
         )
+
+
+def _logits(model: Any, ids: Tensor) -> Tensor:
+    """[T, vocabulary], in eval mode; every module is in the mode it was afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        return model.eval()(input_ids=ids, use_cache=False).logits.double()[0]
+    finally:
+        for module, training in modes:
+            module.training = training

@@ -52,6 +52,8 @@ def upcycled(
     check_upcycling(mlp, config, granularity)
     if not 0 <= noise <= 1:
         raise ValueError(f"noise={noise} is no share: use a number from 0 to 1")
+    if not 0 <= router_std < math.inf:
+        raise ValueError(f"router_std={router_std} is no deviation: use 0 or a positive number such as 0.02")
     scale = granularity / weight_sum(config, router_std=router_std)
     copies = config.n_routed_experts // granularity
 

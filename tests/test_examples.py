@@ -55,6 +55,15 @@ def test_a_block_of_transformers_is_replaced_without_a_change(run):
     assert float(difference[1]) < 1e-5
 
 
+def test_an_upcycled_model_starts_at_the_loss_of_the_dense_one_and_learns_on(run):
+    printed = run("upcycle.py", "--dense-steps", "40", "--steps", "30", "--granularity", "2")
+    dense, moe, dense_later, moe_later = (float(loss) for loss in re.findall(r"held-out loss ([\d.]+)", printed))
+    assert abs(moe - dense) < 1e-3
+    assert dense_later < dense - 0.05
+    assert moe_later < moe - 0.05
+    assert re.search(r"MaxVio of the last step by layer: [\d.]+, [\d.]+", printed)
+
+
 def test_the_routing_study_judges_every_layer_and_keeps_the_record(run, tmp_path):
     printed = run("routing_study.py")
     trace = ms.load(tmp_path / "routing.safetensors")

@@ -48,8 +48,8 @@ def test_a_short_run_writes_a_plain_folder_its_record_and_the_best_weights(short
 
     folder, report = short_run
     assert {path.name for path in folder.iterdir()} == {
-        "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
-        "training.json",
+        "config.json", "generation_config.json", "load.jsonl", "model.safetensors", "tokenizer.json",
+        "tokenizer_config.json", "training.json",
     }  # fmt: skip
     record = json.loads((folder / "training.json").read_text("utf-8"))
     assert record["finished"]

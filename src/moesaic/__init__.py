@@ -27,6 +27,7 @@ _HOMES = {
     "route": "moesaic.rules",
     "stats": "moesaic.trace.statistics.stats",
     "steps": "moesaic.trace.rule.steps",
+    "upcycle": "moesaic.hf.upcycle",
     "what_if": "moesaic.trace.reroute.what_if",
 }
 __all__ = list(_HOMES)

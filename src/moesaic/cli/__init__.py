@@ -21,6 +21,7 @@ from moesaic.cli.stats import stats
 from moesaic.cli.steps import steps
 from moesaic.cli.trace import trace
 from moesaic.cli.train import train
+from moesaic.cli.upcycle import upcycle
 from moesaic.cli.watch import watch
 from moesaic.cli.what_if import what_if
 
@@ -38,7 +39,7 @@ benches.command()(tune)
 for command in (demo, trace, steps, stats, diff, what_if, check):
     app.command()(command)
 app.command(name="import")(import_)
-for command in (models, train, watch, compare, doctor):
+for command in (models, train, watch, compare, upcycle, doctor):
     app.command()(command)
 app.add_typer(benches, name="bench")
 

@@ -251,7 +251,7 @@ class LoadMonitor(TrainerCallback):
             "kind": "run", "format": FORMAT, "version": VERSION, "time": round(time.time(), 3),
             "model": type(unwrapped(model)).__name__, "config": hashlib.sha256(configs.encode()).hexdigest()[:12],
             "after": step, "total_steps": self.total_steps, "every": self.every,
-            "command": shlex.join(sys.argv),
+            "command": shlex.join([_program(sys.argv[0]), *sys.argv[1:]]),
             "versions": {"moesaic": moesaic.__version__, "python": platform.python_version()}
             | {name: version(name) for name in ("torch", "transformers")},
             "layers": layers,
@@ -263,6 +263,11 @@ class LoadMonitor(TrainerCallback):
         if self._log is not None:
             self._log.close()
         self._counter = self._log = self._judge = self._pending = None
+
+
+def _program(path: str) -> str:
+    """How it was called: ours by its name, wherever it is installed; another script as it was given."""
+    return "moesaic" if Path(path).parent == Path(moesaic.__file__).parent or Path(path).name == "moesaic" else path
 
 
 def _is_first_rank() -> bool:

@@ -1,0 +1,148 @@
+"""`moesaic upcycle`: the folder of a dense model -> the folder of an MoE model with the same output."""
+
+import shlex
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from moesaic.cli.output import check_lang, print_json
+
+# carried over as they are: what belongs to the tokenizer, and the terms of the weights
+CARRIED = (
+    "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "spiece.model", "tekken.json",
+    "chat_template*", "LICENSE*", "NOTICE*",
+)  # fmt: skip
+
+WORDS = {
+    "en": {
+        "what": "{from} -> {to}: {layers} layers of {experts} experts, top {top_k}",
+        "parameters": "parameters {dense_parameters:,} -> {parameters:,}",
+        "same": "output: the same, compared on a few tokens",
+        "other": "output: another one, a share of every expert was drawn anew",
+        "written": "written to {out}",
+        "again": "reproduce: {command}",
+        "with": "with {versions}",
+    },
+    "zh": {
+        "what": "{from} -> {to}：{layers} 层，每层 {experts} 个专家，取 {top_k} 个",
+        "parameters": "参数 {dense_parameters:,} -> {parameters:,}",
+        "same": "输出：不变，用几个 token 比对过",
+        "other": "输出：已改变，每个专家都有一部分重新抽取",
+        "written": "写入 {out}",
+        "again": "复现：{command}",
+        "with": "版本 {versions}",
+    },
+}
+
+
+def upcycle(
+    model: Annotated[Path, typer.Argument(metavar="MODEL_DIR", help="The folder of a dense Hugging Face model.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the MoE model; must not be there yet.")],
+    experts: Annotated[int, typer.Option(help="Copies of every MLP.")] = 8,
+    k: Annotated[int, typer.Option("--k", help="Of these, how many a token visits.")] = 2,
+    granularity: Annotated[
+        int, typer.Option(help="Cut every copy into this many experts; a token visits as many times more.")
+    ] = 1,
+    noise: Annotated[
+        float, typer.Option(help="Share of every expert to draw anew; the output is then another one.")
+    ] = 0.0,
+    router_std: Annotated[
+        float | None,
+        typer.Option(help="Deviation of the router's weights; the config's initializer_range unless given."),
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of the router and of --noise.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print what was written as JSON.")] = False,
+    lang: Annotated[str, typer.Option(help="en or zh.")] = "en",
+) -> int:
+    """Make an MoE model of a dense one that computes the same, to train it further: Qwen3 -> Qwen3-MoE, Qwen2 ->
+    Qwen2-MoE, Llama and Mistral -> Mixtral, OLMo 2 and 3 -> FlexOlmo. Plain transformers loads it.
+    """
+    check_lang(lang)
+    if out.exists():
+        raise ValueError(f"--out {out} is there already: give a new folder")
+    options = {"experts": experts, "k": k, "granularity": granularity, "noise": noise, "router_std": router_std}
+    from moesaic.hf.load import quiet_transformers
+    from moesaic.hf.upcycle import upcycle as upcycled
+    from moesaic.trace.shown import visible
+
+    with quiet_transformers():
+        dense = _load(model, experts, k, granularity)
+        moe = upcycled(dense, **options, seed=seed)
+        said = _described(dense, moe)
+        del dense  # before writing, which may hold another copy of what it writes
+        _write(moe, model, out)
+    if as_json:
+        print_json({**said, "options": {**options, "seed": seed}, "out": str(out)})
+        return 0
+    facts = {**said, "out": out, "command": shlex.join(["moesaic", *sys.argv[1:]])}
+    for name in ("what", "parameters", "other" if noise else "same", "written", "again", "with"):
+        print(visible(WORDS[lang][name].format(**facts)))
+    return 0
+
+
+def _load(folder: Path, experts: int, k: int, granularity: int) -> Any:
+    """The dense model; refused from its config.json alone where that is enough."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from moesaic.hf.upcycle import check_sizes
+
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder}: no config.json there: give the folder of a Hugging Face model")
+    here: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+    try:
+        config = AutoConfig.from_pretrained(folder, **here)
+    except Exception as error:  # transformers raises many kinds
+        raise ValueError(f"{folder}: its config.json cannot be read ({_first_line(error)})") from None
+    try:
+        check_sizes(config, experts, k, granularity)
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from None
+    try:
+        model, found = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", output_loading_info=True, **here)
+    except Exception as error:  # transformers, safetensors and torch each raise their own kinds
+        raise ValueError(f"{folder}: the model cannot be loaded ({_first_line(error)})") from None
+    if missing := sorted(found["missing_keys"]):
+        raise ValueError(f"{folder}: weights are incomplete, {len(missing)} are missing, such as {missing[0]}")
+    return model
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
+def _described(dense: Any, moe: Any) -> dict[str, Any]:
+    from importlib.metadata import version
+
+    from moesaic import __version__
+    from moesaic.hf.modules import moe_layers
+
+    layers = moe_layers(moe)
+    packages = [f"{name} {version(name)}" for name in ("torch", "transformers")]
+    return {
+        "from": type(dense).__name__,
+        "to": type(moe).__name__,
+        "layers": len(layers),
+        "experts": layers[0].config.n_routed_experts,
+        "top_k": layers[0].config.num_experts_per_tok,
+        "dense_parameters": dense.num_parameters(),
+        "parameters": moe.num_parameters(),
+        "versions": ", ".join([f"moesaic {__version__}", *packages]),
+    }
+
+
+def _write(moe: Any, source: Path, out: Path) -> None:
+    """All of the folder, or nothing: it gets its name when it is complete."""
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as place:
+            part = Path(place) / "model"
+            moe.save_pretrained(part)
+            for file in sorted({file for pattern in CARRIED for file in source.glob(pattern) if file.is_file()}):
+                shutil.copyfile(file, part / file.name)
+            part.rename(out)
+    except OSError as error:
+        raise ValueError(f"--out {out}: cannot be written ({error.strerror}): give another folder") from None

@@ -156,6 +156,7 @@ def _run(out: Path, record: dict[str, Any], recipe: Recipe, *, progress: bool) -
         DeepseekV3ForCausalLM(SIZES[record["size"]]()) if last is None else DeepseekV3ForCausalLM.from_pretrained(last)
     )
     keep = KeepBest(HeldOut(tokenizer, max_windows=recipe.held_out_windows), out, record, every=recipe.evaluate_every)
+    balances = BALANCES[recipe.balance](recipe)
     monitor = LoadMonitor(out, every=LOGGED, loads=True, resume=True)
     checkpoints, bar = Checkpoints(out), ProgressBar(disable=not progress)
     trainer = Trainer(
@@ -163,10 +164,10 @@ def _run(out: Path, record: dict[str, Any], recipe: Recipe, *, progress: bool) -
         args=_arguments(out, seed, recipe),
         train_dataset=mixture,
         optimizers=(Muon(model, lr=recipe.learning_rate), None),
-        callbacks=[*BALANCES[recipe.balance](recipe), monitor, keep, checkpoints, bar],
+        callbacks=[*balances, monitor, keep, checkpoints, bar],
     )
     trainer.remove_callback(PrinterCallback)
-    with bar.shown, checkpoints.saving_on_interrupt():
+    with bar.shown, checkpoints.saving_on_interrupt(), closing(*balances, monitor):
         trainer.train(resume_from_checkpoint=None if last is None else str(last))
     if checkpoints.interrupted and trainer.state.global_step < recipe.steps:
         raise KeyboardInterrupt(f"after step {trainer.state.global_step}")
@@ -177,6 +178,16 @@ def _run(out: Path, record: dict[str, Any], recipe: Recipe, *, progress: bool) -
     for path in out.glob("checkpoint-*"):
         shutil.rmtree(path)
     return report
+
+
+@contextmanager
+def closing(*watchers: Any) -> Generator[None]:
+    """Detach them at the end: the Trainer tells no callback of an error."""
+    try:
+        yield
+    finally:
+        for watcher in watchers:
+            watcher.detach()
 
 
 def _arguments(out: Path, seed: int, recipe: Recipe) -> "TrainingArguments":

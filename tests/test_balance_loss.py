@@ -110,8 +110,11 @@ def test_checkpointing_of_both_kinds_gives_the_same_gradient(kind, reentrant):
         return sum(model(**part(batch, rows)).loss for rows in (slice(0, 1), slice(1, 4)))
 
     def outside(model, balance):
-        inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-        return balance(ForCausalLMLoss(model(**inputs).logits, batch["labels"], 64))
+        """Two forwards of as many tokens, of which other ones are padding, in one loss."""
+        halves = [part(batch, rows) for rows in (slice(0, 2), slice(2, 4))]
+        labels = [half.pop("labels") for half in halves]
+        logits = [model(**half).logits for half in halves]
+        return balance(sum(ForCausalLMLoss(*pair, 64) for pair in zip(logits, labels, strict=True)))
 
     found = []
     for checkpointed in (False, True):
@@ -237,6 +240,15 @@ def test_a_backward_without_a_loss_that_is_known_is_an_error(reentrant):
     with pytest.raises(ValueError, match=r"does not know the scale of this backward.*loss = balance_loss\(loss\)"):
         model(**batch).logits.square().mean().backward()
     model(**batch).loss.backward()
+
+
+def test_the_scale_of_one_backward_does_not_serve_the_next():
+    model, batch = model_of(), batch_of()
+    attached("switch", model)
+    output = model(**batch)
+    output.loss.backward(retain_graph=True)
+    with pytest.raises(ValueError, match="does not know the scale of this backward"):
+        output.logits.square().mean().backward()
 
 
 def test_forwards_that_do_not_train_take_no_part():
@@ -365,7 +377,8 @@ def test_a_sequence_that_cannot_be_told_is_an_error():
     balance.detach()
     balance = attached("switch", model)
     x = torch.randn(2, 5, 32, dtype=torch.float64, requires_grad=True)
-    balance(layer(x).sum()).backward()
+    for _ in range(2):  # each a forward of its own
+        balance(layer(x).sum()).backward()
     balance.step()
     assert list(balance.values) == ["model.layers.1.mlp"]
 

@@ -26,7 +26,8 @@ def switch_loss(routing: Routing, config: MoEConfig, *, mask: Mask = None) -> Fl
 
     f_i = E / (K T) * sum_t [t was sent to i],  P_i = 1/T * sum_t p_it, both of these tokens.
     """
-    return (chosen_share(routing, config, mask) * mean_score(routing, config, mask)).sum()
+    p = mean_score(routing, config, mask)
+    return (chosen_share(routing, config, mask).to(p) * p).sum()
 
 
 def sequence_loss(
@@ -81,8 +82,9 @@ def device_loss(
     the config's n_group unless given.
     """
     d = devices(config, n_devices)
+    p = mean_score(routing, config, mask).unflatten(0, (d, -1)).sum(-1)
     f = chosen_share(routing, config, mask).unflatten(0, (d, -1)).mean(-1)
-    return (f * mean_score(routing, config, mask).unflatten(0, (d, -1)).sum(-1)).sum()
+    return (f.to(p) * p).sum()
 
 
 def communication_loss(
@@ -150,10 +152,10 @@ def mean_score(routing: Routing, config: MoEConfig, mask: Mask = None) -> Float[
 
 
 def chosen_share(routing: Routing, config: MoEConfig, mask: Mask = None) -> Float[Tensor, " E"]:
-    """f: assignments per expert over those at perfect balance, from the ids that were used."""
-    ids, logits = masked_ids(routing, config, mask), wide_logits(routing, mask)
-    load = expert_load(ids, config.n_routed_experts).to(logits)
-    return load * config.n_routed_experts / (ids.shape[-1] * token_count(logits, mask))
+    """f: assignments per expert over those at perfect balance, from the ids that were used; float64, as counts are."""
+    ids = masked_ids(routing, config, mask)
+    load = expert_load(ids, config.n_routed_experts).double()
+    return load * config.n_routed_experts / (ids.shape[-1] * token_count(load, mask, len(ids)))
 
 
 def wide_logits(routing: Routing, mask: Mask) -> Float[Tensor, "T E"]:
@@ -170,10 +172,11 @@ def masked_ids(routing: Routing, config: MoEConfig, mask: Mask) -> Int[Tensor, "
     return ids if mask is None else ids.masked_fill(~mask.unsqueeze(-1), config.n_routed_experts)
 
 
-def token_count(like: Float[Tensor, "T E"], mask: Mask) -> Float[Tensor, ""]:
-    """How many tokens there are, at least 1, so that nothing divides by 0."""
-    n_tokens = like.new_full((), len(like)) if mask is None else mask.sum().to(like.dtype)
-    return n_tokens.clamp_min(1)
+def token_count(like: Float[Tensor, "*any"], mask: Mask, n_tokens: int | None = None) -> Float[Tensor, ""]:
+    """How many tokens there are, at least 1, so that nothing divides by 0. Without a mask the rows of `like`."""
+    if mask is not None:
+        return mask.sum().to(like.dtype).clamp_min(1)
+    return like.new_full((), max(1, len(like) if n_tokens is None else n_tokens))
 
 
 def devices(config: MoEConfig, n_devices: int | None) -> int:

@@ -1,6 +1,5 @@
 """A balancing loss for any model: its gradient joins at the routers, the loss that is reported stays the task's."""
 
-import sys
 import warnings
 from contextlib import ExitStack
 from functools import partial
@@ -84,8 +83,7 @@ class BalanceLoss(TrainerCallback):
                     f"{type(model).__name__} has a BalanceLoss of kind {self.kind!r} already: its gradient would count "
                     "twice; call its detach() first"
                 )
-        if "torch._dynamo" in sys.modules:  # hooks that come after a graph was compiled are not noticed by its guards
-            torch.compiler.reset()
+        torch.compiler.reset()  # guards of graphs that were compiled before do not notice hooks that come after
         ledger = Ledger(
             lambda: self.alpha,
             sums_load=self.kind == "global_batch",

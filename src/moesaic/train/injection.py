@@ -157,7 +157,7 @@ class Ledger:
         if by_hand:
             self._untied.clear()
             for call in calls:
-                call.by_hand = True
+                call.by_hand, call.over = True, call.over or not self._running
         number = next(_numbers)
         _remember(self._notes, number, (calls, by_hand, share))
         return number
@@ -272,7 +272,8 @@ IMPLEMENTATIONS = {
     "balance_noted": (_noted, lambda _key, _note, grad: torch.empty_like(grad)),
 }
 for name, (implementation, fake) in IMPLEMENTATIONS.items():
-    torch.library.impl(f"moesaic::{name}", "CompositeExplicitAutograd")(implementation)
+    # what a ledger does is for no graph: frames of an eager call between two graphs would be traced too
+    torch.library.impl(f"moesaic::{name}", "CompositeExplicitAutograd")(torch.compiler.disable(implementation))
     torch.library.register_fake(f"moesaic::{name}")(fake)
 
 

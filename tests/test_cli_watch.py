@@ -171,16 +171,20 @@ def test_a_low_terminal_shows_the_layers_farthest_from_chance_and_says_how_many_
     assert sum(line.strip().startswith("layers.") for line in rendered(log, now=50.0)) == 41  # and the strip's title
 
 
-def test_a_narrow_terminal_shows_fewer_columns_and_cuts_none(tmp_path):
+@pytest.mark.parametrize("lang", ["en", "zh"])
+def test_a_narrow_terminal_shows_fewer_columns_and_cuts_none(tmp_path, lang):
     log = read_log(healthy(tmp_path, load=[[0, 4, 8, 2], [0] * 4]))
-    for lang in ("en", "zh"):
-        for width in (50, 72, 80, 100, 160):
-            lines = rendered(log, now=50.0, width=width, lang=lang)
-            assert "…" not in "".join(lines)
-            row = next(line for line in lines if line.split()[:1] == ["a"])
-            assert ("▁▁▁" in row) == (width >= 80)
-            assert ("e2 2.00x" in row) == (width >= 72)
-            assert ("-0.100" in row) == (width >= 160)
+    given_up = ("-0.100 +0.100", "e0 0.00x", "▁▁▁", "e2 2.00x")  # one after the other
+    shown = []
+    for width in range(46, 130):
+        lines = rendered(log, now=50.0, width=width, lang=lang)
+        assert "…" not in "".join(lines)
+        row = next(line for line in lines if line.split()[:1] == ["a"])
+        assert ".10–.50" in row
+        shown.append(sum(column in row for column in given_up))
+        assert all(column in row for column in given_up[len(given_up) - shown[-1] :])
+    assert sorted(set(shown)) == [0, 1, 2, 3, 4]
+    assert shown == sorted(shown)
 
 
 def test_a_strip_of_experts_over_steps_is_drawn_of_the_worst_layer_where_it_fits(tmp_path):

@@ -71,9 +71,10 @@ class Judge:
         self._first = step - steps + 1 if self._first is None else self._first
         self._steps += steps
         self._loads = [a + b for a, b in zip(self._loads, loads, strict=True)] if self._loads else list(loads)
-        alerts = [alert for alert in self._drifts(step, biases) if alert]
-        enough = all(load.sum() >= DUE * len(load) for load in self._loads if load.any())
-        if self._steps < SUSTAINED or not enough or not any(load.any() for load in self._loads):
+        alerts = self._drifts(step, biases)
+        if self._steps < SUSTAINED or not any(load.any() for load in self._loads):
+            return None, alerts
+        if any(0 < load.sum() < DUE * len(load) for load in self._loads):
             return None, alerts
         statuses, found = self._judge(step, rules)
         line = {"kind": "verdict", "step": step, "from": self._first, "status": statuses}

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from importlib.metadata import version
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,10 @@ from transformers import TrainerCallback
 
 import moesaic
 from moesaic.config import MoEConfig
-from moesaic.hf.modules import MoELayer, moe_layers, unwrapped, with_sizes
+from moesaic.hf.modules import BiasHome, MoELayer, bias_home, moe_layers, unwrapped, with_sizes
 from moesaic.train.counting import LoadCounter
 from moesaic.train.monitor.alerts import Alert, Judge
-from moesaic.train.monitor.numbers import bias_numbers, load_numbers
+from moesaic.train.monitor.numbers import load_numbers, read_biases
 from moesaic.train.monitor.run_log import FORMAT, VERSION, LogWriter, check_writable, log_path, open_log
 from moesaic.train.monitor.trackers import Send, scalars, sender
 
@@ -86,6 +87,7 @@ class LoadMonitor(TrainerCallback):
         self.steps = 0
         self._counter: LoadCounter | None = None
         self._layers: list[MoELayer] = []
+        self._homes: list[BiasHome | None] = []
         self._rules: list[MoEConfig] = []
         self._chosen: dict[str, int] | None = None  # how many experts a token was given when the rules were made
         self._log: LogWriter | None = None
@@ -100,6 +102,7 @@ class LoadMonitor(TrainerCallback):
         """Count the model's training forwards from now on. step: how many were done before, in a run that goes on."""
         self._release()
         self._layers = moe_layers(model)
+        self._homes = [None if x.router is None else bias_home(x.router, x.block) for x in self._layers]
         header = self._header(model, step)
         problem = self._open(header, step) if _is_first_rank() else None
         if problem := _shared(problem):
@@ -161,9 +164,11 @@ class LoadMonitor(TrainerCallback):
         assert self._counter is not None
         if self.steps % self.every:
             return
-        flat = torch.cat(list(self._counter.take(self.group).values())).cpu().numpy()
-        ends = np.cumsum([layer.config.n_routed_experts for layer in self._layers])[:-1]
-        self._pending = (self.steps, self.steps - self._written, np.split(flat, ends), _biases(self._layers))
+        parts = list(self._counter.take(self.group).values())
+        flat = torch.cat(parts).cpu().numpy()  # one transfer
+        ends = [0, *accumulate(len(part) for part in parts)]
+        loads = [flat[start:end] for start, end in pairwise(ends)]
+        self._pending = (self.steps, self.steps - self._written, loads, read_biases(self._homes))
         self._written = self.steps
 
     def _write(self) -> None:
@@ -241,7 +246,7 @@ class LoadMonitor(TrainerCallback):
         return None
 
     def _header(self, model: nn.Module, step: int) -> dict[str, Any]:
-        rows = zip(self._layers, _biases(self._layers), strict=True)
+        rows = zip(self._layers, read_biases(self._homes), strict=True)
         layers = [
             {"name": x.name, "experts": x.config.n_routed_experts, "config": x.config.digest(), "bias": bias}
             for x, bias in rows
@@ -282,18 +287,6 @@ def _shared(problem: str | None) -> str | None:
     told = [problem]
     torch.distributed.broadcast_object_list(told, src=0)
     return told[0]
-
-
-@torch.no_grad()
-def _biases(layers: Sequence[MoELayer]) -> list[Any]:
-    """[least, greatest, mean] of the bias of each layer, None where it has none: one transfer from the device."""
-    found = [layer.bias for layer in layers]
-    there = [bias.detach().float() for bias in found if bias is not None]
-    if not there:
-        return bias_numbers([None] * len(layers))
-    values = torch.cat([bias.to(there[0].device) for bias in there]).cpu().numpy()
-    parts = iter(np.split(values, np.cumsum([bias.numel() for bias in there])[:-1]))
-    return bias_numbers([None if bias is None else next(parts) for bias in found])
 
 
 def _as_json(loss: float | None) -> float | str | None:

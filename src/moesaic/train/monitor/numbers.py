@@ -6,8 +6,10 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
+import torch
 
 from moesaic.config import MoEConfig
+from moesaic.hf.modules import BiasHome
 from moesaic.trace.chance.bands import Band, bands_between
 
 PERCENTILES = (0, 25, 50, 75, 90, 95, 100)
@@ -79,11 +81,24 @@ def _chance(rule: MoEConfig, n_tokens: int) -> dict[str, Band]:
     return dict(bands_between(rule, n_tokens))
 
 
-def bias_numbers(biases: Sequence[np.ndarray | None]) -> list[list[float | None] | None]:
-    """[least, greatest, mean] of each layer's bias; None where it has none, and for a value that is not finite."""
-    return [None if bias is None else [finite(bias.min()), finite(bias.max()), finite(bias.mean())] for bias in biases]
+@torch.no_grad()
+def read_biases(homes: Sequence[BiasHome | None]) -> list[Any]:
+    """[least, greatest, mean] of the bias of each layer, None where it has none: one transfer from the device."""
+    found: list[Any] = [None if home is None else home.bias for home in homes]
+    whole = [bias.full_tensor() if hasattr(bias, "full_tensor") else bias for bias in found if bias is not None]
+    if not whole:  # FSDP2 shards parameters, and every rank has to ask for all of them
+        return [None] * len(homes)
+    values = torch.cat([bias.flatten().float().to(whole[0].device) for bias in whole]).cpu().numpy()
+    numbers = iter(bias_numbers(values, [bias.numel() for bias in whole]))
+    return [None if bias is None else next(numbers) for bias in found]
 
 
-def finite(value: float, digits: int = 6) -> float | None:
-    """The value as JSON can hold it."""
-    return round(float(value), digits) if np.isfinite(value) else None
+def bias_numbers(values: np.ndarray, sizes: Sequence[int]) -> list[list[float | None]]:
+    """[least, greatest, mean] of biases that lie one after the other; None for a value that is not finite."""
+    if not sizes:
+        return []
+    starts = np.cumsum([0, *sizes[:-1]])
+    sums = np.add.reduceat(values, starts, dtype=np.float64)
+    found = np.stack([np.minimum.reduceat(values, starts), np.maximum.reduceat(values, starts), sums / sizes], axis=1)
+    rows = found.round(6).tolist()
+    return rows if np.isfinite(found).all() else [[x if math.isfinite(x) else None for x in row] for row in rows]

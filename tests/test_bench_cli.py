@@ -33,7 +33,8 @@ def run(monkeypatch, capsys, tmp_path):
 ONE_CELL = ("--shape", "tiny", "--tokens", "24", "--dtype", "float32", "--mode", "forward", "--routing", "balanced")
 
 
-def test_smoke_measures_every_mode_and_writes_both_files(tmp_path):
+def test_smoke_measures_every_mode_and_writes_both_files(tmp_path, monkeypatch):
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)  # the demo sets it, in this process too
     command = [sys.executable, "-m", "moesaic", "bench", "--smoke", "--threads", "1", "--out", "out"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
     assert done.returncode == 0, done.stderr

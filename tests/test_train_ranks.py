@@ -23,7 +23,7 @@ class Block(nn.Module):
         self.gate.register_buffer("e_score_correction_bias", torch.zeros(E))
 
     def forward(self, ids):
-        return self.experts(None, ids, torch.ones(ids.shape))
+        return self.experts(torch.zeros(len(ids), 1), ids, torch.ones(ids.shape))
 
 
 def one_rank(rank: int, rendezvous: str, results) -> None:

@@ -16,7 +16,7 @@ from moesaic.train.comparing.runs import Balance, Run, Spread, by_balance
 
 WORDS: dict[str, dict[str, Any]] = {
     "en": {
-        "runs": ("run", "balance", "seed", "steps", "loss", "loss over steps", "MaxVio", "MaxVio over steps"),
+        "runs": ("run", "balance", "seed", "steps", "loss", "over steps", "MaxVio", "over steps"),
         "balances": ("balance", "seeds", "steps", "loss", "against {first}", "MaxVio", "unused", "domain bits"),
         "caption": (
             "mean ± standard deviation over seeds, on held-out text",
@@ -28,7 +28,7 @@ WORDS: dict[str, dict[str, Any]] = {
         "unfinished": "not finished, so not in this table: {names}",
     },
     "zh": {
-        "runs": ("运行", "均衡方法", "种子", "步数", "损失", "损失变化", "MaxVio", "MaxVio 变化"),
+        "runs": ("运行", "均衡方法", "种子", "步数", "损失", "变化", "MaxVio", "变化"),
         "balances": ("均衡方法", "种子数", "步数", "损失", "相对 {first}", "MaxVio", "闲置专家", "领域信息"),
         "caption": (
             "留出集上各种子的均值 ± 标准差",
@@ -46,10 +46,10 @@ def runs_table(runs: Sequence[Run], lang: str = "en") -> Table:
     """Every run with its last numbers and how they got there."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for head in words_of(WORDS, lang)["runs"]:
-        table.add_column(head, justify="left" if "steps" in head or "变化" in head else "default", overflow="fold")
+        table.add_column(head, no_wrap=True)
     for run in runs:
         loss, vio = run.loss[-1], run.worst_vio[-1]
-        done = f"{run.steps[-1]} / {run.planned}"
+        done = f"{run.steps[-1]}/{run.planned}"
         table.add_row(
             visible(run.name, 40), run.balance, str(run.seed), done, f"{loss:.3f}", _line(run.loss),
             f"{vio:.2f}", _line(run.worst_vio),
@@ -95,4 +95,4 @@ def _spread(spread: Spread, digits: int, sign: str = "") -> str:
 
 
 def _line(values: Float[np.ndarray, " N"]) -> str:
-    return sparkline(torch.from_numpy(values), 16)
+    return sparkline(torch.from_numpy(values), 10)

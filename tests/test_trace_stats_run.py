@@ -15,6 +15,8 @@ from rich.console import Console
 import moesaic as ms
 from moesaic import rules
 from moesaic.trace.chance.placement import distinct_places, place_experts, read_placement
+from moesaic.trace.compare.diff_table import diff_table
+from moesaic.trace.reroute.what_if_table import what_if_table
 from moesaic.trace.statistics.measures import MEANINGS, meaning
 from moesaic.trace.statistics.stats import STATUSES, layer_report, stats
 from moesaic.trace.statistics.tables import stats_tables
@@ -378,6 +380,31 @@ def test_a_single_layer_is_spoken_of_in_the_singular(n_tokens, en, zh):
     )  # fmt: skip
     assert stats(one).verdict("en").startswith(en)
     assert stats(one).verdict("zh").startswith(zh)
+
+
+@pytest.mark.parametrize("lang", ["en", "zh"])
+def test_a_layer_without_a_name_is_the_layer_and_never_nothing(lang):
+    config = ms.MoEConfig(hidden_size=16, moe_intermediate_size=8, n_routed_experts=8, num_experts_per_tok=2)
+    layer = ms.MoE(config)
+    layer.gate.e_score_correction_bias[0] = 0.1
+
+    def recorded(n_tokens):
+        with ms.record(layer, detail="scores") as rec, torch.no_grad():
+            layer(torch.randn(n_tokens, 16))
+        return rec.trace
+
+    trace, word = recorded(2000), {"en": "the layer", "zh": "该层"}[lang]
+    run = stats(trace)
+    assert run.is_sick
+    said = {"en": "The one layer is imbalanced: e0 at ", "zh": "仅有的一层不均衡：e0 为均值的 "}[lang]
+    assert run.verdict(lang).startswith(said)
+    few = stats(recorded(9)).verdict(lang)
+    assert {"en": "per expert): the layer.", "zh": "次分配）：该层。"}[lang] in few
+    tables = [stats_tables(run, lang), diff_table(ms.diff(trace, trace), lang), what_if_table(ms.what_if(trace), lang)]
+    for table in tables:
+        assert word in shown(table)
+    assert word in ms.steps(trace)._repr_html_()
+    assert repr(run.layers[0]).startswith("LayerReport(the layer: imbalanced")
 
 
 def test_layers_of_one_short_name_are_told_apart():

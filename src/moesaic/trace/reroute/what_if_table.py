@@ -124,7 +124,7 @@ def _cells(found: WhatIf, lang: str) -> tuple[list[str], list[list[str]]]:
     columns = words_of(WORDS, lang)["columns"]
     heads = [head for name, head in columns.items() if name in places or name not in ("groups", "nodes")]
     rows = []
-    for name, row in zip(short_layers(found.before.layers), found.by_layer(), strict=True):
+    for name, row in zip(short_layers(found.before.layers, lang), found.by_layer(), strict=True):
         rows.append([
             name,
             f"{row['flipped'] / row['tokens']:.1%}" if row["tokens"] else "–",

@@ -39,7 +39,7 @@ def load_table(reports: Sequence[LayerReport], lang: str = "en") -> Table:
     table.add_column(words["load"][0], overflow="fold")
     for head in words["load"][1 : 2 + len(names)]:
         table.add_column(head, justify="right", no_wrap=True)
-    for index, (layer, report) in enumerate(zip(short_layers([r.layer for r in reports]), reports, strict=True)):
+    for index, (layer, report) in enumerate(zip(short_layers([r.layer for r in reports], lang), reports, strict=True)):
         name = Text(f"{index}  {layer}\n")
         name.append(report.verdict(lang), style=STYLES[report.status])
         cells = [_measure(report.measures.get(measure), measure, words) for measure in names]
@@ -53,7 +53,7 @@ def preference_table(
     """Per layer and domain, the experts that prefer it beyond chance, strongest first, at most `most` of them."""
     words, found = words_of(WORDS, lang), preferences.found(alpha)
     n_layers, n_experts = found.shape
-    shown_layers = short_layers(layers)
+    shown_layers = short_layers(layers, lang)
     caption = words["test"].format(
         p=preferences.permutations, n=preferences.n_sequences, t=n_layers * n_experts, a=alpha
     )

@@ -16,7 +16,7 @@ WORDS = {
         "sick": {"collapsed": "collapsed", "dead": "with dead experts", "imbalanced": "imbalanced"},
         "layers": ("{n} of {all} layers {what}: ", "The one layer is {what}: "),
         "one": {"dead": "The one layer has dead experts: "},
-        "each": "{layer} {verdict}{experts}", "and": "; ", "more": "; and {n} more",
+        "each": "{layer} {verdict}{experts}", "only": "{verdict}{experts}", "and": "; ", "more": "; and {n} more",
         "end": ".", "colon": ": ",
         "sits": " (all load sits on {e})", "carry": " (99 % of the load sits on {e})", "are": " ({e})",
         "chance": ("{n} of {all} layers within chance", "The one layer is within chance",
@@ -38,8 +38,8 @@ WORDS = {
         "sick": {"collapsed": "坍缩", "dead": "有专家从未被选中", "imbalanced": "不均衡"},
         "layers": ("{all} 层中有 {n} 层{what}：", "仅有的一层{what}："),
         "one": {},
-        "each": "{layer}：{verdict}{experts}", "and": "；", "more": "；另有 {n} 层", "end": "。",
-        "colon": "：",
+        "each": "{layer}：{verdict}{experts}", "only": "{verdict}{experts}",
+        "and": "；", "more": "；另有 {n} 层", "end": "。", "colon": "：",
         "sits": "（全部负载落在 {e} 上）", "carry": "（99% 的负载落在 {e} 上）", "are": "（{e}）",
         "chance": ("{all} 层中有 {n} 层在随机范围内", "仅有的一层在随机范围内", "：没有专家的份额偏离得超出随机。"),
         "balanced": ("{all} 层中有 {n} 层均衡", "仅有的一层均衡", "：超出随机，但幅度很小。"),
@@ -78,7 +78,7 @@ def run_verdict(
     for report in reports:
         by_status.setdefault(report.status, []).append(report)
     every = [*(report.layer for report in reports), *missing]
-    names = dict(zip(every, short_layers(every), strict=True))
+    names = dict(zip(every, short_layers(every, lang), strict=True))
 
     def say(key: str, n: int, **values: Any) -> str:
         several, one, rest = words[key]
@@ -109,7 +109,9 @@ def _sick(reports: Sequence["LayerReport"], status: str, count: int, names: dict
     head = words["one"].get(status, words["layers"][1]) if count == 1 else words["layers"][0]
     head = head.format(n=len(reports), all=count, what=words["sick"][status])
     each = [
-        words["each"].format(layer=names[r.layer], verdict=_detail(r, lang), experts=_experts(r, words))
+        words["each" if r.layer or count > 1 else "only"].format(
+            layer=names[r.layer], verdict=_detail(r, lang), experts=_experts(r, words)
+        )
         for r in worst[:NAMED]
     ]
     more = words["more"].format(n=len(worst) - NAMED) if len(worst) > NAMED else ""

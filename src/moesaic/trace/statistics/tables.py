@@ -57,7 +57,7 @@ def numbers_table(stats: Stats, lang: str = "en") -> Table:
 
     words = words_of(WORDS, lang)
     found, every = overall(stats), [report.layer for report in stats.layers]
-    names = dict(zip(every, short_layers(every), strict=True))
+    names = dict(zip(every, short_layers(every, lang), strict=True))
     caption = words["facts"].format(chance=words["chance"], sample=words["sample"])
     table = Table(box=box.SIMPLE_HEAD, caption=Text(caption), caption_justify="left", pad_edge=False)
     for head, justify in zip(words["numbers"], ("left", "right", "right", "left", "left"), strict=True):
@@ -79,7 +79,7 @@ def layers_table(stats: Stats, lang: str = "en") -> Table:
     table = Table(box=box.SIMPLE_HEAD, caption=words["columns"], caption_justify="left", pad_edge=False)
     for head, justify in zip(words["layers"], ("left", "left", *["right"] * 3, "left", "left"), strict=True):
         table.add_column(head, justify=justify, overflow="fold")  # type: ignore[arg-type]
-    names = short_layers([*(report.layer for report in stats.layers), *stats.missing])
+    names = short_layers([*(report.layer for report in stats.layers), *stats.missing], lang)
     for name, report in zip(names, stats.layers, strict=False):
         judged = math.isfinite(report.p_value)
         table.add_row(
@@ -103,7 +103,7 @@ def coselection_table(found: Coselection, lang: str = "en", most: int = 10) -> R
     table = Table(box=box.SIMPLE_HEAD, caption=note, caption_justify="left", pad_edge=False)
     for head, justify in zip(words["pairs"], ("left", "left", *["right"] * 4), strict=True):
         table.add_column(head, justify=justify)  # type: ignore[arg-type]
-    for index, name in enumerate(short_layers(found.layers)):
+    for index, name in enumerate(short_layers(found.layers, lang)):
         pairs = [pair for pair in found.pairs if pair.layer == index]
         for pair in pairs[:most]:
             table.add_row(
@@ -122,7 +122,7 @@ def stability_table(found: Stability, lang: str = "en") -> RenderableType:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for head, justify in zip(words["stable"], ("left", *["right"] * 6), strict=True):
         table.add_column(head, justify=justify)  # type: ignore[arg-type]
-    for index, name in enumerate(short_layers(found.layers)):
+    for index, name in enumerate(short_layers(found.layers, lang)):
         cells: list[str] = []
         for measure in (found.same_set[index], found.jaccard[index], found.load_correlation[index]):
             cells += [short(measure.value), band_text(measure)] if measure.is_known else [words["no_data"], ""]

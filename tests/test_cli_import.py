@@ -55,6 +55,9 @@ def test_files_are_labels_and_json_is_json(run):
     code, out, err = run("import", "vllm", "prose.npy", "code.npy", "--config", ".", "--json")
     assert (code, err) == (0, "")
     found = json.loads(out)
+    assert list(found)[:4] == ["moesaic", "torch", "command", "records"]
+    assert found["command"] == "moesaic import vllm prose.npy code.npy --config . --json"
+    assert [record["file"] for record in found["records"]] == ["run.safetensors"]
     assert found["labels"] == {"prose": 1, "code": 1}
     assert (found["format"], found["tokens"], found["documents"], found["detail"]) == ("vllm", 9, 2, "ids")
     assert found["notes"] == []
@@ -109,7 +112,8 @@ def test_where_only_sizes_are_known_no_config_is_named(run):
     assert out.endswith(", no config: only sizes are known\n")
     assert "with moesaic " in out
     assert run("import", "vllm", "prose.npy", "--experts", "16", "--lang", "zh")[1].endswith("，没有配置：只知道尺寸\n")
-    assert json.loads(run("import", "vllm", "prose.npy", "--experts", "16", "--json")[1])["config"] is None
+    found = json.loads(run("import", "vllm", "prose.npy", "--experts", "16", "--json")[1])
+    assert (found["config"], found["records"][0]["config"]) == (None, None)
     digest = load("run.safetensors").configs[0].digest()
     run("import", "vllm", "prose.npy", "--config", ".")
     assert load("run.safetensors").configs[0].digest() != digest

@@ -73,6 +73,9 @@ def test_a_preset_is_our_gate_and_passes_strictly():
 def test_json_is_one_strict_document():
     result = run(TINY, "--json", "--level", "wrong")
     document = json.loads(result.stdout, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    assert list(document)[:4] == ["moesaic", "torch", "command", "records"]
+    assert document["command"].startswith("moesaic ")
+    assert document["records"] == []
     assert document["conforms"] is True
     assert document["config"]["n_routed_experts"] == 32
     assert {r["level"] for r in document["results"]} == {"wrong"}

@@ -43,6 +43,7 @@ def import_(
     if any(out.exists() and file.exists() and out.samefile(file) for file in files):
         raise ValueError(f"--out {out} is one of the files to read: give another name")
     replaces = check_target(out)
+    from moesaic.cli.provenance import provenance
     from moesaic.trace.imports import READERS, read_target
 
     trace, notes = READERS[source](files, read_target(config, experts))
@@ -50,7 +51,7 @@ def import_(
     size = Size(len(trace), trace.n_sequences)
     said = [getattr(note, lang) for note in notes]
     if as_json:
-        print_json({"format": source, **described(trace, size, out), "notes": said})
+        print_json(provenance((out, trace)) | {"format": source, **described(trace, size, out), "notes": said})
     else:
         for note in said:  # our own words and numbers, nothing of the files
             print(f"! {note}")

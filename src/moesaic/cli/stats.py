@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from moesaic.cli.output import check_lang, print_json, say_how_again
+from moesaic.cli.output import check_lang, print_json, progress, say_how_again
 
 if TYPE_CHECKING:
     from moesaic.trace.store import Trace
@@ -61,7 +61,6 @@ def stats(
     if nodes is not None and placement is not None:
         raise ValueError("--nodes and --placement are both given: use one of them")
     from moesaic.cli.provenance import provenance
-    from moesaic.cli.trace import progress
     from moesaic.trace.chance.placement import read_placement
     from moesaic.trace.file.reader import load
     from moesaic.trace.statistics.coselection import coselection as pairs_of

@@ -3,18 +3,14 @@
 import gc
 import shlex
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
-from moesaic.cli.output import check_lang, config_of, print_json, say_how_again
+from moesaic.cli.output import check_lang, config_of, print_json, progress, say_how_again
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from moesaic.trace.store import Trace
 
 DETAILS = ("ids", "picks", "scores")
@@ -79,6 +75,7 @@ def trace(
     if detail not in DETAILS:
         raise ValueError(f"--detail {detail!r} is unknown: use one of {', '.join(DETAILS)}")
     from moesaic.cli import sources
+    from moesaic.cli.provenance import provenance
     from moesaic.hf.load import TINY, load_model, quiet_transformers
 
     documents = sources.documents(text, file or [], corpus, lines)
@@ -93,7 +90,7 @@ def trace(
         recorded = sources.record_documents(network, tokens, labels, detail, out, done=done)
     size = Size(len(tokens.sequences), len(documents))
     if as_json:
-        print_json(described(recorded, size, out))
+        print_json(provenance((out, recorded)) | described(recorded, size, out))
     else:
         show(recorded, size, out, lang, replaces=replaces)
         say_how_again(recorded, lang)
@@ -119,18 +116,6 @@ def check_target(out: Path) -> bool:
     except OSError as error:
         raise ValueError(f"--out {out}: cannot be written ({error.strerror}): give another file") from None
     return replaces
-
-
-@contextmanager
-def progress(what: str, total: int) -> "Iterator[Callable[[int], None]]":
-    """A bar on stderr, where that is a terminal; what it yields is called with the number of things done."""
-    from rich.console import Console
-    from rich.progress import Progress
-
-    console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task(what, total=total)
-        yield lambda count: bar.advance(task, count)
 
 
 class Size(NamedTuple):

@@ -104,8 +104,6 @@ def table_of(report: "Report", lang: str) -> "Table":
         scoring=scoring,
     )
     drawn = table(title, texts["columns"])
-    for column in drawn.columns[:3]:
-        column.no_wrap = True
     styles = {"pass": "green", "fail": "bold red", "not applicable": "dim"}
     for result in report.results:
         probe = result.probe

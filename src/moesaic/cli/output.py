@@ -4,7 +4,7 @@ import json
 import shlex
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -37,15 +37,19 @@ def print_json(what: Any) -> None:
     print("".join(json.dumps(c)[1:-1] if hidden(c) else c for c in text))
 
 
-def table(title: str, columns: "Iterable[str]", justify: Any = "left") -> "Table":
-    """A table as every command draws it: a line under the head, no box."""
+def table(title: str, columns: Sequence[str], justify: Any = "left", *, whole: bool = True) -> "Table":
+    """A table as every command draws it: a line under the head, no box. whole: only the last column goes on in a second
+    line; numbers and names of the others are never cut in two."""
     from rich import box
     from rich.table import Table
     from rich.text import Text
 
     drawn = Table(title=Text(title, "bold"), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in columns:
-        drawn.add_column(name, justify=justify, overflow="fold")
+    for index, name in enumerate(columns):
+        if whole and index < len(columns) - 1:
+            drawn.add_column(name, justify=justify, no_wrap=True)
+        else:
+            drawn.add_column(name, justify=justify, overflow="fold")
     return drawn
 
 

@@ -14,6 +14,7 @@ HIDDEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}  # control, format (bidi inc
 SPARKS = "▁▂▃▄▅▆▇█"
 SPARK_WIDTH = 32  # values drawn one by one; longer rows are pooled by their maximum into half as many bars
 NAMED = 3  # layers that a sentence names
+NAME_WIDTH = 24  # of a column of names, of the 80 of a terminal
 NOTES = {
     "en": {
         "router": "The picks of {layers} were read at the router's output, not at the experts.",
@@ -68,6 +69,11 @@ def short_layers(names: Sequence[str], lang: str = "en") -> list[str]:
     short = [short_layer(name, lang) for name in names]
     often = Counter(short)
     return [visible(name, 60) if often[brief] > 1 else brief for name, brief in zip(names, short, strict=True)]
+
+
+def fits(names: Sequence[str]) -> bool:
+    """Whether names are short enough to stand in one line of a table; longer ones go on in the next."""
+    return max(map(len, names), default=0) <= NAME_WIDTH
 
 
 def listed(layers: Sequence[str], lang: str = "en") -> str:

@@ -6,7 +6,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from moesaic.trace.shown import short, short_layers, visible, words_of
+from moesaic.trace.shown import fits, short, short_layers, visible, words_of
 from moesaic.trace.statistics.preference import Preferences
 from moesaic.trace.statistics.stats import LayerReport, Measure
 
@@ -58,8 +58,9 @@ def preference_table(
         p=preferences.permutations, n=preferences.n_sequences, t=n_layers * n_experts, a=alpha
     )
     table = Table(box=box.SIMPLE_HEAD, caption=caption, caption_justify="left", pad_edge=False)
-    for head in words["preference"]:
-        table.add_column(head, overflow="fold")
+    columns = (shown_layers, [visible(domain, 60) for domain in preferences.domains], None, ())
+    for head, names in zip(words["preference"], columns, strict=True):
+        table.add_column(head, no_wrap=names is not None and fits(names), overflow="fold")
     for layer in range(n_layers):
         name = Text(shown_layers[layer] if layers else str(layer))
         if not found[layer].any():

@@ -407,6 +407,46 @@ def test_a_layer_without_a_name_is_the_layer_and_never_nothing(lang):
     assert repr(run.layers[0]).startswith("LayerReport(the layer: imbalanced")
 
 
+GOOD = scored(n_tokens=40)
+
+
+@pytest.mark.parametrize(
+    ("ask", "message"),
+    [
+        (
+            lambda: ms.stats("run.safetensors"),
+            "trace='run.safetensors' is no trace: give a Trace, such as",
+        ),
+        (
+            lambda: ms.steps("run.safetensors"),
+            "source='run.safetensors' is no trace: give a Trace, such as",
+        ),
+        (lambda: ms.what_if(None), "trace=None is no trace: give a Trace"),
+        (lambda: ms.diff("a", "b"), "a='a' is no trace: give a Trace, such as ms.load(path)"),
+        (lambda: ms.diff(GOOD, "b"), "b='b' is no trace: give a Trace, such as ms.load(path)"),
+        (lambda: ms.diff(GOOD, GOOD, precision=16), "dtype 16 is not one of torch: use float32"),
+        (lambda: ms.steps(GOOD, layer="a"), "layer='a' is no whole number: use 0, say"),
+        (lambda: ms.steps(GOOD, token=1.5), "token=1.5 is no whole number: use 0, say"),
+        (lambda: ms.stats(GOOD, capacity="a"), "capacity='a' is no number: use 1.25, say"),
+        (lambda: ms.stats(GOOD, capacity=[1.0, None]), "capacity=None is no number: use 1.25, say"),
+        (lambda: ms.stats(GOOD, alpha="a"), "alpha='a' is no number: use 0.05, say"),
+        (lambda: ms.stats(GOOD, seed=1.5), "seed=1.5 is no whole number: use 0, say"),
+        (lambda: ms.stats(GOOD, seed=-3), "seed=-3 must lie between 0 and 2^32 - 1: use 0, say"),
+        (lambda: ms.stats(GOOD, nodes="a"), "nodes='a' is no whole number: use 8, say"),
+    ],
+)
+def test_a_wrong_type_is_refused_in_one_line_with_a_way_out(ask, message):
+    with pytest.raises(ValueError, match="^" + re.escape(message)) as refused:
+        ask()
+    assert "\n" not in str(refused.value)
+
+
+def test_numbers_of_numpy_and_torch_are_numbers():
+    same = stats(GOOD, capacity=np.array([1.25]), seed=np.int64(3), alpha=np.float32(0.05)).to_dict()
+    assert same["seed"] == 3
+    assert ms.steps(GOOD, layer=np.int64(1), token=torch.tensor(2)).token == 2
+
+
 def test_layers_of_one_short_name_are_told_apart():
     run = stats(dataclasses.replace(scored(n_tokens=400), layers=("encoder.block.1.mlp", "decoder.block.1.mlp")))
     for text in (shown(stats_tables(run)), run._repr_html_()):

@@ -15,6 +15,7 @@ from moesaic.trace.chance.placement import distinct_places, place_experts
 from moesaic.trace.reroute import settings
 from moesaic.trace.rule.derive import bias_of, check_can_derive, derive, dtype_of, follows, logits_of
 from moesaic.trace.rule.distinct import check_distinct
+from moesaic.trace.rule.given import check_trace
 from moesaic.trace.rule.margins import chosen
 from moesaic.trace.shown import finite, missing_notes, origin_notes
 from moesaic.trace.store import Trace
@@ -194,6 +195,7 @@ def what_if(
 
 def _check_can_ask(trace: Trace) -> None:
     """ValueError for a trace that no rule can route again."""
+    check_trace(trace)
     if not len(trace):
         raise ValueError("the trace has no tokens: there is nothing to route again")
     check_distinct(trace)

@@ -10,6 +10,7 @@ from torch import Tensor
 from moesaic import rules
 from moesaic.config import MoEConfig
 from moesaic.trace.rule.derive import compare, derive, dtype_of, weight_tolerance, why_not_derived
+from moesaic.trace.rule.given import check_trace, whole_number
 from moesaic.trace.rule.stages import (
     BIAS_NOT_RECORDED,
     DERIVED,
@@ -117,6 +118,8 @@ def steps(source: Trace, layer: int = 0, token: int = 0) -> Steps:
 
     A stage that needs what was not recorded, or a rule that is not known, has no value and a note that says so.
     """
+    check_trace(source, "source")
+    layer, token = whole_number(layer, "layer"), whole_number(token, "token")
     if not -source.n_layers <= layer < source.n_layers:
         raise ValueError(f"layer={layer} is not in the trace: it has layers 0 to {source.n_layers - 1}")
     if not -len(source) <= token < len(source):

@@ -5,6 +5,8 @@ import re
 
 import pytest
 import typer
+from cases import v3
+from traces import made
 from typer.testing import CliRunner
 
 from moesaic.cli.check import check
@@ -40,6 +42,16 @@ def rows_of(output):
 @pytest.fixture(scope="module")
 def shipped():
     return run(TINY)
+
+
+def test_a_record_or_weights_in_place_of_a_gate_are_called_what_they_are(tmp_path):
+    made(v3(8, 2, 2, 2)).save(tmp_path / "run.safetensors")
+    (tmp_path / "model.safetensors").write_bytes((8).to_bytes(8, "little") + b"{}      ")
+    for name, what in (("run", "a record of a run, which moesaic stats judges"), ("model", "a binary file")):
+        result = run(str(tmp_path / f"{name}.safetensors"))
+        assert isinstance(result.exception, ValueError)
+        expected = f"{name}.safetensors is {what}: give a model folder, a config.json, module:Class or a preset"
+        assert str(result.exception).endswith(expected)
 
 
 def test_a_model_folder_conforms_and_its_fragile_points_are_listed(shipped):

@@ -447,6 +447,28 @@ def test_numbers_of_numpy_and_torch_are_numbers():
     assert ms.steps(GOOD, layer=np.int64(1), token=torch.tensor(2)).token == 2
 
 
+@pytest.mark.parametrize("lang", ["en", "zh"])
+def test_what_holds_for_all_layers_is_said_of_all(lang):
+    few = {"en": "All 2 layers have too few tokens to judge (it takes", "zh": "全部 2 层 token 都太少，无法判断（"}[
+        lang
+    ]
+    assert stats(scored(n_tokens=20)).verdict(lang).startswith(few)
+    fine = {"en": "All 2 layers are within chance: no expert", "zh": "全部 2 层都在随机范围内：没有哪个专家"}[lang]
+    assert stats(scored(n_tokens=400)).verdict(lang).startswith(fine)
+    trace = scored(n_tokens=400)
+    flat = dataclasses.replace(trace, picks=torch.arange(4, dtype=trace.picks.dtype).expand(2, 400, 4).clone(),
+                               weights=None, logits=None, bias=None)  # fmt: skip
+    sick = {"en": "All 2 layers collapsed: layers.0", "zh": "全部 2 层都坍缩：layers.0"}[lang]
+    assert stats(flat).verdict(lang).startswith(sick)
+
+
+def test_a_layer_of_one_expert_is_spoken_of_in_the_singular():
+    layer = ms.MoE(ms.MoEConfig(hidden_size=8, moe_intermediate_size=8, n_routed_experts=1, num_experts_per_tok=1))
+    with ms.record(layer) as rec, torch.no_grad():
+        layer(torch.randn(4, 8))
+    assert "e0 of 1 expert\n" in repr(ms.steps(rec.trace))
+
+
 def test_layers_of_one_short_name_are_told_apart():
     run = stats(dataclasses.replace(scored(n_tokens=400), layers=("encoder.block.1.mlp", "decoder.block.1.mlp")))
     for text in (shown(stats_tables(run)), run._repr_html_()):

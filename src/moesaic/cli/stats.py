@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 WORDS = {
     "en": {
-        "about": "{model}: {layers}, {tokens} of {documents}, top {k} of {e} experts",
+        "about": "{model}: {layers}, {tokens} of {documents}, top {k} of {e}",
         "prefer": "Which experts prefer which domain?",
         "pairs": "Which experts are chosen together?",
         "against": "The same tokens in {other}:",
@@ -115,12 +115,17 @@ def _show(trace: "Trace", found: Any, domains: Any, pairs: Any, alike: Any, agai
     from moesaic.trace.statistics.tables import coselection_table, stability_table, stats_tables
 
     say, show = WORDS[lang], Console().print
-    sizes: dict[str, Any] = {"layers": trace.n_layers, "tokens": len(trace), "documents": found.n_documents}
+    sizes: dict[str, Any] = {
+        "layers": trace.n_layers,
+        "tokens": len(trace),
+        "documents": found.n_documents,
+        "e": trace.n_experts,
+    }
     if lang == "en":
-        nouns = {"layers": "MoE layer", "tokens": "token", "documents": "document"}
+        nouns = {"layers": "MoE layer", "tokens": "token", "documents": "document", "e": "expert"}
         sizes = {name: counted(n, nouns[name]) for name, n in sizes.items()}
     model = visible(trace.model, 80) or "–"
-    show(Text(say["about"].format(model=model, k=trace.top_k, e=trace.n_experts, **sizes)))
+    show(Text(say["about"].format(model=model, k=trace.top_k, **sizes)))
     show(Text(found.verdict(lang), style="bold"))
     show(stats_tables(found, lang))
     if isinstance(domains, dict):

@@ -17,7 +17,7 @@ DETAILS = ("ids", "picks", "scores")
 WORDS = {
     "en": {
         "reading": "Reading", "next": "Next:", "no_name": "a model without a name", "more": "{n} more",
-        "model": "{model}: {layers} MoE layers, top {k} of {experts} experts",
+        "model": "{model}: {layers}, top {k} of {experts}",
         "text": "{tokens} of {documents}", "token": "token", "document": "document", "labels": " ({labels})",
         "missing": "MoE layers without data: {names}",
         "saved": "Saved in {out}: {size}, {detail}", "replaces": " (in the place of an older trace)",
@@ -127,12 +127,14 @@ class Size(NamedTuple):
 
 def show(recorded: "Trace", size: Size, out: Path, lang: str, *, replaces: bool) -> None:
     """What is in a trace that was just written, and what to do with it."""
-    from moesaic.trace.shown import visible
+    from moesaic.trace.shown import counted, visible
 
     say, config = WORDS[lang], recorded.configs[0]
     name = visible(recorded.model, 60) or say["no_name"]
-    sizes = {"layers": recorded.n_layers, "k": config.num_experts_per_tok, "experts": config.n_routed_experts}
-    print(say["model"].format(model=name, **sizes))
+    sizes: dict[str, Any] = {"layers": recorded.n_layers, "experts": config.n_routed_experts}
+    if lang == "en":
+        sizes = {"layers": counted(sizes["layers"], "MoE layer"), "experts": counted(sizes["experts"], "expert")}
+    print(say["model"].format(model=name, k=config.num_experts_per_tok, **sizes))
     print(_read(recorded, size, lang))
     if recorded.missing:
         print(say["missing"].format(names=", ".join(visible(name, 60) for name in recorded.missing)))

@@ -25,7 +25,7 @@ from moesaic.trace.rule.stages import (
     shapes_of,
     worded,
 )  # fmt: skip
-from moesaic.trace.shown import origin_notes, short_layer
+from moesaic.trace.shown import counted, origin_notes, short_layer
 from moesaic.trace.store import Trace
 from moesaic.types import Routing
 
@@ -79,7 +79,7 @@ class Steps(Sequence[Step]):
         config = self.steps[0].config
         chosen = experts.tolist() if isinstance(experts, Tensor) else []
         named = " ".join(f"e{e}" if e < config.n_routed_experts else "–" for e in chosen)
-        said = [f"token {self.token}{of_layer}: {named} of {config.n_routed_experts} experts", *self.notes()]
+        said = [f"token {self.token}{of_layer}: {named} of {counted(config.n_routed_experts, 'expert')}", *self.notes()]
         said += ["recorded values differ from the derived ones"] * any(step.agrees is False for step in self.steps)
         return "\n".join([*said, f"(more: [0] to [{len(self) - 1}], each with .stage, .value, .note)"])
 

@@ -73,6 +73,15 @@ def test_what_a_record_lacks_is_said_in_both_languages(run, lang, said):
     assert as_json["notes"][0] == said[2:] + as_json["notes"][0][len(said) - 2 :]
 
 
+def test_a_terminal_is_shown_how_many_files_are_read(run, monkeypatch):
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    err = run("import", "vllm", "prose.npy", "code.npy", "--config", ".")[2]
+    assert "Reading files" in err
+    assert "100%" in err
+    assert run("import", "vllm", "prose.npy", "--config", ".", "--json")[2] == ""
+
+
 MISTAKES = {
     "unknown format": (["npz", "a.pt", "--experts", "16"], "FORMAT 'npz' is unknown: use one of sglang ("),
     "no model": (["vllm", "prose.npy"], "the largest id in a record is not the number of experts: give --config"),

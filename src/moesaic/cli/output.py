@@ -60,14 +60,14 @@ class Done(Protocol):
 
 
 @contextmanager
-def progress(what: str, total: int) -> "Iterator[Done]":
+def progress(what: str, total: int, *, quiet: bool = False) -> "Iterator[Done]":
     """A bar on stderr, where that is a terminal; what it yields is called with the number of things done."""
     from rich.console import Console
     from rich.markup import escape
     from rich.progress import Progress
 
     console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+    with Progress(console=console, transient=True, disable=quiet or not console.is_terminal) as bar:
         task = bar.add_task(escape(what), total=total)
 
         def done(count: int, what: str | None = None) -> None:

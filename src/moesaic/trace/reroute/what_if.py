@@ -1,6 +1,6 @@
 """What if the gate had another rule: recorded scores routed again, and what that changes."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -148,12 +148,14 @@ def what_if(
     nodes: int | None = None,
     placement: Sequence[int] | np.ndarray | None = None,
     anyway: bool = False,
+    done: Callable[[int], None] = lambda _: None,
 ) -> WhatIf:
     """Route the recorded scores of every layer again with some of the rule changed. What is not given stays.
 
     bias: False leaves the correction bias out, a tensor [E] or [L, E] replaces it, {expert: delta} is added to it.
     drop_experts: never chosen, in any layer; the new trace gives them a bias of minus infinity. placement: the node of
-    every expert, or nodes: their number, experts in equal runs; the nodes of a token are then counted too.
+    every expert, or nodes: their number, experts in equal runs; the nodes of a token are then counted too. done hears
+    the number of layers as they are routed.
 
     Unchanged settings must give the recorded picks, exact ties apart: that is checked first, and where they do not,
     the recorded rule is not the one of the trace and this refuses, unless `anyway`. Raises ValueError, in one line,
@@ -177,6 +179,7 @@ def what_if(
         weights.append(_weights(trace, layer, configs[layer], ids, flipped))
         lost = _score_lost(scores, trace.picks[layer].long(), ids, trace.configs[layer])
         columns.append((flipped, tied.sum(), astray.sum(), empty.sum(), lost))
+        done(1)
     flips, ties, strays, empties, lost = (torch.stack(column) for column in zip(*columns, strict=True))
     after = replace(
         trace,

@@ -209,3 +209,12 @@ def test_json_of_every_command_begins_with_the_same_keys(tmp_path, monkeypatch):
             assert found["records"][0]["config"] == CONFIG.digest()
             assert found["records"][0]["seed"] == 3
             assert {"moesaic", "torch"} <= found["records"][0]["versions"].keys()
+
+
+def test_a_terminal_is_shown_how_many_layers_are_routed_again(run, monkeypatch):
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    result = run("what-if", "a.safetensors", "--k", "2")
+    assert "Routing layers again" in result.stderr
+    assert "100%" in result.stderr
+    assert run("what-if", "a.safetensors", "--k", "2", "--json").stderr == ""

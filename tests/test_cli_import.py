@@ -55,6 +55,9 @@ def test_files_are_labels_and_json_is_json(run):
     code, out, err = run("import", "vllm", "prose.npy", "code.npy", "--config", ".", "--json")
     assert (code, err) == (0, "")
     found = json.loads(out)
+    assert list(found)[:4] == ["moesaic", "torch", "command", "records"]
+    assert found["command"] == "moesaic import vllm prose.npy code.npy --config . --json"
+    assert [record["file"] for record in found["records"]] == ["run.safetensors"]
     assert found["labels"] == {"prose": 1, "code": 1}
     assert (found["format"], found["tokens"], found["documents"], found["detail"]) == ("vllm", 9, 2, "ids")
     assert found["notes"] == []
@@ -68,6 +71,15 @@ def test_what_a_record_lacks_is_said_in_both_languages(run, lang, said):
     assert said in out
     as_json = json.loads(run("import", "megatron", "r.jsonl", "--config", ".", "--lang", lang, "--json")[1])
     assert as_json["notes"][0] == said[2:] + as_json["notes"][0][len(said) - 2 :]
+
+
+def test_a_terminal_is_shown_how_many_files_are_read(run, monkeypatch):
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    err = run("import", "vllm", "prose.npy", "code.npy", "--config", ".")[2]
+    assert "Reading files" in err
+    assert "100%" in err
+    assert run("import", "vllm", "prose.npy", "--config", ".", "--json")[2] == ""
 
 
 MISTAKES = {
@@ -109,7 +121,8 @@ def test_where_only_sizes_are_known_no_config_is_named(run):
     assert out.endswith(", no config: only sizes are known\n")
     assert "with moesaic " in out
     assert run("import", "vllm", "prose.npy", "--experts", "16", "--lang", "zh")[1].endswith("，没有配置：只知道尺寸\n")
-    assert json.loads(run("import", "vllm", "prose.npy", "--experts", "16", "--json")[1])["config"] is None
+    found = json.loads(run("import", "vllm", "prose.npy", "--experts", "16", "--json")[1])
+    assert (found["config"], found["records"][0]["config"]) == (None, None)
     digest = load("run.safetensors").configs[0].digest()
     run("import", "vllm", "prose.npy", "--config", ".")
     assert load("run.safetensors").configs[0].digest() != digest

@@ -8,7 +8,8 @@ from commands import runner
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from moesaic.cli import sources
-from moesaic.cli.trace import progress, trace
+from moesaic.cli.output import progress
+from moesaic.cli.trace import trace
 from moesaic.hf.load import TINY, load_model
 from moesaic.trace.file.reader import load
 from moesaic.trace.recording.record import record
@@ -146,6 +147,9 @@ def test_json_is_one_document_and_nothing_else(run):
     assert found["tokens"] == len(recorded)
     assert found["layers"] == list(recorded.layers)
     assert found["bytes"] > 0
+    assert list(found)[:4] == ["moesaic", "torch", "command", "records"]
+    assert found["command"] == "moesaic trace --text 'To be' --json --lang zh"
+    assert [(record["file"], record["config"]) for record in found["records"]] == [(found["file"], found["config"])]
     assert (found["labels"], found["documents"], found["detail"]) == ({"text": 1}, 1, "picks")
     assert (found["n_routed_experts"], found["num_experts_per_tok"], found["seed"]) == (32, 4, 0)
 

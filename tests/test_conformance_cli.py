@@ -5,6 +5,8 @@ import re
 
 import pytest
 import typer
+from cases import v3
+from traces import made
 from typer.testing import CliRunner
 
 from moesaic.cli.check import check
@@ -42,6 +44,16 @@ def shipped():
     return run(TINY)
 
 
+def test_a_record_or_weights_in_place_of_a_gate_are_called_what_they_are(tmp_path):
+    made(v3(8, 2, 2, 2)).save(tmp_path / "run.safetensors")
+    (tmp_path / "model.safetensors").write_bytes((8).to_bytes(8, "little") + b"{}      ")
+    for name, what in (("run", "a record of a run, which moesaic stats judges"), ("model", "a binary file")):
+        result = run(str(tmp_path / f"{name}.safetensors"))
+        assert isinstance(result.exception, ValueError)
+        expected = f"{name}.safetensors is {what}: give a model folder, a config.json, module:Class or a preset"
+        assert str(result.exception).endswith(expected)
+
+
 def test_a_model_folder_conforms_and_its_fragile_points_are_listed(shipped):
     assert shipped.exit_code == 0
     rows = rows_of(shipped.output)
@@ -73,6 +85,9 @@ def test_a_preset_is_our_gate_and_passes_strictly():
 def test_json_is_one_strict_document():
     result = run(TINY, "--json", "--level", "wrong")
     document = json.loads(result.stdout, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    assert list(document)[:4] == ["moesaic", "torch", "command", "records"]
+    assert document["command"].startswith("moesaic ")
+    assert document["records"] == []
     assert document["conforms"] is True
     assert document["config"]["n_routed_experts"] == 32
     assert {r["level"] for r in document["results"]} == {"wrong"}

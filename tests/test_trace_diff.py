@@ -284,6 +284,17 @@ def test_weights_that_differ_for_some_tokens_are_told_by_layer():
     assert reason["en"].endswith("the weights of 7 tokens differ by more than rounding, in layers.0")
 
 
+@pytest.mark.parametrize("change", [lambda w: w.div_(2.5), lambda w: w.fill_(torch.nan)])
+def test_where_nothing_flips_the_headline_speaks_of_weights_and_of_no_flips(change):
+    right = traced(logits_of(), biases_of())
+    wrong = with_weights(right, change)
+    for found in (diff(right, wrong), diff(without_scores(right), without_scores(wrong))):
+        assert found.sentences()[0] == "different rule: the same experts, other weights"
+        assert found.sentences("zh")[0] == "规则不同：专家相同，权重不同"
+    flipped = diff(right, traced(logits_of(), biases_of(), ruled_by=replace(CONFIG, n_group=1, topk_group=1)))
+    assert flipped.sentences()[0] == "different rule: rounding does not explain the flips"
+
+
 def test_layers_without_data_leave_no_good_verdict():
     a = traced(logits_of(), biases_of())
     found = diff(a, replace(a, missing=("evil\x1b[2J",)))

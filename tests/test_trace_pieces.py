@@ -81,6 +81,8 @@ def test_layers_have_their_short_names_unless_two_would_be_called_alike():
     assert short_layers(["encoder.block.1.mlp", "decoder.block.1.mlp", "x.block.2.mlp"]) == [
         "encoder.block.1.mlp", "decoder.block.1.mlp", "block.2",
     ]  # fmt: skip
+    assert (short_layers([""]), short_layers([""], "zh")) == (["the layer"], ["该层"])
+    assert (listed([""]), listed([""], "zh")) == ("the layer", "该层")
     many = [f"model.layers.{i}.mlp" for i in range(5)]
     assert listed(many) == "layers.0, layers.1, layers.2 and 2 more"
     assert listed(many, "zh") == "layers.0、layers.1、layers.2 等 5 层"

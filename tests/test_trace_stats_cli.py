@@ -59,7 +59,10 @@ def saved(tmp_path):
 def test_a_healthy_run_is_exit_code_0_and_says_why(saved, lang):
     code, out, err = run(saved(), "--nodes", 4, "--lang", lang)
     assert (code, err) == (0, "")
-    words = {"en": "2 of 2 layers within chance", "zh": "2 层中有 2 层在随机范围内"}[lang]
+    words = {
+        "en": "All 2 layers are within chance",
+        "zh": "全部 2 层都在随机范围内：没有哪个专家的份额偏离到随机波动之外",
+    }[lang]
     assert words in out
     assert "nodes" in out
     assert "\x1b[31m" not in out

@@ -15,6 +15,8 @@ from rich.console import Console
 import moesaic as ms
 from moesaic import rules
 from moesaic.trace.chance.placement import distinct_places, place_experts, read_placement
+from moesaic.trace.compare.diff_table import diff_table
+from moesaic.trace.reroute.what_if_table import what_if_table
 from moesaic.trace.statistics.measures import MEANINGS, meaning
 from moesaic.trace.statistics.stats import STATUSES, layer_report, stats
 from moesaic.trace.statistics.tables import stats_tables
@@ -378,6 +380,93 @@ def test_a_single_layer_is_spoken_of_in_the_singular(n_tokens, en, zh):
     )  # fmt: skip
     assert stats(one).verdict("en").startswith(en)
     assert stats(one).verdict("zh").startswith(zh)
+
+
+@pytest.mark.parametrize("lang", ["en", "zh"])
+def test_a_layer_without_a_name_is_the_layer_and_never_nothing(lang):
+    config = ms.MoEConfig(hidden_size=16, moe_intermediate_size=8, n_routed_experts=8, num_experts_per_tok=2)
+    layer = ms.MoE(config)
+    layer.gate.e_score_correction_bias[0] = 0.1
+
+    def recorded(n_tokens):
+        with ms.record(layer, detail="scores") as rec, torch.no_grad():
+            layer(torch.randn(n_tokens, 16))
+        return rec.trace
+
+    trace, word = recorded(2000), {"en": "the layer", "zh": "该层"}[lang]
+    run = stats(trace)
+    assert run.is_sick
+    said = {"en": "The one layer is imbalanced: e0 at ", "zh": "仅有的一层不均衡：e0 为均值的 "}[lang]
+    assert run.verdict(lang).startswith(said)
+    few = stats(recorded(9)).verdict(lang)
+    assert {"en": "per expert): the layer.", "zh": "次分配）：该层。"}[lang] in few
+    tables = [stats_tables(run, lang), diff_table(ms.diff(trace, trace), lang), what_if_table(ms.what_if(trace), lang)]
+    for table in tables:
+        assert word in shown(table)
+    assert word in ms.steps(trace)._repr_html_()
+    assert repr(run.layers[0]).startswith("LayerReport(the layer: imbalanced")
+
+
+GOOD = scored(n_tokens=40)
+
+
+@pytest.mark.parametrize(
+    ("ask", "message"),
+    [
+        (
+            lambda: ms.stats("run.safetensors"),
+            "trace='run.safetensors' is no trace: give a Trace, such as",
+        ),
+        (
+            lambda: ms.steps("run.safetensors"),
+            "source='run.safetensors' is no trace: give a Trace, such as",
+        ),
+        (lambda: ms.what_if(None), "trace=None is no trace: give a Trace"),
+        (lambda: ms.diff("a", "b"), "a='a' is no trace: give a Trace, such as ms.load(path)"),
+        (lambda: ms.diff(GOOD, "b"), "b='b' is no trace: give a Trace, such as ms.load(path)"),
+        (lambda: ms.diff(GOOD, GOOD, precision=16), "dtype 16 is not one of torch: use float32"),
+        (lambda: ms.steps(GOOD, layer="a"), "layer='a' is no whole number: use 0, say"),
+        (lambda: ms.steps(GOOD, token=1.5), "token=1.5 is no whole number: use 0, say"),
+        (lambda: ms.stats(GOOD, capacity="a"), "capacity='a' is no number: use 1.25, say"),
+        (lambda: ms.stats(GOOD, capacity=[1.0, None]), "capacity=None is no number: use 1.25, say"),
+        (lambda: ms.stats(GOOD, alpha="a"), "alpha='a' is no number: use 0.05, say"),
+        (lambda: ms.stats(GOOD, seed=1.5), "seed=1.5 is no whole number: use 0, say"),
+        (lambda: ms.stats(GOOD, seed=-3), "seed=-3 must lie between 0 and 2^32 - 1: use 0, say"),
+        (lambda: ms.stats(GOOD, nodes="a"), "nodes='a' is no whole number: use 8, say"),
+    ],
+)
+def test_a_wrong_type_is_refused_in_one_line_with_a_way_out(ask, message):
+    with pytest.raises(ValueError, match="^" + re.escape(message)) as refused:
+        ask()
+    assert "\n" not in str(refused.value)
+
+
+def test_numbers_of_numpy_and_torch_are_numbers():
+    same = stats(GOOD, capacity=np.array([1.25]), seed=np.int64(3), alpha=np.float32(0.05)).to_dict()
+    assert same["seed"] == 3
+    assert ms.steps(GOOD, layer=np.int64(1), token=torch.tensor(2)).token == 2
+
+
+@pytest.mark.parametrize("lang", ["en", "zh"])
+def test_what_holds_for_all_layers_is_said_of_all(lang):
+    few = {"en": "All 2 layers have too few tokens to judge (it takes", "zh": "全部 2 层 token 都太少，无法判断（"}[
+        lang
+    ]
+    assert stats(scored(n_tokens=20)).verdict(lang).startswith(few)
+    fine = {"en": "All 2 layers are within chance: no expert", "zh": "全部 2 层都在随机范围内：没有哪个专家"}[lang]
+    assert stats(scored(n_tokens=400)).verdict(lang).startswith(fine)
+    trace = scored(n_tokens=400)
+    flat = dataclasses.replace(trace, picks=torch.arange(4, dtype=trace.picks.dtype).expand(2, 400, 4).clone(),
+                               weights=None, logits=None, bias=None)  # fmt: skip
+    sick = {"en": "All 2 layers collapsed: layers.0", "zh": "全部 2 层都坍缩：layers.0"}[lang]
+    assert stats(flat).verdict(lang).startswith(sick)
+
+
+def test_a_layer_of_one_expert_is_spoken_of_in_the_singular():
+    layer = ms.MoE(ms.MoEConfig(hidden_size=8, moe_intermediate_size=8, n_routed_experts=1, num_experts_per_tok=1))
+    with ms.record(layer) as rec, torch.no_grad():
+        layer(torch.randn(4, 8))
+    assert "e0 of 1 expert\n" in repr(ms.steps(rec.trace))
 
 
 def test_layers_of_one_short_name_are_told_apart():

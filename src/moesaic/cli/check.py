@@ -1,19 +1,17 @@
 """`moesaic check`: the gate conformance suite on one gate."""
 
 import contextlib
-import shlex
 import sys
-from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from moesaic.cli.output import JSON_HELP, check_lang, print_json, table
+from moesaic.cli.output import JSON_HELP, check_lang, print_json, progress, say_command, table
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from moesaic.conformance import Probe, Report
+    from moesaic.conformance import Report
 
 TEXTS: dict[str, dict[str, Any]] = {
     "en": {
@@ -26,7 +24,6 @@ TEXTS: dict[str, dict[str, Any]] = {
         "good": "No result differs from the definition.",
         "bad": "Results differ from the definition on lawful input: do not train or serve with this gate.",
         "fragile_note": "Fragile: right until something usual happens. Each line says what.",
-        "again": "Reproduce: {command}\nwith {versions}, config {digest}",
         "unknown": "The rule of this family is not known here: only probes that need no rule were run.",
     },
     "zh": {
@@ -39,7 +36,6 @@ TEXTS: dict[str, dict[str, Any]] = {
         "good": "没有任何结果与定义不同。",
         "bad": "在合法输入上结果与定义不同：不要用这个门控训练或部署。",
         "fragile_note": "脆弱：现在正确，遇到常见情况就会出错。每一行说明是什么情况。",
-        "again": "复现：{command}\n版本 {versions}，配置 {digest}",
         "unknown": "这里不知道该模型家族的规则：只运行了不需要规则的探针。",
     },
 }  # fmt: skip
@@ -67,15 +63,18 @@ def check(
 ) -> None:
     """Judge a gate by known traps. Exit code 0: as the definition; 1: not; 2: nothing to judge."""
     check_lang(lang)
-    from moesaic.conformance import LEVELS
+    from moesaic.conformance import LEVELS, PROBES
     from moesaic.conformance import check as judge
     from moesaic.conformance.targets import find
+    from moesaic.trace.store import versions
 
     if level not in LEVELS:
         raise ValueError(f"--level {level!r} is unknown: use wrong or fragile")
     # what a gate prints, while it is imported or asked, is none of the result
-    with contextlib.redirect_stdout(sys.stderr), progress() as tell:
-        report = judge(find(target, layer=layer, config=config), level=level, before=tell)
+    with contextlib.redirect_stdout(sys.stderr), progress("", len(PROBES)) as done:
+        # it names the probe that is asked: a gate that hangs is seen to
+        gate = find(target, layer=layer, config=config)
+        report = judge(gate, level=level, before=lambda probe: done(1, probe.id))
     if as_json:
         print_json(as_document(report, lang))
     else:
@@ -85,27 +84,9 @@ def check(
         console.print(table_of(report, lang))
         for line in summary_of(report, lang):
             console.print(line, markup=False, highlight=False)
-        _say_how_again(report, lang)
+        say_command(versions(), None, report.gate.config.digest(), lang)
     if not report.conforms or (strict and report.failed()):
         raise typer.Exit(1)
-
-
-@contextlib.contextmanager
-def progress() -> "Iterator[Callable[[Probe], None]]":
-    """A bar on stderr, where that is a terminal, that names the probe being asked: a gate that hangs is seen to."""
-    from rich.console import Console
-    from rich.progress import Progress
-
-    from moesaic.conformance import PROBES
-
-    console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("", total=len(PROBES))
-
-        def tell(probe: "Probe") -> None:
-            bar.update(task, completed=PROBES.index(probe), description=probe.id)
-
-        yield tell
 
 
 def table_of(report: "Report", lang: str) -> "Table":
@@ -123,8 +104,6 @@ def table_of(report: "Report", lang: str) -> "Table":
         scoring=scoring,
     )
     drawn = table(title, texts["columns"])
-    for column in drawn.columns[:3]:
-        column.no_wrap = True
     styles = {"pass": "green", "fail": "bold red", "not applicable": "dim"}
     for result in report.results:
         probe = result.probe
@@ -158,7 +137,10 @@ def summary_of(report: "Report", lang: str) -> list[str]:
 
 def as_document(report: "Report", lang: str) -> dict[str, Any]:
     """The report for a program; texts in the language that was asked for."""
-    return {
+    from moesaic.cli.provenance import provenance
+    from moesaic.trace.store import versions
+
+    return provenance() | {
         "gate": report.gate.name,
         "config": report.gate.config.to_dict(),
         "digest": report.gate.config.digest(),
@@ -190,20 +172,3 @@ def shown(text: str) -> str:
     from moesaic.trace.shown import visible
 
     return visible(text)
-
-
-def versions() -> dict[str, str]:
-    import torch
-
-    from moesaic import __version__
-
-    found = {"moesaic": __version__, "torch": str(torch.__version__)}
-    if "transformers" in sys.modules:
-        found["transformers"] = sys.modules["transformers"].__version__
-    return found
-
-
-def _say_how_again(report: "Report", lang: str) -> None:
-    listed = ", ".join(f"{name} {version}" for name, version in versions().items())
-    command = shown(shlex.join(["moesaic", *sys.argv[1:]]))
-    print("\n" + TEXTS[lang]["again"].format(command=command, versions=listed, digest=report.gate.config.digest()))

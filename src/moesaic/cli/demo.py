@@ -3,14 +3,13 @@
 import contextlib
 import gc
 import os
-import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
-from moesaic.cli.output import JSON_HELP, check_lang, make_ready, print_json, say_how_again
+from moesaic.cli.output import JSON_HELP, check_lang, make_ready, print_json, say_how_again, typed
 
 if TYPE_CHECKING:
     from moesaic.trace.rule.steps import Steps
@@ -214,7 +213,7 @@ def _document(trace: "Trace", shown: Shown, layer: int, token: int, word: str, f
         "domains": None if shown.preferences is None else _preferences(shown.preferences, trace),
         "followed": followed | steps_as_dict(shown.steps, versus=True),
         "files": [str(file) for file in files],
-        "command": shlex.join(["moesaic", *sys.argv[1:]]),
+        "command": typed(),
         "versions": dict(trace.versions),
         "seed": trace.seed,
         "config": trace.configs[0].digest(),

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from moesaic.cli.output import check_lang, print_json, say_how_again
+from moesaic.cli.output import check_lang, print_json, progress, say_how_again
 
 if TYPE_CHECKING:
     from moesaic.trace.compare.diff import Diff
@@ -47,7 +47,6 @@ def diff(
     from rich.console import Console
 
     from moesaic.cli.provenance import provenance
-    from moesaic.cli.trace import progress
     from moesaic.trace.compare.diff import diff as compare
     from moesaic.trace.compare.diff_table import diff_table
     from moesaic.trace.file.reader import load

@@ -110,7 +110,7 @@ def _measures(measured: dict[str, Any], words: dict[str, Any]) -> "list[Renderab
         rows = [row for row in measured["forms"] if row["dtype"] == dtype]
         labels = list(dict.fromkeys(label for row in rows for label in row["us"]))
         title = words["forms"].format(dtype=dtype, i=IN, o=OUT, n=ROUNDS)
-        drawn = table(title, (words["rows"], *labels, words["engine"]), justify="right")
+        drawn = table(title, (words["rows"], *labels, words["engine"]), justify="right", whole=False)
         for row in rows:
             times = [_time(row, label) for label in labels]
             style = "yellow" if row["slower"] > WORTH_TELLING else "default"

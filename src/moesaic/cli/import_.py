@@ -1,12 +1,13 @@
 """`moesaic import`: records of other engines as traces."""
 
 import gc
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from moesaic.cli.output import check_lang, print_json, say_how_again
+from moesaic.cli.output import check_lang, print_json, progress, say_how_again
 from moesaic.cli.trace import Size, check_target, described, show
 
 FORMATS = {  # name -> what files are meant
@@ -43,17 +44,27 @@ def import_(
     if any(out.exists() and file.exists() and out.samefile(file) for file in files):
         raise ValueError(f"--out {out} is one of the files to read: give another name")
     replaces = check_target(out)
+    from moesaic.cli.provenance import provenance
     from moesaic.trace.imports import READERS, read_target
 
-    trace, notes = READERS[source](files, read_target(config, experts))
+    target = read_target(config, experts)
+    with progress({"en": "Reading files", "zh": "正在读取文件"}[lang], len(files), quiet=as_json) as done:
+        trace, notes = READERS[source](_each(files, done), target)
     trace.save(out)
     size = Size(len(trace), trace.n_sequences)
     said = [getattr(note, lang) for note in notes]
     if as_json:
-        print_json({"format": source, **described(trace, size, out), "notes": said})
+        print_json(provenance((out, trace)) | {"format": source, **described(trace, size, out), "notes": said})
     else:
         for note in said:  # our own words and numbers, nothing of the files
             print(f"! {note}")
         show(trace, size, out, lang, replaces=replaces)
         say_how_again(trace, lang)
     return 0
+
+
+def _each(files: list[Path], done: Callable[[int], None]) -> Iterator[Path]:
+    """The files one by one; `done` hears of each when the next one is asked for."""
+    for file in files:
+        yield file
+        done(1)

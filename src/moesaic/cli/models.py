@@ -25,7 +25,7 @@ WORDS: dict[str, dict[str, Any]] = {
     "en": {
         "presets": "Presets: MoEConfig.preset(NAME), --config NAME", "families": "Families whose routing is known",
         "preset_columns": ("name", "experts", "top k", "groups", "score", "bias", "family"),
-        "family_columns": ("family", "preset", "rule, where config.json does not say it", "experts engine"),
+        "family_columns": ("family", "preset", "rule, where config.json does not say it"),
         "kept": "{kept} of {all}", "yes": "yes", "no": "",
         "engine": "Experts that our engines compute (experts_implementation=\"moesaic\"), by activation",
         "engine_columns": ("experts", "families"),
@@ -40,12 +40,11 @@ WORDS: dict[str, dict[str, Any]] = {
         "served": "its experts are computed: {verdict}", "is_refused": "its experts are {verdict}",
         "by_itself": "its experts are computed by the family itself, not through transformers' interface",
         "unknown_gate": "How this family routes is not known here: picks are recorded and judged, steps not derived.",
-        "not_known": "not known",
     },
     "zh": {
         "presets": "预设：MoEConfig.preset(名称)，--config 名称", "families": "路由规则已知的模型家族",
         "preset_columns": ("名称", "专家数", "top k", "组", "打分", "偏置", "家族"),
-        "family_columns": ("家族", "预设", "config.json 未写明的规则", "专家引擎"),
+        "family_columns": ("家族", "预设", "config.json 未写明的规则"),
         "kept": "{all} 取 {kept}", "yes": "有", "no": "",
         "engine": "由本项目引擎计算的专家（experts_implementation=\"moesaic\"），按激活函数",
         "engine_columns": ("专家", "家族"),
@@ -60,7 +59,6 @@ WORDS: dict[str, dict[str, Any]] = {
         "served": "其专家由本项目引擎计算：{verdict}", "is_refused": "其专家不由本项目引擎计算：{verdict}",
         "by_itself": "其专家由该家族自行计算，不经过 transformers 的接口",
         "unknown_gate": "这里不知道该家族的路由规则：可以记录并判断其选择，不能推导各步骤。",
-        "not_known": "未知",
     },
 }  # fmt: skip
 
@@ -148,10 +146,9 @@ def _show_all(lang: str) -> None:
     drawn = table(say["families"], say["family_columns"])
     for family in (*FAMILIES, *ROUTING):
         preset = next((p for p, f in FAMILY_OF.items() if f == family), "")
-        served = ENGINE.get(family.removesuffix("_text"), say["not_known"])
-        drawn.add_row(family, preset, _in_words(rule_of(family) or {}), served)
+        drawn.add_row(family, preset, _in_words(rule_of(family) or {}))
     console.print(drawn)
-    drawn = table(say["engine"], say["engine_columns"])
+    drawn = table(say["engine"], say["engine_columns"], whole=False)
     for verdict, names in EXPERTS.items():
         drawn.add_row(verdict, ", ".join(names.split()))
     console.print(drawn)

@@ -4,9 +4,10 @@ import json
 import shlex
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -36,16 +37,43 @@ def print_json(what: Any) -> None:
     print("".join(json.dumps(c)[1:-1] if hidden(c) else c for c in text))
 
 
-def table(title: str, columns: "Iterable[str]", justify: Any = "left") -> "Table":
-    """A table as every command draws it: a line under the head, no box."""
+def table(title: str, columns: Sequence[str], justify: Any = "left", *, whole: bool = True) -> "Table":
+    """A table as every command draws it: a line under the head, no box. whole: only the last column goes on in a second
+    line; numbers and names of the others are never cut in two."""
     from rich import box
     from rich.table import Table
     from rich.text import Text
 
     drawn = Table(title=Text(title, "bold"), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in columns:
-        drawn.add_column(name, justify=justify, overflow="fold")
+    for index, name in enumerate(columns):
+        if whole and index < len(columns) - 1:
+            drawn.add_column(name, justify=justify, no_wrap=True)
+        else:
+            drawn.add_column(name, justify=justify, overflow="fold")
     return drawn
+
+
+class Done(Protocol):
+    """Told how many more things are done, and what is worked on now where that changes."""
+
+    def __call__(self, count: int, what: str | None = None) -> None: ...
+
+
+@contextmanager
+def progress(what: str, total: int, *, quiet: bool = False) -> "Iterator[Done]":
+    """A bar on stderr, where that is a terminal; what it yields is called with the number of things done."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.progress import Progress
+
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=quiet or not console.is_terminal) as bar:
+        task = bar.add_task(escape(what), total=total)
+
+        def done(count: int, what: str | None = None) -> None:
+            bar.update(task, advance=count, description=None if what is None else escape(what))
+
+        yield done
 
 
 def make_ready(out: Path) -> None:
@@ -58,18 +86,27 @@ def make_ready(out: Path) -> None:
         raise ValueError(f"--out {out}: cannot be written ({error.strerror}): give another folder") from None
 
 
+def typed() -> str:
+    """The command as it was typed."""
+    return shlex.join(["moesaic", *sys.argv[1:]])
+
+
 def say_how_again(trace: "Trace", lang: str) -> None:
-    """Print the command, versions, seed and config behind what was shown."""
+    """Print the command, versions, seed and config behind a record that was shown."""
+    say_command(trace.versions, trace.seed, config_of(trace), lang)
+
+
+def say_command(versions: Mapping[str, str], seed: int | None, digest: str | None, lang: str) -> None:
+    """Print what was typed, and what it takes to get the same again."""
     from moesaic.trace.shown import visible
 
-    command, begin, comma, (seed, config, no_config) = AGAIN[lang]
-    facts = [f"{visible(name, 40)} {visible(version, 40)}" for name, version in trace.versions.items()]
+    command, begin, comma, (seeded, config, no_config) = AGAIN[lang]
+    facts = [f"{visible(name, 40)} {visible(version, 40)}" for name, version in versions.items()]
     facts = [", ".join(facts)] if facts else []
-    facts += [seed.format(trace.seed)] if trace.seed is not None else []
-    digest = config_of(trace)
+    facts += [seeded.format(seed)] if seed is not None else []
     facts += [config.format(digest) if digest is not None else no_config]
-    print("\n" + visible(command.format(command=shlex.join(["moesaic", *sys.argv[1:]]))))
-    print((begin if trace.versions else "") + comma.join(facts))
+    print("\n" + visible(command.format(command=typed())))
+    print((begin if versions else "") + comma.join(facts))
 
 
 def config_of(trace: "Trace") -> str | None:

@@ -1,7 +1,5 @@
-"""What the JSON of steps, stats, diff and what-if begins with: program, command, and the records that were read."""
+"""What the JSON of every command about records and gates begins with: program, command, the records read or written."""
 
-import shlex
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,21 +8,22 @@ if TYPE_CHECKING:
 
 
 def provenance(*records: "tuple[Path | None, Trace]") -> dict[str, Any]:
-    """The same keys everywhere; a record's are those of `moesaic trace --json`. Its file is None where it was made by
+    """The same keys everywhere. The file of a record is None where it was made by
     the command itself."""
     import torch
 
     from moesaic import __version__
+    from moesaic.cli.output import config_of, typed
 
     return {
         "moesaic": __version__,
         "torch": str(torch.__version__),
-        "command": shlex.join(["moesaic", *sys.argv[1:]]),
+        "command": typed(),
         "records": [
             {
                 "file": None if file is None else str(file),
                 "model": trace.model,
-                "config": trace.configs[0].digest() if trace.configs else None,
+                "config": config_of(trace) if trace.configs else None,
                 "seed": trace.seed,
                 "versions": dict(trace.versions),
                 "layers": list(trace.layers),

@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from moesaic.cli.output import check_lang, print_json, say_how_again
+from moesaic.cli.output import check_lang, print_json, progress, say_how_again
 
 if TYPE_CHECKING:
     from moesaic.trace.store import Trace
 
 WORDS = {
     "en": {
-        "about": "{model}: {layers}, {tokens} of {documents}, top {k} of {e} experts",
+        "about": "{model}: {layers}, {tokens} of {documents}, top {k} of {e}",
         "prefer": "Which experts prefer which domain?",
         "pairs": "Which experts are chosen together?",
         "against": "The same tokens in {other}:",
@@ -61,7 +61,6 @@ def stats(
     if nodes is not None and placement is not None:
         raise ValueError("--nodes and --placement are both given: use one of them")
     from moesaic.cli.provenance import provenance
-    from moesaic.cli.trace import progress
     from moesaic.trace.chance.placement import read_placement
     from moesaic.trace.file.reader import load
     from moesaic.trace.statistics.coselection import coselection as pairs_of
@@ -116,12 +115,17 @@ def _show(trace: "Trace", found: Any, domains: Any, pairs: Any, alike: Any, agai
     from moesaic.trace.statistics.tables import coselection_table, stability_table, stats_tables
 
     say, show = WORDS[lang], Console().print
-    sizes: dict[str, Any] = {"layers": trace.n_layers, "tokens": len(trace), "documents": found.n_documents}
+    sizes: dict[str, Any] = {
+        "layers": trace.n_layers,
+        "tokens": len(trace),
+        "documents": found.n_documents,
+        "e": trace.n_experts,
+    }
     if lang == "en":
-        nouns = {"layers": "MoE layer", "tokens": "token", "documents": "document"}
+        nouns = {"layers": "MoE layer", "tokens": "token", "documents": "document", "e": "expert"}
         sizes = {name: counted(n, nouns[name]) for name, n in sizes.items()}
     model = visible(trace.model, 80) or "–"
-    show(Text(say["about"].format(model=model, k=trace.top_k, e=trace.n_experts, **sizes)))
+    show(Text(say["about"].format(model=model, k=trace.top_k, **sizes)))
     show(Text(found.verdict(lang), style="bold"))
     show(stats_tables(found, lang))
     if isinstance(domains, dict):

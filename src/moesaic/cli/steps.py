@@ -63,7 +63,7 @@ def steps(
         return
     title = f"token {token} {word}  layer {layer}: {short_layers(recorded.layers)[layer]}"
     if lang == "zh":
-        title = f"token {token} {word}  第 {layer} 层：{short_layers(recorded.layers)[layer]}"
+        title = f"token {token} {word}  第 {layer} 层：{short_layers(recorded.layers, lang)[layer]}"
     Console().print(steps_table(of_token, lang, versus=vs == "topk", title=title))
     say_how_again(recorded, lang)
 

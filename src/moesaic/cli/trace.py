@@ -3,25 +3,21 @@
 import gc
 import shlex
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
-from moesaic.cli.output import check_lang, config_of, print_json, say_how_again
+from moesaic.cli.output import check_lang, config_of, print_json, progress, say_how_again
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from moesaic.trace.store import Trace
 
 DETAILS = ("ids", "picks", "scores")
 WORDS = {
     "en": {
         "reading": "Reading", "next": "Next:", "no_name": "a model without a name", "more": "{n} more",
-        "model": "{model}: {layers} MoE layers, top {k} of {experts} experts",
+        "model": "{model}: {layers}, top {k} of {experts}",
         "text": "{tokens} of {documents}", "token": "token", "document": "document", "labels": " ({labels})",
         "missing": "MoE layers without data: {names}",
         "saved": "Saved in {out}: {size}, {detail}", "replaces": " (in the place of an older trace)",
@@ -79,6 +75,7 @@ def trace(
     if detail not in DETAILS:
         raise ValueError(f"--detail {detail!r} is unknown: use one of {', '.join(DETAILS)}")
     from moesaic.cli import sources
+    from moesaic.cli.provenance import provenance
     from moesaic.hf.load import TINY, load_model, quiet_transformers
 
     documents = sources.documents(text, file or [], corpus, lines)
@@ -93,7 +90,7 @@ def trace(
         recorded = sources.record_documents(network, tokens, labels, detail, out, done=done)
     size = Size(len(tokens.sequences), len(documents))
     if as_json:
-        print_json(described(recorded, size, out))
+        print_json(provenance((out, recorded)) | described(recorded, size, out))
     else:
         show(recorded, size, out, lang, replaces=replaces)
         say_how_again(recorded, lang)
@@ -121,18 +118,6 @@ def check_target(out: Path) -> bool:
     return replaces
 
 
-@contextmanager
-def progress(what: str, total: int) -> "Iterator[Callable[[int], None]]":
-    """A bar on stderr, where that is a terminal; what it yields is called with the number of things done."""
-    from rich.console import Console
-    from rich.progress import Progress
-
-    console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task(what, total=total)
-        yield lambda count: bar.advance(task, count)
-
-
 class Size(NamedTuple):
     """How much is in a trace that was written and is not in memory."""
 
@@ -142,12 +127,14 @@ class Size(NamedTuple):
 
 def show(recorded: "Trace", size: Size, out: Path, lang: str, *, replaces: bool) -> None:
     """What is in a trace that was just written, and what to do with it."""
-    from moesaic.trace.shown import visible
+    from moesaic.trace.shown import counted, visible
 
     say, config = WORDS[lang], recorded.configs[0]
     name = visible(recorded.model, 60) or say["no_name"]
-    sizes = {"layers": recorded.n_layers, "k": config.num_experts_per_tok, "experts": config.n_routed_experts}
-    print(say["model"].format(model=name, **sizes))
+    sizes: dict[str, Any] = {"layers": recorded.n_layers, "experts": config.n_routed_experts}
+    if lang == "en":
+        sizes = {"layers": counted(sizes["layers"], "MoE layer"), "experts": counted(sizes["experts"], "expert")}
+    print(say["model"].format(model=name, k=config.num_experts_per_tok, **sizes))
     print(_read(recorded, size, lang))
     if recorded.missing:
         print(say["missing"].format(names=", ".join(visible(name, 60) for name in recorded.missing)))

@@ -1,17 +1,16 @@
 """`moesaic what-if`: recorded scores routed again by another rule."""
 
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from moesaic.cli.output import check_lang, print_json, say_how_again
+from moesaic.cli.output import check_lang, print_json, progress, say_how_again
 from moesaic.cli.trace import check_target
 
 WORDS = {
-    "en": {"working": "Routing again...", "saved": "Saved: {out}"},
-    "zh": {"working": "正在重新路由……", "saved": "已保存：{out}"},
+    "en": {"working": "Routing layers again", "saved": "Saved: {out}"},
+    "zh": {"working": "正在逐层重新路由", "saved": "已保存：{out}"},
 }
 
 
@@ -53,8 +52,8 @@ def what_if(
     from moesaic.trace.reroute.what_if_table import what_if_table
     from moesaic.trace.shown import visible
 
-    with nullcontext() if json else Console(stderr=True).status(WORDS[lang]["working"]):
-        recorded = load(trace)
+    recorded = load(trace)
+    with progress(WORDS[lang]["working"], recorded.n_layers, quiet=json) as done:
         found = ask(
             recorded,
             k=k,
@@ -67,6 +66,7 @@ def what_if(
             nodes=nodes,
             placement=None if placement is None else read_placement(placement, recorded.n_experts),
             anyway=anyway,
+            done=done,
         )
         if out is not None:
             found.trace.save(out)

@@ -20,6 +20,7 @@ from moesaic.hf.load import quiet_transformers
 from moesaic.hf.modules import MoELayer, moe_layers, routed_blocks
 from moesaic.hf_config import read_config_json
 from moesaic.layer.router import Router
+from moesaic.trace.file.reader import is_trace
 
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 BY_FAMILY = ("scoring_func", "topk_method")  # transformers' routers have these in their code, whatever the config says
@@ -83,9 +84,20 @@ def find(target: str, *, layer: int | None = None, config: str | None = None) ->
             f"{target}: no such folder, file or preset: give a model folder, a config.json, module:Class, or one of "
             f"{', '.join(PRESETS)}"
         )
+    if path.is_file() and b"\0" in first_bytes(path):  # the length that a .safetensors begins with holds zeros
+        what = "a record of a run, which moesaic stats judges" if is_trace(path) else "a binary file"
+        raise ValueError(f"{target} is {what}: give a model folder, a config.json, module:Class or a preset")
     if path.is_dir() and any(next(path.glob(pattern), None) for pattern in WEIGHTS):
         return gate_in(load(path), layer)
     return gate_in(build(path), layer, random=True)
+
+
+def first_bytes(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            return file.read(64)
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
 
 
 def gate_of_preset(name: str) -> ModuleGate:

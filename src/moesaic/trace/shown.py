@@ -14,6 +14,7 @@ HIDDEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}  # control, format (bidi inc
 SPARKS = "▁▂▃▄▅▆▇█"
 SPARK_WIDTH = 32  # values drawn one by one; longer rows are pooled by their maximum into half as many bars
 NAMED = 3  # layers that a sentence names
+NAME_WIDTH = 24  # of a column of names, of the 80 of a terminal
 NOTES = {
     "en": {
         "router": "The picks of {layers} were read at the router's output, not at the experts.",
@@ -22,6 +23,7 @@ NOTES = {
         "missing": ("Nothing is said of {layers}: the record has no data of it.",
                     "Nothing is said of {layers}: the record has no data of them."),
         "all": "all layers", "some": "{}", "comma": ", ", "more": " and {more} more",
+        "nameless": "the layer",
     },
     "zh": {
         "router": "{layers}的选择取自路由器的输出，不是在专家处读到的。",
@@ -29,6 +31,7 @@ NOTES = {
         "imported": "{layers}的选择来自其他程序的记录，不是在专家处读到的。",
         "missing": ("对 {layers} 不作判断：记录中没有它的数据。", "对 {layers} 不作判断：记录中没有这些层的数据。"),
         "all": "所有层", "some": "{} ", "comma": "、", "more": " 等 {n} 层",
+        "nameless": "该层",
     },
 }  # fmt: skip
 CELL = "padding:2px 8px;text-align:right;vertical-align:top;white-space:nowrap"
@@ -52,23 +55,31 @@ def _escaped(character: str) -> str:
     return character.encode("unicode_escape").decode("ascii")
 
 
-def short_layer(name: str) -> str:
-    """ "layers.3" for "model.layers.3.mlp", visibly; a name without a number stays."""
+def short_layer(name: str, lang: str = "en") -> str:
+    """ "layers.3" for "model.layers.3.mlp", visibly; a name without a number stays. A layer that was recorded by itself
+    has no name: it is "the layer"."""
+    if not name:
+        return words_of(NOTES, lang)["nameless"]
     found = re.search(r"[^.]+\.\d+", name)
     return visible(found.group() if found else name, 60)
 
 
-def short_layers(names: Sequence[str]) -> list[str]:
+def short_layers(names: Sequence[str], lang: str = "en") -> list[str]:
     """`short_layer` of each; the whole name where two would be called alike ("encoder.block.1", "decoder.block.1")."""
-    short = [short_layer(name) for name in names]
+    short = [short_layer(name, lang) for name in names]
     often = Counter(short)
     return [visible(name, 60) if often[brief] > 1 else brief for name, brief in zip(names, short, strict=True)]
+
+
+def fits(names: Sequence[str]) -> bool:
+    """Whether names are short enough to stand in one line of a table; longer ones go on in the next."""
+    return max(map(len, names), default=0) <= NAME_WIDTH
 
 
 def listed(layers: Sequence[str], lang: str = "en") -> str:
     """The first few layers by their short names, and how many more there are."""
     words = words_of(NOTES, lang)
-    named = words["comma"].join(short_layers(layers)[:NAMED])
+    named = words["comma"].join(short_layers(layers, lang)[:NAMED])
     return named + (words["more"].format(n=len(layers), more=len(layers) - NAMED) if len(layers) > NAMED else "")
 
 

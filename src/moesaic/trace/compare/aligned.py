@@ -6,6 +6,7 @@ from dataclasses import replace
 import torch
 
 from moesaic.trace.rule.distinct import check_distinct
+from moesaic.trace.rule.given import check_trace
 from moesaic.trace.shown import missing_notes, origin_notes, visible, words_of
 from moesaic.trace.store import Trace
 
@@ -18,6 +19,8 @@ UNCHECKED = {
 def aligned(a: Trace, b: Trace) -> tuple[Trace, Trace]:
     """Both with their tokens sequence by sequence. ValueError, with the reason, unless they are of the same tokens,
     layers and sizes, or where a token has an expert twice."""
+    check_trace(a, "a")
+    check_trace(b, "b")
     for what, here, there in (
         ("MoE layers", a.n_layers, b.n_layers),
         ("experts", a.n_experts, b.n_experts),

@@ -6,7 +6,7 @@ from rich.table import Table
 from rich.text import Text
 
 from moesaic.trace.compare.diff import Diff
-from moesaic.trace.shown import counted, html_of, html_said, html_table, short_layers, visible, words_of
+from moesaic.trace.shown import counted, fits, html_of, html_said, html_table, short_layers, visible, words_of
 
 WORDS = {
     "en": {
@@ -14,6 +14,7 @@ WORDS = {
         "near-ties": "near-ties: rounding explains the flips",
         "different scores": "different scores: the rule is the same, the scores are not",
         "different rule": "different rule: rounding does not explain the flips",
+        "other weights": "different rule: the same experts, other weights",
         "cannot tell": "cannot tell",
         "flips": "other experts: {share:.2%} of (layer, token) pairs, {tokens:.1%} of {n:,} tokens in some layer",
         "first": "first split: {layer}, token {token}",
@@ -29,6 +30,7 @@ WORDS = {
         "near-ties": "近似并列：舍入误差可以解释这些分歧",
         "different scores": "分数不同：规则相同，分数不同",
         "different rule": "规则不同：舍入误差解释不了这些分歧",
+        "other weights": "规则不同：专家相同，权重不同",
         "cannot tell": "无法判断",
         "flips": "专家不同：占（层，token）的 {share:.2%}；{n:,} 个 token 中有 {tokens:.1%} 在某层不同",
         "first": "最先分歧：{layer}，token {token}",
@@ -47,11 +49,12 @@ COLOURS = {
 def sentences(found: Diff, lang: str = "en") -> list[str]:
     """The verdict, how much differs and where it begins, the reasons, then what is not known of the records."""
     words = words_of(WORDS, lang)
-    out = [words[found.verdict]]
-    if found.flips.any():
+    flipped = bool(found.flips.any())
+    out = [words["other weights" if found.verdict == "different rule" and not flipped else found.verdict]]
+    if flipped:
         out.append(words["flips"].format(share=found.share, tokens=found.token_share, n=found.flips.shape[1]))
         layer = int(found.first_split.min())
-        name = short_layers(found.layers)[layer]
+        name = short_layers(found.layers, lang)[layer]
         out.append(words["first"].format(layer=name, token=int(found.flips[layer].nonzero()[0])))
         margin = found.to_dict()["margin"]
         if margin is not None:
@@ -68,9 +71,11 @@ def sentences(found: Diff, lang: str = "en") -> list[str]:
 def diff_table(found: Diff, lang: str = "en") -> Group:
     """One row a layer below the names of the two, and the sentences under it."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    rows = _rows(found, lang)
     for index, head in enumerate(words_of(WORDS, lang)["columns"]):
-        table.add_column(head, justify="right" if index else "left", overflow="fold")
-    for row in _rows(found):
+        whole = index > 0 or fits([row[0] for row in rows])
+        table.add_column(head, justify="right" if index else "left", no_wrap=whole, overflow="fold")
+    for row in rows:
         table.add_row(*map(Text, row))
     return Group(Text(_names(found), style="dim"), table, *(Text(line) for line in sentences(found, lang)))
 
@@ -81,7 +86,7 @@ def diff_html(found: Diff, lang: str = "en") -> str:
 
     def part(lang: str) -> str:
         said = html_said(_names(found), sentences(found, lang), colour)
-        return said + html_table(words_of(WORDS, lang)["columns"], _rows(found))
+        return said + html_table(words_of(WORDS, lang)["columns"], _rows(found, lang))
 
     return html_of(part, lang)
 
@@ -90,10 +95,10 @@ def _names(found: Diff) -> str:
     return f"a: {visible(found.a)}   b: {visible(found.b)}"
 
 
-def _rows(found: Diff) -> list[list[str]]:
+def _rows(found: Diff, lang: str) -> list[list[str]]:
     """The cells of the table."""
     rows = []
-    for name, entry in zip(short_layers(found.layers), found.by_layer(), strict=True):
+    for name, entry in zip(short_layers(found.layers, lang), found.by_layer(), strict=True):
         share = f"{entry.flips / entry.compared:.2%}" if entry.compared else "–"
         ties = str(entry.ties) if entry.margin is not None or entry.ties else "–"
         numbers = (entry.margin, entry.weight_difference, entry.score_difference)

@@ -165,8 +165,8 @@ def _rule_differences(a: Trace, b: Trace) -> tuple[dict[str, str], ...]:
         unlike = [name for name in RULE_FIELDS if getattr(one, name) != getattr(two, name)]
         if unlike:
             told = [f"{name} {getattr(one, name)} / {getattr(two, name)}" for name in unlike]
-            name = short_layers(a.layers)[layer]
-            out.append({"en": f"{name}: {', '.join(told)}", "zh": f"{name}：{'，'.join(told)}"})
+            en, zh = (short_layers(a.layers, lang)[layer] for lang in ("en", "zh"))
+            out.append({"en": f"{en}: {', '.join(told)}", "zh": f"{zh}：{'，'.join(told)}"})
             break
     if a.logits is None or b.logits is None:
         return tuple(out)

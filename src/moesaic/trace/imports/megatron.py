@@ -9,7 +9,7 @@ ids nor documents in it; hidden states and logits lie in files of their own, whi
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,7 +34,7 @@ class Call(NamedTuple):
 Steps = dict[int, dict[int, list[np.ndarray]]]  # step -> layer -> ids [T, K] of each call, in order
 
 
-def read(files: Sequence[Path], target: Target) -> Imported:
+def read(files: Iterable[Path], target: Target) -> Imported:
     """A trace of the decoder layers in these files: one rank a file, ranks that hold the same layers.
 
     Ranks that recorded the same picks (tensor parallelism) count once, and so does a recomputed forward; micro-batches

@@ -13,7 +13,7 @@ import pickle
 import re
 import zipfile
 from collections import defaultdict, deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -55,7 +55,7 @@ class Pass(NamedTuple):
     mode: int
 
 
-def read(files: Sequence[Path], target: Target) -> Imported:
+def read(files: Iterable[Path], target: Target) -> Imported:
     """A trace of per_token dumps: the files of all ranks of one recording. Nothing in them is executed.
 
     The dumps hold no request ids: a piece of text goes on where an earlier one ended, in the order of the batch. Ranks

@@ -12,7 +12,7 @@ import base64
 import binascii
 import io
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,7 +36,7 @@ class Choice(NamedTuple):
     completion: list[int] | int | None = None
 
 
-def read(files: Sequence[Path], target: Target) -> Imported:
+def read(files: Iterable[Path], target: Target) -> Imported:
     """A trace of .npy arrays, of responses (.json: one, or a list of them), or of a response a line (.jsonl).
 
     Every array is a sequence with the name of its file as label. ValueError, in one line, for anything else.

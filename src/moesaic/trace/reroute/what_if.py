@@ -1,6 +1,6 @@
 """What if the gate had another rule: recorded scores routed again, and what that changes."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,6 +15,7 @@ from moesaic.trace.chance.placement import distinct_places, place_experts
 from moesaic.trace.reroute import settings
 from moesaic.trace.rule.derive import bias_of, check_can_derive, derive, dtype_of, follows, logits_of
 from moesaic.trace.rule.distinct import check_distinct
+from moesaic.trace.rule.given import check_trace
 from moesaic.trace.rule.margins import chosen
 from moesaic.trace.shown import finite, missing_notes, origin_notes
 from moesaic.trace.store import Trace
@@ -147,12 +148,14 @@ def what_if(
     nodes: int | None = None,
     placement: Sequence[int] | np.ndarray | None = None,
     anyway: bool = False,
+    done: Callable[[int], None] = lambda _: None,
 ) -> WhatIf:
     """Route the recorded scores of every layer again with some of the rule changed. What is not given stays.
 
     bias: False leaves the correction bias out, a tensor [E] or [L, E] replaces it, {expert: delta} is added to it.
     drop_experts: never chosen, in any layer; the new trace gives them a bias of minus infinity. placement: the node of
-    every expert, or nodes: their number, experts in equal runs; the nodes of a token are then counted too.
+    every expert, or nodes: their number, experts in equal runs; the nodes of a token are then counted too. done hears
+    the number of layers as they are routed.
 
     Unchanged settings must give the recorded picks, exact ties apart: that is checked first, and where they do not,
     the recorded rule is not the one of the trace and this refuses, unless `anyway`. Raises ValueError, in one line,
@@ -176,6 +179,7 @@ def what_if(
         weights.append(_weights(trace, layer, configs[layer], ids, flipped))
         lost = _score_lost(scores, trace.picks[layer].long(), ids, trace.configs[layer])
         columns.append((flipped, tied.sum(), astray.sum(), empty.sum(), lost))
+        done(1)
     flips, ties, strays, empties, lost = (torch.stack(column) for column in zip(*columns, strict=True))
     after = replace(
         trace,
@@ -194,6 +198,7 @@ def what_if(
 
 def _check_can_ask(trace: Trace) -> None:
     """ValueError for a trace that no rule can route again."""
+    check_trace(trace)
     if not len(trace):
         raise ValueError("the trace has no tokens: there is nothing to route again")
     check_distinct(trace)

@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from moesaic.trace.reroute.what_if import WhatIf
-from moesaic.trace.shown import html_of, html_said, html_table, short_layers, words_of
+from moesaic.trace.shown import fits, html_of, html_said, html_table, short_layers, words_of
 
 WORDS = {
     "en": {
@@ -102,7 +102,8 @@ def what_if_table(found: WhatIf, lang: str = "en") -> Group:
     words, heads, rows = words_of(WORDS, lang), *_cells(found, lang)
     table = Table(box=box.SIMPLE_HEAD, caption=words["pairs"], caption_justify="left", pad_edge=False)
     for index, head in enumerate(heads):
-        table.add_column(head, justify="right" if index else "left", overflow="fold")
+        whole = fits([row[0] for row in rows]) if index == 0 else "->" not in "".join(row[index] for row in rows)
+        table.add_column(head, justify="right" if index else "left", no_wrap=whole, overflow="fold")
     for row in rows:
         table.add_row(*map(Text, row))
     return Group(table, *(Text(line) for line in sentences(found, lang)))
@@ -124,7 +125,7 @@ def _cells(found: WhatIf, lang: str) -> tuple[list[str], list[list[str]]]:
     columns = words_of(WORDS, lang)["columns"]
     heads = [head for name, head in columns.items() if name in places or name not in ("groups", "nodes")]
     rows = []
-    for name, row in zip(short_layers(found.before.layers), found.by_layer(), strict=True):
+    for name, row in zip(short_layers(found.before.layers, lang), found.by_layer(), strict=True):
         rows.append([
             name,
             f"{row['flipped'] / row['tokens']:.1%}" if row["tokens"] else "–",

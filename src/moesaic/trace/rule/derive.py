@@ -17,7 +17,7 @@ def dtype_of(name: str | None) -> torch.dtype | None:
     """The torch dtype of a name such as "bfloat16"; ValueError for a name that is none."""
     if name is None:
         return None
-    dtype = getattr(torch, name, None)
+    dtype = getattr(torch, name, None) if isinstance(name, str) else None
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise ValueError(f"dtype {name!r} is not one of torch: use float32, bfloat16, float16 or float64")
     return dtype

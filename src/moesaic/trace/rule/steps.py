@@ -10,6 +10,7 @@ from torch import Tensor
 from moesaic import rules
 from moesaic.config import MoEConfig
 from moesaic.trace.rule.derive import compare, derive, dtype_of, weight_tolerance, why_not_derived
+from moesaic.trace.rule.given import check_trace, whole_number
 from moesaic.trace.rule.stages import (
     BIAS_NOT_RECORDED,
     DERIVED,
@@ -24,7 +25,7 @@ from moesaic.trace.rule.stages import (
     shapes_of,
     worded,
 )  # fmt: skip
-from moesaic.trace.shown import origin_notes, short_layer
+from moesaic.trace.shown import counted, origin_notes, short_layer
 from moesaic.trace.store import Trace
 from moesaic.types import Routing
 
@@ -78,7 +79,7 @@ class Steps(Sequence[Step]):
         config = self.steps[0].config
         chosen = experts.tolist() if isinstance(experts, Tensor) else []
         named = " ".join(f"e{e}" if e < config.n_routed_experts else "–" for e in chosen)
-        said = [f"token {self.token}{of_layer}: {named} of {config.n_routed_experts} experts", *self.notes()]
+        said = [f"token {self.token}{of_layer}: {named} of {counted(config.n_routed_experts, 'expert')}", *self.notes()]
         said += ["recorded values differ from the derived ones"] * any(step.agrees is False for step in self.steps)
         return "\n".join([*said, f"(more: [0] to [{len(self) - 1}], each with .stage, .value, .note)"])
 
@@ -117,6 +118,8 @@ def steps(source: Trace, layer: int = 0, token: int = 0) -> Steps:
 
     A stage that needs what was not recorded, or a rule that is not known, has no value and a note that says so.
     """
+    check_trace(source, "source")
+    layer, token = whole_number(layer, "layer"), whole_number(token, "token")
     if not -source.n_layers <= layer < source.n_layers:
         raise ValueError(f"layer={layer} is not in the trace: it has layers 0 to {source.n_layers - 1}")
     if not -len(source) <= token < len(source):

@@ -72,7 +72,8 @@ def steps_html(steps: Steps, lang: str = "en") -> str:
         words = words_of(WORDS, lang)
         said = [_head(steps[0].config, words), *steps.notes(lang), _versus_line(steps, words, lang).plain]
         rows = [[str(cell) for cell in row] for row in _rows(steps, lang)]
-        return html_said(f"token {steps.token}  {short_layer(steps.layer)}", said) + html_table(words["columns"], rows)
+        head = f"token {steps.token}  {short_layer(steps.layer, lang)}"
+        return html_said(head, said) + html_table(words["columns"], rows)
 
     return html_of(part, lang)
 

@@ -34,7 +34,7 @@ def _part(stats: "Stats", lang: str) -> str:
     words = words_of(WORDS, lang)
     names = [name for name in SHOWN if name in stats.values]
     said = html_said(stats.model, stats.verdict(lang).splitlines(), COLOURS[stats.status])
-    layers = short_layers([*(report.layer for report in stats.layers), *stats.missing])
+    layers = short_layers([*(report.layer for report in stats.layers), *stats.missing], lang)
     heads = [words["layer"], words["verdict"], words["load"]]
     head = "".join(f'<th style="{CELL}">{escape(text)}</th>' for text in heads)
     head += "".join(f'<th style="{CELL}" title="{escape(meaning(name, lang))}">{escape(name)}</th>' for name in names)

@@ -6,7 +6,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from moesaic.trace.shown import short, short_layers, visible, words_of
+from moesaic.trace.shown import fits, short, short_layers, visible, words_of
 from moesaic.trace.statistics.preference import Preferences
 from moesaic.trace.statistics.stats import LayerReport, Measure
 
@@ -39,7 +39,7 @@ def load_table(reports: Sequence[LayerReport], lang: str = "en") -> Table:
     table.add_column(words["load"][0], overflow="fold")
     for head in words["load"][1 : 2 + len(names)]:
         table.add_column(head, justify="right", no_wrap=True)
-    for index, (layer, report) in enumerate(zip(short_layers([r.layer for r in reports]), reports, strict=True)):
+    for index, (layer, report) in enumerate(zip(short_layers([r.layer for r in reports], lang), reports, strict=True)):
         name = Text(f"{index}  {layer}\n")
         name.append(report.verdict(lang), style=STYLES[report.status])
         cells = [_measure(report.measures.get(measure), measure, words) for measure in names]
@@ -53,13 +53,14 @@ def preference_table(
     """Per layer and domain, the experts that prefer it beyond chance, strongest first, at most `most` of them."""
     words, found = words_of(WORDS, lang), preferences.found(alpha)
     n_layers, n_experts = found.shape
-    shown_layers = short_layers(layers)
+    shown_layers = short_layers(layers, lang)
     caption = words["test"].format(
         p=preferences.permutations, n=preferences.n_sequences, t=n_layers * n_experts, a=alpha
     )
     table = Table(box=box.SIMPLE_HEAD, caption=caption, caption_justify="left", pad_edge=False)
-    for head in words["preference"]:
-        table.add_column(head, overflow="fold")
+    columns = (shown_layers, [visible(domain, 60) for domain in preferences.domains], None, ())
+    for head, names in zip(words["preference"], columns, strict=True):
+        table.add_column(head, no_wrap=names is not None and fits(names), overflow="fold")
     for layer in range(n_layers):
         name = Text(shown_layers[layer] if layers else str(layer))
         if not found[layer].any():

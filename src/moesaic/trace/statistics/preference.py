@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from moesaic.trace.rule.distinct import check_distinct
+from moesaic.trace.rule.given import check_trace
 from moesaic.trace.shown import counted
 from moesaic.trace.store import Trace
 
@@ -56,6 +57,7 @@ def domain_preference(
     Raises ValueError where there is not one label a sequence or a token has an expert twice; Untestable where fewer
     than two domains have tokens, or so few sequences that no shuffle could be significant.
     """
+    check_trace(trace)
     names = _labels_of(trace, labels)
     check_distinct(trace)
     if permutations < 1:

@@ -14,19 +14,23 @@ WORDS = {
     "en": {
         "none": "Nothing can be said: no layer has data.",
         "sick": {"collapsed": "collapsed", "dead": "with dead experts", "imbalanced": "imbalanced"},
-        "layers": ("{n} of {all} layers {what}: ", "The one layer is {what}: "),
+        "layers": ("{n} of {all} layers {what}: ", "All {all} layers {what}: ", "The one layer is {what}: "),
         "one": {"dead": "The one layer has dead experts: "},
-        "each": "{layer} {verdict}{experts}", "and": "; ", "more": "; and {n} more",
+        "each": "{layer} {verdict}{experts}", "only": "{verdict}{experts}", "and": "; ", "more": "; and {n} more",
         "end": ".", "colon": ": ",
         "sits": " (all load sits on {e})", "carry": " (99 % of the load sits on {e})", "are": " ({e})",
-        "chance": ("{n} of {all} layers within chance", "The one layer is within chance",
+        "chance": ("{n} of {all} layers within chance", "All {all} layers are within chance",
+                   "The one layer is within chance",
                    ": no expert has more or less than its share beyond chance."),
-        "balanced": ("{n} of {all} layers balanced", "The one layer is balanced", ": beyond chance but small."),
+        "balanced": ("{n} of {all} layers balanced", "All {all} layers are balanced", "The one layer is balanced",
+                     ": beyond chance but small."),
         "seen": ("An expert at {x:.2f}x its share would have been found in each of these.",
                  "An expert at {x:.2f}x its share would have been found."),
-        "too_few": ("{n} of {all} layers with too few tokens to judge", "The one layer has too few tokens to judge",
+        "too_few": ("{n} of {all} layers with too few tokens to judge", "All {all} layers have too few tokens to judge",
+                    "The one layer has too few tokens to judge",
                     " (it takes {k} assignments per expert): {e}."),
-        "no_data": ("{n} of {all} layers without data, so nothing is said of them", "The one layer has no data",
+        "no_data": ("{n} of {all} layers without data, so nothing is said of them", "All {all} layers are without data",
+                    "The one layer has no data",
                     ": {e}."),
         "documents": "Judged over {n:,} documents ({t:,} tokens), so it holds for texts like these.",
         "texts": "Judged over the {t:,} tokens of {n} documents only: it is about these texts and says nothing of "
@@ -36,18 +40,21 @@ WORDS = {
     "zh": {
         "none": "无法下结论：没有任何一层有数据。",
         "sick": {"collapsed": "坍缩", "dead": "有专家从未被选中", "imbalanced": "不均衡"},
-        "layers": ("{all} 层中有 {n} 层{what}：", "仅有的一层{what}："),
+        "layers": ("{all} 层中有 {n} 层{what}：", "全部 {all} 层都{what}：", "仅有的一层{what}："),
         "one": {},
-        "each": "{layer}：{verdict}{experts}", "and": "；", "more": "；另有 {n} 层", "end": "。",
-        "colon": "：",
+        "each": "{layer}：{verdict}{experts}", "only": "{verdict}{experts}",
+        "and": "；", "more": "；另有 {n} 层", "end": "。", "colon": "：",
         "sits": "（全部负载落在 {e} 上）", "carry": "（99% 的负载落在 {e} 上）", "are": "（{e}）",
-        "chance": ("{all} 层中有 {n} 层在随机范围内", "仅有的一层在随机范围内", "：没有专家的份额偏离得超出随机。"),
-        "balanced": ("{all} 层中有 {n} 层均衡", "仅有的一层均衡", "：超出随机，但幅度很小。"),
+        "chance": ("{all} 层中有 {n} 层在随机范围内", "全部 {all} 层都在随机范围内", "仅有的一层在随机范围内",
+                   "：没有哪个专家的份额偏离到随机波动之外。"),
+        "balanced": ("{all} 层中有 {n} 层均衡", "全部 {all} 层都均衡", "仅有的一层均衡", "：超出随机，但幅度很小。"),
         "seen": ("在这些层里，若有专家达到应得份额的 {x:.2f} 倍，都会被发现。",
                  "若有专家达到应得份额的 {x:.2f} 倍，会被发现。"),
-        "too_few": ("{all} 层中有 {n} 层 token 太少，无法判断", "仅有的一层 token 太少，无法判断",
+        "too_few": ("{all} 层中有 {n} 层 token 太少，无法判断", "全部 {all} 层 token 都太少，无法判断",
+                    "仅有的一层 token 太少，无法判断",
                     "（平均每个专家需要 {k} 次分配）：{e}。"),
-        "no_data": ("{all} 层中有 {n} 层没有数据，对其不作判断", "仅有的一层没有数据", "：{e}。"),
+        "no_data": ("{all} 层中有 {n} 层没有数据，对其不作判断", "全部 {all} 层都没有数据", "仅有的一层没有数据",
+                    "：{e}。"),
         "documents": "依据 {n:,} 个文档（{t:,} 个 token），结论适用于同类文本。",
         "texts": "只依据 {n} 个文档的 {t:,} 个 token：结论仅限于这些文本，不能推及其他文本（那需要更多文档）。",
         "text": "只依据一个文档的 {t:,} 个 token：结论仅限于这段文本，不能推及其他文本。",
@@ -78,11 +85,11 @@ def run_verdict(
     for report in reports:
         by_status.setdefault(report.status, []).append(report)
     every = [*(report.layer for report in reports), *missing]
-    names = dict(zip(every, short_layers(every), strict=True))
+    names = dict(zip(every, short_layers(every, lang), strict=True))
 
     def say(key: str, n: int, **values: Any) -> str:
-        several, one, rest = words[key]
-        return ((one if count == 1 else several) + rest).format(n=n, all=count, **values)
+        some, every, one, rest = words[key]
+        return ((one if count == 1 else every if n == count else some) + rest).format(n=n, all=count, **values)
 
     said = [_sick(by_status[status], status, count, names, lang) for status in SICK if status in by_status]
     for status in ("balanced", "chance"):
@@ -106,10 +113,13 @@ def run_verdict(
 
 def _sick(reports: Sequence["LayerReport"], status: str, count: int, names: dict[str, str], lang: str) -> str:
     words, worst = words_of(WORDS, lang), sorted(reports, key=_badness, reverse=True)
-    head = words["one"].get(status, words["layers"][1]) if count == 1 else words["layers"][0]
+    some, every, one = words["layers"]
+    head = words["one"].get(status, one) if count == 1 else every if len(reports) == count else some
     head = head.format(n=len(reports), all=count, what=words["sick"][status])
     each = [
-        words["each"].format(layer=names[r.layer], verdict=_detail(r, lang), experts=_experts(r, words))
+        words["each" if r.layer or count > 1 else "only"].format(
+            layer=names[r.layer], verdict=_detail(r, lang), experts=_experts(r, words)
+        )
         for r in worst[:NAMED]
     ]
     more = words["more"].format(n=len(worst) - NAMED) if len(worst) > NAMED else ""

@@ -11,6 +11,7 @@ from moesaic.trace.chance.bands import Band
 from moesaic.trace.chance.documents import Documents, LoadCounts, count_loads
 from moesaic.trace.chance.placement import place_experts
 from moesaic.trace.rule.distinct import check_distinct
+from moesaic.trace.rule.given import check_trace, real_number, whole_number
 from moesaic.trace.shown import origin_notes, short_layer, words_of
 from moesaic.trace.statistics import verdict
 from moesaic.trace.statistics.measures import Measure, layer_measures
@@ -154,9 +155,12 @@ def stats(
     what goes beyond ceil(c*T*K/E) assignments of an expert counts as dropped, the whole trace being one batch. done
     hears the number of layers as they are judged. ValueError where a token has an expert twice.
     """
+    check_trace(trace)
     factors = _checked(alpha, capacity)
+    if not 0 <= (seed := whole_number(seed, "seed")) < 2**32:
+        raise ValueError(f"seed={seed} must lie between 0 and 2^32 - 1: use 0, say")
     check_distinct(trace)
-    placed = None
+    placed, nodes = None, None if nodes is None else whole_number(nodes, "nodes", 8)
     if placement is not None or nodes is not None:
         placed = place_experts(trace.n_experts, nodes=nodes, placement=placement)
     reports = _reports(trace, range(trace.n_layers), placed, factors, alpha, seed, done)
@@ -273,9 +277,10 @@ def _column(row: Sequence[Measure | None], what: str) -> np.ndarray:
 
 def _checked(alpha: float, capacity: float | Sequence[float]) -> tuple[float, ...]:
     """The capacity factors; ValueError for numbers that make no sense."""
-    if not 0 < alpha < 1:
+    if not 0 < real_number(alpha, "alpha", 0.05) < 1:
         raise ValueError(f"alpha={alpha} must lie between 0 and 1: use 0.05, say")
-    factors = (capacity,) if isinstance(capacity, int | float) else tuple(capacity)
+    several = isinstance(capacity, Sequence | np.ndarray) and not isinstance(capacity, str)
+    factors = [real_number(factor, "capacity", 1.25) for factor in (capacity if several else (capacity,))]
     if bad := [factor for factor in factors if not 0 < factor < float("inf")]:
         raise ValueError(f"capacity={bad[0]} must be a positive number: use 1.25, say")
-    return tuple(float(factor) for factor in factors)
+    return tuple(factors)

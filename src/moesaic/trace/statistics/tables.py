@@ -8,7 +8,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from moesaic.trace.shown import short_layers, words_of
+from moesaic.trace.shown import fits, short_layers, words_of
 from moesaic.trace.statistics.coselection import Coselection
 from moesaic.trace.statistics.load_table import STYLES
 from moesaic.trace.statistics.measures import Measure, meaning
@@ -17,7 +17,7 @@ from moesaic.trace.statistics.stats import Stats
 
 WORDS = {
     "en": {
-        "numbers": ("number", "median layer", "worst layer", "band there", "what it says"),
+        "numbers": ("number", "median\nlayer", "worst\nlayer", "band there", "what it says"),
         "chance": "chance 5–95 %", "sample": "uncertain 5–95 %", "no_data": "no data",
         "facts": "bands: ( ) {chance}, [ ] {sample}",
         "layers": ("layer", "verdict", "p", "alike x", "seen from", "hot", "starved"),
@@ -27,20 +27,20 @@ WORDS = {
         "pairs": ("layer", "pair", "together", "by chance", "lift", "p"),
         "no_pairs": "no pair is chosen together beyond chance",
         "pairs_note": "lift: times what the rule and the load of both give; p corrected for all {n:,} pairs",
-        "stable": ("layer", "same experts", "by chance", "Jaccard", "by chance", "load correlation", "by chance"),
+        "stable": ("layer", "same\nexperts", "Jaccard", "load\ncorrelation"),
     },
     "zh": {
         "numbers": ("指标", "中位层", "最差层", "该层的区间", "含义"),
         "chance": "随机 5–95%", "sample": "估计误差 5–95%", "no_data": "没有数据",
         "facts": "区间：( ) {chance}，[ ] {sample}",
-        "layers": ("层", "结论", "p", "相似倍数", "可发现", "过热", "饥饿"),
-        "columns": "p：已对全部专家和层校正；相似倍数：这么多个相似的 token 只抵一个（设计效应）；"
+        "layers": ("层", "结论", "p", "设计效应", "可发现", "过热", "饥饿"),
+        "columns": "p：已对全部专家和层校正；设计效应：这么多个相似的 token 只相当于一个独立的；"
                    "可发现：能被发现的最小负载（相对应得份额）",
         "missing": "没有数据",
         "pairs": ("层", "专家对", "同时选中", "随机期望", "倍数", "p"),
         "no_pairs": "没有专家对同时被选中得超出随机",
         "pairs_note": "倍数：相对规则和两者负载所给出的期望；p 已对全部 {n:,} 对校正",
-        "stable": ("层", "专家集合相同", "随机", "Jaccard", "随机", "负载相关", "随机"),
+        "stable": ("层", "专家集合\n相同", "Jaccard", "负载\n相关"),
     },
 }  # fmt: skip
 MOST_EXPERTS = 4  # ids in a cell
@@ -57,18 +57,19 @@ def numbers_table(stats: Stats, lang: str = "en") -> Table:
 
     words = words_of(WORDS, lang)
     found, every = overall(stats), [report.layer for report in stats.layers]
-    names = dict(zip(every, short_layers(every), strict=True))
+    names = dict(zip(every, short_layers(every, lang), strict=True))
     caption = words["facts"].format(chance=words["chance"], sample=words["sample"])
     table = Table(box=box.SIMPLE_HEAD, caption=Text(caption), caption_justify="left", pad_edge=False)
     for head, justify in zip(words["numbers"], ("left", "right", "right", "left", "left"), strict=True):
-        table.add_column(head, justify=justify, overflow="fold")  # type: ignore[arg-type]
+        whole = head != words["numbers"][-1] and (head != words["numbers"][2] or fits(list(names.values())))
+        table.add_column(head, justify=justify, no_wrap=whole, overflow="fold")  # type: ignore[arg-type]
     for name in stats.values:
         about, says = found[name], Text(meaning(name, lang), style="dim")
         if about is None:
             table.add_row(name, Text(words["no_data"], style="dim"), "", "", says)
             continue
         report = next(report for report in stats.layers if report.layer == about["layer"])
-        worst = Text(f"{short(about['worst'])} ({names[about['layer']]})")
+        worst = Text(f"{short(about['worst'])}\n({names[about['layer']]})")
         table.add_row(name, short(about["median"]), worst, band_text(report.measures[name]), says)
     return table
 
@@ -77,9 +78,11 @@ def layers_table(stats: Stats, lang: str = "en") -> Table:
     """One row a layer: verdict, corrected p, and which experts it is about."""
     words = words_of(WORDS, lang)
     table = Table(box=box.SIMPLE_HEAD, caption=words["columns"], caption_justify="left", pad_edge=False)
-    for head, justify in zip(words["layers"], ("left", "left", *["right"] * 3, "left", "left"), strict=True):
-        table.add_column(head, justify=justify, overflow="fold")  # type: ignore[arg-type]
-    names = short_layers([*(report.layer for report in stats.layers), *stats.missing])
+    names = short_layers([*(report.layer for report in stats.layers), *stats.missing], lang)
+    for index, head in enumerate(words["layers"]):
+        number = 2 <= index <= 4
+        whole = number or (not index and fits(names))
+        table.add_column(head, justify="right" if number else "left", no_wrap=whole, overflow="fold")
     for name, report in zip(names, stats.layers, strict=False):
         judged = math.isfinite(report.p_value)
         table.add_row(
@@ -101,9 +104,11 @@ def coselection_table(found: Coselection, lang: str = "en", most: int = 10) -> R
     words = words_of(WORDS, lang)
     note = words["pairs_note"].format(n=found.tests)
     table = Table(box=box.SIMPLE_HEAD, caption=note, caption_justify="left", pad_edge=False)
-    for head, justify in zip(words["pairs"], ("left", "left", *["right"] * 4), strict=True):
-        table.add_column(head, justify=justify)  # type: ignore[arg-type]
-    for index, name in enumerate(short_layers(found.layers)):
+    names = short_layers(found.layers, lang)
+    for index, head in enumerate(words["pairs"]):
+        whole = index > 0 or fits(names)
+        table.add_column(head, justify="right" if index > 1 else "left", no_wrap=whole, overflow="fold")
+    for index, name in enumerate(names):
         pairs = [pair for pair in found.pairs if pair.layer == index]
         for pair in pairs[:most]:
             table.add_row(
@@ -116,16 +121,17 @@ def coselection_table(found: Coselection, lang: str = "en", most: int = 10) -> R
 
 
 def stability_table(found: Stability, lang: str = "en") -> RenderableType:
-    """One row a layer: how far two recordings of the same tokens agree, beside what chance gives; and what is not
-    known of them."""
-    words = words_of(WORDS, lang)
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for head, justify in zip(words["stable"], ("left", *["right"] * 6), strict=True):
-        table.add_column(head, justify=justify)  # type: ignore[arg-type]
-    for index, name in enumerate(short_layers(found.layers)):
-        cells: list[str] = []
-        for measure in (found.same_set[index], found.jaccard[index], found.load_correlation[index]):
-            cells += [short(measure.value), band_text(measure)] if measure.is_known else [words["no_data"], ""]
+    """One row a layer: how far two recordings of the same tokens agree, each number above what chance gives; and what
+    is not known of them."""
+    words, names = words_of(WORDS, lang), short_layers(found.layers, lang)
+    caption = Text(words["facts"].format(chance=words["chance"], sample=words["sample"]))
+    table = Table(box=box.SIMPLE_HEAD, caption=caption, caption_justify="left", pad_edge=False)
+    for index, head in enumerate(words["stable"]):
+        whole = index > 0 or fits(names)
+        table.add_column(head, justify="right" if index else "left", no_wrap=whole, overflow="fold")
+    for index, name in enumerate(names):
+        measures = (found.same_set[index], found.jaccard[index], found.load_correlation[index])
+        cells = [f"{short(m.value)}\n{band_text(m)}".rstrip() if m.is_known else words["no_data"] for m in measures]
         table.add_row(Text(name), *cells)
     return Group(table, *(Text(note) for note in found.notes(lang)))
 

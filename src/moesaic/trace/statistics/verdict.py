@@ -161,7 +161,7 @@ def words_of_layer(status: str, counts: LoadCounts, test: LoadTest, carriers: fl
         n = f"{test.effective:.0f}"
         return {
             "en": f"too few documents to judge: their tokens count as {n}",
-            "zh": f"文档太少，无法判断：这些 token 只抵 {n} 个独立的",
+            "zh": f"文档太少，无法判断：这些 token 只相当于 {n} 个独立的 token",
         }
     if status == "collapsed":
         n = int(carriers)

@@ -115,3 +115,18 @@ def check_one_size(layers: Sequence[str], sizes: Sequence[tuple[int, int]], tall
                 f"layer {name!r} got its tokens in other forwards than layer {layers[0]!r} "
                 f"({tally.n_forwards} and {tallies[0].n_forwards}): record them one by one"
             )
+
+
+def on_cpu(pending: Sequence[Rows]) -> list[Rows]:
+    """The same rows on the CPU, with one transfer for every dtype and device instead of one for every tensor."""
+    tensors = [tensor for rows in pending for tensor in rows.columns.values()]
+    groups: dict[tuple, list[int]] = {}
+    for place, tensor in enumerate(tensors):
+        groups.setdefault((tensor.dtype, tensor.device), []).append(place)
+    for places in groups.values():
+        flat = torch.cat([tensors[place].flatten() for place in places]).cpu()
+        pieces = flat.split([tensors[place].numel() for place in places])
+        for place, piece in zip(places, pieces, strict=True):
+            tensors[place] = piece.view(tensors[place].shape)
+    moved = iter(tensors)
+    return [rows._replace(columns={name: next(moved) for name in rows.columns}) for rows in pending]

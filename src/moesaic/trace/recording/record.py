@@ -1,5 +1,7 @@
 """Recording what a model handed to its experts. The model and its results stay as they are."""
 
+import threading
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -12,15 +14,21 @@ from moesaic.config import MoEConfig
 from moesaic.hf.modules import MoELayer, moe_layers
 from moesaic.trace.file.limits import check_offsets
 from moesaic.trace.recording.assemble import assemble, id_dtype, outline, write_file
+from moesaic.trace.recording.biases import Biases
 from moesaic.trace.recording.calls import listening
 from moesaic.trace.recording.columns import Column
 from moesaic.trace.recording.forwards import Forward, describe_forward, forward_of, models_in, unseen
-from moesaic.trace.recording.kept import Kept, Rows
+from moesaic.trace.recording.kept import Kept, Rows, on_cpu
+from moesaic.trace.recording.running import Running, Threads
 from moesaic.trace.recording.stream import Stream, streaming
 from moesaic.trace.recording.watch import DETAILS, Observer, observe
 from moesaic.trace.store import Trace
 from moesaic.types import Routing
 
+ELSEWHERE = (
+    "a MoE layer ran in another thread than the record was begun in, and in no call of the model that began inside the "
+    "block: that call is not recorded"
+)
 __all__ = ["Forward", "Observer", "Recorder", "describe_forward", "observe", "record"]
 
 
@@ -82,9 +90,9 @@ class Recorder:
         self._given: dict[str, Any] = {}  # fields of the trace that were told, not recorded
         self._biases = Biases()
         self._dtypes = {"logits": "float32", "weights": "float32"}
-        self._current: Forward | None = None
-        self._running = 0  # calls of models, inside each other
-        self._pending: list[Rows] = []  # of the forward that runs
+        self._threads = Threads()
+        self._lock = threading.RLock()  # forwards of several threads are kept one after the other, each whole
+        self._over = False
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -104,8 +112,13 @@ class Recorder:
             stack.enter_context(observe(routers, self._take_routing))
             for module in models_in(self.model):  # after the hooks of layers: a bare gate reports before its call ends
                 stack.enter_context(listening(module, self))
-            yield
-        self._commit()
+            try:
+                yield
+                for running in self._threads.ended():
+                    self._commit(running)
+            finally:
+                with self._lock:
+                    self._over = True  # what another thread still runs did not end inside the block: it is not kept
 
     @property
     def trace(self) -> Trace:
@@ -114,8 +127,9 @@ class Recorder:
         file is read from there, after its block."""
         if self._stream is not None:
             return self._stream.read()
-        self._commit()
-        return assemble(self.outline(), self._kept, self._given, self.tokenizer)
+        with self._lock:
+            self._commit(self._threads.here)
+            return assemble(self.outline(), self._kept, self._given, self.tokenizer)
 
     def describe(
         self,
@@ -161,41 +175,38 @@ class Recorder:
 
     def open(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
         """A call of a model begins."""
-        if not self._running:
-            self._commit()
-        self._running += 1
-        if self._running == 1:
-            self._current = describe_forward(model, args, kwargs)
+        running = self._threads.here
+        if not running.depth:
+            self._commit(running)
+        running.depth += 1
+        if running.depth == 1:
+            running.forward = describe_forward(model, args, kwargs)
 
     def close(self, output: Any, *, failed: bool) -> None:
         """It is over. What a failed one has left is dropped."""
-        if not self._running:  # it began before the recording
+        running = self._threads.here
+        if not running.depth or self._over:  # it began before the recording, or ends after it
             return
-        self._running -= 1
+        running.depth -= 1
         if failed:
-            self._pending.clear()
-        if not self._running:
-            self._name_cache(getattr(output, "past_key_values", None))
-            self._commit()
-            self._current = None
-
-    def _name_cache(self, cache: Any) -> None:
-        """Whose cache this is: a model that is called without one makes it."""
-        before = self._current
-        if cache is not None and before is not None and not before.cache:
-            after = before._replace(cache=id(cache))
-            self._pending = [r._replace(forward=after) if r.forward is before else r for r in self._pending]
+            running.pending.clear()
+        if not running.depth:
+            running.name_cache(getattr(output, "past_key_values", None))
+            self._commit(running)
+            running.forward = None
 
     def opened_in_graph(self, tokens: Tensor, mask: Tensor | None, unused: None, cached: bool) -> None:
         """A call begins whose end nobody will tell."""
         del unused
-        if not self._running:
-            self._commit()
-            self._current = forward_of(tokens, mask, cached=cached)
+        running = self._threads.here
+        if not running.depth:
+            self._commit(running)
+            running.forward = forward_of(tokens, mask, cached=cached)
 
     def _forward_of(self, layer: str | None, n_tokens: int) -> Forward:
         """The call these tokens belong to; one sequence of its own where an inner module was called alone."""
-        current = self._current
+        running = self._threads.here
+        current = running.forward
         if current is None:
             return unseen(n_tokens)
         if current.keep is not None and n_tokens == int(current.keep.sum()) != len(current.rows):  # padding was cut out
@@ -203,9 +214,9 @@ class Recorder:
             return current._replace(rows=current.kept(current.rows), keep=None, input_ids=ids)
         if len(current.rows) != n_tokens:
             return unseen(n_tokens)
-        if not self._running and any(rows.layer == layer and "ids" in rows.columns for rows in self._pending):
-            self._commit()  # a compiled model does not say when it ends; the layer ran again, by itself
-            self._current = None
+        if not running.depth and any(rows.layer == layer and "ids" in rows.columns for rows in running.pending):
+            self._commit(running)  # a compiled model does not say when it ends; the layer ran again, by itself
+            running.forward = None
             return unseen(n_tokens)
         return current
 
@@ -228,56 +239,33 @@ class Recorder:
         if self.detail != "scores" or logits is None or logits.shape[-1] != layer.config.n_routed_experts:
             return
         self._dtypes["logits"] = name_of(logits)
-        self._biases.see(name, layer.bias)
+        with self._lock:
+            self._biases.see(name, layer.bias)
         columns = {"logits": logits.detach().to(torch.float32, copy=True)}
         self._add(Rows(name, self._forward_of(None, len(logits)), columns))
 
     def _add(self, rows: Rows) -> None:
-        self._pending.append(rows)
-        if not self._running and self._current is None:
-            self._commit()
+        running = self._threads.here
+        if self._over:
+            return
+        if running.depth or running.forward is not None:
+            running.pending.append(rows)
+        elif self._threads.at_home:
+            running.pending.append(rows)
+            self._commit(running)
+        else:  # the middle of a call that began before the block, as like as not: layers would get different tokens
+            warnings.warn(ELSEWHERE, stacklevel=2)
 
-    def _commit(self) -> None:
+    def _commit(self, running: Running) -> None:
         """Keep what is pending: its forward came to an end."""
-        pending, self._pending = self._pending, []
-        for rows in pending if all(t.is_cpu for r in pending for t in r.columns.values()) else on_cpu(pending):
-            self._kept.add(rows)
-
-
-class Biases:
-    """The correction biases under which scores were recorded; one that moved is known by name."""
-
-    def __init__(self) -> None:
-        self.values: dict[str, Tensor] = {}
-        self.moved: set[str] = set()
-        self._versions: dict[str, tuple[int, int]] = {}
-
-    def see(self, name: str, bias: Tensor | None) -> None:
-        """Keep a copy of the first, compare the others with it; no look at values where nothing was written to it."""
-        if bias is None:
+        pending, running.pending = running.pending, []
+        if not pending:
             return
-        version = (bias.data_ptr(), -1 if bias.is_inference() else bias._version)
-        if self._versions.get(name) == version and version[1] >= 0:
-            return
-        self._versions[name] = version
-        now = bias.detach().to("cpu", torch.float32, copy=True)
-        if not torch.equal(self.values.setdefault(name, now), now):
-            self.moved.add(name)
-
-
-def on_cpu(pending: Sequence[Rows]) -> list[Rows]:
-    """The same rows on the CPU, with one transfer for every dtype and device instead of one for every tensor."""
-    tensors = [tensor for rows in pending for tensor in rows.columns.values()]
-    groups: dict[tuple, list[int]] = {}
-    for place, tensor in enumerate(tensors):
-        groups.setdefault((tensor.dtype, tensor.device), []).append(place)
-    for places in groups.values():
-        flat = torch.cat([tensors[place].flatten() for place in places]).cpu()
-        pieces = flat.split([tensors[place].numel() for place in places])
-        for place, piece in zip(places, pieces, strict=True):
-            tensors[place] = piece.view(tensors[place].shape)
-    moved = iter(tensors)
-    return [rows._replace(columns={name: next(moved) for name in rows.columns}) for rows in pending]
+        if not all(t.is_cpu for r in pending for t in r.columns.values()):
+            pending = on_cpu(pending)
+        with self._lock:
+            for rows in pending if not self._over else ():
+                self._kept.add(rows)
 
 
 def name_of(tensor: Tensor) -> str:

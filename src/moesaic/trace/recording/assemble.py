@@ -30,13 +30,19 @@ def outline(
     *,
     detail: str,
     model: Any,
+    only_agreeing: bool = False,
     **provenance: Any,
 ) -> Trace:
-    """The trace without its tokens. ValueError where the layers do not fit together."""
+    """The trace without its tokens. ValueError where the layers do not fit together, unless those that do not fit to
+    the first that reported are to be `missing`."""
     seen = [layer for layer in layers if kept.tallies[layer.name].n_forwards] or list(layers)
     configs = [_config(layer, kept.columns[layer.name]) for layer in seen]
+    if only_agreeing and (fits := kept.agreeing()):
+        size = next(size_of(config) for layer, config in zip(seen, configs, strict=True) if layer.name == fits[0])
+        pairs = [(a, b) for a, b in zip(seen, configs, strict=True) if a.name in fits and size_of(b) == size]
+        seen, configs = [layer for layer, _ in pairs], [config for _, config in pairs]
     names = [layer.name for layer in seen]
-    sizes = [(config.n_routed_experts, config.num_experts_per_tok) for config in configs]
+    sizes = [size_of(config) for config in configs]
     check_one_size(names, sizes, [kept.tallies[name] for name in names])
     n_experts, k = sizes[0]
     rows = {"picks": k, "weights": k, "logits": n_experts}
@@ -99,6 +105,10 @@ def write_file(path: Path, like: Trace, kept: Kept[Part], given: Mapping[str, An
 def id_dtype(n_experts: int) -> torch.dtype:
     """The smallest of the dtypes of Trace.picks that holds every id and E, "no expert"."""
     return torch.int16 if n_experts < 2**15 - 1 else torch.int32
+
+
+def size_of(config: MoEConfig) -> tuple[int, int]:
+    return config.n_routed_experts, config.num_experts_per_tok
 
 
 def _config(layer: MoELayer, columns: Mapping[str, Store]) -> MoEConfig:

@@ -9,17 +9,19 @@ class Biases:
 
     def __init__(self) -> None:
         self.values: dict[str, Tensor] = {}
-        self.moved: set[str] = set()
         self._versions: dict[str, tuple[int, int]] = {}
 
     def see(self, name: str, bias: Tensor | None) -> None:
-        """Keep a copy of the first, compare the others with it; no look at values where nothing was written to it."""
+        """Keep a copy of the first; ValueError for another one. No look at values where nothing was written to it."""
         if bias is None:
             return
         version = (bias.data_ptr(), -1 if bias.is_inference() else bias._version)
         if self._versions.get(name) == version and version[1] >= 0:
             return
-        self._versions[name] = version
         now = bias.detach().to("cpu", torch.float32, copy=True)
         if not torch.equal(self.values.setdefault(name, now), now):
-            self.moved.add(name)
+            raise ValueError(
+                f"the correction bias of layer {name!r} changed while its scores were recorded: "
+                "record one step at a time, or detail='picks'"
+            )
+        self._versions[name] = version

@@ -64,6 +64,15 @@ class Kept(Generic[S]):
         self._first: str | None = None
         self._partly: set[str] = set()  # of the tokens: what some forwards told and others did not
 
+    @property
+    def n_sequences(self) -> int:
+        return self._numbers.count
+
+    def agreeing(self) -> list[str]:
+        """The layers that got the tokens that the first one got, in the same forwards."""
+        sizes = None if self._first is None else self.tallies[self._first].sizes
+        return [layer for layer, tally in self.tallies.items() if tally.n_forwards and tally.sizes == sizes]
+
     def add(self, rows: Rows) -> None:
         """Keep what one layer gave in one forward, without the padding."""
         held = self.columns[rows.layer]

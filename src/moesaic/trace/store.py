@@ -197,8 +197,8 @@ class Trace:
         return {name: t.numpy() for name in TENSORS if (t := getattr(self, name)) is not None}
 
     def save(self, path: str | Path) -> None:
-        """Write the trace as one safetensors file (docs: trace-format); an existing file is replaced whole or not at
-        all."""
+        """Write the trace as one safetensors file (docs: trace-format); an older trace is replaced whole or not at
+        all; ValueError for any other file that is there."""
         from moesaic.trace.file.writer import save
 
         save(self, path)

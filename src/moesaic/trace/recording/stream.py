@@ -9,7 +9,7 @@ import torch
 
 from moesaic.trace.file.parts import Part
 from moesaic.trace.file.reader import load
-from moesaic.trace.file.writer import folder_beside
+from moesaic.trace.file.writer import folder_beside, target
 from moesaic.trace.store import Trace
 
 
@@ -37,10 +37,8 @@ class Stream:
 @contextmanager
 def streaming(path: Path) -> Iterator[Stream]:
     """Inside the block there is room for the parts; afterwards they are gone, unless they are kept. ValueError where
-    `path` is a folder or cannot be written."""
-    if path.is_dir():
-        raise ValueError(f"{path}: is a folder: give the name of a file in it")
-    stream = Stream(path)
+    `path` is a folder, another file than a trace, or cannot be written."""
+    stream = Stream(target(path))
     try:
         yield stream
     finally:

@@ -89,8 +89,7 @@ class Trace:
                 )
         if self.picks.numel() and not 0 <= int(self.picks.min()) <= int(self.picks.max()) <= self.n_experts:
             raise ValueError(f"picks of the trace lie outside 0..{self.n_experts}")
-        if self.labels is not None and len(self.labels) < self.n_sequences:
-            raise ValueError(f"{len(self.labels)} labels for {self.n_sequences} sequences: give one label a sequence")
+        check_tokens(self)
 
     @classmethod
     def from_routings(
@@ -113,10 +112,9 @@ class Trace:
         _check_one_size(names, rows, per_layer)
         with_logits = all(row.logits is not None for row in rows)
         with_weights = all(row.weights is not None for row in rows)
-        pick_dtype = torch.int16 if per_layer[0].n_routed_experts < 2**15 - 1 else torch.int32
         n_tokens = len(rows[0].expert_ids)
         return cls(
-            picks=_stack([row.expert_ids for row in rows], pick_dtype),
+            picks=_stack([row.expert_ids for row in rows], id_dtype(per_layer[0].n_routed_experts)),
             weights=_stack([row.weights for row in rows], torch.float32) if with_weights else None,
             logits=_stack([row.logits for row in rows], torch.float32) if with_logits else None,
             bias=stacked_biases([(biases or {}).get(name) for name in names], per_layer),
@@ -125,8 +123,8 @@ class Trace:
             configs=per_layer,
             dtypes=provenance.pop("dtypes", None)
             or {
-                "logits": _dtype_name(rows[0].logits),
-                "weights": _dtype_name(rows[0].weights),
+                "logits": name_of(rows[0].logits),
+                "weights": name_of(rows[0].weights),
             },
             versions=versions(),
             **provenance,
@@ -204,6 +202,18 @@ class Trace:
         save(self, path)
 
 
+def check_tokens(trace: Trace) -> None:
+    """ValueError for numbers of sequences, tokens or phases, or labels, that no trace file may hold."""
+    from moesaic.trace.file.limits import check_labels, check_range
+
+    for name in ("sequences", "input_ids", "phases"):
+        if (numbers := getattr(trace, name)) is not None and len(numbers):
+            if numbers.is_floating_point():
+                raise ValueError(f"{name} of {name_of(numbers)} were given: give whole numbers")
+            check_range(name, int(numbers.min()), int(numbers.max()), trace.n_experts)
+    check_labels(trace.labels, trace.n_sequences)
+
+
 def stacked_biases(biases: Sequence[Tensor | None], configs: Sequence[MoEConfig]) -> Tensor | None:
     """One bias a layer, float32 [L, E]: zeros for layers that have none. None where no layer has one, or one that has a
     bias did not tell it."""
@@ -211,6 +221,11 @@ def stacked_biases(biases: Sequence[Tensor | None], configs: Sequence[MoEConfig]
     if not all(told) or all(bias is None for bias in biases):
         return None
     return _stack([torch.zeros(configs[0].n_routed_experts) if b is None else b for b in biases], torch.float32)
+
+
+def id_dtype(n_experts: int) -> torch.dtype:
+    """The smallest of the dtypes of Trace.picks that holds every id and E, "no expert"."""
+    return torch.int16 if n_experts < 2**15 - 1 else torch.int32
 
 
 def versions() -> dict[str, str]:
@@ -237,5 +252,6 @@ def _stack(tensors: Sequence[Any], dtype: torch.dtype) -> Tensor:
     return torch.stack([t.detach().to("cpu", dtype) for t in tensors])
 
 
-def _dtype_name(tensor: Tensor | None) -> str:
+def name_of(tensor: Tensor | None) -> str:
+    """The dtype of a tensor as a trace names it; float32 where there is none."""
     return "float32" if tensor is None else str(tensor.dtype).removeprefix("torch.")

@@ -16,11 +16,11 @@ from moesaic.trace.file.parts import Part, joined, of_tensor
 from moesaic.trace.file.writer import write
 from moesaic.trace.recording.columns import Column
 from moesaic.trace.recording.kept import Kept, S, Store, check_one_size
+from moesaic.trace.recording.watch import DETAILS
 from moesaic.trace.shown import piece_of
-from moesaic.trace.store import TENSORS, Trace, stacked_biases, versions
+from moesaic.trace.store import TENSORS, Trace, id_dtype, stacked_biases, versions
 
 OF_LAYERS = {"picks": "ids", "weights": "weights", "logits": "logits"}  # a tensor of a trace: what it was kept as
-DETAILS = {"ids": 1, "picks": 2, "scores": 3}  # how many of these each detail has
 
 
 def outline(
@@ -48,7 +48,8 @@ def outline(
     rows = {"picks": k, "weights": k, "logits": n_experts}
     dtypes = {"picks": id_dtype(n_experts), "weights": torch.float32, "logits": torch.float32}
     none: dict[str, Any] = {
-        name: torch.empty(len(seen), 0, rows[name], dtype=dtypes[name]) for name in list(rows)[: DETAILS[detail]]
+        name: torch.empty(len(seen), 0, rows[name], dtype=dtypes[name])
+        for name in list(rows)[: DETAILS.index(detail) + 1]
     }
     return Trace(
         **none,
@@ -100,11 +101,6 @@ def write_file(path: Path, like: Trace, kept: Kept[Part], given: Mapping[str, An
         fields = {"pieces": pieces_of(tokenizer, sorted(ids)), **fields}
     columns = {name: columns[name] for name in TENSORS if name in columns}
     write(path, columns, dataclasses.replace(like, **fields))
-
-
-def id_dtype(n_experts: int) -> torch.dtype:
-    """The smallest of the dtypes of Trace.picks that holds every id and E, "no expert"."""
-    return torch.int16 if n_experts < 2**15 - 1 else torch.int32
 
 
 def size_of(config: MoEConfig) -> tuple[int, int]:

@@ -10,7 +10,7 @@ from torch import nn
 from moesaic.config import MoEConfig
 from moesaic.hf.modules import moe_layers
 from moesaic.trace.recording.forwards import Forward, describe_forward
-from moesaic.trace.recording.recorder import Recorder
+from moesaic.trace.recording.recorder import Recorder, check_names
 from moesaic.trace.recording.stream import streaming
 from moesaic.trace.recording.watch import DETAILS, Observer, observe
 
@@ -44,8 +44,11 @@ def record(
     """
     if detail not in DETAILS:
         raise ValueError(f"detail={detail!r} is unknown: use {', '.join(map(repr, DETAILS[:-1]))} or {DETAILS[-1]!r}")
-    if isinstance(labels, str):
-        raise ValueError(f"labels={labels!r} is one name: give a list, one name a sequence")
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model={model!r} is no module: give a model of torch")
+    if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool) or abs(seed) >= 2**64):
+        raise ValueError(f"seed={seed!r} is not a whole number of 64 bits: give one, or none")
+    check_names(labels)
     layers = moe_layers(model, config)
     with ExitStack() as stack:
         streamed = None if to is None else stack.enter_context(streaming(Path(to)))

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from moesaic.hf.modules import MoELayer
-from moesaic.trace.file.limits import check_labels, check_offsets
-from moesaic.trace.recording.assemble import assemble, id_dtype, outline, write_file
+from moesaic.trace.file.limits import check_labels, check_offsets, check_range
+from moesaic.trace.recording.assemble import assemble, outline, write_file
 from moesaic.trace.recording.biases import Biases
 from moesaic.trace.recording.calls import listening
 from moesaic.trace.recording.columns import Column
@@ -21,7 +21,7 @@ from moesaic.trace.recording.kept import Kept, Rows, on_cpu
 from moesaic.trace.recording.running import Running, Threads
 from moesaic.trace.recording.stream import Stream
 from moesaic.trace.recording.watch import observe
-from moesaic.trace.store import Trace
+from moesaic.trace.store import Trace, id_dtype, name_of
 from moesaic.types import Routing
 
 ELSEWHERE = (
@@ -96,15 +96,24 @@ class Recorder:
     def describe(
         self,
         *,
-        sequences: Tensor,
+        sequences: Tensor | Sequence[int],
         labels: Sequence[str] | None = None,
-        offsets: Tensor | None = None,
+        offsets: Tensor | Sequence[Sequence[int]] | None = None,
         pieces: Mapping[int, str] | None = None,
     ) -> None:
         """What the caller knows better than a model's arguments tell: which document [T] each token belongs to, the
         names of the documents, where tokens lie in them [T, 2], and the text of a token id."""
+        sequences = torch.as_tensor(sequences)
+        if sequences.dim() != 1 or sequences.is_floating_point() or sequences.dtype == torch.bool:
+            shape = list(sequences.shape)
+            raise ValueError(f"sequences of {name_of(sequences)} {shape} were given: give one whole number a token")
+        if len(sequences):
+            check_range("sequences", int(sequences.min()), int(sequences.max()), 0)
+        sequences = sequences.to("cpu", torch.int64)
         if offsets is not None:
+            offsets = torch.as_tensor(offsets)
             check_offsets(offsets)
+        check_names(labels)
         given = {"sequences": sequences, "offsets": offsets, "pieces": pieces}
         self._given = {name: value for name, value in given.items() if value is not None}
         self.labels = self.labels if labels is None else labels
@@ -270,5 +279,11 @@ class Recorder:
                 raise self.refusal
 
 
-def name_of(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
+def check_names(labels: Sequence[str] | None) -> None:
+    """ValueError for labels that are not a list of texts."""
+    if isinstance(labels, str):
+        raise ValueError(f"labels={labels!r} is one name: give a list, one name a sequence")
+    if labels is None:
+        return
+    if not isinstance(labels, Sequence) or not all(isinstance(label, str) for label in labels):
+        raise ValueError(f"labels={labels!r} are not names: give a list of texts, one a sequence")

@@ -109,7 +109,9 @@ class Trace:
         if not rows:
             raise ValueError("no layer was recorded: give at least one routing")
         per_layer = (configs,) * len(rows) if isinstance(configs, MoEConfig) else tuple(configs)
-        _check_one_size(names, rows, per_layer)
+        experts = [config.n_routed_experts for config in per_layer]
+        shapes = [row.expert_ids.shape for row in rows]
+        check_one_size(names, [(e, k, t) for e, (t, k) in zip(experts, shapes, strict=True)])
         with_logits = all(row.logits is not None for row in rows)
         with_weights = all(row.weights is not None for row in rows)
         n_tokens = len(rows[0].expert_ids)
@@ -236,12 +238,10 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _check_one_size(names: Sequence[str], rows: Sequence[Routing], configs: Sequence[MoEConfig]) -> None:
-    """One trace is one array: its layers must agree in E, K and T."""
-    first = (configs[0].n_routed_experts, *reversed(rows[0].expert_ids.shape))
-    for name, row, config in zip(names, rows, configs, strict=True):
-        this = (config.n_routed_experts, *reversed(row.expert_ids.shape))
-        for what, here, there in zip(("experts", "experts per token", "tokens"), this, first, strict=True):
+def check_one_size(names: Sequence[str], sizes: Sequence[tuple[int, int, int]]) -> None:
+    """One trace is one array: its layers must agree in E, K and T, their `sizes`. ValueError."""
+    for name, size in zip(names, sizes, strict=True):
+        for what, here, there in zip(("experts", "experts per token", "tokens"), size, sizes[0], strict=True):
             if here != there:
                 raise ValueError(
                     f"layer {name!r} has {here} {what} and layer {names[0]!r} has {there}: record them one by one"

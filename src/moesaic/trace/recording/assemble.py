@@ -15,10 +15,10 @@ from moesaic.trace.file.limits import MOST_TEXT
 from moesaic.trace.file.parts import Part, joined, of_tensor
 from moesaic.trace.file.writer import write
 from moesaic.trace.recording.columns import Column
-from moesaic.trace.recording.kept import Kept, S, Store, check_one_size
+from moesaic.trace.recording.kept import Kept, S, Store, check_same_forwards
 from moesaic.trace.recording.watch import DETAILS
 from moesaic.trace.shown import piece_of
-from moesaic.trace.store import TENSORS, Trace, id_dtype, stacked_biases, versions
+from moesaic.trace.store import TENSORS, Trace, check_one_size, id_dtype, stacked_biases, versions
 
 OF_LAYERS = {"picks": "ids", "weights": "weights", "logits": "logits"}  # a tensor of a trace: what it was kept as
 
@@ -43,7 +43,9 @@ def outline(
         seen, configs = [layer for layer, _ in pairs], [config for _, config in pairs]
     names = [layer.name for layer in seen]
     sizes = [size_of(config) for config in configs]
-    check_one_size(names, sizes, [kept.tallies[name] for name in names])
+    tallies = [kept.tallies[name] for name in names]
+    check_one_size(names, [(*size, tally.n_tokens) for size, tally in zip(sizes, tallies, strict=True)])
+    check_same_forwards(names, tallies)
     n_experts, k = sizes[0]
     rows = {"picks": k, "weights": k, "logits": n_experts}
     dtypes = {"picks": id_dtype(n_experts), "weights": torch.float32, "logits": torch.float32}

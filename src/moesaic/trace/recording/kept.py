@@ -110,15 +110,9 @@ def are_probabilities(scores: Tensor) -> bool:
     return bool(((scores.sum(-1) - 1).abs() < 1e-3).all())
 
 
-def check_one_size(layers: Sequence[str], sizes: Sequence[tuple[int, int]], tallies: Sequence[Tally]) -> None:
-    """One trace is one array: its layers must agree in E and K (`sizes`), in T, and in the forwards. ValueError."""
-    whats = ("experts", "experts per token", "tokens")
-    for name, size, tally in zip(layers, sizes, tallies, strict=True):
-        for what, here, there in zip(whats, (*size, tally.n_tokens), (*sizes[0], tallies[0].n_tokens), strict=True):
-            if here != there:
-                raise ValueError(
-                    f"layer {name!r} has {here} {what} and layer {layers[0]!r} has {there}: record them one by one"
-                )
+def check_same_forwards(layers: Sequence[str], tallies: Sequence[Tally]) -> None:
+    """Layers of one trace must have got their tokens in the same forwards. ValueError."""
+    for name, tally in zip(layers, tallies, strict=True):
         if tally.sizes != tallies[0].sizes:
             raise ValueError(
                 f"layer {name!r} got its tokens in other forwards than layer {layers[0]!r} "

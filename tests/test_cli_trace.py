@@ -187,7 +187,7 @@ def test_what_is_recorded_goes_to_the_file_and_no_more_than_was_asked_for(run, m
         raise AssertionError("rows are kept in memory")
 
     monkeypatch.setattr(sources, "record", spy)
-    monkeypatch.setattr("moesaic.trace.recording.record.Column", no_room)
+    monkeypatch.setattr("moesaic.trace.recording.recorder.Column", no_room)
     assert run("trace", "--text", VERSE, "--detail", detail)[0] == 0
     assert asked == [detail]
     assert load("run.safetensors").detail == detail

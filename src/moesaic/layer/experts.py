@@ -82,8 +82,8 @@ class Experts(nn.Module):
         self, tokens: Float[Tensor, "T D"], expert_ids: Int[Tensor, "T K"], weights: Float[Tensor, "T K"]
     ) -> Float[Tensor, "T O"]:
         """Weighted sum of the chosen experts per token. The id E is skipped, its weight ignored."""
-        if self.watcher is not None:
-            expert_ids = self.watcher(self, expert_ids, weights)
+        if (watcher := self.watcher) is not None:  # read once: a record in another thread may end meanwhile
+            expert_ids = watcher(self, expert_ids, weights)
         engine = select_engine(
             self.engine,
             tokens.device,

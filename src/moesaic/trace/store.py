@@ -89,8 +89,7 @@ class Trace:
                 )
         if self.picks.numel() and not 0 <= int(self.picks.min()) <= int(self.picks.max()) <= self.n_experts:
             raise ValueError(f"picks of the trace lie outside 0..{self.n_experts}")
-        if self.labels is not None and len(self.labels) < self.n_sequences:
-            raise ValueError(f"{len(self.labels)} labels for {self.n_sequences} sequences: give one label a sequence")
+        check_tokens(self)
 
     @classmethod
     def from_routings(
@@ -110,13 +109,14 @@ class Trace:
         if not rows:
             raise ValueError("no layer was recorded: give at least one routing")
         per_layer = (configs,) * len(rows) if isinstance(configs, MoEConfig) else tuple(configs)
-        _check_one_size(names, rows, per_layer)
+        experts = [config.n_routed_experts for config in per_layer]
+        shapes = [row.expert_ids.shape for row in rows]
+        check_one_size(names, [(e, k, t) for e, (t, k) in zip(experts, shapes, strict=True)])
         with_logits = all(row.logits is not None for row in rows)
         with_weights = all(row.weights is not None for row in rows)
-        pick_dtype = torch.int16 if per_layer[0].n_routed_experts < 2**15 - 1 else torch.int32
         n_tokens = len(rows[0].expert_ids)
         return cls(
-            picks=_stack([row.expert_ids for row in rows], pick_dtype),
+            picks=_stack([row.expert_ids for row in rows], id_dtype(per_layer[0].n_routed_experts)),
             weights=_stack([row.weights for row in rows], torch.float32) if with_weights else None,
             logits=_stack([row.logits for row in rows], torch.float32) if with_logits else None,
             bias=stacked_biases([(biases or {}).get(name) for name in names], per_layer),
@@ -125,8 +125,8 @@ class Trace:
             configs=per_layer,
             dtypes=provenance.pop("dtypes", None)
             or {
-                "logits": _dtype_name(rows[0].logits),
-                "weights": _dtype_name(rows[0].weights),
+                "logits": name_of(rows[0].logits),
+                "weights": name_of(rows[0].weights),
             },
             versions=versions(),
             **provenance,
@@ -197,11 +197,23 @@ class Trace:
         return {name: t.numpy() for name in TENSORS if (t := getattr(self, name)) is not None}
 
     def save(self, path: str | Path) -> None:
-        """Write the trace as one safetensors file (docs: trace-format); an existing file is replaced whole or not at
-        all."""
+        """Write the trace as one safetensors file (docs: trace-format); an older trace is replaced whole or not at
+        all; ValueError for any other file that is there."""
         from moesaic.trace.file.writer import save
 
         save(self, path)
+
+
+def check_tokens(trace: Trace) -> None:
+    """ValueError for numbers of sequences, tokens or phases, or labels, that no trace file may hold."""
+    from moesaic.trace.file.limits import check_labels, check_range
+
+    for name in ("sequences", "input_ids", "phases"):
+        if (numbers := getattr(trace, name)) is not None and len(numbers):
+            if numbers.is_floating_point():
+                raise ValueError(f"{name} of {name_of(numbers)} were given: give whole numbers")
+            check_range(name, int(numbers.min()), int(numbers.max()), trace.n_experts)
+    check_labels(trace.labels, trace.n_sequences)
 
 
 def stacked_biases(biases: Sequence[Tensor | None], configs: Sequence[MoEConfig]) -> Tensor | None:
@@ -213,6 +225,11 @@ def stacked_biases(biases: Sequence[Tensor | None], configs: Sequence[MoEConfig]
     return _stack([torch.zeros(configs[0].n_routed_experts) if b is None else b for b in biases], torch.float32)
 
 
+def id_dtype(n_experts: int) -> torch.dtype:
+    """The smallest of the dtypes of Trace.picks that holds every id and E, "no expert"."""
+    return torch.int16 if n_experts < 2**15 - 1 else torch.int32
+
+
 def versions() -> dict[str, str]:
     """What made a trace. transformers is named only where it is loaded already."""
     found = {"moesaic": __version__, "torch": str(torch.__version__)}
@@ -221,12 +238,10 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _check_one_size(names: Sequence[str], rows: Sequence[Routing], configs: Sequence[MoEConfig]) -> None:
-    """One trace is one array: its layers must agree in E, K and T."""
-    first = (configs[0].n_routed_experts, *reversed(rows[0].expert_ids.shape))
-    for name, row, config in zip(names, rows, configs, strict=True):
-        this = (config.n_routed_experts, *reversed(row.expert_ids.shape))
-        for what, here, there in zip(("experts", "experts per token", "tokens"), this, first, strict=True):
+def check_one_size(names: Sequence[str], sizes: Sequence[tuple[int, int, int]]) -> None:
+    """One trace is one array: its layers must agree in E, K and T, their `sizes`. ValueError."""
+    for name, size in zip(names, sizes, strict=True):
+        for what, here, there in zip(("experts", "experts per token", "tokens"), size, sizes[0], strict=True):
             if here != there:
                 raise ValueError(
                     f"layer {name!r} has {here} {what} and layer {names[0]!r} has {there}: record them one by one"
@@ -237,5 +252,6 @@ def _stack(tensors: Sequence[Any], dtype: torch.dtype) -> Tensor:
     return torch.stack([t.detach().to("cpu", dtype) for t in tensors])
 
 
-def _dtype_name(tensor: Tensor | None) -> str:
+def name_of(tensor: Tensor | None) -> str:
+    """The dtype of a tensor as a trace names it; float32 where there is none."""
     return "float32" if tensor is None else str(tensor.dtype).removeprefix("torch.")

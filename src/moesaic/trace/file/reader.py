@@ -14,7 +14,7 @@ from moesaic.strict_json import parsed
 from moesaic.trace.file.about import fields_of, is_count
 from moesaic.trace.file.limits import MOST_HEADER, check_labels, check_offsets, check_range
 from moesaic.trace.shown import visible
-from moesaic.trace.store import FORMAT, FORMAT_VERSION, TYPES, Trace
+from moesaic.trace.store import FORMAT, FORMAT_VERSION, TYPES, Trace, id_dtype
 
 WHOLE = ("U8", "I16", "I32", "I64")
 FLOAT = ("F32",)
@@ -176,6 +176,6 @@ def _check_values(tensors: dict[str, torch.Tensor], fields: Mapping[str, Any]) -
             check_range(name, low, high, n_experts)
             if name == "sequences":
                 check_labels(fields["labels"], high + 1)
-    tensors["picks"] = tensors["picks"].to(torch.int16 if n_experts < 2**15 - 1 else torch.int32)
+    tensors["picks"] = tensors["picks"].to(id_dtype(n_experts))
     if (offsets := tensors.get("offsets")) is not None:
         check_offsets(offsets)

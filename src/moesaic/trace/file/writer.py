@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-import os
+import secrets
 import shutil
 import struct
 import tempfile
@@ -17,6 +17,7 @@ from moesaic.strict_json import parsed
 from moesaic.trace.file.about import about, fields_of
 from moesaic.trace.file.limits import MOST_HEADER, check_labels, check_offsets, check_range
 from moesaic.trace.file.parts import Column, Part, as_numbers, joined, of_tensor, span, unwritable
+from moesaic.trace.file.reader import is_trace
 from moesaic.trace.shown import visible
 from moesaic.trace.store import FORMAT, FORMAT_VERSION, TENSORS, TYPES, Trace
 
@@ -27,7 +28,7 @@ FLOATS = ("weights", "logits", "bias")
 def save(trace: Trace, path: str | Path) -> None:
     """Write a trace as one file; an existing file is replaced whole or not at all. ValueError where it cannot be, and
     for a trace that no reader would take."""
-    path = Path(path)
+    path = target(path)
     try:
         columns = {name: of_tensor(t) for name in TENSORS if (t := getattr(trace, name)) is not None}
         if trace.offsets is not None:
@@ -46,21 +47,18 @@ def write(path: Path, columns: Mapping[str, Column], like: Trace) -> None:
         head = _head(columns, like)
     except ValueError as error:
         raise _unreadable(path, error) from None
-    temporary = None
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        with os.fdopen(descriptor, "wb") as file:
+        with temporary.open("xb") as file:  # its mode is what the umask leaves, as for any new file
             file.write(struct.pack("<Q", len(head)) + head)
             for column in columns.values():
                 for block in column.blocks():
                     file.write(np.ascontiguousarray(block, TYPES[column.dtype]).data)
-        Path(temporary).chmod(0o644)  # mkstemp makes it private; 0o644 is what open() gives under the usual umask
-        Path(temporary).replace(path)
+        temporary.replace(path)
     except OSError as error:
         raise unwritable(path, error) from None
     finally:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def _head(columns: Mapping[str, Column], like: Trace) -> bytes:
@@ -107,7 +105,7 @@ class TraceWriter:
     """
 
     def __init__(self, path: str | Path, like: Trace) -> None:
-        self.path, self.like, self.n_tokens = Path(path), like, 0
+        self.path, self.like, self.n_tokens = target(path), like, 0
         self._parts: dict[str, Part] = {}  # one a tensor of the tokens, one a layer of the others: "picks.0"
         self._folder = folder_beside(self.path)
 
@@ -179,6 +177,16 @@ class TraceWriter:
         parts = [self._parts[f"{name}.{i}"] for i in range(self.like.n_layers)] if layered else [self._parts[name]]
         shape = (*([self.like.n_layers] if layered else []), self.n_tokens, *parts[0].row)
         return joined(parts, shape)
+
+
+def target(path: str | Path) -> Path:
+    """Where a trace may be written: a new file, or the place of an older trace; a link leads there. ValueError."""
+    path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"{path}: is a folder: give the name of a file in it")
+    if path.exists() and not (path.is_file() and is_trace(path)):
+        raise ValueError(f"{path}: is there already and is no trace: give another name, or remove it")
+    return path.resolve() if path.is_symlink() else path
 
 
 def folder_beside(path: Path) -> Path:

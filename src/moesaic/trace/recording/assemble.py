@@ -15,12 +15,12 @@ from moesaic.trace.file.limits import MOST_TEXT
 from moesaic.trace.file.parts import Part, joined, of_tensor
 from moesaic.trace.file.writer import write
 from moesaic.trace.recording.columns import Column
-from moesaic.trace.recording.kept import Kept, S, Store, check_one_size
+from moesaic.trace.recording.kept import Kept, S, Store, check_same_forwards
+from moesaic.trace.recording.watch import DETAILS
 from moesaic.trace.shown import piece_of
-from moesaic.trace.store import TENSORS, Trace, stacked_biases, versions
+from moesaic.trace.store import TENSORS, Trace, check_one_size, id_dtype, stacked_biases, versions
 
 OF_LAYERS = {"picks": "ids", "weights": "weights", "logits": "logits"}  # a tensor of a trace: what it was kept as
-DETAILS = {"ids": 1, "picks": 2, "scores": 3}  # how many of these each detail has
 
 
 def outline(
@@ -30,19 +30,28 @@ def outline(
     *,
     detail: str,
     model: Any,
+    only_agreeing: bool = False,
     **provenance: Any,
 ) -> Trace:
-    """The trace without its tokens. ValueError where the layers do not fit together."""
+    """The trace without its tokens. ValueError where the layers do not fit together, unless those that do not fit to
+    the first that reported are to be `missing`."""
     seen = [layer for layer in layers if kept.tallies[layer.name].n_forwards] or list(layers)
     configs = [_config(layer, kept.columns[layer.name]) for layer in seen]
+    if only_agreeing and (fits := kept.agreeing()):
+        size = next(size_of(config) for layer, config in zip(seen, configs, strict=True) if layer.name == fits[0])
+        pairs = [(a, b) for a, b in zip(seen, configs, strict=True) if a.name in fits and size_of(b) == size]
+        seen, configs = [layer for layer, _ in pairs], [config for _, config in pairs]
     names = [layer.name for layer in seen]
-    sizes = [(config.n_routed_experts, config.num_experts_per_tok) for config in configs]
-    check_one_size(names, sizes, [kept.tallies[name] for name in names])
+    sizes = [size_of(config) for config in configs]
+    tallies = [kept.tallies[name] for name in names]
+    check_one_size(names, [(*size, tally.n_tokens) for size, tally in zip(sizes, tallies, strict=True)])
+    check_same_forwards(names, tallies)
     n_experts, k = sizes[0]
     rows = {"picks": k, "weights": k, "logits": n_experts}
     dtypes = {"picks": id_dtype(n_experts), "weights": torch.float32, "logits": torch.float32}
     none: dict[str, Any] = {
-        name: torch.empty(len(seen), 0, rows[name], dtype=dtypes[name]) for name in list(rows)[: DETAILS[detail]]
+        name: torch.empty(len(seen), 0, rows[name], dtype=dtypes[name])
+        for name in list(rows)[: DETAILS.index(detail) + 1]
     }
     return Trace(
         **none,
@@ -96,9 +105,8 @@ def write_file(path: Path, like: Trace, kept: Kept[Part], given: Mapping[str, An
     write(path, columns, dataclasses.replace(like, **fields))
 
 
-def id_dtype(n_experts: int) -> torch.dtype:
-    """The smallest of the dtypes of Trace.picks that holds every id and E, "no expert"."""
-    return torch.int16 if n_experts < 2**15 - 1 else torch.int32
+def size_of(config: MoEConfig) -> tuple[int, int]:
+    return config.n_routed_experts, config.num_experts_per_tok
 
 
 def _config(layer: MoELayer, columns: Mapping[str, Store]) -> MoEConfig:

@@ -1,5 +1,6 @@
 """When a language model is called, with which tokens, and whether the call came to its end; eager and compiled."""
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 from moesaic.hf.modules import is_recompute
 from moesaic.trace.recording.forwards import read_arguments
-from moesaic.trace.recording.watch import reported, telling
+from moesaic.trace.recording.telling import LOCK, forget_copied, reported, telling
 
 KEY = "_moesaic_model_key"  # on a watched model: its number, as a tensor
 # Graphs are guarded by the numbers of hooks that are called after errors too. Theirs is new for each hook, ours is not,
@@ -27,44 +28,60 @@ class Listener(Protocol):
     def opened_in_graph(self, tokens: Tensor, mask: Tensor | None, unused: None, cached: bool) -> None: ...
 
 
-_listeners: dict[nn.Module, list[Listener]] = {}
+_listeners: dict[nn.Module, tuple[Listener, ...]] = {}  # tuples are replaced, not changed: other threads read them
 
 
 @contextmanager
 def listening(model: nn.Module, listener: Listener) -> Iterator[None]:
     """Inside the block `listener` hears of every call of `model`; in a compiled graph only of its begin."""
-    here = _listeners.setdefault(model, [])
-    if not here:
-        before = model.register_forward_pre_hook(_before, with_kwargs=True, prepend=True)
-        mark = model.register_forward_hook(mark_end)
-        after = model.register_forward_hook(_after, always_call=True)
-        model._forward_hooks[HOOK] = model._forward_hooks.pop(after.id)
-        model._forward_hooks_always_called[HOOK] = model._forward_hooks_always_called.pop(after.id)
-        model.__dict__["_moesaic_hooks"] = (before, mark)
-    here.append(listener)
+    with LOCK:
+        if model not in _listeners:
+            _hook(model)
+        _listeners[model] = (*_listeners.get(model, ()), listener)
     try:
         with telling(model, listener.opened_in_graph, KEY):
             yield
     finally:
-        here.remove(listener)
-        if not here:
-            del _listeners[model]
-            model._forward_hooks.pop(HOOK)
-            model._forward_hooks_always_called.pop(HOOK)
-            for hook in model.__dict__.pop("_moesaic_hooks"):
-                hook.remove()
+        with LOCK:
+            left = list(_listeners.pop(model))
+            left.remove(listener)
+            if left:
+                _listeners[model] = tuple(left)
+            else:
+                _unhook(model)
 
 
-def _before(model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+def _hook(model: nn.Module) -> None:
+    forget_copied(model, _before, mark_end, _after)
+    before = model.register_forward_pre_hook(_before, with_kwargs=True, prepend=True)
+    mark = model.register_forward_hook(mark_end)
+    after = model.register_forward_hook(_after, always_call=True)
+    model._forward_hooks[HOOK] = model._forward_hooks.pop(after.id)
+    model._forward_hooks_always_called[HOOK] = model._forward_hooks_always_called.pop(after.id)
+    model.__dict__["_moesaic_hooks"] = (before, mark)
+
+
+def _unhook(model: nn.Module) -> None:
+    model._forward_hooks.pop(HOOK)
+    model._forward_hooks_always_called.pop(HOOK)
+    for hook in model.__dict__.pop("_moesaic_hooks"):
+        hook.remove()
+
+
+def _before(model: nn.Module, args: tuple, kwargs: dict | None = None) -> tuple[tuple, dict] | None:
+    if kwargs is None:  # torch leaves them out where another thread takes the hook off just now
+        return None
     if torch.compiler.is_compiling():
         return _begun_in_graph(model, args, kwargs)
+    _ended.discard((threading.get_ident(), model))  # of a call that another thread began to watch in its midst
     if not is_recompute():
-        for listener in tuple(_listeners.get(model, ())):
+        for listener in _listeners.get(model, ()):
             listener.open(model, args, kwargs)
     return None
 
 
-_ended: set[nn.Module] = set()  # modules whose call came to its end and whose next hook does not know it yet
+# thread and module of calls that came to their end and whose next hook does not know it yet
+_ended: set[tuple[int, nn.Module]] = set()
 
 
 def mark_end(module: nn.Module, _args: tuple, _output: Any) -> None:
@@ -73,13 +90,14 @@ def mark_end(module: nn.Module, _args: tuple, _output: Any) -> None:
     torch hands that one None after an error, and None is also what a forward may return.
     """
     if not torch.compiler.is_compiling():
-        _ended.add(module)
+        _ended.add((threading.get_ident(), module))
 
 
 def came_to_end(module: nn.Module) -> bool:
     """Whether the call after which a hook with always_call=True runs ended without an error. Ask once a call."""
-    ended = module in _ended
-    _ended.discard(module)
+    call = threading.get_ident(), module
+    ended = call in _ended
+    _ended.discard(call)
     return ended
 
 
@@ -88,18 +106,19 @@ def _after(model: nn.Module, _args: tuple, output: Any) -> None:
         return
     failed = not came_to_end(model)
     if not is_recompute():
-        for listener in tuple(_listeners.get(model, ())):
+        for listener in _listeners.get(model, ()):
             listener.close(output, failed=failed)
 
 
 def _begun_in_graph(model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
     """Put the report of a call into the graph: the tokens that go on are the copy that it makes."""
     found = read_arguments(model, args, kwargs)
-    if KEY not in model.__dict__ or found is None:
+    key = model.__dict__.get(KEY)
+    if key is None or found is None:
         return None
     tokens, mask, cache = found
     cached = cache is not None and mask is not None and mask.shape[1] > tokens.shape[1]
-    copy = reported(model.__dict__[KEY], tokens, mask, None, cached)
+    copy = reported(key, tokens, mask, None, cached)
     return (
         tuple(copy if value is tokens else value for value in args),
         {name: copy if value is tokens else value for name, value in kwargs.items()},

@@ -144,6 +144,11 @@ class SequenceNumbers:
         self._start = self._end = self._last_rows = 0
         self._starts: dict[int, int] = {}  # cache -> number of its first row
 
+    @property
+    def count(self) -> int:
+        """How many sequences there are so far."""
+        return self._end
+
     def of(self, forward: Forward) -> Tensor:
         """int64, one number per kept token of the next forward."""
         n_rows = int(forward.rows[-1]) + 1 if len(forward.rows) else 0

@@ -64,6 +64,15 @@ class Kept(Generic[S]):
         self._first: str | None = None
         self._partly: set[str] = set()  # of the tokens: what some forwards told and others did not
 
+    @property
+    def n_sequences(self) -> int:
+        return self._numbers.count
+
+    def agreeing(self) -> list[str]:
+        """The layers that got the tokens that the first one got, in the same forwards."""
+        sizes = None if self._first is None else self.tallies[self._first].sizes
+        return [layer for layer, tally in self.tallies.items() if tally.n_forwards and tally.sizes == sizes]
+
     def add(self, rows: Rows) -> None:
         """Keep what one layer gave in one forward, without the padding."""
         held = self.columns[rows.layer]
@@ -101,17 +110,26 @@ def are_probabilities(scores: Tensor) -> bool:
     return bool(((scores.sum(-1) - 1).abs() < 1e-3).all())
 
 
-def check_one_size(layers: Sequence[str], sizes: Sequence[tuple[int, int]], tallies: Sequence[Tally]) -> None:
-    """One trace is one array: its layers must agree in E and K (`sizes`), in T, and in the forwards. ValueError."""
-    whats = ("experts", "experts per token", "tokens")
-    for name, size, tally in zip(layers, sizes, tallies, strict=True):
-        for what, here, there in zip(whats, (*size, tally.n_tokens), (*sizes[0], tallies[0].n_tokens), strict=True):
-            if here != there:
-                raise ValueError(
-                    f"layer {name!r} has {here} {what} and layer {layers[0]!r} has {there}: record them one by one"
-                )
+def check_same_forwards(layers: Sequence[str], tallies: Sequence[Tally]) -> None:
+    """Layers of one trace must have got their tokens in the same forwards. ValueError."""
+    for name, tally in zip(layers, tallies, strict=True):
         if tally.sizes != tallies[0].sizes:
             raise ValueError(
                 f"layer {name!r} got its tokens in other forwards than layer {layers[0]!r} "
                 f"({tally.n_forwards} and {tallies[0].n_forwards}): record them one by one"
             )
+
+
+def on_cpu(pending: Sequence[Rows]) -> list[Rows]:
+    """The same rows on the CPU, with one transfer for every dtype and device instead of one for every tensor."""
+    tensors = [tensor for rows in pending for tensor in rows.columns.values()]
+    groups: dict[tuple, list[int]] = {}
+    for place, tensor in enumerate(tensors):
+        groups.setdefault((tensor.dtype, tensor.device), []).append(place)
+    for places in groups.values():
+        flat = torch.cat([tensors[place].flatten() for place in places]).cpu()
+        pieces = flat.split([tensors[place].numel() for place in places])
+        for place, piece in zip(places, pieces, strict=True):
+            tensors[place] = piece.view(tensors[place].shape)
+    moved = iter(tensors)
+    return [rows._replace(columns={name: next(moved) for name in rows.columns}) for rows in pending]

@@ -1,25 +1,18 @@
 """Recording what a model handed to its experts. The model and its results stay as they are."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from moesaic.config import MoEConfig
-from moesaic.hf.modules import MoELayer, moe_layers
-from moesaic.trace.file.limits import check_offsets
-from moesaic.trace.recording.assemble import assemble, id_dtype, outline, write_file
-from moesaic.trace.recording.calls import listening
-from moesaic.trace.recording.columns import Column
-from moesaic.trace.recording.forwards import Forward, describe_forward, forward_of, models_in, unseen
-from moesaic.trace.recording.kept import Kept, Rows
-from moesaic.trace.recording.stream import Stream, streaming
+from moesaic.hf.modules import moe_layers
+from moesaic.trace.recording.forwards import Forward, describe_forward
+from moesaic.trace.recording.recorder import Recorder, check_names
+from moesaic.trace.recording.stream import streaming
 from moesaic.trace.recording.watch import DETAILS, Observer, observe
-from moesaic.trace.store import Trace
-from moesaic.types import Routing
 
 __all__ = ["Forward", "Observer", "Recorder", "describe_forward", "observe", "record"]
 
@@ -34,7 +27,7 @@ def record(
     seed: int | None = None,
     tokenizer: Any = None,
     to: str | Path | None = None,
-) -> Iterator["Recorder"]:
+) -> Iterator[Recorder]:
     """Record the routing of every forward of `model` inside the block; `.trace` of what it yields is the result.
 
     detail: "ids" (expert ids only), "picks" (ids and weights) or "scores" (the routers' logits and biases too).
@@ -43,242 +36,28 @@ def record(
 
     to: a file that the record goes to, forward by forward, so that memory does not grow with its length; it is there,
     as `save` would have written it, when the block has ended, and `.trace` reads it. A block that ends in an error
-    leaves no file, and an older one as it was.
+    leaves no file, and an older one as it was; but where the error is the recorder's own, what fits together is
+    written, and what is left out of the file is kept in a folder that the error names.
 
     Raises ValueError, before anything runs, where `model` has no MoE layer whose picks can be seen, or, for "scores",
     one of them has no router that can be, or where `to` cannot be written.
     """
     if detail not in DETAILS:
         raise ValueError(f"detail={detail!r} is unknown: use {', '.join(map(repr, DETAILS[:-1]))} or {DETAILS[-1]!r}")
-    if isinstance(labels, str):
-        raise ValueError(f"labels={labels!r} is one name: give a list, one name a sequence")
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model={model!r} is no module: give a model of torch")
+    if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool) or abs(seed) >= 2**64):
+        raise ValueError(f"seed={seed!r} is not a whole number of 64 bits: give one, or none")
+    check_names(labels)
     layers = moe_layers(model, config)
     with ExitStack() as stack:
         streamed = None if to is None else stack.enter_context(streaming(Path(to)))
         recorder = Recorder(model, layers, detail, labels, seed, tokenizer, streamed)
-        with recorder.watching():
-            yield recorder
+        try:
+            with recorder.watching():
+                yield recorder
+        except ValueError as error:
+            if error is recorder.refusal:
+                recorder.write(str(error))
+            raise
         recorder.write()
-
-
-class Recorder:
-    """Collects copies on the CPU; `trace` puts them together. Made by `record`."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        layers: Sequence[MoELayer],
-        detail: str,
-        labels: Sequence[str] | None,
-        seed: int | None,
-        tokenizer: Any = None,
-        stream: Stream | None = None,
-    ) -> None:
-        self.model, self.layers, self.detail = model, layers, detail
-        self.labels, self.seed = labels, torch.initial_seed() if seed is None else seed
-        self.tokenizer, self._stream = tokenizer, stream
-        self._by_name = {layer.name: layer for layer in layers}
-        self._kept: Kept = Kept(self._by_name, (lambda _, dtype: Column(dtype)) if stream is None else stream.part)
-        self._given: dict[str, Any] = {}  # fields of the trace that were told, not recorded
-        self._biases = Biases()
-        self._dtypes = {"logits": "float32", "weights": "float32"}
-        self._current: Forward | None = None
-        self._running = 0  # calls of models, inside each other
-        self._pending: list[Rows] = []  # of the forward that runs
-
-    @contextmanager
-    def watching(self) -> Iterator[None]:
-        """Inside the block every forward of the model is recorded."""
-        scores = self.detail == "scores"
-        experts = {
-            layer.name: layer.experts
-            for layer in self.layers
-            if layer.origin == "experts" and layer.experts is not None
-        }
-        asked = [layer for layer in self.layers if scores or layer.origin != "experts"]
-        routers = {layer.name: layer.router for layer in asked if layer.router is not None}
-        if blind := [layer.name for layer in asked if layer.router is None]:
-            raise ValueError(f"layer {blind[0]!r} has no router that can be watched: use detail='picks'")
-        with ExitStack() as stack:
-            stack.enter_context(observe(experts, self._take_picks, self.detail))
-            stack.enter_context(observe(routers, self._take_routing))
-            for module in models_in(self.model):  # after the hooks of layers: a bare gate reports before its call ends
-                stack.enter_context(listening(module, self))
-            yield
-        self._commit()
-
-    @property
-    def trace(self) -> Trace:
-        """Everything recorded so far. Layers that never ran are named in `missing`; if nothing ran, all layers and no
-        tokens. The record goes on from here: what it holds is then this trace's own memory. A record that goes to a
-        file is read from there, after its block."""
-        if self._stream is not None:
-            return self._stream.read()
-        self._commit()
-        return assemble(self.outline(), self._kept, self._given, self.tokenizer)
-
-    def describe(
-        self,
-        *,
-        sequences: Tensor,
-        labels: Sequence[str] | None = None,
-        offsets: Tensor | None = None,
-        pieces: Mapping[int, str] | None = None,
-    ) -> None:
-        """What the caller knows better than a model's arguments tell: which document [T] each token belongs to, the
-        names of the documents, where tokens lie in them [T, 2], and the text of a token id."""
-        if offsets is not None:
-            check_offsets(offsets)
-        given = {"sequences": sequences, "offsets": offsets, "pieces": pieces}
-        self._given = {name: value for name, value in given.items() if value is not None}
-        self.labels = self.labels if labels is None else labels
-
-    def write(self) -> None:
-        """Put the file together, where the record goes to one."""
-        if self._stream is not None:
-            write_file(self._stream.path, self.outline(), self._kept, self._given, self.tokenizer)
-            self._stream.written = True
-
-    def outline(self) -> Trace:
-        """The trace so far without its tokens: layers, sizes, rules and where it comes from."""
-        if moved := sorted(self._biases.moved):
-            raise ValueError(
-                f"the correction bias of layer {moved[0]!r} changed while its scores were recorded: "
-                "record one step at a time, or detail='picks'"
-            )
-        return outline(
-            self.layers,
-            self._kept,
-            self._biases.values,
-            detail=self.detail,
-            model=self.model,
-            labels=None if self.labels is None else tuple(self.labels),
-            dtypes=dict(self._dtypes),
-            seed=self.seed,
-        )
-
-    # calls of the model
-
-    def open(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
-        """A call of a model begins."""
-        if not self._running:
-            self._commit()
-        self._running += 1
-        if self._running == 1:
-            self._current = describe_forward(model, args, kwargs)
-
-    def close(self, output: Any, *, failed: bool) -> None:
-        """It is over. What a failed one has left is dropped."""
-        if not self._running:  # it began before the recording
-            return
-        self._running -= 1
-        if failed:
-            self._pending.clear()
-        if not self._running:
-            self._name_cache(getattr(output, "past_key_values", None))
-            self._commit()
-            self._current = None
-
-    def _name_cache(self, cache: Any) -> None:
-        """Whose cache this is: a model that is called without one makes it."""
-        before = self._current
-        if cache is not None and before is not None and not before.cache:
-            after = before._replace(cache=id(cache))
-            self._pending = [r._replace(forward=after) if r.forward is before else r for r in self._pending]
-
-    def opened_in_graph(self, tokens: Tensor, mask: Tensor | None, unused: None, cached: bool) -> None:
-        """A call begins whose end nobody will tell."""
-        del unused
-        if not self._running:
-            self._commit()
-            self._current = forward_of(tokens, mask, cached=cached)
-
-    def _forward_of(self, layer: str | None, n_tokens: int) -> Forward:
-        """The call these tokens belong to; one sequence of its own where an inner module was called alone."""
-        current = self._current
-        if current is None:
-            return unseen(n_tokens)
-        if current.keep is not None and n_tokens == int(current.keep.sum()) != len(current.rows):  # padding was cut out
-            ids = None if current.input_ids is None else current.kept(current.input_ids)
-            return current._replace(rows=current.kept(current.rows), keep=None, input_ids=ids)
-        if len(current.rows) != n_tokens:
-            return unseen(n_tokens)
-        if not self._running and any(rows.layer == layer and "ids" in rows.columns for rows in self._pending):
-            self._commit()  # a compiled model does not say when it ends; the layer ran again, by itself
-            self._current = None
-            return unseen(n_tokens)
-        return current
-
-    # what layers report
-
-    def _take_picks(self, name: str, routing: Routing) -> None:
-        ids, weights = routing.expert_ids, routing.weights
-        n_experts = self._by_name[name].config.n_routed_experts
-        columns = {"ids": ids.detach().to(id_dtype(n_experts), copy=True)}
-        if self.detail != "ids" and weights is not None:
-            self._dtypes["weights"] = name_of(weights)
-            columns["weights"] = weights.detach().to(torch.float32, copy=True)
-        self._add(Rows(name, self._forward_of(name, len(ids)), columns))
-
-    def _take_routing(self, name: str, routing: Routing) -> None:
-        layer = self._by_name[name]
-        if layer.origin != "experts":
-            self._take_picks(name, routing)
-        logits = routing.logits
-        if self.detail != "scores" or logits is None or logits.shape[-1] != layer.config.n_routed_experts:
-            return
-        self._dtypes["logits"] = name_of(logits)
-        self._biases.see(name, layer.bias)
-        columns = {"logits": logits.detach().to(torch.float32, copy=True)}
-        self._add(Rows(name, self._forward_of(None, len(logits)), columns))
-
-    def _add(self, rows: Rows) -> None:
-        self._pending.append(rows)
-        if not self._running and self._current is None:
-            self._commit()
-
-    def _commit(self) -> None:
-        """Keep what is pending: its forward came to an end."""
-        pending, self._pending = self._pending, []
-        for rows in pending if all(t.is_cpu for r in pending for t in r.columns.values()) else on_cpu(pending):
-            self._kept.add(rows)
-
-
-class Biases:
-    """The correction biases under which scores were recorded; one that moved is known by name."""
-
-    def __init__(self) -> None:
-        self.values: dict[str, Tensor] = {}
-        self.moved: set[str] = set()
-        self._versions: dict[str, tuple[int, int]] = {}
-
-    def see(self, name: str, bias: Tensor | None) -> None:
-        """Keep a copy of the first, compare the others with it; no look at values where nothing was written to it."""
-        if bias is None:
-            return
-        version = (bias.data_ptr(), -1 if bias.is_inference() else bias._version)
-        if self._versions.get(name) == version and version[1] >= 0:
-            return
-        self._versions[name] = version
-        now = bias.detach().to("cpu", torch.float32, copy=True)
-        if not torch.equal(self.values.setdefault(name, now), now):
-            self.moved.add(name)
-
-
-def on_cpu(pending: Sequence[Rows]) -> list[Rows]:
-    """The same rows on the CPU, with one transfer for every dtype and device instead of one for every tensor."""
-    tensors = [tensor for rows in pending for tensor in rows.columns.values()]
-    groups: dict[tuple, list[int]] = {}
-    for place, tensor in enumerate(tensors):
-        groups.setdefault((tensor.dtype, tensor.device), []).append(place)
-    for places in groups.values():
-        flat = torch.cat([tensors[place].flatten() for place in places]).cpu()
-        pieces = flat.split([tensors[place].numel() for place in places])
-        for place, piece in zip(places, pieces, strict=True):
-            tensors[place] = piece.view(tensors[place].shape)
-    moved = iter(tensors)
-    return [rows._replace(columns={name: next(moved) for name in rows.columns}) for rows in pending]
-
-
-def name_of(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")

@@ -9,15 +9,15 @@ import torch
 
 from moesaic.trace.file.parts import Part
 from moesaic.trace.file.reader import load
-from moesaic.trace.file.writer import folder_beside
+from moesaic.trace.file.writer import folder_beside, target
 from moesaic.trace.store import Trace
 
 
 class Stream:
-    """Where a record goes. written: the file is there."""
+    """Where a record goes. written: the file is there. keeps_parts: they hold what the file does not."""
 
     def __init__(self, path: Path) -> None:
-        self.path, self.written = path, False
+        self.path, self.written, self.keeps_parts = path, False, False
         self.folder = folder_beside(path)
 
     def part(self, name: str, dtype: torch.dtype) -> Part:
@@ -29,18 +29,18 @@ class Stream:
         """The trace, once its file is there."""
         if self.written:
             return load(self.path)
-        when = "is there when the block has ended" if self.folder.exists() else "was not written: the block failed"
+        over = self.keeps_parts or not self.folder.exists()
+        when = "was not written: the block failed" if over else "is there when the block has ended"
         raise ValueError(f"{self.path}: {when}; a record without to= is there at any time")
 
 
 @contextmanager
 def streaming(path: Path) -> Iterator[Stream]:
-    """Inside the block there is room for the parts; afterwards they are gone. ValueError where `path` is a folder or
-    cannot be written."""
-    if path.is_dir():
-        raise ValueError(f"{path}: is a folder: give the name of a file in it")
-    stream = Stream(path)
+    """Inside the block there is room for the parts; afterwards they are gone, unless they are kept. ValueError where
+    `path` is a folder, another file than a trace, or cannot be written."""
+    stream = Stream(target(path))
     try:
         yield stream
     finally:
-        shutil.rmtree(stream.folder, ignore_errors=True)
+        if not stream.keeps_parts:
+            shutil.rmtree(stream.folder, ignore_errors=True)

@@ -7,8 +7,6 @@ when the watching ends. Our own experts ask for a watcher themselves. Routers, a
 """
 
 import inspect
-import itertools
-import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import ExitStack, contextmanager
@@ -16,83 +14,23 @@ from functools import lru_cache
 from typing import Any
 from weakref import WeakKeyDictionary
 
-import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from moesaic.hf.experts import is_on_seam
-from moesaic.hf.modules import is_recompute, is_router
+from moesaic.hf.modules import is_router
 from moesaic.hf.outputs import picks_of, read_router
 from moesaic.layer.experts import Experts
+from moesaic.trace.recording.telling import KEY, LOCK, forget_copied, reported, telling
 from moesaic.types import Routing
 
 Observer = Callable[[str, Routing], None]
-# on a watched module: its number, as a tensor, so that one graph serves all layers alike
-KEY = "_moesaic_key"
 DETAILS = ("ids", "picks", "scores")  # what an operator in a graph is given; a graph of its own for each
 
 NARROW = (
     "the weights of a compiled model in half precision are being recorded: its own results may differ in the last bits "
     "from those of the same model unrecorded; detail='ids' changes none"
 )
-_lock = threading.RLock()
-_numbers = itertools.count()
-_told: dict[int, list[Callable[..., None]]] = {}  # number of a module -> whom to tell
-
-# The copy is what the experts, or the model, then use: an operator whose result nobody uses would be removed from a
-# graph. Ids have no gradient, embeddings do, and it passes through; what is only reported is detached before.
-torch.library.define(
-    "moesaic::watch",
-    "(Tensor key, Tensor used, Tensor? first, Tensor? second, bool flag) -> Tensor",
-    tags=(torch.Tag.cudagraph_unsafe,),
-)
-
-
-def _watch(key: Tensor, used: Tensor, first: Tensor | None, second: Tensor | None, flag: bool) -> Tensor:
-    tell(key, used, first, second, flag)
-    return used.clone()
-
-
-torch.library.impl("moesaic::watch", "CompositeExplicitAutograd")(_watch)
-torch.library.register_fake("moesaic::watch")(lambda _key, used, *_: torch.empty_like(used))
-torch.library.register_autograd("moesaic::watch", lambda _ctx, grad: (None, grad, None, None, None))
-
-
-def tell(key: Tensor, used: Tensor, first: Tensor | None = None, second: Tensor | None = None, flag: bool = False):
-    """Report one call to everybody who watches this module, unless it is the second forward of checkpointing."""
-    if not is_recompute():
-        for told in _told.get(int(key), ()):
-            told(used, first, second, flag)
-
-
-def reported(
-    key: Tensor, used: Tensor, first: Tensor | None = None, second: Tensor | None = None, flag: bool = False
-) -> Tensor:
-    """`used` itself, reported; in a graph, which alone is told `flag`, a copy made by the operator that reports."""
-    if not torch.compiler.is_compiling():
-        tell(key, used, first, second)
-        return used
-    # in float32 a value of its own: the one that goes on may stay fused with what follows, unrounded (bfloat16)
-    first = None if first is None else first.detach().float()
-    second = None if second is None else second.detach().float()
-    return torch.ops.moesaic.watch(key, used, first, second, flag)
-
-
-@contextmanager
-def telling(module: nn.Module, told: Callable[..., None], attribute: str = KEY) -> Iterator[None]:
-    """Inside the block `told` hears of every call of this module that is `reported`."""
-    if attribute not in module.__dict__:
-        with torch.inference_mode(False):
-            module.__dict__[attribute] = torch.tensor(next(_numbers), device="cpu")
-    number = int(module.__dict__[attribute])
-    _told.setdefault(number, []).append(told)
-    try:
-        yield
-    finally:
-        _told[number].remove(told)
-        if not _told[number]:
-            del _told[number]
-            del module.__dict__[attribute]
 
 
 @contextmanager
@@ -151,10 +89,10 @@ def _watched(original: Callable[..., Tensor] | None, detail: str) -> Callable[..
     ours = getattr(original, "__module__", "").startswith("moesaic.")  # one operator, which inductor does not look into
 
     def experts(self: Any, *args: Any, **kwargs: Any) -> Tensor:
-        if KEY in self.__dict__:
+        if (key := self.__dict__.get(KEY)) is not None:
             tokens, ids, weights = args if len(args) == 3 else bound(self, args, kwargs)
             told = None if detail == "ids" else weights
-            ids = reported(self.__dict__[KEY], ids, told, flag=told is not None and not ours and tokens.itemsize < 4)
+            ids = reported(key, ids, told, flag=told is not None and not ours and tokens.itemsize < 4)
             args, kwargs = (tokens, ids, weights), {}
         compute = type(self).forward.__wrapped__ if original is None else original
         return compute(self, *args, **kwargs)
@@ -163,34 +101,35 @@ def _watched(original: Callable[..., Tensor] | None, detail: str) -> Callable[..
 
 
 def _own_ids(module: nn.Module, ids: Tensor, _weights: Tensor) -> Tensor:
-    return reported(module.__dict__[KEY], ids)
+    return reported(module.__dict__.get(KEY), ids)
 
 
 def _own_picks(module: nn.Module, ids: Tensor, weights: Tensor) -> Tensor:
-    return reported(module.__dict__[KEY], ids, weights)
+    return reported(module.__dict__.get(KEY), ids, weights)
 
 
 # another function than for picks, so another graph, with the router's hook
 def _own_scores(module: nn.Module, ids: Tensor, weights: Tensor) -> Tensor:
-    return reported(module.__dict__[KEY], ids, weights)
+    return reported(module.__dict__.get(KEY), ids, weights)
 
 
 OWN = dict(zip(DETAILS, (_own_ids, _own_picks, _own_scores), strict=True))  # what our own experts call
 
 
-def _before_experts(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-    if KEY not in module.__dict__:
+def _before_experts(module: nn.Module, args: tuple, kwargs: dict | None = None) -> tuple[tuple, dict] | None:
+    key = module.__dict__.get(KEY)
+    if key is None or kwargs is None:  # torch leaves out kwargs where another thread takes the hook off just now
         return None
     tokens, ids, weights, *rest = args if len(args) >= 3 else bound(module, args, kwargs)
-    used = reported(module.__dict__[KEY], ids, weights, flag=tokens.itemsize < 4)
+    used = reported(key, ids, weights, flag=tokens.itemsize < 4)
     return None if used is ids else ((tokens, used, weights, *rest), {})
 
 
 def _after_router(module: nn.Module, _args: Any, output: Any) -> Any:
-    if KEY not in module.__dict__:
+    if (key := module.__dict__.get(KEY)) is None:
         return None
     found = read_router(module, output)
-    used = reported(module.__dict__[KEY], found.ids, found.weights, found.logits)
+    used = reported(key, found.ids, found.weights, found.logits)
     if used is found.ids or found.place is None:
         return None
     if hasattr(output, "_replace"):
@@ -204,13 +143,15 @@ _hooks: dict[nn.Module, tuple[int, RemovableHandle]] = {}  # module -> how many 
 @contextmanager
 def _hooked(module: nn.Module, register: Callable[[nn.Module], RemovableHandle]) -> Iterator[None]:
     """Inside the block the module has a hook of ours: one, since each call is told to everybody who watches."""
-    with _lock:
+    with LOCK:
+        if module not in _hooks:
+            forget_copied(module, _before_experts, _after_router)
         count, hook = _hooks.get(module) or (0, register(module))
         _hooks[module] = count + 1, hook
     try:
         yield
     finally:
-        with _lock:
+        with LOCK:
             count, hook = _hooks.pop(module)
             if count > 1:
                 _hooks[module] = count - 1, hook
@@ -276,25 +217,27 @@ def table_of(module: nn.Module) -> MutableMapping[str | None, Any] | None:
 def _asked(module: nn.Module, detail: str) -> Iterator[None]:
     """Inside the block the experts `module` reports."""
     if isinstance(module, Experts):
-        wanted = _wanted.setdefault(module, [])
-        wanted.append(detail)
-        module.watcher = OWN[max(wanted, key=DETAILS.index)]
+        with LOCK:
+            wanted = _wanted.setdefault(module, [])
+            wanted.append(detail)
+            module.watcher = OWN[max(wanted, key=DETAILS.index)]
         try:
             yield
         finally:
-            wanted.remove(detail)
-            module.watcher = OWN[max(wanted, key=DETAILS.index)] if wanted else None
+            with LOCK:
+                wanted.remove(detail)
+                module.watcher = OWN[max(wanted, key=DETAILS.index)] if wanted else None
         return
     found = table_of(module)
     if found is None:  # on no table after all
         with _hooked(module, _hook_experts):
             yield
         return
-    with _lock:
+    with LOCK:
         table = _tables.setdefault(id(found), _Table(found))
         table.add(detail)
     try:
         yield
     finally:
-        with _lock:
+        with LOCK:
             table.remove(detail)

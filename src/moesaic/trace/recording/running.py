@@ -1,0 +1,42 @@
+"""The forwards that run, one in a thread, and what their layers have given until now."""
+
+import threading
+
+from moesaic.trace.recording.forwards import Forward
+from moesaic.trace.recording.kept import Rows
+
+
+class Running:
+    """What runs in one thread."""
+
+    def __init__(self) -> None:
+        self.forward: Forward | None = None
+        self.depth = 0  # calls of models, inside each other
+        self.pending: list[Rows] = []  # of the forward that runs
+
+    def name_cache(self, cache: object) -> None:
+        """Whose cache this is: a model that is called without one makes it."""
+        before = self.forward
+        if cache is not None and before is not None and not before.cache:
+            after = before._replace(cache=id(cache))
+            self.pending = [r._replace(forward=after) if r.forward is before else r for r in self.pending]
+
+
+class Threads:
+    """`here` is what runs in the calling thread; `home` is the thread that the record was begun in."""
+
+    def __init__(self) -> None:
+        self.home = threading.get_ident()
+        self._running: dict[int, Running] = {}
+
+    @property
+    def here(self) -> Running:
+        return self._running.setdefault(threading.get_ident(), Running())
+
+    @property
+    def at_home(self) -> bool:
+        return threading.get_ident() == self.home
+
+    def ended(self) -> list[Running]:
+        """Of all threads, those in which no call of a model is known to run."""
+        return [running for running in tuple(self._running.values()) if not running.depth]

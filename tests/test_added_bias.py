@@ -74,6 +74,15 @@ def test_the_bias_reaches_no_weight(family):
     torch.testing.assert_close(dense[0][~changed], dense[1][~changed], rtol=1e-6, atol=0)
 
 
+def test_groups_that_a_greedy_rule_does_not_use_stay_unused():
+    model, ids = tiny("deepseek_v2", topk_method="greedy"), token_ids()
+    assert model.config.n_group > 1
+    _, picks, _ = picks_and_weights(model, ids)
+    add_bias(model)
+    _, same, _ = picks_and_weights(model, ids)
+    assert (np.sort(picks) == np.sort(same)).all()
+
+
 def test_gradients_reach_the_router_through_the_weights():
     model, ids = tiny("qwen3_moe").train(), token_ids()
     add_bias(model)

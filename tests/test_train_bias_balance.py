@@ -63,11 +63,10 @@ def run(model, callback, folder, *, data=None, **arguments):
         str(folder),
         use_cpu=True,
         report_to="none",
-        save_strategy="no",
         logging_strategy="no",
         disable_tqdm=True,
         dataloader_pin_memory=False,
-        **({"learning_rate": 1e-3} | arguments),
+        **({"learning_rate": 1e-3, "save_strategy": "no"} | arguments),
     )
     data = data or rows(64)
     trainer = Trainer(model=model, args=args, train_dataset=data, eval_dataset=data[:4], callbacks=[callback])
@@ -402,3 +401,46 @@ def test_balance_is_reached(tmp_path, family, loop):
         balance.detach()
     assert before > 1.0
     assert max_vio(model, ids) < 0.25
+
+
+def test_counts_of_a_long_step_stay_exact():
+    model = small_model().train()
+    balance = BiasBalance(0.01).attach(model)
+    counter, (name, *_) = balance._counter, balance._homes
+    for load in (2.0**24, 1.0):
+        counter._pending = [(name, torch.full((E,), load))]  # as forwards of so many tokens leave it
+        counter._settle()
+    assert set(counter.take()[name].tolist()) == {2.0**24 + 1}, "float32 has no such number"
+
+
+def test_a_part_that_runs_alone_says_itself_whether_it_trains():
+    model = small_model().train()
+    block = moe_layers(model)[0].block
+    balance = BiasBalance(0.01).attach(model)
+    hidden = torch.randn(1, 7, model.config.hidden_size)
+    block.eval()
+    block(hidden)
+    block.train()
+    block(hidden[:, :3])
+    balance.step()
+    assert balance.load[moe_layers(model)[0].name].sum() == 3 * K
+
+
+def test_a_trainer_that_goes_on_takes_the_schedule_where_it_was(tmp_path):
+    progress = []
+
+    def speed(done: float) -> float:
+        progress.append(done)
+        return 0.01
+
+    model = small_model()
+    run(model, BiasBalance(speed), tmp_path, max_steps=4, save_strategy="steps", save_steps=2)
+    before, progress[:] = sorted(set(progress)), []
+    args = TrainingArguments(
+        str(tmp_path / "again"), use_cpu=True, report_to="none", save_strategy="no", logging_strategy="no",
+        disable_tqdm=True, max_steps=4, per_device_train_batch_size=2, learning_rate=1e-3,
+    )  # fmt: skip
+    trainer = Trainer(model=small_model(), args=args, train_dataset=rows(64), callbacks=[BiasBalance(speed)])
+    trainer.train(str(tmp_path / "checkpoint-2"))
+    assert before == [0.0, 0.25, 0.5, 0.75]
+    assert sorted(set(progress)) == [0.5, 0.75]

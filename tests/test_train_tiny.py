@@ -1,6 +1,9 @@
 """A training run is reproducible, can be resumed, and refuses what is wrong before it starts."""
 
 import json
+import os
+import shutil
+import signal
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -12,6 +15,7 @@ from safetensors.torch import load_file
 import moesaic as ms
 import moesaic.train.data
 from moesaic.train import keeping
+from moesaic.train.checkpoints import Checkpoints, last_checkpoint
 from moesaic.train.data import Document
 from moesaic.train.evaluate import DomainResult, HeldOut, Report
 from moesaic.train.muon import orthogonal
@@ -96,6 +100,45 @@ def test_an_interrupted_run_goes_on_to_the_same_weights(short_run, tmp_path, mon
     assert history[0] == history[1]
     with pytest.raises(ValueError, match="has finished after 3 steps"):
         train(resume=tmp_path / "cut")
+
+
+def test_ctrl_c_saves_the_step_that_runs_and_loses_nothing(short_run, tmp_path, monkeypatch):
+    from moesaic.train.keeping import KeepBest
+
+    begin = KeepBest.on_step_end
+
+    def interrupt_in_step_2(self, args, state, control, **kwargs):
+        if state.global_step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return begin(self, args, state, control, **kwargs)
+
+    before = signal.getsignal(signal.SIGINT)
+    rarely = replace(SHORT, evaluate_every=3)
+    with monkeypatch.context() as patch:
+        patch.setattr(KeepBest, "on_step_end", interrupt_in_step_2)
+        with pytest.raises(KeyboardInterrupt, match="after step 2"):
+            train(tmp_path / "cut", seed=3, recipe=rarely)
+    assert signal.getsignal(signal.SIGINT) is before
+    assert [path.name for path in (tmp_path / "cut").glob("checkpoint-*")] == ["checkpoint-2"]
+    assert train(resume=tmp_path / "cut") == train(tmp_path / "whole", seed=3, recipe=rarely)
+
+
+def test_a_checkpoint_that_was_cut_short_is_named_and_the_one_before_it_loads(tmp_path):
+    for step in (100, 200):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        (folder / "optimizer.pt").write_bytes(b"12345678")
+        Checkpoints(tmp_path).on_save(None, SimpleNamespace(global_step=step), None)
+    (tmp_path / "checkpoint-300").mkdir()  # half written: it never was whole
+    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-200"
+    assert not (tmp_path / "checkpoint-300").exists()
+    (tmp_path / "checkpoint-200" / "optimizer.pt").write_bytes(b"123")
+    with pytest.raises(
+        ValueError, match=r"optimizer.pt has 3 bytes where 8 were written: .* go on from checkpoint-100"
+    ):
+        last_checkpoint(tmp_path)
+    shutil.rmtree(tmp_path / "checkpoint-200")
+    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-100"
 
 
 def test_what_is_not_a_run_is_refused_before_training(tmp_path):

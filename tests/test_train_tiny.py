@@ -102,7 +102,8 @@ def test_an_interrupted_run_goes_on_to_the_same_weights(short_run, tmp_path, mon
         train(resume=tmp_path / "cut")
 
 
-def test_ctrl_c_saves_the_step_that_runs_and_loses_nothing(short_run, tmp_path, monkeypatch):
+@pytest.mark.usefixtures("small_corpus")
+def test_ctrl_c_saves_the_step_that_runs_and_loses_nothing(tmp_path, monkeypatch):
     from moesaic.train.keeping import KeepBest
 
     begin = KeepBest.on_step_end
@@ -133,9 +134,7 @@ def test_a_checkpoint_that_was_cut_short_is_named_and_the_one_before_it_loads(tm
     assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-200"
     assert not (tmp_path / "checkpoint-300").exists()
     (tmp_path / "checkpoint-200" / "optimizer.pt").write_bytes(b"123")
-    with pytest.raises(
-        ValueError, match=r"optimizer.pt has 3 bytes where 8 were written: .* go on from checkpoint-100"
-    ):
+    with pytest.raises(ValueError, match=r"optimizer.pt has 3 bytes where 8 were .* from checkpoint-100"):
         last_checkpoint(tmp_path)
     shutil.rmtree(tmp_path / "checkpoint-200")
     assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-100"

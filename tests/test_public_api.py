@@ -4,8 +4,8 @@ import moesaic
 
 PUBLIC = [
     "BalanceLoss", "BiasBalance", "DeepseekV3MoE", "ExpertSpec", "ExpertWeights", "Experts", "LoadMonitor", "MoE",
-    "MoEConfig", "MoEGate", "Router", "Routing", "attach", "diff", "load", "record", "replay", "route", "stats",
-    "steps", "upcycle", "what_if",
+    "MoEConfig", "MoEGate", "Router", "Routing", "attach", "coselection", "diff", "domain_preference", "load",
+    "record", "replay", "route", "stability", "stats", "steps", "upcycle", "what_if",
 ]  # fmt: skip
 
 

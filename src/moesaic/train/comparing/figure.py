@@ -58,7 +58,7 @@ def runs_figure(runs: Sequence[Run], lang: str = "en", *, layer: str | None = No
         for row, run in enumerate(firsts, 1):
             _draw_strip(fig.add_subplot(grid[row, 0]), run, layer, labels)
             _draw_bias(fig.add_subplot(grid[row, 1]), run, layer, labels)
-        fig.suptitle(labels["layer"].format(layer=short_layer(layer)), fontsize=11)
+        fig.suptitle(labels["layer"].format(layer=short_layer(layer, lang)), fontsize=11)
         fig.tight_layout()
     return fig
 

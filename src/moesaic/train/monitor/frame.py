@@ -177,7 +177,7 @@ def _layers(log: RunLog, words: dict[str, Any], lang: str, width: int, rows: int
 
 def _cells(log: RunLog, row: int, words: dict[str, Any], lang: str) -> list[Text]:
     """What each of COLUMNS says of a layer."""
-    last, name = log.steps[-1], Text(short_layer(log.layers[row]["name"]))
+    last, name = log.steps[-1], Text(short_layer(log.layers[row]["name"], lang))
     status = log.verdicts[-1]["status"][row] or "" if log.verdicts else ""
     told = STATUSES.get(status, {}).get(lang) or visible(status, 30) or words["unjudged"]
     verdict = Text(told, STYLES.get(status, "dim"))

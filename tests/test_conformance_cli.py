@@ -86,7 +86,7 @@ def test_json_is_one_strict_document():
     result = run(TINY, "--json", "--level", "wrong")
     document = json.loads(result.stdout, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
     assert list(document)[:4] == ["moesaic", "torch", "command", "records"]
-    assert document["command"].startswith("moesaic ")
+    assert document["command"].split()[0] == "moesaic"
     assert document["records"] == []
     assert document["conforms"] is True
     assert document["config"]["n_routed_experts"] == 32

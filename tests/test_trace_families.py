@@ -9,9 +9,11 @@ import pytest
 import torch
 from hf_every_family import families, run, tiny_of, token_ids
 from hf_models import tiny
+from torch import nn
 
 from moesaic.families import FAMILIES, ROUTING
 from moesaic.hf.experts import is_on_seam
+from moesaic.hf.modules import moe_layers
 from moesaic.trace.recording.record import record
 from moesaic.trace.rule.derive import check_layer
 
@@ -114,6 +116,10 @@ def test_generation_is_recorded_step_by_step(family):
 @pytest.mark.parametrize("family", families())
 def test_scores_lead_to_the_picks_by_a_rule_of_ours_or_none_is_claimed(family):
     model, ids = built(family), token_ids(6, 11)
+    if any(type(layer.router) is nn.Linear for layer in moe_layers(model)):  # jamba before transformers 5.23
+        with pytest.raises(ValueError, match="Linear returns no expert ids"), record(model, "scores"):
+            run(model, ids)
+        return
     with record(model, "scores") as rec:
         run(model, ids)
     if family in NO_LOGITS:
@@ -153,5 +159,6 @@ def test_every_family_whose_routing_is_claimed_is_put_to_the_test():
     built_types = {
         tiny_of(family).model.config.model_type for family in families() if tiny_of(family).model is not None
     }
-    assert set(ROUTING) - {"deepseek_v4"} <= built_types  # deepseek_v4 above, by hand
+    untested = set(ROUTING) - {"deepseek_v4"} - built_types  # deepseek_v4 above, by hand
+    assert not [name for name in untested if name.removesuffix("_text") in families()], "transformers has them"
     assert not set(ROUTING) & set(FAMILIES)

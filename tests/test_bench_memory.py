@@ -30,8 +30,8 @@ def test_the_peak_sees_what_was_taken_even_if_it_was_given_back(sampled, monkeyp
     # sampling once a millisecond may miss the last pages of what lives for ten
     assert (40 if sampled else 95) * MIB <= peak <= 100 * MIB
     _, peak = peak_of(lambda: allocate(kept=16, passing=8))
-    # malloc may keep the 8 for itself before the 16 are taken: it learns from what was freed earlier in the process
-    assert 15 * MIB <= peak <= 28 * MIB, "an earlier peak, of 96, is forgotten"
+    # malloc may keep the 8 for itself, or have all of it from what was freed earlier in the process
+    assert peak <= 28 * MIB, "an earlier peak, of 96, is forgotten"
     assert held is not None
 
 

@@ -2,10 +2,8 @@
 
 import hashlib
 import os
-import sys
 import tempfile
 import zlib
-from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -28,16 +26,6 @@ torch.set_num_threads(1)  # tensors here are small: more threads only wait for e
 
 settings.register_profile("moesaic", deadline=None, derandomize=True, max_examples=60)
 settings.load_profile("moesaic")
-
-
-@pytest.fixture(autouse=True)
-def _nobody_watches_afterwards() -> Iterator[None]:
-    """What a test left attached to a model of its own must not decide which graphs the next one compiles."""
-    yield
-    if watch := sys.modules.get("moesaic.trace.recording.watch"):
-        for table in watch._tables.values():
-            table.details.clear()
-            table._refresh()
 
 
 @pytest.fixture(autouse=True)

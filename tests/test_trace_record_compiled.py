@@ -214,6 +214,20 @@ def test_a_model_of_which_another_is_compiled_too():
     assert len(rec.trace) == 20
 
 
+@pytest.mark.parametrize("detail", ["ids", "picks"])
+def test_a_model_compiled_while_another_is_watched_reports_when_it_is_recorded_itself(detail):
+    """Its first graph knows the table's reporting entry already; what it is guarded by is that nobody watched it."""
+    model, other, ids = model_under("grouped_mm", "qwen3_moe"), model_under("grouped_mm", "qwen3_moe"), token_ids()
+    compiled = torch.compile(other, backend="eager")
+    with torch.no_grad(), record(model, detail) as alone:
+        plain = compiled(ids).logits
+        with record(other, detail) as rec:
+            assert torch.equal(compiled(ids).logits, plain)
+    assert len(alone.trace) == 0
+    assert len(rec.trace) == 20
+    assert_same(rec.trace, eager_trace(other, ids, detail=detail))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3", "gpt_oss", "mixtral"])
 @pytest.mark.parametrize(

@@ -135,7 +135,7 @@ def _give(router: nn.Module, rule: MoEConfig) -> None:
 def _select_again(router: nn.Module, _args: tuple, output: Any) -> tuple:
     """The router's output with picks by biased scores and their unbiased weights in the places of its own."""
     found = read_router(router, output)
-    routing = _routed(found, router.get_buffer(BIAS), router.__dict__[RULE])
+    routing = _routed(found, router.get_buffer(BIAS), getattr(router, RULE))
     assert routing is not None  # proven when the bias was added
     ids = routing.expert_ids.to(found.ids.dtype).view(found.ids.shape)
     weights = routing.weights.to(found.weights.dtype).view(found.weights.shape)

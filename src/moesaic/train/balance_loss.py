@@ -213,16 +213,17 @@ def _after_router(
     biased: bool,
 ) -> Any:
     """The router's output with weights through which the gradient of its loss comes."""
-    if attribute not in router.__dict__ or not router.training:
+    key = getattr(router, attribute, None)
+    if key is None or not router.training:
         return None
-    if (RULE in router.__dict__) != biased:
+    if (getattr(router, RULE, None) is not None) != biased:
         raise ValueError(f"{layer}: a bias was added after BalanceLoss was attached: attach it after the bias")
     found = read_router(router, output)
     if found.logits is None or found.place is None or found.logits.shape[-1] != config.n_routed_experts:
         raise ValueError(
             f"{layer}: {type(router).__name__} does not return its logits, ids and weights: use its own loss"
         )
-    key, ids = router.__dict__[attribute], found.ids.flatten(0, -2)
+    ids = found.ids.flatten(0, -2)
     if not torch.is_grad_enabled():
         if not torch.compiler.is_compiling():
             ledger, name = ledger_of(key)
@@ -242,7 +243,8 @@ def _after_router(
 
 def _after_model(model: nn.Module, args: tuple, kwargs: dict, output: Any, *, attribute: str) -> Any:
     """The model's output with a loss that notes its gradient."""
-    if attribute not in model.__dict__ or not (model.training and torch.is_grad_enabled()):
+    key = getattr(model, attribute, None)
+    if key is None or not (model.training and torch.is_grad_enabled()):
         return None
     if isinstance(output, tuple):
         loss = output[0] if output else None
@@ -250,7 +252,7 @@ def _after_model(model: nn.Module, args: tuple, kwargs: dict, output: Any, *, at
         loss = output.get("loss") if type(output) is dict else getattr(output, "loss", None)
     if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
         return None
-    noted, _ = torch.ops.moesaic.balance_note(model.__dict__[attribute], loss, _share(model, args, kwargs), False)
+    noted, _ = torch.ops.moesaic.balance_note(key, loss, _share(model, args, kwargs), False)
     if isinstance(output, tuple):
         return (noted, *output[1:])
     if type(output) is dict:

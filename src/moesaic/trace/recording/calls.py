@@ -113,7 +113,7 @@ def _after(model: nn.Module, _args: tuple, output: Any) -> None:
 def _begun_in_graph(model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
     """Put the report of a call into the graph: the tokens that go on are the copy that it makes."""
     found = read_arguments(model, args, kwargs)
-    key = model.__dict__.get(KEY)
+    key = getattr(model, KEY, None)
     if key is None or found is None:
         return None
     tokens, mask, cache = found

@@ -77,7 +77,8 @@ def _router_reporter(name: str, observer: Observer) -> Callable[..., None]:
     return told
 
 
-# What stands in the way of a call. All of it may be traced into a graph.
+# What stands in the way of a call. All of it may be traced into a graph, which has to be made anew when a module begins
+# to be watched: dynamo guards what getattr finds, or does not, and nothing that is looked up in __dict__.
 
 
 @lru_cache(maxsize=256)
@@ -89,7 +90,7 @@ def _watched(original: Callable[..., Tensor] | None, detail: str) -> Callable[..
     ours = getattr(original, "__module__", "").startswith("moesaic.")  # one operator, which inductor does not look into
 
     def experts(self: Any, *args: Any, **kwargs: Any) -> Tensor:
-        if (key := self.__dict__.get(KEY)) is not None:
+        if (key := getattr(self, KEY, None)) is not None:
             tokens, ids, weights = args if len(args) == 3 else bound(self, args, kwargs)
             told = None if detail == "ids" else weights
             ids = reported(key, ids, told, flag=told is not None and not ours and tokens.itemsize < 4)
@@ -101,23 +102,23 @@ def _watched(original: Callable[..., Tensor] | None, detail: str) -> Callable[..
 
 
 def _own_ids(module: nn.Module, ids: Tensor, _weights: Tensor) -> Tensor:
-    return reported(module.__dict__.get(KEY), ids)
+    return reported(getattr(module, KEY, None), ids)
 
 
 def _own_picks(module: nn.Module, ids: Tensor, weights: Tensor) -> Tensor:
-    return reported(module.__dict__.get(KEY), ids, weights)
+    return reported(getattr(module, KEY, None), ids, weights)
 
 
 # another function than for picks, so another graph, with the router's hook
 def _own_scores(module: nn.Module, ids: Tensor, weights: Tensor) -> Tensor:
-    return reported(module.__dict__.get(KEY), ids, weights)
+    return reported(getattr(module, KEY, None), ids, weights)
 
 
 OWN = dict(zip(DETAILS, (_own_ids, _own_picks, _own_scores), strict=True))  # what our own experts call
 
 
 def _before_experts(module: nn.Module, args: tuple, kwargs: dict | None = None) -> tuple[tuple, dict] | None:
-    key = module.__dict__.get(KEY)
+    key = getattr(module, KEY, None)
     if key is None or kwargs is None:  # torch leaves out kwargs where another thread takes the hook off just now
         return None
     tokens, ids, weights, *rest = args if len(args) >= 3 else bound(module, args, kwargs)
@@ -126,7 +127,7 @@ def _before_experts(module: nn.Module, args: tuple, kwargs: dict | None = None) 
 
 
 def _after_router(module: nn.Module, _args: Any, output: Any) -> Any:
-    if (key := module.__dict__.get(KEY)) is None:
+    if (key := getattr(module, KEY, None)) is None:
         return None
     found = read_router(module, output)
     used = reported(key, found.ids, found.weights, found.logits)

@@ -112,9 +112,14 @@ def _grad_own(left: Rows, right: Rows, grad: Tensor, _scratch: Scratch, adds: bo
     grad.addmm_(left.own.T, right.own) if adds else torch.mm(left.own.T, right.own, out=grad)
 
 
-def _grad_wide(left: Rows, right: Rows, grad: Tensor, scratch: Scratch, adds: bool) -> None:
-    wide = torch.mm(left.wide.T, right.wide, out=scratch.wide_weight[: grad.numel()].view(grad.shape))
-    grad.add_(wide) if adds else grad.copy_(wide)
+def _grad_wide(left: Rows, right: Rows, grad: Tensor, scratch: Scratch, adds: bool, *, elements: int = 1 << 62) -> None:
+    parts = max(1, grad.numel() // elements)
+    for some, columns in zip(grad.tensor_split(parts), left.wide.tensor_split(parts, 1), strict=True):
+        wide = scratch.wide_weight[: some.numel()].view(some.shape)
+        if adds:
+            wide.copy_(some)
+        torch.addmm(wide, columns.T, right.wide, beta=float(adds), out=wide)
+        some.copy_(wide)
 
 
 def _grad_onednn(left: Rows, right: Rows, grad: Tensor, _scratch: Scratch, adds: bool) -> None:
@@ -122,7 +127,14 @@ def _grad_onednn(left: Rows, right: Rows, grad: Tensor, _scratch: Scratch, adds:
     grad.add_(result) if adds else grad.copy_(result)
 
 
-GRADS: dict[str, GradForm] = {"own": _grad_own, "oneDNN": _grad_onednn, "wide": _grad_wide}
+OWN_GRADS: dict[str, GradForm] = {"own": _grad_own, "oneDNN": _grad_onednn}
+WIDE_GRADS: dict[str, GradForm] = {"wide": _grad_wide}
+for _elements in BLOCKS:
+    WIDE_GRADS[f"wide by {_elements}"] = partial(_grad_wide, elements=_elements)
+
+
+def grads_for(dtype: torch.dtype) -> dict[str, GradForm]:
+    return OWN_GRADS if dtype == torch.float32 else OWN_GRADS | WIDE_GRADS
 
 
 class Matmuls:
@@ -183,7 +195,7 @@ class Matmuls:
 
     def _gradient(self, name: str, n: int) -> tuple[GradForm, Rows, Rows]:
         _, rows, columns = self.stored[name].shape
-        form = GRADS[self.chosen[name + " gradient", bucket(n)]]
+        form = grads_for(self.dtype)[self.chosen[name + " gradient", bucket(n)]]
         return form, self.rows[rows].first(n), self.rows[columns].first(n)
 
     def _draw(self, n: int, size: int) -> Rows:
@@ -214,11 +226,10 @@ class Matmuls:
     def _fastest_gradient(self, name: str, n: int) -> str:
         grads = torch.zeros(2, *self.stored[name].shape[1:], dtype=self.dtype)
         left, right = (self.rows[size].first(n) for size in grads.shape[1:])
-        forms = {key: form for key, form in GRADS.items() if key != "wide" or self.dtype != torch.float32}
         return fastest(
             {
                 key: lambda sample, form=form: form(left, right, grads[sample % 2], self.scratch, self.adds)
-                for key, form in forms.items()
+                for key, form in grads_for(self.dtype).items()
             }
         )
 

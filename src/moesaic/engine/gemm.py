@@ -198,10 +198,16 @@ def add_outer(out: Tensor, g: Tensor, x: Tensor, work: Workspace, *, accumulate:
     if out.dtype == g.dtype:
         torch.addmm(out, g.mT, x, beta=float(accumulate), out=out)
         return
+    # An `out` narrower than the product is widened and added to there: out.add_(product) copies it to new memory for
+    # that, a third of the time.
+    widened = accumulate and out.itemsize < g.itemsize
     parts = max(1, out.numel() // OUTER)
     for some, columns in zip(out.tensor_split(parts), g.tensor_split(parts, 1), strict=True):
-        product = torch.mm(columns.mT, x, out=work.take("outer", len(some), out.shape[1], g.dtype))
-        if accumulate:
+        product = work.take("outer", len(some), out.shape[1], g.dtype)
+        if widened:
+            product.copy_(some)
+        torch.addmm(product, columns.mT, x, beta=float(widened), out=product)
+        if accumulate and not widened:
             some.add_(product)
         else:
             some.copy_(product)

@@ -83,9 +83,11 @@ class Multiply:
                 add_outer(into, a, b, self._work, accumulate=accumulate or not piece.first)
                 continue
             total = self._work.take(name, into.shape[0], into.shape[1], torch.float32)
-            add_outer(total, a, b, self._work, accumulate=not piece.first)
+            if piece.first and accumulate:
+                total.copy_(into)
+            add_outer(total, a, b, self._work, accumulate=accumulate or not piece.first)
             if piece.last:
-                into.copy_(into + total if accumulate else total)
+                into.copy_(total)
 
 
 def grouped_mm_is_better(batch: Batch, stack: Tensor, table: Table) -> bool:

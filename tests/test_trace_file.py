@@ -125,7 +125,7 @@ UNREADABLE = [
     ({"offsets": torch.tensor([[2, 1]] * 12)}, "offsets end before they begin"),
     ({"weights": torch.ones(2, 12, 4).double()}, "float64 does not fit a trace: give float32"),
     ({"weights": torch.ones(2, 12, 4).long()}, "weights are whole numbers: give the other kind"),
-    ({"seed": 1 << 64}, "seed is not a whole number of 64 bits"),
+    ({"seed": 1 << 64}, "seed=18446744073709551616 is not a whole number of 64 bits"),
     ({"seed": np.int64(3)}, "int64 is not JSON serializable: give Python's own numbers"),
     ({"versions": {1: "x"}}, "versions would read back as something else"),
     ({"model": "\ud83d\ude00"}, "model would read back as something else"),
@@ -520,8 +520,8 @@ ATTACKS = [
     (said(dtypes={"logits": "float32"}), "dtypes must name logits and weights"),
     (said(dtypes={"logits": "float32", "weights": "__import__"}), "dtypes must name logits and weights"),
     (said(model=None), "model is not a text"),
-    (said(seed=1 << 70), "seed is not a whole number of 64 bits"),
-    (said(seed=True), "seed is not a whole number"),
+    (said(seed=1 << 70), "seed=1180591620717411303424 is not a whole number of 64 bits"),
+    (said(seed=True), "seed=True is not a whole number"),
     (said(versions=["x"]), "versions is not a JSON object"),
 ]  # fmt: skip
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from moesaic.config import MoEConfig
-from moesaic.trace.file.limits import MOST_EXPERTS, MOST_PER_TOKEN, MOST_TEXT
+from moesaic.trace.file.limits import MOST_EXPERTS, MOST_PER_TOKEN, MOST_TEXT, check_seed
 from moesaic.trace.store import ORIGINS, Trace
 
 DTYPES = ("float64", "float32", "float16", "bfloat16")
@@ -55,6 +55,7 @@ def fields_of(about: Mapping[str, Any]) -> dict[str, Any]:
     (n_experts, k), *_ = sizes
     if n_experts > MOST_EXPERTS or k > MOST_PER_TOKEN:
         raise ValueError(f"{k} of {n_experts} experts a token: at most {MOST_PER_TOKEN} of {MOST_EXPERTS} are read")
+    check_seed(about["seed"])
     labels = about["labels"]
     return {
         "layers": tuple(names),
@@ -65,7 +66,7 @@ def fields_of(about: Mapping[str, Any]) -> dict[str, Any]:
         "pieces": _pieces(about["pieces"]),
         "dtypes": _dtypes(about["dtypes"]),
         "model": _text(about["model"], "model"),
-        "seed": _seed(about["seed"]),
+        "seed": about["seed"],
         "versions": {_text(k, "versions"): _text(v, "versions") for k, v in _object(about["versions"], "versions")},
     }
 
@@ -98,12 +99,6 @@ def _dtypes(given: object) -> dict[str, str]:
     if found.keys() != {"logits", "weights"} or not set(map(str, found.values())) <= set(DTYPES):
         raise ValueError(f"dtypes must name logits and weights, each one of {', '.join(DTYPES)}")
     return found
-
-
-def _seed(given: object) -> int | None:
-    if given is not None and (not isinstance(given, int) or isinstance(given, bool) or abs(given) >= 2**64):
-        raise ValueError("seed is not a whole number of 64 bits")
-    return given
 
 
 def _listed(given: object, what: str) -> list[Any]:

@@ -295,11 +295,17 @@ def test_a_compiled_call_that_fails_at_once_is_warned_of_beside_others():
     model, ids = model_under("grouped_mm"), token_ids()
     model.model.layers[0].register_forward_pre_hook(fails_on_short_texts)
     compiled = torch.compile(model, backend="eager")
-    with pytest.warns(UserWarning, match=UNHEARD), torch.no_grad(), record(model) as rec:
-        with pytest.raises(RuntimeError, match="too short"):
-            compiled(ids[:, :2])
-        compiled(ids)
-    assert len(rec.trace) == ids.numel()
+
+    def run():
+        with torch.no_grad(), record(model) as rec:
+            with pytest.raises(RuntimeError, match="too short"):
+                compiled(ids[:, :2])
+            compiled(ids)
+        return rec.trace
+
+    with pytest.warns(UserWarning, match=UNHEARD):
+        trace = run()
+    assert len(trace) == ids.numel()
 
 
 @torch.compiler.disable

@@ -10,12 +10,9 @@ from torch import nn
 from moesaic.config import MoEConfig
 from moesaic.hf.modules import moe_layers
 from moesaic.trace.file.limits import check_names, check_seed
-from moesaic.trace.recording.forwards import Forward, describe_forward
 from moesaic.trace.recording.recorder import Recorder
 from moesaic.trace.recording.stream import streaming
-from moesaic.trace.recording.watch import DETAILS, Observer, observe
-
-__all__ = ["Forward", "Observer", "Recorder", "describe_forward", "observe", "record"]
+from moesaic.trace.recording.watch import DETAILS
 
 
 @contextmanager

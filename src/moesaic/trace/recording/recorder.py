@@ -29,8 +29,8 @@ ELSEWHERE = (
     "block: that call is not recorded"
 )
 UNHEARD = (
-    "{n} of the model's calls began in a compiled graph in which no MoE layer said whom it chose: the call failed, or the "
-    "graph was made without the recorder; call torch.compiler.reset() before, or record the model uncompiled"
+    "{n} of the model's calls began in a compiled graph in which no MoE layer said whom it chose: the call failed, or "
+    "the graph was made without the recorder; call torch.compiler.reset() before, or record the model uncompiled"
 )
 
 

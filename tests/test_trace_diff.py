@@ -359,10 +359,6 @@ def test_a_decoded_text_is_compared_with_the_same_text_read_at_once():
     assert diff(whole, one_text).verdict == "identical"
 
 
-def changed(trace, **fields):
-    return replace(trace, **fields)
-
-
 @pytest.mark.parametrize(
     ("other", "message"),
     [

@@ -14,8 +14,8 @@ from moesaic.layer.balance import expert_load
 from moesaic.rules import route
 from moesaic.trace.chance import bands as chance
 from moesaic.trace.chance.bands import balance_numbers, chance_bands, copula_loads, drawn_loads, groups_reached, overlap
-from moesaic.trace.statistics import stats
-from moesaic.trace.statistics.stats import expert_loads, layer_report, layer_reports
+from moesaic.trace.statistics.stats import layer_report, layer_reports
+from moesaic.trace.statistics.verdict import STATUSES
 from moesaic.trace.store import Trace
 from moesaic.types import Routing
 
@@ -70,7 +70,7 @@ def test_balance_numbers_keep_their_laws(load, random):
 @given(configs(), st.integers(1, 30))
 def test_loads_of_a_trace_sum_to_all_assignments(config, n_tokens):
     ids = random_picks(config, n_tokens)
-    load = expert_loads(trace_of(ids, config))[0]
+    load = layer_report(trace_of(ids, config)).load
     assert load.sum() == n_tokens * config.num_experts_per_tok
     assert load.tolist() == expert_load(ids, config.n_routed_experts).tolist()
 
@@ -78,7 +78,7 @@ def test_loads_of_a_trace_sum_to_all_assignments(config, n_tokens):
 def test_the_id_for_no_expert_is_no_load_and_no_group():
     config = v3(8, 4, 2, 3)
     ids = torch.tensor([[0, 1, 8], [0, 7, 8], [8, 8, 8]])
-    assert expert_loads(trace_of(ids, config))[0].tolist() == [2, 1, 0, 0, 0, 0, 0, 1]
+    assert layer_report(trace_of(ids, config)).load.tolist() == [2, 1, 0, 0, 0, 0, 0, 1]
     assert groups_reached(ids.numpy(), config).tolist() == [1, 2, 0]
     assert overlap(np.array([[0, 1], [2, 3]]), np.array([[1, 0], [3, 4]])).tolist() == [2, 1]
 
@@ -211,8 +211,8 @@ def test_random_routing_is_seldom_accused():
 
 
 def test_every_status_has_words_in_both_languages():
-    assert set(stats.STATUSES) == {"no_data", "too_few", "chance", "balanced", "imbalanced", "dead", "collapsed"}
-    assert all(set(words) == {"en", "zh"} for words in stats.STATUSES.values())
+    assert set(STATUSES) == {"no_data", "too_few", "chance", "balanced", "imbalanced", "dead", "collapsed"}
+    assert all(set(words) == {"en", "zh"} for words in STATUSES.values())
     report = layer_report(trace_of(skewed(v3(16, 4, 4, 4), 2000, 0.9), v3(16, 4, 4, 4)))
     assert report.verdict("en").startswith("imbalanced: e3 at ")
     assert "e3" in report.verdict("zh")

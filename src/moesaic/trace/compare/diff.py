@@ -169,7 +169,8 @@ def diff(a: Trace, b: Trace, *, precision: str | None = None, done: Callable[[in
         name: None if any(row[name] is None for row in rows) else torch.stack([row[name] for row in rows])
         for name in rows[0]
     }
-    missing = _without_data(a, b)
+    named = dict(zip(b.layers, a.layers, strict=True))
+    missing = tuple(dict.fromkeys((*a.without_data, *(named.get(name, name) for name in b.without_data))))
     en, zh = (tuple(notes_of_both(a, b, lang, missing=False)) for lang in ("en", "zh"))
     return Diff(
         a.model or "a",
@@ -183,16 +184,6 @@ def diff(a: Trace, b: Trace, *, precision: str | None = None, done: Callable[[in
         notes_en=en,
         notes_zh=zh,
     )
-
-
-def _without_data(a: Trace, b: Trace) -> tuple[str, ...]:
-    """Layers that one of the two has no expert of, whether it says so or not."""
-    empty = [
-        name
-        for layer, name in enumerate(a.layers)
-        if any(bool((trace.picks[layer] >= trace.n_experts).all()) for trace in (a, b))
-    ]
-    return tuple(dict.fromkeys((*empty, *sorted({*a.missing, *b.missing}))))
 
 
 def _whole(judgement: Judgement, absent: Sequence[str]) -> Judgement:

@@ -15,15 +15,9 @@ from moesaic.trace.rule.given import check_trace, real_number, whole_number
 from moesaic.trace.shown import origin_notes, short_layer, words_of
 from moesaic.trace.statistics import verdict
 from moesaic.trace.statistics.measures import Measure, layer_measures
-from moesaic.trace.statistics.preference import Preferences, domain_preference
 from moesaic.trace.statistics.run_verdict import run_status, run_verdict
-from moesaic.trace.statistics.verdict import HEALTHY, STATUSES
+from moesaic.trace.statistics.verdict import HEALTHY
 from moesaic.trace.store import Trace
-
-__all__ = [
-    "HEALTHY", "STATUSES", "LayerReport", "Measure", "Preferences", "Stats", "domain_preference", "expert_loads",
-    "layer_report", "layer_reports", "stats",
-]  # fmt: skip
 
 CAPACITIES = (1.0, 1.25, 2.0)  # capacity factors that papers and frameworks use
 
@@ -189,12 +183,6 @@ def stats(
         verdict_en=en,
         verdict_zh=zh,
     )
-
-
-def expert_loads(trace: Trace) -> np.ndarray:
-    """Assignments per expert and layer, int64 [L, E]; the id E is counted nowhere."""
-    documents = Documents.whole(len(trace))
-    return np.stack([count_loads(picks, trace.n_experts, documents).load for picks in trace.picks.numpy()])
 
 
 def layer_report(trace: Trace, layer: int = 0) -> LayerReport:

@@ -16,7 +16,7 @@ from moesaic.trace.reroute import settings
 from moesaic.trace.rule.derive import bias_of, check_can_derive, derive, dtype_of, follows, logits_of
 from moesaic.trace.rule.distinct import check_distinct
 from moesaic.trace.rule.given import check_trace
-from moesaic.trace.rule.margins import chosen
+from moesaic.trace.rule.margins import chosen, same_experts
 from moesaic.trace.shown import finite, missing_notes, origin_notes
 from moesaic.trace.store import Trace
 
@@ -243,7 +243,7 @@ def _route_again(
     ids = ids.masked_fill(empty[:, None], config.n_routed_experts)
     if ids.shape[1] != recorded.shape[1]:
         return ids, ~empty
-    flipped = (ids.sort(-1).values != base.sort(-1).values).any(-1)
+    flipped = ~same_experts(ids, base)
     return torch.where(flipped[:, None], ids, recorded), flipped
 
 

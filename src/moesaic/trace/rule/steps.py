@@ -29,8 +29,6 @@ from moesaic.trace.shown import counted, origin_notes, short_layer
 from moesaic.trace.store import Trace
 from moesaic.types import Routing
 
-__all__ = ["STAGES", "Stage", "Step", "Steps", "VersusTopK", "steps", "steps_of_routing", "versus_topk"]
-
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Step:

@@ -6,6 +6,7 @@ from moesaic import rules
 from moesaic.config import MoEConfig
 from moesaic.trace.chance.bands import overlap
 from moesaic.trace.rule.derive import bias_of, derive, logits_of, why_not_derived
+from moesaic.trace.rule.margins import same_experts
 from moesaic.trace.store import Trace
 
 SLICE = 8192  # tokens whose scores are derived at once: 8 MB of 256 experts
@@ -49,7 +50,7 @@ def margins_of(trace: Trace, layer: int) -> np.ndarray | None:
         derived = derive(logits[here], bias, config, ids[here])
         best = derived["masked"].topk(k + 1, dim=-1).values.double()
         margins.append((best[:, k - 1] - best[:, k]).numpy())
-        same += int((ids[here].sort(-1).values == derived["derived_ids"].sort(-1).values).all(-1).sum())
+        same += int(same_experts(ids[here], derived["derived_ids"]).sum())
     return np.concatenate(margins) if same >= AGREE * len(ids) else None
 
 

@@ -111,6 +111,13 @@ def test_drawn_loads_favour_no_expert():
     assert (np.abs(loads.mean(0) - 200 / 32) < 5 * error).all()
 
 
+def test_the_band_of_a_mean_stays_within_what_a_token_can_reach():
+    values = np.array([1.0] * 6 + [3.0] * 4)
+    assert dataclasses.astuple(chance.mean_band(values, 1)) == pytest.approx((1.8, 1.0, 3.0, 3.0))
+    wide = chance.mean_band(values, 400)
+    assert 1.0 < wide.low < 1.8 < wide.high < wide.limit
+
+
 def test_the_articles_demo_has_the_measured_band():
     bands = chance_bands(ARTICLE, 256)
     measured = {"max_vio": (1.09, 0.17), "cv": (0.349, 0.015), "entropy": (0.9887, 0.001), "jain": (0.891, 0.008)}

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from moesaic.trace.compare.aligned import aligned, notes_of_both, tokens_checked
+from moesaic.trace.compare.aligned import aligned, notes_of_both, tokens_checked, without_data
 from moesaic.trace.compare.finding import Finding, explain_layer
 from moesaic.trace.compare.judge import Judgement, judge, precision_of
 from moesaic.trace.rule.derive import dtype_of
@@ -169,8 +169,7 @@ def diff(a: Trace, b: Trace, *, precision: str | None = None, done: Callable[[in
         name: None if any(row[name] is None for row in rows) else torch.stack([row[name] for row in rows])
         for name in rows[0]
     }
-    named = dict(zip(b.layers, a.layers, strict=True))
-    missing = tuple(dict.fromkeys((*a.without_data, *(named.get(name, name) for name in b.without_data))))
+    missing = without_data(a, b)
     en, zh = (tuple(notes_of_both(a, b, lang, missing=False)) for lang in ("en", "zh"))
     return Diff(
         a.model or "a",

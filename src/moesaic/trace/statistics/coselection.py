@@ -12,7 +12,7 @@ from moesaic.trace.chance.bands import block_size, pair_chances, random_picks
 from moesaic.trace.chance.documents import Documents
 from moesaic.trace.chance.tails import at_least
 from moesaic.trace.rule.distinct import check_distinct
-from moesaic.trace.rule.given import check_trace, real_number
+from moesaic.trace.rule.given import check_level, check_trace
 from moesaic.trace.statistics.verdict import documents_needed
 from moesaic.trace.store import Trace
 
@@ -58,8 +58,7 @@ def coselection(trace: Trace, *, alpha: float = 0.05) -> Coselection:
     are chosen together too, and are found. Memory does not grow with the tokens.
     """
     check_trace(trace)
-    if not 0 < real_number(alpha, "alpha", 0.05) < 1:
-        raise ValueError(f"alpha={alpha} must lie between 0 and 1: use 0.05, say")
+    check_level(alpha)
     if trace.top_k < 2:
         raise ValueError("num_experts_per_tok=1 leaves no pairs: co-selection needs two experts a token at least")
     check_distinct(trace)

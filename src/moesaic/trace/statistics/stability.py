@@ -8,7 +8,7 @@ import numpy as np
 
 from moesaic.trace.chance.bands import Band, mean_band, overlap, random_picks
 from moesaic.trace.chance.documents import Documents, mean_and_error
-from moesaic.trace.compare.aligned import aligned, notes_of_both, tokens_checked
+from moesaic.trace.compare.aligned import aligned, notes_of_both, tokens_checked, without_data
 from moesaic.trace.shown import counted, finite, words_of
 from moesaic.trace.statistics.measures import NO_DATA, Measure
 from moesaic.trace.store import Trace
@@ -83,7 +83,7 @@ def stability(a: Trace, b: Trace) -> Stability:
     rows = [_layer(a, b, layer, whole) for layer in range(a.n_layers)]
     jaccard, same, correlation, errors = zip(*rows, strict=True) if rows else ((), (), (), ())
     en, zh = (tuple(notes_of_both(a, b, lang, names=NAMES[lang])) for lang in ("en", "zh"))
-    missing = tuple(sorted({*a.missing, *b.missing}))
+    missing = without_data(a, b)
     return Stability(tuple(a.layers), jaccard, same, correlation, errors, len(a), tokens_checked(a, b), missing, en, zh)
 
 

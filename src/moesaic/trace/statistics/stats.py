@@ -11,7 +11,7 @@ from moesaic.trace.chance.bands import Band
 from moesaic.trace.chance.documents import Documents, LoadCounts, count_loads
 from moesaic.trace.chance.placement import place_experts
 from moesaic.trace.rule.distinct import check_distinct
-from moesaic.trace.rule.given import check_trace, real_number, whole_number
+from moesaic.trace.rule.given import check_level, check_trace, real_number, whole_number
 from moesaic.trace.shown import origin_notes, short_layer, words_of
 from moesaic.trace.statistics import verdict
 from moesaic.trace.statistics.measures import Measure, layer_measures
@@ -265,8 +265,7 @@ def _column(row: Sequence[Measure | None], what: str) -> np.ndarray:
 
 def _checked(alpha: float, capacity: float | Sequence[float]) -> tuple[float, ...]:
     """The capacity factors; ValueError for numbers that make no sense."""
-    if not 0 < real_number(alpha, "alpha", 0.05) < 1:
-        raise ValueError(f"alpha={alpha} must lie between 0 and 1: use 0.05, say")
+    check_level(alpha)
     several = isinstance(capacity, Sequence | np.ndarray) and not isinstance(capacity, str)
     factors = [real_number(factor, "capacity", 1.25) for factor in (capacity if several else (capacity,))]
     if bad := [factor for factor in factors if not 0 < factor < float("inf")]:

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from moesaic.config import MoEConfig
+from moesaic.strict_json import is_count
 from moesaic.trace.file.limits import MOST_EXPERTS, MOST_PER_TOKEN, MOST_TEXT, check_seed
 from moesaic.trace.store import ORIGINS, Trace
 
@@ -117,7 +118,3 @@ def _text(given: object, what: str) -> str:
     if not isinstance(given, str) or len(given) > MOST_TEXT:
         raise ValueError(f"{what} is not a text of at most {MOST_TEXT} characters")
     return given
-
-
-def is_count(number: object) -> bool:
-    return isinstance(number, int) and not isinstance(number, bool) and 0 <= number < 2**48

@@ -1,6 +1,7 @@
 """`moesaic bench` as a user meets it."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import pytest
 from bench_problems import CEILING
 
 from moesaic.bench.campaign import Campaign
+from moesaic.bench.machine import TUNING
 from moesaic.bench.runner import Result
 from moesaic.cli import main
 
@@ -18,6 +20,8 @@ from moesaic.cli import main
 def run(monkeypatch, capsys, tmp_path):
     """run("--smoke") -> (exit code, stdout, stderr), in this process, an empty folder, with a ceiling made up."""
     monkeypatch.chdir(tmp_path)
+    for name in filter(lambda name: name.startswith(TUNING), list(os.environ)):
+        monkeypatch.delenv(name)
     monkeypatch.setattr("moesaic.bench.campaign.measure_ceiling", lambda _dtype: CEILING)
     monkeypatch.setattr("moesaic.bench.machine.onednn_isa", lambda: "some instructions")
 
@@ -148,7 +152,7 @@ MISTAKES = {
     "nothing to resume": (["--resume", "--out", "new"], "results.jsonl: cannot be read"),
     "resume where": (["--resume"], "--resume needs the folder to go on with: give --out"),
     "something to overwrite": (["--out", "done"], "is there already: add --resume"),
-    "two grids": (["--smoke", "--targets"], "--smoke and --targets are both given: use one"),
+    "two grids": (["--smoke", "--targets"], "--smoke and --targets are both given: use one of them"),
     "no such target": (["--targets", "--shape", "mixtral"], "--targets has no such cell"),
     "no rounds": (["--rounds", "0"], "Invalid value for '--rounds'"),
     "unwritable": (["--out", "empty.py/x"], "--out empty.py/x: cannot be written"),

@@ -30,7 +30,7 @@ def forward() -> Result:
     result = Result(
         Cell("olmoe", 512, "float32", "forward", threads=2), rows, least_ms=61.0, ceiling=Ceiling(3e11, 2e10)
     )
-    compare(result)
+    compare(result.rows)
     return result
 
 
@@ -38,7 +38,7 @@ def memory() -> Result:
     cell = Cell("olmoe", 2048, "float32", "memory", threads=2)
     mine, theirs = Row("ours: cpu", "ours", extra_bytes=600 * MIB), Row("grouped_mm", "peer", extra_bytes=900 * MIB)
     result = Result(cell, [mine, theirs])
-    compare(result)
+    compare(result.rows)
     return result
 
 
@@ -107,7 +107,7 @@ def test_eager_training_is_asked_to_be_far_behind():
         Cell("olmoe", 512, "float32", "fwd+bwd-fresh", threads=2),
         [timed("ours: cpu", "ours", 10.0), timed("transformers eager", "peer", 49.0)],
     )
-    compare(result)
+    compare(result.rows)
     assert [v.met for v in judge(result) if v.what == "ratio to transformers eager"] == [False]
 
 

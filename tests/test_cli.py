@@ -245,7 +245,8 @@ def test_threads_of_the_demo_wait_without_spinning_unless_told_to(tmp_path, give
 
 
 def test_demo_finds_the_shipped_model_balanced_and_its_experts_specialised(demo_folder):
-    from moesaic.trace.statistics.stats import domain_preference, layer_reports
+    from moesaic.trace.statistics.preference import domain_preference
+    from moesaic.trace.statistics.stats import layer_reports
 
     trace = moesaic.load(demo_folder[0] / "trace.safetensors")
     assert trace.n_layers >= 4

@@ -16,6 +16,7 @@ from broken_gates import (
     ClampedBias,
     CountsFromMinusOne,
     CountsFromOne,
+    CountsGraphs,
     DecodeWithoutBias,
     DetachedRest,
     DetachedSum,
@@ -177,6 +178,7 @@ BROKEN = (
     Broken(ForgottenBias, "bias-load"),
     Broken(DetachedRest, "gradient", "scoring-functions", rule="v2"),
     Broken(NoisyWithoutGradient, "recompute-plan", "train-eval"),
+    Broken(CountsGraphs, "recompute-plan"),
 )  # fmt: skip
 
 

@@ -16,10 +16,12 @@ from hf_models import relative
 from packaging.version import Version
 from torch import nn
 
+from moesaic.families import ENGINE
 from moesaic.hf.experts import experts_forward, serve
 
 MODELS = Path(transformers.__file__).parent / "models"
-PAGES = sorted((Path(__file__).parents[1] / "docs").glob("*/hf-drop-in.md"))
+ROOT = Path(__file__).parents[1]
+PAGES = sorted((ROOT / "docs").glob("*/hf-drop-in.md"))
 TABLE = re.compile(r"(?<=<!-- families of transformers )(?P<version>[\d.]+) -->\n\n(?P<rows>(?:\|[^\n]*\n)+)")
 # for configs that leave open how large their experts are; ernie4_5_vl_moe's experts are given their width
 SIZES = {"num_experts": 4, "n_routed_experts": 4, "moe_intermediate_size": 6}
@@ -120,6 +122,12 @@ def test_the_page_lists_every_family(page):
         pytest.skip(f"the page lists the families of transformers {table['version']}")
     assert table["version"] == transformers.__version__
     assert table["rows"] == rows()
+
+
+@pytest.mark.parametrize("page", ["README.md", "CHANGELOG.md"])
+def test_the_first_pages_count_the_families_that_are_served(page):
+    served = sum(not verdict.startswith("refused") for verdict in ENGINE.values())
+    assert f"{served} of the {len(ENGINE)} families" in (ROOT / page).read_text("utf-8")
 
 
 def write(page: Path) -> None:

@@ -304,6 +304,16 @@ def test_layers_without_data_leave_no_good_verdict():
     assert diff(a, replace(wrong, missing=("x",))).verdict == "different rule"
 
 
+def test_a_layer_that_is_empty_in_both_is_named_once_whatever_they_call_it():
+    picks = traced(logits_of(), biases_of()).picks.clone()
+    picks[1] = 32
+    a = replace(traced(logits_of(), biases_of()), picks=picks, missing=("late",))
+    assert a.without_data == ("model.layers.1.mlp", "late")
+    b = replace(a, layers=("layers.0", "layers.1", "layers.2"), missing=())
+    assert diff(a, b).missing == ("model.layers.1.mlp", "late")
+    assert diff(b, a).missing == ("layers.1", "late")
+
+
 def test_without_scores_or_with_unknown_rules_nobody_can_tell():
     a, b = traced(logits_of(), biases_of()), traced(logits_of(), biases_of())
     found = diff(without_scores(a), without_scores(b))
@@ -357,10 +367,6 @@ def test_a_decoded_text_is_compared_with_the_same_text_read_at_once():
     assert diff(whole, decoded).verdict == "identical"
     one_text = replace(whole, sequences=torch.zeros(12, dtype=torch.int64))
     assert diff(whole, one_text).verdict == "identical"
-
-
-def changed(trace, **fields):
-    return replace(trace, **fields)
 
 
 @pytest.mark.parametrize(

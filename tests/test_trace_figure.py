@@ -13,7 +13,8 @@ from moesaic.rules import group_scores, kept_groups, route, select
 from moesaic.trace.figures.captions import LABELS
 from moesaic.trace.figures.figure import load_figure, routing_figure, save_figure
 from moesaic.trace.figures.font import FONT_FILE
-from moesaic.trace.statistics.stats import STATUSES, layer_report
+from moesaic.trace.statistics.stats import layer_report
+from moesaic.trace.statistics.verdict import STATUSES
 from moesaic.trace.store import Trace
 from moesaic.types import Routing
 

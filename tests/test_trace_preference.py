@@ -1,3 +1,4 @@
+import json
 import time
 
 import numpy as np
@@ -65,6 +66,21 @@ def test_a_planted_preference_is_found_and_named():
     others = np.delete(found.found(), 7, axis=1)
     assert others.mean() < 0.05  # experts that 7 displaces may follow
     assert found.p_value.min() == pytest.approx(1 / 1001)
+
+
+def test_what_was_found_reads_back_as_plain_numbers():
+    found = domain_preference(made(lift=1.5))
+    read = json.loads(json.dumps(found.to_dict(("first", "second")), allow_nan=False))
+    assert read["permutations"] == 1000
+    assert len(read["preferences"]) == found.found().sum()
+    rows = {(row["layer"], row["expert"]): row for row in read["preferences"]}
+    assert rows["second", 7] == {
+        "layer": "second",
+        "expert": 7,
+        "domain": "code",
+        "lift": found.lift[1, 7],
+        "p_value": found.p_value[1, 7],
+    }
 
 
 def test_lift_is_the_rate_in_the_domain_over_the_rate_in_all_text():

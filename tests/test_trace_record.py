@@ -11,7 +11,8 @@ from torch.utils.checkpoint import checkpoint
 import moesaic
 from moesaic.article import MoEGate
 from moesaic.layer.moe import DeepseekV3MoE
-from moesaic.trace.recording.record import observe, record
+from moesaic.trace.recording.record import record
+from moesaic.trace.recording.watch import observe
 from moesaic.trace.rule.derive import check_layer
 from moesaic.types import Routing
 

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 import moesaic.hf  # noqa: F401
 from moesaic.hf.attach import attach
 from moesaic.layer.moe import DeepseekV3MoE, MoE
+from moesaic.trace.recording import watch
 from moesaic.trace.recording.record import record
 
 pytestmark = [pytest.mark.compile, pytest.mark.filterwarnings("ignore")]  # Dynamo warns of its own
@@ -265,6 +266,52 @@ def test_a_sequence_of_compiled_and_plain_layers_is_one_record():
     expected = eager_trace(layers, x)
     layers[0] = torch.compile(layers[0], backend="eager")
     assert_same(eager_trace(layers, x), expected)
+
+
+@pytest.fixture
+def deaf(monkeypatch):
+    """Graphs that are made now report the model's calls and its routers' logits, and not its experts."""
+    real = watch.reported
+
+    def without_experts(key, used, first=None, second=None, flag=False):
+        return used if second is None else real(key, used, first, second, flag)
+
+    monkeypatch.setattr(watch, "reported", without_experts)
+
+
+UNHEARD = "1 of the model's calls began in a compiled graph in which no MoE layer said whom it chose"
+
+
+@pytest.mark.parametrize("detail", ["ids", "picks", "scores"])
+def test_a_compiled_model_of_which_no_layer_is_heard_is_no_empty_record(detail, tmp_path, deaf):  # noqa: ARG001
+    model, file = model_under("grouped_mm"), tmp_path / "run.safetensors"
+    compiled = torch.compile(model, backend="eager")
+    with pytest.raises(ValueError, match=UNHEARD), torch.no_grad(), record(model, detail, to=file):
+        compiled(token_ids())
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_compiled_call_that_fails_at_once_is_warned_of_beside_others():
+    model, ids = model_under("grouped_mm"), token_ids()
+    model.model.layers[0].register_forward_pre_hook(fails_on_short_texts)
+    compiled = torch.compile(model, backend="eager")
+
+    def run():
+        with torch.no_grad(), record(model) as rec:
+            with pytest.raises(RuntimeError, match="too short"):
+                compiled(ids[:, :2])
+            compiled(ids)
+        return rec.trace
+
+    with pytest.warns(UserWarning, match=UNHEARD):
+        trace = run()
+    assert len(trace) == ids.numel()
+
+
+@torch.compiler.disable
+def fails_on_short_texts(_layer, args):
+    if args[0].shape[1] < 3:
+        raise RuntimeError("too short")
 
 
 NARROW = "half precision are being recorded: its own results may differ in the last bits .* detail='ids' changes none"

@@ -7,7 +7,8 @@ from rich.console import Console
 
 from moesaic.config import MoEConfig
 from moesaic.rules import route
-from moesaic.trace.rule.steps import STAGES, steps, versus_topk
+from moesaic.trace.rule.stages import STAGES
+from moesaic.trace.rule.steps import steps, versus_topk
 from moesaic.trace.rule.steps_table import WORDS as STEPS_WORDS
 from moesaic.trace.rule.steps_table import rank_changes, steps_table
 from moesaic.trace.shown import short_layer, sparkline

@@ -14,8 +14,8 @@ from moesaic.layer.balance import expert_load
 from moesaic.rules import route
 from moesaic.trace.chance import bands as chance
 from moesaic.trace.chance.bands import balance_numbers, chance_bands, copula_loads, drawn_loads, groups_reached, overlap
-from moesaic.trace.statistics import stats
-from moesaic.trace.statistics.stats import expert_loads, layer_report, layer_reports
+from moesaic.trace.statistics.stats import layer_report, layer_reports
+from moesaic.trace.statistics.verdict import STATUSES
 from moesaic.trace.store import Trace
 from moesaic.types import Routing
 
@@ -70,7 +70,7 @@ def test_balance_numbers_keep_their_laws(load, random):
 @given(configs(), st.integers(1, 30))
 def test_loads_of_a_trace_sum_to_all_assignments(config, n_tokens):
     ids = random_picks(config, n_tokens)
-    load = expert_loads(trace_of(ids, config))[0]
+    load = layer_report(trace_of(ids, config)).load
     assert load.sum() == n_tokens * config.num_experts_per_tok
     assert load.tolist() == expert_load(ids, config.n_routed_experts).tolist()
 
@@ -78,7 +78,7 @@ def test_loads_of_a_trace_sum_to_all_assignments(config, n_tokens):
 def test_the_id_for_no_expert_is_no_load_and_no_group():
     config = v3(8, 4, 2, 3)
     ids = torch.tensor([[0, 1, 8], [0, 7, 8], [8, 8, 8]])
-    assert expert_loads(trace_of(ids, config))[0].tolist() == [2, 1, 0, 0, 0, 0, 0, 1]
+    assert layer_report(trace_of(ids, config)).load.tolist() == [2, 1, 0, 0, 0, 0, 0, 1]
     assert groups_reached(ids.numpy(), config).tolist() == [1, 2, 0]
     assert overlap(np.array([[0, 1], [2, 3]]), np.array([[1, 0], [3, 4]])).tolist() == [2, 1]
 
@@ -109,6 +109,13 @@ def test_drawn_loads_favour_no_expert():
     assert loads.sum(-1).tolist() == [200] * 2000
     error = loads.std(0) / np.sqrt(2000)
     assert (np.abs(loads.mean(0) - 200 / 32) < 5 * error).all()
+
+
+def test_the_band_of_a_mean_stays_within_what_a_token_can_reach():
+    values = np.array([1.0] * 6 + [3.0] * 4)
+    assert dataclasses.astuple(chance.mean_band(values, 1)) == pytest.approx((1.8, 1.0, 3.0, 3.0))
+    wide = chance.mean_band(values, 400)
+    assert 1.0 < wide.low < 1.8 < wide.high < wide.limit
 
 
 def test_the_articles_demo_has_the_measured_band():
@@ -211,8 +218,8 @@ def test_random_routing_is_seldom_accused():
 
 
 def test_every_status_has_words_in_both_languages():
-    assert set(stats.STATUSES) == {"no_data", "too_few", "chance", "balanced", "imbalanced", "dead", "collapsed"}
-    assert all(set(words) == {"en", "zh"} for words in stats.STATUSES.values())
+    assert set(STATUSES) == {"no_data", "too_few", "chance", "balanced", "imbalanced", "dead", "collapsed"}
+    assert all(set(words) == {"en", "zh"} for words in STATUSES.values())
     report = layer_report(trace_of(skewed(v3(16, 4, 4, 4), 2000, 0.9), v3(16, 4, 4, 4)))
     assert report.verdict("en").startswith("imbalanced: e3 at ")
     assert "e3" in report.verdict("zh")

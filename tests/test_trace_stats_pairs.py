@@ -181,6 +181,8 @@ def test_a_moved_checkpoint_agrees_in_part():
 def test_a_layer_without_data_has_no_agreement():
     a = traced(torch.full((1, 50, 4), 32))
     found = stability(a, a)
+    assert found.missing == a.layers
+    assert found.notes()[0] == "first record: Nothing is said of layers.0: the record has no data of it."
     assert not found.jaccard[0].is_known
     assert found.to_dict()["layers"][0]["jaccard"] is None
     assert "no data" in shown(stability_table(found))

@@ -18,8 +18,9 @@ from moesaic.trace.chance.placement import distinct_places, place_experts, read_
 from moesaic.trace.compare.diff_table import diff_table
 from moesaic.trace.reroute.what_if_table import what_if_table
 from moesaic.trace.statistics.measures import MEANINGS, meaning
-from moesaic.trace.statistics.stats import STATUSES, layer_report, stats
+from moesaic.trace.statistics.stats import layer_report, stats
 from moesaic.trace.statistics.tables import stats_tables
+from moesaic.trace.statistics.verdict import STATUSES
 from moesaic.trace.store import Trace
 from moesaic.types import Routing
 
@@ -89,8 +90,9 @@ def test_placements_that_make_no_sense_are_refused(tmp_path):
         ("{}", "not a list of whole numbers"),
         ("[true]", "not a list of whole numbers"),
         ("[[0]]", "not a list of whole numbers"),
-        ("[0, 1", "not a JSON file"),
-        ("[" * 100_000, "not a JSON file"),
+        ("[0, 1", r"placement.json is not JSON, or cut short \(JSONDecodeError\): give the node of every expert"),
+        ("[" * 100_000, r"is not JSON, or cut short \(RecursionError\): give the node"),
+        ("[" + "1" * 5000 + "]", "holds a number that is too long: give the node"),
         ("[99999999999999999999]", "beyond 2"),
         ("[0, 1]", r"placement has shape \[2\]"),
     ):

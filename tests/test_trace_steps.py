@@ -13,7 +13,8 @@ from moesaic.config import MoEConfig
 from moesaic.layer.router import Router
 from moesaic.rules import route
 from moesaic.trace.rule.derive import check_layer
-from moesaic.trace.rule.steps import STAGES, steps, steps_of_routing, versus_topk
+from moesaic.trace.rule.stages import STAGES
+from moesaic.trace.rule.steps import steps, steps_of_routing, versus_topk
 from moesaic.trace.rule.steps_table import steps_as_dict, steps_table
 from moesaic.trace.store import Trace
 from moesaic.types import Routing

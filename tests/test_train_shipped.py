@@ -5,10 +5,12 @@ import json
 import pytest
 import torch
 from safetensors import safe_open
+from transformers import DeepseekV3Config
 
 from moesaic.hf.modules import moe_layers
 from moesaic.train.data import CORPUS, DOMAINS
 from moesaic.train.evaluate import HeldOut
+from moesaic.train.sizes import tiny_config
 
 TINY = CORPUS.parent / "tiny"
 
@@ -42,6 +44,12 @@ def test_the_shipped_folder_is_a_deepseek_v3_model_for_plain_transformers(shippe
         assert layer.bias.any()
     names = {path.name for path in TINY.iterdir()}
     assert {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "training.json"} <= names
+
+
+def test_its_config_is_the_one_that_training_it_again_uses():
+    shipped = DeepseekV3Config.from_pretrained(TINY).to_dict()
+    again = tiny_config().to_dict()
+    assert {name for name in shipped if shipped[name] != again[name]} <= {"_name_or_path", "architectures", "dtype"}
 
 
 def test_parameters_are_stored_as_float16_and_the_bias_as_float32():

@@ -30,7 +30,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 # More families whose routing is one of ours: rules, and which of them config.json decides. Only the routing is claimed,
 # so MoEConfig.from_hf makes a gate of them, without experts. Each is proven by tests/test_trace_families.py: what the
 # rule derives from the logits of a random model is what that model picked.
-ALL_IN_MODEL_DTYPE = {"router_dtype": "model", "score_dtype": "model", "weights_dtype": "model"}
+ALL_IN_MODEL_DTYPE = {**IN_MODEL_DTYPE, "score_dtype": "model"}
 GROUPS = ("n_group", "topk_group", "norm_topk_prob", "routed_scaling_factor")
 SOFTMAX_OF_KEPT = {**SOFTMAX, "score_after_topk": True, "norm_topk_prob": False}
 ALWAYS_NORMALISED = {"norm_topk_prob": True, "norm_eps": 0.0}
@@ -176,13 +176,12 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 # Where official codes disagree: what to change in a config, which routes as transformers does, to route as they do.
 # Each is proven by vectors that the official code made: tests/golden/README.md.
-IN_MODEL_DTYPE_THROUGHOUT = {"router_dtype": "model", "score_dtype": "model", "weights_dtype": "model"}
 
 
 def _deepseek_v3_inference(config: Any) -> dict[str, Any]:
     softmax = config.scoring_func == "softmax"  # computed in float32 and never normalised; sigmoid always is
     score_dtype = {"score_dtype": "float32"} if softmax else {}
-    return {**IN_MODEL_DTYPE_THROUGHOUT, **score_dtype, "norm_topk_prob": not softmax, "norm_eps": 0.0}
+    return {**ALL_IN_MODEL_DTYPE, **score_dtype, "norm_topk_prob": not softmax, "norm_eps": 0.0}
 
 
 def _deepseek_v2_remote(config: Any) -> dict[str, Any]:
@@ -204,7 +203,7 @@ CONVENTIONS: dict[str, dict[str, Any] | Callable[[Any], dict[str, Any]]] = {
     "deepseek-v2-remote": _deepseek_v2_remote,
     "megatron": _megatron,
     "deepspeed": {"router_dtype": "model"},
-    "torchtitan": {**IN_MODEL_DTYPE_THROUGHOUT, "group_score": "top2_sum"},
+    "torchtitan": {**ALL_IN_MODEL_DTYPE, "group_score": "top2_sum"},
 }
 
 # Preset -> its family in transformers; the classic MoE is none of them.

@@ -33,5 +33,10 @@ def parsed(text: str | bytes, what: str, *, constants: bool = False) -> Any:
         raise ValueError(f"{what} holds a number that is too long") from None
 
 
+def is_count(value: Any) -> bool:
+    """A whole number from 0 that an int64 holds; True and False are none."""
+    return type(value) is int and 0 <= value < 2**63
+
+
 class _Refused(ValueError):
     """Well-formed, and yet readers would disagree on it."""

@@ -70,8 +70,13 @@ def open_journal(out: Path | None, *, resume: bool, settings: dict[str, Any] | N
         journal = Journal(path)
         journal.add(here)
         return journal
+    return resumed(path, here, SAME)
+
+
+def resumed(path: Path, here: dict[str, Any], same: Sequence[str]) -> Journal:
+    """The journal that is there. ValueError where it differs from `here` in one of the fields `same`."""
     journal = Journal(path, read_lines(path))
-    for name in SAME:
+    for name in same:
         then, now = journal.machine.get(name), here.get(name)
         if then != now:
             raise ValueError(f"{path}: measured with {name}={then}, here it is {now}: give another --out")

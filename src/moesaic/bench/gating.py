@@ -16,7 +16,7 @@ from moesaic.bench.contenders import our_engines
 from moesaic.bench.problem import make_problem
 from moesaic.bench.runner import Result, Row
 from moesaic.bench.shapes import SHAPES, Cell
-from moesaic.bench.timing import MANY, Entrant, interleave, spread
+from moesaic.bench.timing import MANY, Entrant, interleave
 from moesaic.config import MoEConfig
 from moesaic.layer.router import Router
 from moesaic.rules import route
@@ -71,9 +71,7 @@ def run_router_cell(cell: Cell, experts: ExpertWeights, engine: str, *, rounds: 
 
 def _fill(result: Result, seconds: dict[str, list[float]]) -> None:
     for row in result.rows:
-        measured = spread(seconds[row.name])
-        row.median_ms, row.p10_ms, row.p90_ms = (1e3 * value for value in measured[:3])
-        row.rounds = measured.rounds
+        row.timed(seconds[row.name])
     times = {row.name: row.median_ms for row in result.rows if row.median_ms is not None}
     for what in ("selection", "router"):
         row = result.row(f"ours: {what}")

@@ -65,7 +65,7 @@ def run_memory_cell(cell: Cell, engines: Sequence[str], peers: Sequence[str]) ->
             continue
         row.extra_bytes = extra
         eager = row.errors if contender.name == EAGER else eager
-    compare(result)
+    compare(result.rows)
     result.seconds = time.perf_counter() - start
     return result
 

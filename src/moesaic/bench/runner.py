@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, TypeVar
 
@@ -62,6 +62,13 @@ class Row:
     def cost(self) -> float | None:
         """What is compared: milliseconds, or bytes in a memory cell."""
         return self.median_ms if self.extra_bytes is None else max(self.extra_bytes, LEAST_BYTES)
+
+    def timed(self, seconds: list[float]) -> float:
+        """Fill in what its runs took; returns their median, in seconds."""
+        measured = spread(seconds)
+        self.median_ms, self.p10_ms, self.p90_ms = (1e3 * value for value in measured[:3])
+        self.rounds, self.runs_ms = measured.rounds, [1e3 * value for value in seconds]
+        return measured.median
 
 
 @dataclass
@@ -264,19 +271,17 @@ def _fill(result: Result, seconds: dict[str, list[float]], problem: Problem) -> 
     for row in result.rows:
         if row.name not in seconds:
             continue
-        measured = spread(seconds[row.name])
-        row.median_ms, row.p10_ms, row.p90_ms = (1e3 * value for value in measured[:3])
-        row.rounds, row.runs_ms = measured.rounds, [1e3 * value for value in seconds[row.name]]
-        row.gflops, row.gbytes = (1e-9 * value / measured.median for value in work)
-        row.of_ceiling = result.least_ms / row.median_ms
-    compare(result)
+        median = row.timed(seconds[row.name])
+        row.gflops, row.gbytes = (1e-9 * value / median for value in work)
+        row.of_ceiling = result.least_ms / (1e3 * median)
+    compare(result.rows)
 
 
-def compare(result: Result) -> None:
+def compare(rows: Sequence[Row]) -> None:
     """Fill in what relates rows to each other: our ratio to the best peer, everybody's to the matmuls alone."""
-    peers = [(cost, row.name) for row in result.rows if row.kind == "peer" and (cost := row.cost) is not None]
-    bound = result.row(GEMM_ONLY)
-    for row in result.rows:
+    peers = [(cost, row.name) for row in rows if row.kind == "peer" and (cost := row.cost) is not None]
+    bound = next((row for row in rows if row.name == GEMM_ONLY), None)
+    for row in rows:
         if row.cost is None:
             continue
         if bound is not None and bound.median_ms is not None and row.median_ms is not None and row is not bound:

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from moesaic.cli.output import check_not_both, make_ready
+
 if TYPE_CHECKING:
     from moesaic.bench.campaign import Campaign
     from moesaic.bench.shapes import Cell
@@ -59,29 +61,15 @@ def bench(
         return
     from moesaic.bench.shapes import SMOKE_ROUNDS, choose
 
+    check_not_both("--smoke", smoke, "--targets", targets)
     given = choose(shapes=shape, tokens=tokens, dtypes=dtype, modes=mode, routings=routing, threads=threads)
-    if smoke and targets:
-        raise ValueError("--smoke and --targets are both given: use one")
-    from moesaic.bench.campaign import Campaign, open_journal
-    from moesaic.cli.output import make_ready
+    from moesaic.bench.campaign import Campaign
 
     cells = _cells(given, smoke=smoke, targets=targets)
-    rounds = rounds or (SMOKE_ROUNDS if smoke else None)
     engines, others = ([name.strip() for name in text.split(",")] for text in (engine, peers))
+    rounds = rounds or (SMOKE_ROUNDS if smoke else None)
     campaign = Campaign(engines, others, rounds, budget if budget is None else 60 * budget)
-    if out is not None:
-        make_ready(out)
-    settings = {"engines": engines, "peers": others, "rounds": rounds, "command": _command(out)}
-    campaign.journal = open_journal(out, resume=resume, settings=settings)
-    try:
-        left_out = _run(campaign, cells)
-    except KeyboardInterrupt:
-        measured = {result.cell for result in campaign.journal.results}
-        _tell(campaign, [cell for cell in cells if cell not in measured], out, as_json=as_json)
-        if out is not None:
-            print("interrupted: --resume goes on", file=sys.stderr)
-        raise
-    _tell(campaign, left_out, out, as_json=as_json)
+    _measure(campaign, cells, out, resume=resume, as_json=as_json)
     rows = [row for result in campaign.journal.results for row in result.rows]
     if any(row.kind == "ours" and row.note.startswith(("wrong", "failed")) for row in rows):
         raise typer.Exit(1)
@@ -203,6 +191,25 @@ def _run(campaign: "Campaign", cells: "list[Cell]") -> "list[Cell]":
             )
 
         return campaign.run(cells, report)
+
+
+def _measure(campaign: "Campaign", cells: "list[Cell]", out: Path | None, *, resume: bool, as_json: bool) -> None:
+    """Run into a journal, and tell what was found, after Ctrl-C too."""
+    from moesaic.bench.campaign import open_journal
+
+    if out is not None:
+        make_ready(out)
+    settings = {"engines": campaign.engines, "peers": campaign.peers, "rounds": campaign.rounds}
+    campaign.journal = open_journal(out, resume=resume, settings=settings | {"command": _command(out)})
+    try:
+        left_out = _run(campaign, cells)
+    except KeyboardInterrupt:
+        measured = {result.cell for result in campaign.journal.results}
+        _tell(campaign, [cell for cell in cells if cell not in measured], out, as_json=as_json)
+        if out is not None:
+            print("interrupted: --resume goes on", file=sys.stderr)
+        raise
+    _tell(campaign, left_out, out, as_json=as_json)
 
 
 def _tell(campaign: "Campaign", left_out: "list[Cell]", out: Path | None, *, as_json: bool) -> None:

@@ -210,7 +210,7 @@ def _document(trace: "Trace", shown: Shown, layer: int, token: int, word: str, f
         **shown.stats.to_dict(),
         "sequences": trace.n_sequences,
         "tokens_by_domain": shown.tokens_of(trace),
-        "domains": None if shown.preferences is None else _preferences(shown.preferences, trace),
+        "domains": None if shown.preferences is None else shown.preferences.to_dict(trace.layers),
         "followed": followed | steps_as_dict(shown.steps, versus=True),
         "files": [str(file) for file in files],
         "command": typed(),
@@ -218,21 +218,6 @@ def _document(trace: "Trace", shown: Shown, layer: int, token: int, word: str, f
         "seed": trace.seed,
         "config": trace.configs[0].digest(),
     }
-
-
-def _preferences(found: "Preferences", trace: "Trace") -> dict[str, Any]:
-    """Experts that are used in a domain beyond chance, as `moesaic stats --json` has them."""
-    rows = [
-        {
-            "layer": trace.layers[layer],
-            "expert": int(expert),
-            "domain": found.domains[found.domain[layer, expert]],
-            "lift": float(found.lift[layer, expert]),
-            "p_value": float(found.p_value[layer, expert]),
-        }
-        for layer, expert in zip(*found.found().nonzero(), strict=True)
-    ]
-    return {"permutations": found.permutations, "preferences": rows}
 
 
 def _telling_token(trace: "Trace", layer: int) -> int:

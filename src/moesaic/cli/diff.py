@@ -1,14 +1,13 @@
 """`moesaic diff`: where two records of the same tokens route differently, and why."""
 
 import math
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from moesaic.cli.output import check_lang, print_json, progress, say_how_again
+from moesaic.cli.output import JSON_HELP, check_lang, print_json, progress, say_how_again
 
 if TYPE_CHECKING:
     from moesaic.trace.compare.diff import Diff
@@ -34,7 +33,7 @@ def diff(
         str | None, typer.Option(help="Coarser dtype of the two models, such as bfloat16; read from the records.")
     ] = None,
     lang: Annotated[str, typer.Option(help="en or zh.")] = "en",
-    json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    json: Annotated[bool, typer.Option("--json", help=JSON_HELP)] = False,
 ) -> None:
     """Compare the experts in two records of the same tokens: two engines, precisions or checkpoints.
 
@@ -52,8 +51,7 @@ def diff(
     from moesaic.trace.file.reader import load
 
     one, two = load(a), load(b)
-    bar = nullcontext() if json else progress(WORDS[lang]["working"], one.n_layers)
-    with bar as done:
+    with progress(WORDS[lang]["working"], one.n_layers, quiet=json) as done:
         found = compare(one, two, precision=precision, done=done)
     if found.a == found.b:  # two records of one model are told apart by their files
         found = replace(found, a=str(a), b=str(b))

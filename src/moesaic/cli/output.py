@@ -28,6 +28,12 @@ def check_lang(lang: str) -> str:
     return lang
 
 
+def check_not_both(first: str, one: object, second: str, other: object) -> None:
+    """ValueError where two options are given that exclude each other: both are neither None nor False."""
+    if all(given is not None and given is not False for given in (one, other)):
+        raise ValueError(f"{first} and {second} are both given: use one of them")
+
+
 def print_json(what: Any) -> None:
     """One JSON document on stdout, strict: a number that is not finite must be None before it comes here. Chinese is
     written as it is, what could steer a terminal as an escape."""

@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from moesaic.cli.output import check_not_both
 from moesaic.hf.modules import moe_layers
-from moesaic.trace.file.limits import MOST_TEXT
+from moesaic.trace.recording.assemble import pieces_of
 from moesaic.trace.recording.record import record
 from moesaic.trace.shown import piece_of
 from moesaic.trace.store import Trace
@@ -28,8 +29,7 @@ SAMPLE = (
 
 def read_text(text: str | None, file: Path | None) -> str | None:
     """The text that was asked for, or None where neither option was used."""
-    if text is not None and file is not None:
-        raise ValueError("--text and --file are both given: use one of them")
+    check_not_both("--text", text, "--file", file)
     if file is not None:
         text = _text_of(file)
     if text is not None and not text.strip():
@@ -134,7 +134,7 @@ def tokens_of(tokenizer: Any, texts: Sequence[Document], window: int = WINDOW) -
         [torch.stack(batch) for batch in batches],
         torch.arange(len(rows)).repeat_interleave(lengths),
         None if offsets is None else torch.tensor(offsets, dtype=torch.int64),
-        {number: piece_of(tokenizer, number)[:MOST_TEXT] for number in sorted({i for row in rows for i in row})},
+        pieces_of(tokenizer, sorted({number for row in rows for number in row})),
     )
 
 

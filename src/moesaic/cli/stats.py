@@ -1,12 +1,11 @@
 """`moesaic stats`: the balance of a recorded run beside chance, and a verdict."""
 
-from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from moesaic.cli.output import check_lang, print_json, progress, say_how_again
+from moesaic.cli.output import JSON_HELP, check_lang, check_not_both, print_json, progress, say_how_again
 
 if TYPE_CHECKING:
     from moesaic.trace.store import Trace
@@ -49,7 +48,7 @@ def stats(
     alpha: Annotated[float, typer.Option(help="Chance of any false alarm in the whole run.")] = 0.05,
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of the simulations behind the bands.")] = 0,
     lang: Annotated[str, typer.Option(help="en or zh.")] = "en",
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help=JSON_HELP)] = False,
 ) -> None:
     """Judge the load of every layer of a record, each number beside what chance gives.
 
@@ -58,8 +57,7 @@ def stats(
     """
     check_lang(lang)
     factors = _factors(capacity)
-    if nodes is not None and placement is not None:
-        raise ValueError("--nodes and --placement are both given: use one of them")
+    check_not_both("--nodes", nodes, "--placement", placement)
     from moesaic.cli.provenance import provenance
     from moesaic.trace.chance.placement import read_placement
     from moesaic.trace.file.reader import load
@@ -70,8 +68,7 @@ def stats(
     recorded = load(trace)
     placed = None if placement is None else read_placement(placement, recorded.n_experts)
     other = None if against is None else load(against)
-    bar = nullcontext() if as_json else progress(WORDS[lang]["counting"], recorded.n_layers)
-    with bar as done:
+    with progress(WORDS[lang]["counting"], recorded.n_layers, quiet=as_json) as done:
         found = stats_of(recorded, placement=placed, nodes=nodes, capacity=factors, alpha=alpha, seed=seed, done=done)
         alike = None if other is None else stability(recorded, other)
         pairs = pairs_of(recorded, alpha=alpha) if coselection else None
@@ -152,15 +149,5 @@ def _json(trace: "Trace", found: Any, domains: Any, pairs: Any, alike: Any) -> d
     if isinstance(domains, dict):
         document["domains"] = {"not_tested": domains}
     elif domains is not None:
-        rows = [
-            {
-                "layer": trace.layers[layer],
-                "expert": int(expert),
-                "domain": domains.domains[domains.domain[layer, expert]],
-                "lift": float(domains.lift[layer, expert]),
-                "p_value": float(domains.p_value[layer, expert]),
-            }
-            for layer, expert in zip(*domains.found().nonzero(), strict=True)
-        ]
-        document["domains"] = {"permutations": domains.permutations, "preferences": rows}
+        document["domains"] = domains.to_dict(trace.layers)
     return document

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from moesaic.cli.output import check_lang, print_json, say_how_again
+from moesaic.cli.output import JSON_HELP, check_lang, print_json, say_how_again
 
 if TYPE_CHECKING:
     from moesaic.trace.store import Trace
@@ -24,7 +24,7 @@ def steps(
     token: Annotated[int, typer.Option(help="Which token, from 0.")] = 0,
     vs: Annotated[str | None, typer.Option(help="topk: what plain top-k would have taken instead.")] = None,
     lang: Annotated[str, typer.Option(help="en or zh.")] = "en",
-    json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    json: Annotated[bool, typer.Option("--json", help=JSON_HELP)] = False,
 ) -> None:
     """Show what a gate did with one token: 15 steps with formula, shape and values."""
     gc.disable()  # as in demo

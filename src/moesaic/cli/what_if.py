@@ -1,12 +1,15 @@
 """`moesaic what-if`: recorded scores routed again by another rule."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from moesaic.cli.output import check_lang, print_json, progress, say_how_again
+from moesaic.cli.output import JSON_HELP, check_lang, check_not_both, print_json, progress, say_how_again
 from moesaic.cli.trace import check_target
+
+if TYPE_CHECKING:
+    from moesaic.trace.reroute.what_if import WhatIf
 
 WORDS = {
     "en": {"working": "Routing layers again", "saved": "Saved: {out}"},
@@ -32,25 +35,21 @@ def what_if(
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Save the new routing as a record.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the file of --out where it exists.")] = False,
     lang: Annotated[str, typer.Option(help="en or zh.")] = "en",
-    json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    json: Annotated[bool, typer.Option("--json", help=JSON_HELP)] = False,
 ) -> None:
     """Route recorded scores again by another rule: who gets other experts, and what happens to load and groups.
 
     With nothing changed it proves that the recorded rule gives the recorded experts, exact ties apart.
     """
     check_lang(lang)
-    _check_one_of("--no-bias", no_bias, "--bias", bias is not None)
-    _check_one_of("--nodes", nodes is not None, "--placement", placement is not None)
+    check_not_both("--no-bias", no_bias, "--bias", bias)
+    check_not_both("--nodes", nodes, "--placement", placement)
     dropped, deltas = numbers(drop), shifts(bias)
     _check_target(out, trace, force)
-    from rich.console import Console
-
     from moesaic.cli.provenance import provenance
     from moesaic.trace.chance.placement import read_placement
     from moesaic.trace.file.reader import load
     from moesaic.trace.reroute.what_if import what_if as ask
-    from moesaic.trace.reroute.what_if_table import what_if_table
-    from moesaic.trace.shown import visible
 
     recorded = load(trace)
     with progress(WORDS[lang]["working"], recorded.n_layers, quiet=json) as done:
@@ -72,16 +71,20 @@ def what_if(
             found.trace.save(out)
     if json:
         print_json(provenance((trace, recorded)) | found.to_dict() | {"saved": None if out is None else str(out)})
-        return
+    else:
+        _show(found, out, lang)
+        say_how_again(recorded, lang)
+
+
+def _show(found: "WhatIf", out: Path | None, lang: str) -> None:
+    from rich.console import Console
+
+    from moesaic.trace.reroute.what_if_table import what_if_table
+    from moesaic.trace.shown import visible
+
     Console().print(what_if_table(found, lang))
     if out is not None:
         print(WORDS[lang]["saved"].format(out=visible(str(out))))
-    say_how_again(recorded, lang)
-
-
-def _check_one_of(first: str, has_first: bool, second: str, has_second: bool) -> None:
-    if has_first and has_second:
-        raise ValueError(f"{first} and {second} are both given: use one of them")
 
 
 def _check_target(out: Path | None, trace: Path, force: bool) -> None:

@@ -15,7 +15,7 @@ from moesaic.conformance.asking import (
     some_bias,
     told_as,
 )
-from moesaic.conformance.definition import decide
+from moesaic.conformance.definition import decide, is_group_limited
 from moesaic.conformance.gates import Gate
 from moesaic.conformance.parts import Answer
 from moesaic.conformance.verdict import Fault, GateRaised, probe
@@ -205,7 +205,7 @@ def bad_rows(gate: Gate) -> None:
         with told_as(kind, kind):
             expect_lawful(answer, gate)
             groups = {e // config.experts_per_group for e in answer.ids[2].tolist() if e < config.n_routed_experts}
-            if config.topk_method in ("noaux_tc", "group_limited_greedy") and len(groups) > config.topk_group:
+            if is_group_limited(config) and len(groups) > config.topk_group:
                 raise Fault(
                     f"the bad row reaches {len(groups)} groups, {config.topk_group} are allowed",
                     f"坏行到达 {len(groups)} 个组，只允许 {config.topk_group} 个",

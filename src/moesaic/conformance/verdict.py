@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from moesaic.conformance.gates import Gate
 
 LEVELS = ("wrong", "fragile")
-OUTCOMES = ("pass", "fail", "not applicable")
 
 
 class Both(NamedTuple):

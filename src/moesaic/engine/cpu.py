@@ -108,10 +108,7 @@ def backward(
             activated, d_projected = spec.activate_backward(projected.to(wide), d_activated * scale)
             d_projected = d_projected.to(dtype)
             if into.weights is not None:
-                d_scale = (d_activated * activated).sum(dim=1)
-                if experts.down_bias is not None:
-                    d_scale += (experts.down_bias[batch.expert_of_row()] * g).sum(dim=1, dtype=wide)
-                into.weights[assignments[batch.here]] = d_scale
+                into.weights[assignments[batch.here]] = _weight_gradient(batch, d_activated, activated, g, experts)
             if into.tokens is not None:
                 into.tokens.index_add_(0, batch.rows, multiply(batch, d_projected, up.mT, "d_tokens").to(wide))
             if into.up is not None:
@@ -124,14 +121,7 @@ def backward(
             multiply.outer(batch, into.down, g.to(dtype), scaled, spec, "down total", accumulate=down_into is not None)
         if into.down_bias is not None:
             _sum_rows(batch, into.down_bias, g * scale)
-    return Gradients(
-        None if into.tokens is None else into.tokens.to(tokens.dtype),
-        None if into.weights is None else into.weights.view(weights.shape).to(weights.dtype),
-        into.up if up_into is None else None,
-        into.down if down_into is None else None,
-        _narrowed(into.up_bias, experts.up_bias),
-        _narrowed(into.down_bias, experts.down_bias),
-    )
+    return _filled(into, tokens, weights, experts, up_into, down_into)
 
 
 def _to_fill(
@@ -153,6 +143,39 @@ def _to_fill(
         up_bias=_zeros_like(experts.up_bias, wide) if wanted.up_bias else None,
         down_bias=_zeros_like(experts.down_bias, wide) if wanted.down_bias else None,
     )
+
+
+def _filled(
+    into: Gradients,
+    tokens: Tensor,
+    weights: Tensor,
+    experts: ExpertWeights,
+    up_into: Tensor | None,
+    down_into: Tensor | None,
+) -> Gradients:
+    """What `_to_fill` gave, in the dtypes of what it is the gradient of, less what was added to in place."""
+    return Gradients(
+        tokens=_narrowed(into.tokens, tokens),
+        weights=None if into.weights is None else into.weights.view(weights.shape).to(weights.dtype),
+        up=into.up if up_into is None else None,
+        down=into.down if down_into is None else None,
+        up_bias=_narrowed(into.up_bias, experts.up_bias),
+        down_bias=_narrowed(into.down_bias, experts.down_bias),
+    )
+
+
+def _weight_gradient(
+    batch: Batch,
+    d_activated: Float[Tensor, "n I"],
+    activated: Float[Tensor, "n I"],
+    g: Float[Tensor, "n O"],
+    experts: ExpertWeights,
+) -> Float[Tensor, " n"]:
+    """Of the routing weights of a batch: rowsum(A' A), and of the bias, which is weighed too."""
+    d_scale = (d_activated * activated).sum(dim=1)
+    if experts.down_bias is not None:
+        d_scale += (experts.down_bias[batch.expert_of_row()] * g).sum(dim=1, dtype=d_scale.dtype)
+    return d_scale
 
 
 def _as_in_out(experts: ExpertWeights, spec: ExpertSpec) -> tuple[Float[Tensor, "E D U"], Float[Tensor, "E I O"]]:
@@ -187,8 +210,8 @@ def _zeros_like(bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return None if bias is None else torch.zeros(bias.shape, dtype=dtype)
 
 
-def _narrowed(gradient: Tensor | None, bias: Tensor | None) -> Tensor | None:
-    return None if gradient is None or bias is None else gradient.to(bias.dtype)
+def _narrowed(gradient: Tensor | None, of: Tensor | None) -> Tensor | None:
+    return None if gradient is None or of is None else gradient.to(of.dtype)
 
 
 def _gradient_like(weight: Tensor, counts: Tensor) -> Tensor:

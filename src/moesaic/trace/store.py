@@ -161,6 +161,12 @@ class Trace:
         twice = [((ids[:, 1:] == ids[:, :-1]) & (ids[:, 1:] < self.n_experts)).any(-1).sum() for ids in ordered]
         return torch.tensor(twice, dtype=torch.int64)
 
+    @property
+    def without_data(self) -> tuple[str, ...]:
+        """MoE layers of the model that no token has an expert in: recorded ones first, then `missing`."""
+        empty = [bool((picks >= self.n_experts).all()) for picks in self.picks]
+        return (*(name for name, is_empty in zip(self.layers, empty, strict=True) if is_empty), *self.missing)
+
     def __len__(self) -> int:
         """Number of tokens."""
         return self.picks.shape[1]

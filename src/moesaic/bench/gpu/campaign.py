@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from moesaic import __version__
-from moesaic.bench.campaign import Journal, read_lines
+from moesaic.bench.campaign import Journal, resumed
 from moesaic.bench.gpu.cells import GpuCell
 from moesaic.bench.gpu.clock import Clock
 from moesaic.bench.gpu.judge import check_device
@@ -102,12 +102,7 @@ def open_journal(out: Path, machine: dict[str, Any]) -> Journal:
         journal = Journal(path)
         journal.add(machine)
         return journal
-    journal = Journal(path, read_lines(path))
-    for name in SAME:
-        then, now = journal.machine.get(name), machine.get(name)
-        if then != now:
-            raise ValueError(f"{path}: measured with {name}={then}, here it is {now}: give another --out")
-    return journal
+    return resumed(path, machine, SAME)
 
 
 def measured_in(journal: Journal) -> list[Measured]:

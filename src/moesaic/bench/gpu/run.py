@@ -17,8 +17,8 @@ from moesaic.bench.gpu.judge import check_device, judge
 from moesaic.bench.gpu.limits import Bandwidth, kernels_of, matmul_flops
 from moesaic.bench.gpu.truth import truth_of
 from moesaic.bench.problem import Problem, make_problem
-from moesaic.bench.runner import Row, failed, forget_gradients, run_once
-from moesaic.bench.timing import Entrant, plan_rounds, spread
+from moesaic.bench.runner import Row, compare, failed, forget_gradients, run_once
+from moesaic.bench.timing import Entrant, plan_rounds
 from moesaic.types import ExpertWeights
 
 ROUNDS, CELL_SECONDS = 10, 6.0  # wanted, more where they are short; for the rounds of one cell
@@ -110,16 +110,10 @@ def fill(
     for row in result.rows:
         if row.name not in seconds:
             continue
-        measured = spread(seconds[row.name])
-        row.median_ms, row.p10_ms, row.p90_ms = (1e3 * value for value in measured[:3])
-        row.rounds, row.runs_ms = measured.rounds, [1e3 * value for value in seconds[row.name]]
-        row.gflops, row.gbytes = 1e-9 * flops / measured.median, 1e-9 * total_bytes / measured.median
-        row.of_ceiling = result.least_ms / row.median_ms
-    peers = [(row.median_ms, row.name) for row in result.rows if row.kind == "peer" and row.median_ms is not None]
-    for row in result.rows:
-        if row.kind == "ours" and row.median_ms is not None and peers:
-            best, row.best_peer = min(peers)
-            row.ratio = best / row.median_ms
+        median = row.timed(seconds[row.name])
+        row.gflops, row.gbytes = 1e-9 * flops / median, 1e-9 * total_bytes / median
+        row.of_ceiling = result.least_ms / (1e3 * median)
+    compare(result.rows)
 
 
 def run_decode(cell: GpuCell, experts: ExpertWeights, bench: Bench) -> Measured:

@@ -114,8 +114,9 @@ def mean_band(random_values: np.ndarray, n_tokens: float, error: float = 0.0) ->
     """
     spread = float(random_values.std())
     spread = math.hypot(max(spread / math.sqrt(n_tokens), error), spread / math.sqrt(len(random_values)))
-    mean, most = float(random_values.mean()), float(random_values.max())  # a mean cannot exceed what a token can reach
-    return Band(mean, mean - 1.645 * spread, min(mean + 1.645 * spread, most), min(mean + 3.09 * spread, most))
+    mean, least, most = (float(values) for values in (random_values.mean(), random_values.min(), random_values.max()))
+    ends = (mean + width * spread for width in (-1.645, 1.645, 3.09))
+    return Band(mean, *(min(max(end, least), most) for end in ends))  # a mean stays within what tokens can reach
 
 
 def random_loads(config: MoEConfig, n_tokens: int, runs: int, rng: np.random.Generator) -> np.ndarray:
@@ -128,7 +129,7 @@ def random_loads(config: MoEConfig, n_tokens: int, runs: int, rng: np.random.Gen
 def drawn_loads(pool: np.ndarray, config: MoEConfig, n_tokens: int, runs: int, rng: np.random.Generator) -> np.ndarray:
     """Loads [runs, E]: each token takes a random row of the pool, turned by a random group and a random place in the
     group. Turning makes every expert exactly equally likely, however the pool fell out."""
-    e, n = config.n_routed_experts, _group_size(config)
+    e, n = config.n_routed_experts, block_size(config)
     rows = pool[rng.integers(len(pool), size=(runs, n_tokens))]  # [runs, T, K]
     turn_group = rng.integers(e // n, size=(runs, n_tokens, 1), dtype=np.int32)
     turn_place = rng.integers(n, size=(runs, n_tokens, 1), dtype=np.int32)
@@ -143,15 +144,12 @@ def copula_loads(pool: np.ndarray, config: MoEConfig, n_tokens: int, runs: int, 
     A token's choice is an indicator vector; its covariance has one value within groups and one between, so two
     eigenvalues: noise inside groups, noise of whole groups. Their Gaussian goes through the binomial quantiles.
     """
-    e, n = config.n_routed_experts, _group_size(config)
+    e, n = config.n_routed_experts, block_size(config)
     k, g = config.num_experts_per_tok, e // n
     p = k / e
     if k == e:
         return np.full((runs, e), n_tokens)
-    in_group = (pool[:, :, None] // n == np.arange(g)).sum(1)  # [pool, G] picks of a token in each group
-    pairs = (in_group * (in_group - 1)).sum(-1).mean()  # ordered pairs of one token in one group
-    same = pairs / (e * (n - 1)) if n > 1 else 0.0  # P(two given experts of a group are both chosen)
-    other = (k * (k - 1) - pairs) / (e * (e - n)) if g > 1 else 0.0
+    same, other = pair_chances(pool, config)
     inside = p - same
     groups = p + (n - 1) * same - n * other if g > 1 else 0.0
     noise = rng.standard_normal((runs, g, n))
@@ -162,6 +160,15 @@ def copula_loads(pool: np.ndarray, config: MoEConfig, n_tokens: int, runs: int, 
     z /= np.sqrt(p * (1 - p))
     chance = torch.special.ndtr(torch.from_numpy(z.reshape(runs, e))).numpy()
     return np.searchsorted(_binomial_cdf(n_tokens, p), chance)
+
+
+def pair_chances(pool: np.ndarray, config: MoEConfig) -> tuple[float, float]:
+    """P(a token chooses both of two given experts), of one block (see `block_size`) and of two, from its pool."""
+    e, k, n = config.n_routed_experts, config.num_experts_per_tok, block_size(config)
+    in_block = (pool[:, :, None] // n == np.arange(e // n)).sum(1)  # [pool, blocks] picks of a token in each
+    pairs = float((in_block * (in_block - 1)).sum(-1).mean())  # ordered pairs of one token in one block
+    same = pairs / (e * (n - 1)) if n > 1 else 0.0
+    return same, (k * (k - 1) - pairs) / (e * (e - n)) if n < e else 0.0
 
 
 @lru_cache(maxsize=256)
@@ -222,7 +229,7 @@ def _rule_only(config: MoEConfig) -> MoEConfig:
     return MoEConfig(hidden_size=1, **kept)
 
 
-def _group_size(config: MoEConfig) -> int:
+def block_size(config: MoEConfig) -> int:
     """Experts that are exchangeable as a block: a group where groups are chosen, else all of them."""
     return config.experts_per_group if config.limits_groups else config.n_routed_experts
 

@@ -1,10 +1,11 @@
 """Which node holds which expert, and how many places (groups, nodes) a token's experts lie in."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+
+from moesaic.strict_json import parsed
 
 WORD = 63  # places that one integer can mark
 
@@ -41,11 +42,11 @@ def place_experts(
 def read_placement(path: Path, n_experts: int) -> np.ndarray:
     """The placement in a JSON file: a list with the node of every expert."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parsed(path.read_bytes(), f"{path}")
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror}): give a JSON list") from None
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{path}: not a JSON file ({error}): give the node of every expert, [0, 0, 1, 1]") from None
+    except ValueError as error:
+        raise ValueError(f"{error}: give the node of every expert, [0, 0, 1, 1]") from None
     if not isinstance(content, list) or any(isinstance(node, bool) or not isinstance(node, int) for node in content):
         raise ValueError(f"{path}: not a list of whole numbers: give the node of every expert, [0, 0, 1, 1]")
     if any(abs(node) >= 2**31 for node in content):

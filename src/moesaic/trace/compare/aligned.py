@@ -64,6 +64,12 @@ def tokens_checked(a: Trace, b: Trace) -> bool:
     return a.input_ids is not None and b.input_ids is not None
 
 
+def without_data(a: Trace, b: Trace) -> tuple[str, ...]:
+    """Layers that one of the two has no expert of, whether it says so or not, by the names that `a` has for them."""
+    named = dict(zip(b.layers, a.layers, strict=True))
+    return tuple(dict.fromkeys((*a.without_data, *(named.get(name, name) for name in b.without_data))))
+
+
 def notes_of_both(
     a: Trace, b: Trace, lang: str, *, names: tuple[str, str] = ("a", "b"), missing: bool = True
 ) -> list[str]:
@@ -71,7 +77,8 @@ def notes_of_both(
     colon = words_of({"en": ": ", "zh": "："}, lang)
     notes = []
     for name, trace in zip(names, (a, b), strict=True):
-        own = origin_notes(trace.layers, trace.origins, lang) + (missing_notes(trace.missing, lang) if missing else [])
+        own = origin_notes(trace.layers, trace.origins, lang)
+        own += missing_notes(trace.without_data, lang) if missing else []
         notes += [f"{name}{colon}{note}" for note in own]
     return notes if tokens_checked(a, b) else [*notes, UNCHECKED[lang]]
 

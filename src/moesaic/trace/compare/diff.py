@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from moesaic.trace.compare.aligned import aligned, notes_of_both, tokens_checked
+from moesaic.trace.compare.aligned import aligned, notes_of_both, tokens_checked, without_data
 from moesaic.trace.compare.finding import Finding, explain_layer
 from moesaic.trace.compare.judge import Judgement, judge, precision_of
 from moesaic.trace.rule.derive import dtype_of
@@ -169,7 +169,7 @@ def diff(a: Trace, b: Trace, *, precision: str | None = None, done: Callable[[in
         name: None if any(row[name] is None for row in rows) else torch.stack([row[name] for row in rows])
         for name in rows[0]
     }
-    missing = _without_data(a, b)
+    missing = without_data(a, b)
     en, zh = (tuple(notes_of_both(a, b, lang, missing=False)) for lang in ("en", "zh"))
     return Diff(
         a.model or "a",
@@ -183,16 +183,6 @@ def diff(a: Trace, b: Trace, *, precision: str | None = None, done: Callable[[in
         notes_en=en,
         notes_zh=zh,
     )
-
-
-def _without_data(a: Trace, b: Trace) -> tuple[str, ...]:
-    """Layers that one of the two has no expert of, whether it says so or not."""
-    empty = [
-        name
-        for layer, name in enumerate(a.layers)
-        if any(bool((trace.picks[layer] >= trace.n_experts).all()) for trace in (a, b))
-    ]
-    return tuple(dict.fromkeys((*empty, *sorted({*a.missing, *b.missing}))))
 
 
 def _whole(judgement: Judgement, absent: Sequence[str]) -> Judgement:

@@ -110,7 +110,7 @@ def _against(ruler: Trace, trace: Trace, layer: int) -> tuple[Tensor, Tensor | N
 
 def _bias_for(mine: Trace, other: Trace, layer: int) -> Tensor | None:
     """The bias of my rule; in the other's narrower dtype where it only was cast down, which is rounding."""
-    bias = None if mine.bias is None else mine.bias[layer]
+    bias = bias_of(mine, layer)
     if bias is None or other.bias is None:
         return bias
     return other.bias[layer] if is_rounded(bias, other.bias[layer]) else bias

@@ -10,6 +10,7 @@ from moesaic import rules
 from moesaic.config import MoEConfig
 from moesaic.trace.figures.captions import LABELS
 from moesaic.trace.figures.font import figure_style
+from moesaic.trace.shown import words_of
 from moesaic.trace.statistics.stats import LayerReport, layer_report, layer_reports
 from moesaic.trace.store import Trace
 from moesaic.types import Routing
@@ -38,7 +39,7 @@ def routing_figure(
     `source` is a trace, or a Routing with its config and correction bias. 16 x 12 in; save it with `save_figure`.
     """
     trace = source if isinstance(source, Trace) else _trace_of(source, config, bias)
-    labels, config, report = _labels(lang), trace.configs[layer], layer_report(trace, layer)
+    labels, config, report = words_of(LABELS, lang), trace.configs[layer], layer_report(trace, layer)
     with figure_style():
         fig = new_figure(16, 12, on_screen=show)
         axes = fig.subplots(2, 2)
@@ -64,7 +65,7 @@ def routing_figure(
 
 def load_figure(trace: Trace, lang: str = "zh") -> "Figure":
     """Load per expert of every layer with what random routing would give shaded; many layers become a heat map."""
-    labels, reports = _labels(lang), layer_reports(trace)
+    labels, reports = words_of(LABELS, lang), layer_reports(trace)
     with figure_style():
         if len(reports) > PANELS_AT_MOST:
             fig = new_figure(14, min(2 + 0.22 * len(reports), 16))
@@ -131,12 +132,6 @@ def _trace_of(routing: Routing, config: MoEConfig | None, bias: Any) -> Trace:
     if config is None:
         raise ValueError("a Routing alone does not say its rules: give config=MoEConfig(...)")
     return Trace.from_routings({"gate": routing}, config, {"gate": bias})
-
-
-def _labels(lang: str) -> dict[str, Any]:
-    if lang not in LABELS:
-        raise ValueError(f"lang={lang!r} is unknown: use 'zh' or 'en'")
-    return LABELS[lang]
 
 
 def _draw_usage(axis: "Axes", report: LayerReport, labels: dict[str, Any]) -> None:

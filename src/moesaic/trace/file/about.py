@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from moesaic.config import MoEConfig
-from moesaic.trace.file.limits import MOST_EXPERTS, MOST_PER_TOKEN, MOST_TEXT
+from moesaic.strict_json import is_count
+from moesaic.trace.file.limits import MOST_EXPERTS, MOST_PER_TOKEN, MOST_TEXT, check_seed
 from moesaic.trace.store import ORIGINS, Trace
 
 DTYPES = ("float64", "float32", "float16", "bfloat16")
@@ -55,6 +56,7 @@ def fields_of(about: Mapping[str, Any]) -> dict[str, Any]:
     (n_experts, k), *_ = sizes
     if n_experts > MOST_EXPERTS or k > MOST_PER_TOKEN:
         raise ValueError(f"{k} of {n_experts} experts a token: at most {MOST_PER_TOKEN} of {MOST_EXPERTS} are read")
+    check_seed(about["seed"])
     labels = about["labels"]
     return {
         "layers": tuple(names),
@@ -65,7 +67,7 @@ def fields_of(about: Mapping[str, Any]) -> dict[str, Any]:
         "pieces": _pieces(about["pieces"]),
         "dtypes": _dtypes(about["dtypes"]),
         "model": _text(about["model"], "model"),
-        "seed": _seed(about["seed"]),
+        "seed": about["seed"],
         "versions": {_text(k, "versions"): _text(v, "versions") for k, v in _object(about["versions"], "versions")},
     }
 
@@ -100,12 +102,6 @@ def _dtypes(given: object) -> dict[str, str]:
     return found
 
 
-def _seed(given: object) -> int | None:
-    if given is not None and (not isinstance(given, int) or isinstance(given, bool) or abs(given) >= 2**64):
-        raise ValueError("seed is not a whole number of 64 bits")
-    return given
-
-
 def _listed(given: object, what: str) -> list[Any]:
     if not isinstance(given, list):
         raise ValueError(f"{what} is not a list")
@@ -122,7 +118,3 @@ def _text(given: object, what: str) -> str:
     if not isinstance(given, str) or len(given) > MOST_TEXT:
         raise ValueError(f"{what} is not a text of at most {MOST_TEXT} characters")
     return given
-
-
-def is_count(number: object) -> bool:
-    return isinstance(number, int) and not isinstance(number, bool) and 0 <= number < 2**48

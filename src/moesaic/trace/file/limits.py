@@ -30,3 +30,19 @@ def check_labels(labels: Sequence[str] | None, n_sequences: int) -> None:
     """ValueError where a sequence has no label and others may have one."""
     if labels is not None and len(labels) < n_sequences:
         raise ValueError(f"{len(labels)} labels for {n_sequences} sequences: give one label a sequence")
+
+
+def check_names(labels: Sequence[str] | None) -> None:
+    """ValueError for labels that are not a list of texts."""
+    if isinstance(labels, str):
+        raise ValueError(f"labels={labels!r} is one name: give a list, one name a sequence")
+    if labels is None:
+        return
+    if not isinstance(labels, Sequence) or not all(isinstance(label, str) for label in labels):
+        raise ValueError(f"labels={labels!r} are not names: give a list of texts, one a sequence")
+
+
+def check_seed(seed: object) -> None:
+    """ValueError for a seed that is neither None nor a whole number of 64 bits."""
+    if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool) or abs(seed) >= 2**64):
+        raise ValueError(f"seed={repr(seed)[:40]} is not a whole number of 64 bits: give one, or none")

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 
 from moesaic import __version__
-from moesaic.strict_json import parsed
-from moesaic.trace.file.about import fields_of, is_count
+from moesaic.strict_json import is_count, parsed
+from moesaic.trace.file.about import fields_of
 from moesaic.trace.file.limits import MOST_HEADER, check_labels, check_offsets, check_range
 from moesaic.trace.shown import visible
 from moesaic.trace.store import FORMAT, FORMAT_VERSION, TYPES, Trace, id_dtype
@@ -119,7 +119,7 @@ def _places(header: Mapping[str, Any], n_bytes: int) -> dict[str, tuple[str, tup
         if dtype not in ALLOWED[name][0]:
             raise ValueError(f"{name} has the type {str(dtype)[:20]!r}: {' or '.join(ALLOWED[name][0])} is allowed")
         for what, numbers in (("shape", shape), ("data_offsets", offsets)):
-            if not isinstance(numbers, list) or not all(is_count(number) for number in numbers):
+            if not isinstance(numbers, list) or not all(map(is_count, numbers)):
                 raise ValueError(f"{what} of {name} is not a list of whole numbers from 0")
         if len(shape) != len(ALLOWED[name][1]) or len(offsets) != 2:
             raise ValueError(

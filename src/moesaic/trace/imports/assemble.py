@@ -9,7 +9,7 @@ from torch import Tensor
 
 from moesaic.trace.imports.notes import Note, note
 from moesaic.trace.imports.target import Target
-from moesaic.trace.store import Trace, versions
+from moesaic.trace.store import Trace, id_dtype, versions
 
 R = TypeVar("R")
 MOST_PICKS = 1 << 30  # ids of one trace, 2 GB; readers count while they read
@@ -52,8 +52,7 @@ def assemble(parts: Sequence[Part], layers: Sequence[str], numbers: Sequence[int
     with_data, kept = _with_data(parts, n_columns, layers)
     missing, notes = _missing(with_data, layers, numbers, target)
     config = target.config_of(n_columns)
-    dtype = torch.int16 if target.n_experts < 2**15 - 1 else torch.int32
-    picks = torch.cat([_filled(part, with_data, rows, n_columns, target, dtype) for part, rows in kept], 1)
+    picks = torch.cat([_filled(part, with_data, rows, n_columns, target.n_experts) for part, rows in kept], 1)
     if partly := int((picks == target.n_experts).all(-1).sum()):
         notes.append(note("partly", count=partly, all=picks.shape[0] * picks.shape[1]))
     if left_out := sum(part.picks.shape[1] for part in parts) - picks.shape[1]:
@@ -145,12 +144,10 @@ def _missing(
     return missing, notes
 
 
-def _filled(
-    part: Part, with_data: list[int], rows: np.ndarray, n_columns: int, target: Target, dtype: torch.dtype
-) -> Tensor:
+def _filled(part: Part, with_data: list[int], rows: np.ndarray, n_columns: int, n_experts: int) -> Tensor:
     """[L, T, K] in the trace's own type, with the number of experts where there is none."""
     ids = part.picks[with_data][:, rows, :n_columns]
-    return torch.from_numpy(np.where(ids < 0, target.n_experts, ids)).to(dtype)
+    return torch.from_numpy(np.where(ids < 0, n_experts, ids)).to(id_dtype(n_experts))
 
 
 def _numbered(kept: Sequence[tuple[Part, np.ndarray]]) -> tuple[Tensor, tuple[str, ...] | None]:

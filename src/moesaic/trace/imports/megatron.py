@@ -15,11 +15,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from moesaic.strict_json import parsed
+from moesaic.strict_json import is_count, parsed
 from moesaic.trace.imports.assemble import MOST_PICKS, Imported, Part, assemble, without_copies
 from moesaic.trace.imports.notes import Note, note
 from moesaic.trace.imports.target import MOST_LAYERS, Target
-from moesaic.trace.imports.untrusted import MOST_LINE, is_count, size_of, table
+from moesaic.trace.imports.untrusted import MOST_LINE, size_of, table
 
 
 class Call(NamedTuple):

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moesaic.strict_json import is_count
 from moesaic.trace.imports.assemble import (
     MOST_PICKS,
     NONE,
@@ -32,7 +33,7 @@ from moesaic.trace.imports.assemble import (
 )
 from moesaic.trace.imports.notes import note
 from moesaic.trace.imports.target import MOST_LAYERS, Target
-from moesaic.trace.imports.untrusted import counts, is_count, size_of
+from moesaic.trace.imports.untrusted import counts, size_of
 from moesaic.trace.store import PHASES
 
 MOST_ENTRIES = 1 << 20  # of the archive

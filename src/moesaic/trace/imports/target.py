@@ -8,8 +8,8 @@ from typing import Any
 from moesaic.config import MoEConfig
 from moesaic.families import ALIASES, PRESETS, rule_of
 from moesaic.hf_config import read_config_json
+from moesaic.trace.file.limits import MOST_EXPERTS
 
-MOST_EXPERTS = 1 << 16
 MOST_LAYERS = 1 << 12
 
 

@@ -5,6 +5,8 @@ from typing import Any
 
 import numpy as np
 
+from moesaic.strict_json import is_count
+
 MOST_BYTES = 16 << 30  # of one file
 MOST_LINE = 512 << 20  # bytes of one line of a file of lines
 
@@ -28,11 +30,6 @@ def read_bytes(path: Path, most: int = MOST_BYTES) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
-
-
-def is_count(value: Any) -> bool:
-    """A whole number from 0 that an int64 holds; True and False are none."""
-    return type(value) is int and 0 <= value < 2**63
 
 
 def counts(values: Any, where: str, what: str) -> list[int]:

@@ -18,10 +18,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from moesaic.strict_json import parsed
+from moesaic.strict_json import is_count, parsed
 from moesaic.trace.imports.assemble import MOST_PICKS, NONE, Imported, Part, assemble, without_filler
 from moesaic.trace.imports.target import MOST_LAYERS, Target
-from moesaic.trace.imports.untrusted import counts, is_count, read_bytes
+from moesaic.trace.imports.untrusted import counts, read_bytes
 from moesaic.trace.store import PHASES
 
 NPY = b"\x93NUMPY"

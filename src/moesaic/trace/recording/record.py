@@ -9,12 +9,10 @@ from torch import nn
 
 from moesaic.config import MoEConfig
 from moesaic.hf.modules import moe_layers
-from moesaic.trace.recording.forwards import Forward, describe_forward
-from moesaic.trace.recording.recorder import Recorder, check_names
+from moesaic.trace.file.limits import check_names, check_seed
+from moesaic.trace.recording.recorder import Recorder
 from moesaic.trace.recording.stream import streaming
-from moesaic.trace.recording.watch import DETAILS, Observer, observe
-
-__all__ = ["Forward", "Observer", "Recorder", "describe_forward", "observe", "record"]
+from moesaic.trace.recording.watch import DETAILS
 
 
 @contextmanager
@@ -40,14 +38,14 @@ def record(
     written, and what is left out of the file is kept in a folder that the error names.
 
     Raises ValueError, before anything runs, where `model` has no MoE layer whose picks can be seen, or, for "scores",
-    one of them has no router that can be, or where `to` cannot be written.
+    one of them has no router that can be, or where `to` cannot be written; and at the end of the block where a compiled
+    model was called and none of its layers was heard.
     """
     if detail not in DETAILS:
         raise ValueError(f"detail={detail!r} is unknown: use {', '.join(map(repr, DETAILS[:-1]))} or {DETAILS[-1]!r}")
     if not isinstance(model, nn.Module):
         raise ValueError(f"model={model!r} is no module: give a model of torch")
-    if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool) or abs(seed) >= 2**64):
-        raise ValueError(f"seed={seed!r} is not a whole number of 64 bits: give one, or none")
+    check_seed(seed)
     check_names(labels)
     layers = moe_layers(model, config)
     with ExitStack() as stack:

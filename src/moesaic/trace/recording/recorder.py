@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from moesaic.hf.modules import MoELayer
-from moesaic.trace.file.limits import check_labels, check_offsets, check_range
+from moesaic.trace.file.limits import check_labels, check_names, check_offsets, check_range
 from moesaic.trace.recording.assemble import assemble, outline, write_file
 from moesaic.trace.recording.biases import Biases
 from moesaic.trace.recording.calls import listening
@@ -27,6 +27,10 @@ from moesaic.types import Routing
 ELSEWHERE = (
     "a MoE layer ran in another thread than the record was begun in, and in no call of the model that began inside the "
     "block: that call is not recorded"
+)
+UNHEARD = (
+    "{n} of the model's calls began in a compiled graph in which no MoE layer said whom it chose: the call failed, or "
+    "the graph was made without the recorder; call torch.compiler.reset() before, or record the model uncompiled"
 )
 
 
@@ -78,6 +82,7 @@ class Recorder:
                 yield
                 for running in self._threads.ended():
                     self._commit(running)
+                self._check_heard()
             finally:
                 with self._lock:
                     self._over = True  # what another thread still runs did not end inside the block: it is not kept
@@ -206,6 +211,15 @@ class Recorder:
         if not running.depth:
             self._commit(running)
             running.forward = forward_of(tokens, mask, cached=cached)
+            running.silent = True
+
+    def _check_heard(self) -> None:
+        """ValueError for a record that is empty because no layer of a compiled model was heard; a warning where other
+        calls were, since one that failed in its graph does not say so either."""
+        if n := self._threads.unheard:
+            if not any(tally.n_forwards for tally in self._kept.tallies.values()):
+                raise ValueError(UNHEARD.format(n=n))
+            warnings.warn(UNHEARD.format(n=n), stacklevel=2)
 
     def _forward_of(self, layer: str | None, n_tokens: int) -> Forward:
         """The call these tokens belong to; one sequence of its own where an inner module was called alone."""
@@ -256,6 +270,7 @@ class Recorder:
         running = self._threads.here
         if self._over:
             return
+        running.silent &= "ids" not in rows.columns
         if running.depth or running.forward is not None:
             running.pending.append(rows)
         elif self._threads.at_home:
@@ -266,6 +281,7 @@ class Recorder:
 
     def _commit(self, running: Running) -> None:
         """Keep what is pending: its forward came to an end."""
+        running.unheard, running.silent = running.unheard + running.silent, False
         pending, running.pending = running.pending, []
         if not pending:
             return
@@ -277,13 +293,3 @@ class Recorder:
             if "sequences" not in self._given and (short := self._lacks_labels()):
                 self.refusal = ValueError(short)
                 raise self.refusal
-
-
-def check_names(labels: Sequence[str] | None) -> None:
-    """ValueError for labels that are not a list of texts."""
-    if isinstance(labels, str):
-        raise ValueError(f"labels={labels!r} is one name: give a list, one name a sequence")
-    if labels is None:
-        return
-    if not isinstance(labels, Sequence) or not all(isinstance(label, str) for label in labels):
-        raise ValueError(f"labels={labels!r} are not names: give a list of texts, one a sequence")

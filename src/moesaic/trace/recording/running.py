@@ -13,6 +13,8 @@ class Running:
         self.forward: Forward | None = None
         self.depth = 0  # calls of models, inside each other
         self.pending: list[Rows] = []  # of the forward that runs
+        self.silent = False  # it began in a graph, and no layer has said whom it chose
+        self.unheard = 0  # forwards that stayed so to their end
 
     def name_cache(self, cache: object) -> None:
         """Whose cache this is: a model that is called without one makes it."""
@@ -40,3 +42,8 @@ class Threads:
     def ended(self) -> list[Running]:
         """Of all threads, those in which no call of a model is known to run."""
         return [running for running in tuple(self._running.values()) if not running.depth]
+
+    @property
+    def unheard(self) -> int:
+        """Compiled calls in which no layer said anything."""
+        return sum(running.unheard for running in tuple(self._running.values()))

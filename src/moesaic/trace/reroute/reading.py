@@ -1,10 +1,11 @@
 """Reading a trace along with a model that runs: which of its tokens the next forward holds."""
 
-from typing import Any
+from copy import deepcopy
 
 import torch
 from torch import Tensor
 
+from moesaic.trace.recording.forwards import Forward, SequenceNumbers
 from moesaic.trace.store import Trace
 
 
@@ -18,18 +19,18 @@ class Reading:
         self._length = torch.bincount(trace.sequences, minlength=1)
         self._begin = self._length.cumsum(0) - self._length
         self._read = torch.zeros_like(self._length)  # tokens of each sequence that were handed out
-        self._start = self._end = 0  # first sequence of the last forward, and the first that nobody began
-        self._rows = 0
-        self._cached: dict[int, int] = {}  # id of a cache -> its first sequence
-        self._before: tuple = ()
+        self._numbers = SequenceNumbers()
+        self._before = self._read, self._numbers  # as they were before the last forward
 
-    def take(self, forward: Any) -> Tensor:
+    def take(self, forward: Forward) -> Tensor:
         """Tokens of the trace in the order of this forward's, int64 [n], -1 for padding. `forward` as
         `describe_forward` gives it. ValueError where they are not there, or are other tokens."""
-        self._before = self._read.clone(), self._start, self._end, self._rows, dict(self._cached)
+        self._before = self._read.clone(), deepcopy(self._numbers)
         rows, keep = forward.rows, forward.keep
         kept = torch.ones_like(rows, dtype=torch.bool) if keep is None else keep
-        sequences = self._sequences_of(forward)[kept]
+        sequences = self._numbers.of(forward)
+        if self.trace.n_sequences <= 1:  # a record that does not tell texts apart is read in its order
+            sequences = torch.zeros_like(sequences)
         out = torch.full_like(rows, -1)
         self.check_room(int(self._read.sum()) + len(sequences))
         if len(sequences) and int(sequences.max()) >= len(self._length):
@@ -59,30 +60,14 @@ class Reading:
 
     def undo(self) -> None:
         """Take back what the last forward took."""
-        if self._before:
-            self._read, self._start, self._end, self._rows, self._cached = self._before
+        self._read, self._numbers = self._before
 
     def check_room(self, n_tokens: int) -> None:
         """ValueError where the model has run more tokens than were recorded."""
         if n_tokens > len(self.trace):
             raise ValueError(f"the trace has {len(self.trace)} tokens and the model runs {n_tokens}: record them too")
 
-    def _sequences_of(self, forward: Any) -> Tensor:
-        """The number of the sequence of every token, counted as the recorder counts them."""
-        if self.trace.n_sequences <= 1:  # a record that does not tell texts apart is read in its order
-            return torch.zeros_like(forward.rows)
-        n_rows = int(forward.rows[-1]) + 1 if len(forward.rows) else 0
-        cache = getattr(forward, "cache", 0)
-        if forward.continues and cache in self._cached:
-            self._start = self._cached[cache]
-        elif not (forward.continues and n_rows == self._rows):
-            self._start = self._end
-        if cache:
-            self._cached[cache] = self._start
-        self._end, self._rows = max(self._end, self._start + n_rows), n_rows
-        return self._start + forward.rows
-
-    def _check_ids(self, forward: Any, kept: Tensor, tokens: Tensor) -> None:
+    def _check_ids(self, forward: Forward, kept: Tensor, tokens: Tensor) -> None:
         if self.trace.input_ids is None or forward.input_ids is None:
             return
         here, there = forward.input_ids[kept], self.trace.input_ids[tokens]

@@ -1,6 +1,5 @@
 """Replay: a model run again with the experts of a record; weights come from its live logits, so gradients flow."""
 
-import inspect
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
@@ -14,6 +13,7 @@ from moesaic.hf.modules import MoELayer, is_recompute, moe_layers
 from moesaic.layer.balance import expert_load
 from moesaic.layer.router import Router
 from moesaic.trace.recording.forwards import describe_forward, models_in
+from moesaic.trace.recording.watch import bound
 from moesaic.trace.reroute.reading import Reading
 from moesaic.trace.reroute.replayable import check, first_tensor, logits_in, refuse_graph
 from moesaic.trace.rule.derive import weight_tolerance
@@ -199,9 +199,7 @@ class Replayer:
     def _before_experts(self, layer: MoELayer) -> Any:
         def hook(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
             refuse_graph()
-            if kwargs:
-                args = inspect.signature(module.forward).bind(*args, **kwargs).args
-            hidden, own_ids, own_weights, *rest = args
+            hidden, own_ids, own_weights, *rest = bound(module, args, kwargs)
             if layer.name not in self._now:
                 raise ValueError(f"experts of layer {layer.name!r} ran without their router: not replayable")
             tokens, logits = self._now.pop(layer.name)

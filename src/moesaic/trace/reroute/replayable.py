@@ -39,7 +39,7 @@ def check(model: nn.Module, trace: Trace, weights: str, layers: list[MoELayer]) 
             )
         if not isinstance(layer.router, Router) and (layer.router is None or layer.experts is None):
             raise ValueError(f"layer {layer.name!r} has no router and experts that can be reached: not replayable")
-        if getattr(layer, "origin", "experts") != "experts" and not isinstance(layer.router, Router):
+        if layer.origin != "experts" and not isinstance(layer.router, Router):
             raise ValueError(f"the experts of layer {layer.name!r} are not told which were chosen: not replayable")
 
 

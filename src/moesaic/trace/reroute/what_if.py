@@ -16,7 +16,7 @@ from moesaic.trace.reroute import settings
 from moesaic.trace.rule.derive import bias_of, check_can_derive, derive, dtype_of, follows, logits_of
 from moesaic.trace.rule.distinct import check_distinct
 from moesaic.trace.rule.given import check_trace
-from moesaic.trace.rule.margins import chosen
+from moesaic.trace.rule.margins import chosen, same_experts
 from moesaic.trace.shown import finite, missing_notes, origin_notes
 from moesaic.trace.store import Trace
 
@@ -98,25 +98,17 @@ class WhatIf:
             "flipped_share": finite(self.share),
             "flipped_tokens_share": finite(self.token_share),
             "kept_without_experts": self.kept,
-            "missing": list(self.without_data),
+            "missing": list(self.before.without_data),
             "notes": {lang: self.notes(lang) for lang in ("en", "zh")},
             "placement": None if self.placement is None else self.placement.tolist(),
             "score_lost": finite(self.score_lost.nanmean()),
             "layers": self.by_layer(),
         }
 
-    @property
-    def without_data(self) -> tuple[str, ...]:
-        """MoE layers of the model that the record has no experts of."""
-        picks, n_experts = self.before.picks, self.before.n_experts
-        empty = [bool((layer >= n_experts).all()) for layer in picks]
-        none = [name for name, is_empty in zip(self.before.layers, empty, strict=True) if is_empty]
-        return tuple(dict.fromkeys((*none, *self.before.missing)))
-
     def notes(self, lang: str = "en") -> list[str]:
         """What has to be said of the record whatever was asked."""
         before = self.before
-        return missing_notes(self.without_data, lang) + origin_notes(before.layers, before.origins, lang)
+        return missing_notes(before.without_data, lang) + origin_notes(before.layers, before.origins, lang)
 
     def sentences(self, lang: str = "en") -> list[str]:
         """What would change, in plain words."""
@@ -251,7 +243,7 @@ def _route_again(
     ids = ids.masked_fill(empty[:, None], config.n_routed_experts)
     if ids.shape[1] != recorded.shape[1]:
         return ids, ~empty
-    flipped = (ids.sort(-1).values != base.sort(-1).values).any(-1)
+    flipped = ~same_experts(ids, base)
     return torch.where(flipped[:, None], ids, recorded), flipped
 
 

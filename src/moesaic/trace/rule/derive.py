@@ -9,6 +9,7 @@ from torch import Tensor
 
 from moesaic import rules
 from moesaic.config import MoEConfig
+from moesaic.trace.rule.margins import chosen, same_experts
 from moesaic.trace.rule.stages import BIAS_NOT_RECORDED, NOT_RECORDED, RULE_UNKNOWN
 from moesaic.trace.store import Trace
 
@@ -66,7 +67,7 @@ def follows(
     ids, logits = trace.picks[layer].long(), logits_of(trace, layer)
     scores = rules.score(logits, config).float()
     derived_ids = rules.select(scores if bias is None else scores + bias, config)
-    same = (ids.sort(-1).values == derived_ids.sort(-1).values).all(-1)
+    same = same_experts(ids, derived_ids)
     allowed = same.clone()
     if len(rows := (~same).nonzero().flatten()):  # few: all the stages are derived for these alone
         derived = derive(logits[rows], bias, config, ids[rows])
@@ -115,7 +116,7 @@ def compare(
     Scores tie that differ by less than 4 units in the last place of float32: the vector and the scalar code of one
     machine differ by that much.
     """
-    same = (expert_ids.sort(-1).values == derived["derived_ids"].sort(-1).values).all(-1)
+    same = same_experts(expert_ids, derived["derived_ids"])
     tied = _margin_is_nil(derived["masked"], config.num_experts_per_tok)
     if "group_scores" in derived:
         tied |= _margin_is_nil(derived["group_scores"], config.topk_group)
@@ -135,28 +136,27 @@ def weights_follow(expected: Tensor, weights: Tensor, tolerance: float) -> Tenso
 
 def _allowed_by_ties(derived: dict[str, Tensor], expert_ids: Tensor, config: MoEConfig) -> Tensor:
     """Ids that some order of tied scores gives, bool [T]: none better left out, none worse taken in."""
-    biased, n_experts = derived["biased"], config.n_routed_experts
-    chosen = torch.zeros(len(biased), n_experts + 1, dtype=torch.bool).scatter(-1, expert_ids, True)[:, :n_experts]
+    biased, taken = derived["biased"], chosen(expert_ids, config.n_routed_experts)
     if "group_scores" not in derived:
-        return _could_be_best(biased, chosen, config.num_experts_per_tok)
+        return _could_be_best(biased, taken, config.num_experts_per_tok)
     by_group = (-1, (config.n_group, config.experts_per_group))
     least, slack = _least_kept(derived["group_scores"], config.topk_group)
-    reached = chosen.unflatten(*by_group).any(-1)
+    reached = taken.unflatten(*by_group).any(-1)
     opened = reached | (derived["group_scores"] > least + slack)
     lawful = (~reached | (derived["group_scores"] >= least - slack)).all(-1)
-    # groups kept but not reached must be tied ones without a better expert than the worst chosen
-    worst = biased.masked_fill(~chosen, torch.inf).amin(-1, keepdim=True)
+    # groups kept but not reached must be tied ones without a better expert than the worst taken
+    worst = biased.masked_fill(~taken, torch.inf).amin(-1, keepdim=True)
     tied = (derived["group_scores"] >= least - slack) & ~opened
     idle = tied & (biased.unflatten(*by_group).amax(-1) <= worst + slack)
     fits = (opened.sum(-1) <= config.topk_group) & (opened.sum(-1) + idle.sum(-1) >= config.topk_group)
     masked = biased.masked_fill(~rules.expand_groups(opened, config), config.mask_fill)
-    return lawful & fits & _could_be_best(masked, chosen, config.num_experts_per_tok)
+    return lawful & fits & _could_be_best(masked, taken, config.num_experts_per_tok)
 
 
-def _could_be_best(values: Tensor, chosen: Tensor, k: int) -> Tensor:
+def _could_be_best(values: Tensor, taken: Tensor, k: int) -> Tensor:
     least, slack = _least_kept(values, k)
-    fair = torch.where(chosen, values >= least - slack, values <= least + slack)
-    return fair.all(-1) & (chosen.sum(-1) == k)
+    fair = torch.where(taken, values >= least - slack, values <= least + slack)
+    return fair.all(-1) & (taken.sum(-1) == k)
 
 
 def _least_kept(values: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -33,5 +33,11 @@ def real_number(given: Any, field: str, example: float) -> float:
         raise ValueError(f"{field}={_shown(given)} is no number: use {example}, say") from None
 
 
+def check_level(alpha: Any) -> None:
+    """ValueError for a chance of false alarms that is not between 0 and 1."""
+    if not 0 < real_number(alpha, "alpha", 0.05) < 1:
+        raise ValueError(f"alpha={alpha} must lie between 0 and 1: use 0.05, say")
+
+
 def _shown(given: Any) -> str:
     return visible(" ".join(repr(given).split()), 60)

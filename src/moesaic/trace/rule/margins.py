@@ -59,6 +59,11 @@ def chosen(expert_ids: Tensor, n_experts: int) -> Tensor:
     return full.scatter(-1, expert_ids, True)[:, :n_experts]
 
 
+def same_experts(expert_ids: Tensor, others: Tensor) -> Tensor:
+    """Whether two choices [T, K] are of the same experts, in whatever order, bool [T]."""
+    return (expert_ids.sort(-1).values == others.sort(-1).values).all(-1)
+
+
 def _highest(values: Tensor, where: Tensor) -> Tensor:
     return values.masked_fill(~where, -torch.inf).amax(-1)
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from moesaic import rules
 from moesaic.config import MoEConfig
-from moesaic.trace.rule.derive import compare, derive, dtype_of, weight_tolerance, why_not_derived
+from moesaic.trace.rule.derive import bias_of, compare, derive, dtype_of, weight_tolerance, why_not_derived
 from moesaic.trace.rule.given import check_trace, whole_number
 from moesaic.trace.rule.stages import (
     BIAS_NOT_RECORDED,
@@ -28,8 +28,6 @@ from moesaic.trace.rule.stages import (
 from moesaic.trace.shown import counted, origin_notes, short_layer
 from moesaic.trace.store import Trace
 from moesaic.types import Routing
-
-__all__ = ["STAGES", "Stage", "Step", "Steps", "VersusTopK", "steps", "steps_of_routing", "versus_topk"]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -131,7 +129,7 @@ def steps(source: Trace, layer: int = 0, token: int = 0) -> Steps:
         None if source.logits is None else source.logits[layer, token],
         None if source.weights is None else source.weights[layer, token],
         source.picks[layer, token].long(),
-        None if source.bias is None else source.bias[layer],
+        bias_of(source, layer),
         source.configs[layer],
         len(source),
         batch=batch,

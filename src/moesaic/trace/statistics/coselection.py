@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from moesaic.config import MoEConfig
-from moesaic.trace.chance.bands import random_picks
+from moesaic.trace.chance.bands import block_size, pair_chances, random_picks
 from moesaic.trace.chance.documents import Documents
 from moesaic.trace.chance.tails import at_least
 from moesaic.trace.rule.distinct import check_distinct
-from moesaic.trace.rule.given import check_trace, real_number
+from moesaic.trace.rule.given import check_level, check_trace
 from moesaic.trace.statistics.verdict import documents_needed
 from moesaic.trace.store import Trace
 
@@ -58,8 +58,7 @@ def coselection(trace: Trace, *, alpha: float = 0.05) -> Coselection:
     are chosen together too, and are found. Memory does not grow with the tokens.
     """
     check_trace(trace)
-    if not 0 < real_number(alpha, "alpha", 0.05) < 1:
-        raise ValueError(f"alpha={alpha} must lie between 0 and 1: use 0.05, say")
+    check_level(alpha)
     if trace.top_k < 2:
         raise ValueError("num_experts_per_tok=1 leaves no pairs: co-selection needs two experts a token at least")
     check_distinct(trace)
@@ -122,15 +121,8 @@ def _codes(rows: np.ndarray, n_experts: int) -> Iterator[tuple[np.ndarray, np.nd
 def pair_rates(config: MoEConfig) -> np.ndarray:
     """P(a token chooses both of two experts) under random routing, float64 [E, E]: one value inside groups and one
     between them, which is all a fair rule can tell apart. The diagonal is 0."""
-    e, k = config.n_routed_experts, config.num_experts_per_tok
-    rates = np.full((e, e), k * (k - 1) / (e * max(e - 1, 1)))
-    if config.limits_groups:
-        n, g = config.experts_per_group, config.n_group
-        in_group = (random_picks(config)[:, :, None] // n == np.arange(g)).sum(1)
-        inside = float((in_group * (in_group - 1)).sum(-1).mean())
-        group = np.arange(e) // n
-        same = inside / (e * (n - 1)) if n > 1 else 0.0
-        rates = np.where(group[:, None] == group, same, (k * (k - 1) - inside) / (e * (e - n)))
+    block = np.arange(config.n_routed_experts) // block_size(config)
+    rates = np.where(block[:, None] == block, *pair_chances(random_picks(config), config))
     np.fill_diagonal(rates, 0.0)
     return rates
 
@@ -166,7 +158,7 @@ def _expected(config: MoEConfig, load: np.ndarray, together: np.ndarray) -> np.n
     """Tokens that choose both of two experts by chance, [E, E], the upper triangle: the rule's rate times both loads,
     scaled so that every two groups have the pairs they really have (some groups are chosen together more than others,
     which is the groups' doing and no pair's)."""
-    e, n = config.n_routed_experts, config.experts_per_group if config.limits_groups else config.n_routed_experts
+    e, n = config.n_routed_experts, block_size(config)
     expected = np.triu(pair_rates(config) * np.outer(load, load))
     blocks = (e // n, n, e // n, n)
     have, give = (values.reshape(blocks).sum((1, 3)) for values in (together, expected))

@@ -7,8 +7,9 @@ from rich.table import Table
 from rich.text import Text
 
 from moesaic.trace.shown import fits, short, short_layers, visible, words_of
+from moesaic.trace.statistics.measures import Measure
 from moesaic.trace.statistics.preference import Preferences
-from moesaic.trace.statistics.stats import LayerReport, Measure
+from moesaic.trace.statistics.stats import LayerReport
 
 WORDS = {
     "en": {

@@ -13,6 +13,7 @@ from moesaic.trace.chance.bands import (
     bands_between,
     chance_bands,
     dropped,
+    groups_reached,
     mean_band,
     random_picks,
 )
@@ -119,14 +120,14 @@ def layer_measures(
     seed: int,
 ) -> dict[str, Measure]:
     """Every number of a layer by name. documents: those to resample; None where tokens are all there is."""
-    config, load = trace.configs[layer], counts.load
+    config, load, picks = trace.configs[layer], counts.load, trace.picks[layer].numpy()
     slots = len(trace) * trace.top_k
     measures = _of_load(config, counts, documents is not None, capacity, seed)
     measures["no_expert"] = Measure(1.0 - float(load.sum()) / slots, None, "fact") if slots else NO_DATA
     routed = None if counts.n_tokens == len(trace) else per_token.routed(trace, layer)
 
-    def mean(values: np.ndarray | None, random_values: Callable[[], np.ndarray]) -> Measure:
-        if values is None or not load.sum():
+    def mean(values: np.ndarray, random_values: Callable[[], np.ndarray]) -> Measure:
+        if not load.sum():
             return NO_DATA
         values = values if routed is None else np.where(routed, values, np.nan)
         value, error = mean_and_error(values, documents)
@@ -134,15 +135,15 @@ def layer_measures(
         return Measure(value, mean_band(random_values(), max(effective, 1.0), 0.0 if documents is None else error))
 
     if config.n_group > 1:
-        groups = per_token.groups_of(trace, layer)
+        groups = groups_reached(picks, config)
         limited = config.limits_groups
         measures["groups_kept"] = Measure(float(config.topk_group), None, "fact") if limited else NO_DATA
         measures["groups_reached"] = mean(groups, lambda: random_tokens(config)["groups_reached"])
-        if limited and groups is not None:
+        if limited:
             over = float((groups > config.topk_group).mean()) if load.sum() else math.nan
             measures["over_limit"] = Measure(over, None, "fact")
     if placement is not None:
-        nodes = per_token.nodes_of(trace, layer, placement)
+        nodes = distinct_places(picks, placement)
         measures["nodes"] = mean(nodes, lambda: distinct_places(random_picks(config), placement))
     if trace.logits is not None and config.rule_is_known:
         measures["overlap"] = mean(per_token.overlap_of(trace, layer), lambda: random_tokens(config)["overlap"])

@@ -4,9 +4,9 @@ import numpy as np
 
 from moesaic import rules
 from moesaic.config import MoEConfig
-from moesaic.trace.chance.bands import groups_reached, overlap
-from moesaic.trace.chance.placement import distinct_places
-from moesaic.trace.rule.derive import derive, logits_of, why_not_derived
+from moesaic.trace.chance.bands import overlap
+from moesaic.trace.rule.derive import bias_of, derive, logits_of, why_not_derived
+from moesaic.trace.rule.margins import same_experts
 from moesaic.trace.store import Trace
 
 SLICE = 8192  # tokens whose scores are derived at once: 8 MB of 256 experts
@@ -19,22 +19,9 @@ def routed(trace: Trace, layer: int) -> np.ndarray:
     return np.any(trace.picks[layer].numpy() < trace.n_experts, axis=-1)
 
 
-def groups_of(trace: Trace, layer: int) -> np.ndarray | None:
-    """Distinct groups of each token's experts, [T]; None where experts are not grouped."""
+def overlap_of(trace: Trace, layer: int) -> np.ndarray:
+    """How many experts of each token plain top-k of the unbiased scores, which must be known, would take too, [T]."""
     config = trace.configs[layer]
-    return groups_reached(trace.picks[layer].numpy(), config) if config.n_group > 1 else None
-
-
-def nodes_of(trace: Trace, layer: int, placement: np.ndarray | None) -> np.ndarray | None:
-    """Distinct nodes of each token's experts, [T], under a placement [E]."""
-    return None if placement is None else distinct_places(trace.picks[layer].numpy(), placement)
-
-
-def overlap_of(trace: Trace, layer: int) -> np.ndarray | None:
-    """How many experts of each token plain top-k of the unbiased scores would take too, [T]; None without scores."""
-    config = trace.configs[layer]
-    if trace.logits is None or not config.rule_is_known:
-        return None
     logits, picks = logits_of(trace, layer), trace.picks[layer].numpy()
     parts = [
         overlap(
@@ -56,14 +43,14 @@ def margins_of(trace: Trace, layer: int) -> np.ndarray | None:
     if why_not_derived(trace, layer) or k >= open_experts or config.topk_method == "balanced":
         return None
     logits, ids = logits_of(trace, layer), trace.picks[layer].long()
-    bias = None if trace.bias is None else trace.bias[layer]
+    bias = bias_of(trace, layer)
     margins, same = [np.zeros(0)], 0
     for start in range(0, len(ids), SLICE):
         here = slice(start, start + SLICE)
         derived = derive(logits[here], bias, config, ids[here])
         best = derived["masked"].topk(k + 1, dim=-1).values.double()
         margins.append((best[:, k - 1] - best[:, k]).numpy())
-        same += int((ids[here].sort(-1).values == derived["derived_ids"].sort(-1).values).all(-1).sum())
+        same += int(same_experts(ids[here], derived["derived_ids"]).sum())
     return np.concatenate(margins) if same >= AGREE * len(ids) else None
 
 

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -43,6 +44,20 @@ class Preferences:
         """bool [L, E]: preferences that chance produces anywhere in at most `alpha` of all such runs."""
         return self.p_value <= alpha
 
+    def to_dict(self, layers: Sequence[str]) -> dict[str, Any]:
+        """The preferences found, for strict JSON. layers: the names of the L layers."""
+        rows = [
+            {
+                "layer": layers[layer],
+                "expert": int(expert),
+                "domain": self.domains[self.domain[layer, expert]],
+                "lift": float(self.lift[layer, expert]),
+                "p_value": float(self.p_value[layer, expert]),
+            }
+            for layer, expert in zip(*self.found().nonzero(), strict=True)
+        ]
+        return {"permutations": self.permutations, "preferences": rows}
+
 
 def domain_preference(
     trace: Trace, labels: Sequence[str] | None = None, *, permutations: int = 1000, seed: int = 0
@@ -78,21 +93,7 @@ def domain_preference(
     member = (shuffled[:, None, :] == np.arange(len(domains))[:, None]).astype(np.float32)  # [P+1, domains, N]
     member /= (member @ n_tokens.astype(np.float32))[..., None]  # a product with counts is then a rate
     overall = counts.sum(0) / n_tokens.sum()
-    step = max(CELLS // (len(shuffled) * len(domains)), 1)
-    best, observed = np.zeros(len(overall), np.int64), np.zeros(len(overall), np.float32)
-    rate, largest = np.zeros(len(overall), np.float32), np.full(permutations, -np.inf, np.float32)
-    for start in range(0, len(overall), step):
-        here = slice(start, start + step)
-        excess = member @ counts[:, here].astype(np.float32)  # [P+1, domains, step]
-        own = excess[0].copy()
-        excess -= overall[here].astype(np.float32)
-        spread = excess[1:].std(0)
-        used = spread > 1e-9  # an expert that is never, or always, used prefers nothing
-        z = np.divide(excess, spread, out=np.zeros_like(excess), where=used)
-        best[here] = z[0].argmax(0)
-        observed[here] = z[0].max(0)
-        rate[here] = np.take_along_axis(own, best[None, here], 0)[0]
-        largest = np.maximum(largest, z[1:].max(axis=(1, 2)))
+    best, observed, rate, largest = _strongest(counts, overall, member)
     reached = permutations - np.searchsorted(np.sort(largest), observed - 1e-6, side="left")
     shape = (trace.n_layers, trace.n_experts)
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -105,6 +106,29 @@ def domain_preference(
         permutations=permutations,
         n_sequences=len(names),
     )
+
+
+def _strongest(
+    counts: np.ndarray, overall: np.ndarray, member: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """For every pair (layer, expert): its best domain, by how many of its own spreads it is used more there, and its
+    rate there; and the largest number of spreads of any pair in each shuffle, the first of which is no shuffle."""
+    step = max(CELLS // (member.shape[0] * member.shape[1]), 1)
+    best, observed = np.zeros(len(overall), np.int64), np.zeros(len(overall), np.float32)
+    rate, largest = np.zeros(len(overall), np.float32), np.full(len(member) - 1, -np.inf, np.float32)
+    for start in range(0, len(overall), step):
+        here = slice(start, start + step)
+        excess = member @ counts[:, here].astype(np.float32)  # [P+1, domains, step]
+        own = excess[0].copy()
+        excess -= overall[here].astype(np.float32)
+        spread = excess[1:].std(0)
+        used = spread > 1e-9  # an expert that is never, or always, used prefers nothing
+        z = np.divide(excess, spread, out=np.zeros_like(excess), where=used)
+        best[here] = z[0].argmax(0)
+        observed[here] = z[0].max(0)
+        rate[here] = np.take_along_axis(own, best[None, here], 0)[0]
+        largest = np.maximum(largest, z[1:].max(axis=(1, 2)))
+    return best, observed, rate, largest
 
 
 def sequence_loads(trace: Trace, n_sequences: int) -> tuple[np.ndarray, np.ndarray]:

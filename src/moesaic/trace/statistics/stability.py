@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from moesaic.trace.chance.bands import Band, overlap, random_picks
+from moesaic.trace.chance.bands import Band, mean_band, overlap, random_picks
 from moesaic.trace.chance.documents import Documents, mean_and_error
-from moesaic.trace.compare.aligned import aligned, notes_of_both, tokens_checked
+from moesaic.trace.compare.aligned import aligned, notes_of_both, tokens_checked, without_data
 from moesaic.trace.shown import counted, finite, words_of
 from moesaic.trace.statistics.measures import NO_DATA, Measure
 from moesaic.trace.store import Trace
@@ -83,7 +83,7 @@ def stability(a: Trace, b: Trace) -> Stability:
     rows = [_layer(a, b, layer, whole) for layer in range(a.n_layers)]
     jaccard, same, correlation, errors = zip(*rows, strict=True) if rows else ((), (), (), ())
     en, zh = (tuple(notes_of_both(a, b, lang, names=NAMES[lang])) for lang in ("en", "zh"))
-    missing = tuple(sorted({*a.missing, *b.missing}))
+    missing = without_data(a, b)
     return Stability(tuple(a.layers), jaccard, same, correlation, errors, len(a), tokens_checked(a, b), missing, en, zh)
 
 
@@ -116,16 +116,11 @@ def _layer(a: Trace, b: Trace, layer: int, documents: Documents | None) -> tuple
     mean, error = mean_and_error(jaccard, documents)
     loads = [np.bincount(picks.ravel(), minlength=e + 1)[:e].astype(float) for picks in (ours, theirs)]
     return (
-        Measure(mean, _mean_band(chance_jaccard, known)),
-        Measure(float(np.nanmean(same)), _mean_band(chance_same, known)),
+        Measure(mean, mean_band(chance_jaccard, known)),
+        Measure(float(np.nanmean(same)), mean_band(chance_same, known)),
         _correlation(*loads),
         error,
     )
-
-
-def _mean_band(values: np.ndarray, n_tokens: int) -> Band:
-    mean, error = float(values.mean()), float(values.std()) * math.sqrt(1 / n_tokens + 1 / len(values))
-    return Band(mean, max(mean - 1.645 * error, 0.0), min(mean + 1.645 * error, 1.0), min(mean + 3.09 * error, 1.0))
 
 
 def _correlation(a: np.ndarray, b: np.ndarray) -> Measure:

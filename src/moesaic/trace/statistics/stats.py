@@ -11,19 +11,13 @@ from moesaic.trace.chance.bands import Band
 from moesaic.trace.chance.documents import Documents, LoadCounts, count_loads
 from moesaic.trace.chance.placement import place_experts
 from moesaic.trace.rule.distinct import check_distinct
-from moesaic.trace.rule.given import check_trace, real_number, whole_number
+from moesaic.trace.rule.given import check_level, check_trace, real_number, whole_number
 from moesaic.trace.shown import origin_notes, short_layer, words_of
 from moesaic.trace.statistics import verdict
 from moesaic.trace.statistics.measures import Measure, layer_measures
-from moesaic.trace.statistics.preference import Preferences, domain_preference
 from moesaic.trace.statistics.run_verdict import run_status, run_verdict
-from moesaic.trace.statistics.verdict import HEALTHY, STATUSES
+from moesaic.trace.statistics.verdict import HEALTHY
 from moesaic.trace.store import Trace
-
-__all__ = [
-    "HEALTHY", "STATUSES", "LayerReport", "Measure", "Preferences", "Stats", "domain_preference", "expert_loads",
-    "layer_report", "layer_reports", "stats",
-]  # fmt: skip
 
 CAPACITIES = (1.0, 1.25, 2.0)  # capacity factors that papers and frameworks use
 
@@ -191,12 +185,6 @@ def stats(
     )
 
 
-def expert_loads(trace: Trace) -> np.ndarray:
-    """Assignments per expert and layer, int64 [L, E]; the id E is counted nowhere."""
-    documents = Documents.whole(len(trace))
-    return np.stack([count_loads(picks, trace.n_experts, documents).load for picks in trace.picks.numpy()])
-
-
 def layer_report(trace: Trace, layer: int = 0) -> LayerReport:
     """The report of one layer, the same as `stats` gives: corrected for all layers of the trace."""
     return _reports(trace, [range(trace.n_layers)[layer]], None, CAPACITIES, 0.05, 0)[0]
@@ -277,8 +265,7 @@ def _column(row: Sequence[Measure | None], what: str) -> np.ndarray:
 
 def _checked(alpha: float, capacity: float | Sequence[float]) -> tuple[float, ...]:
     """The capacity factors; ValueError for numbers that make no sense."""
-    if not 0 < real_number(alpha, "alpha", 0.05) < 1:
-        raise ValueError(f"alpha={alpha} must lie between 0 and 1: use 0.05, say")
+    check_level(alpha)
     several = isinstance(capacity, Sequence | np.ndarray) and not isinstance(capacity, str)
     factors = [real_number(factor, "capacity", 1.25) for factor in (capacity if several else (capacity,))]
     if bad := [factor for factor in factors if not 0 < factor < float("inf")]:

@@ -69,8 +69,8 @@ def numbers_table(stats: Stats, lang: str = "en") -> Table:
             table.add_row(name, Text(words["no_data"], style="dim"), "", "", says)
             continue
         report = next(report for report in stats.layers if report.layer == about["layer"])
-        worst = Text(f"{short(about['worst'])}\n({names[about['layer']]})")
-        table.add_row(name, short(about["median"]), worst, band_text(report.measures[name]), says)
+        worst = Text(f"{brief(about['worst'])}\n({names[about['layer']]})")
+        table.add_row(name, brief(about["median"]), worst, band_text(report.measures[name]), says)
     return table
 
 
@@ -131,7 +131,7 @@ def stability_table(found: Stability, lang: str = "en") -> RenderableType:
         table.add_column(head, justify="right" if index else "left", no_wrap=whole, overflow="fold")
     for index, name in enumerate(names):
         measures = (found.same_set[index], found.jaccard[index], found.load_correlation[index])
-        cells = [f"{short(m.value)}\n{band_text(m)}".rstrip() if m.is_known else words["no_data"] for m in measures]
+        cells = [f"{brief(m.value)}\n{band_text(m)}".rstrip() if m.is_known else words["no_data"] for m in measures]
         table.add_row(Text(name), *cells)
     return Group(table, *(Text(note) for note in found.notes(lang)))
 
@@ -141,7 +141,7 @@ def band_text(measure: Measure) -> str:
     if measure.band is None or not measure.is_known:
         return ""
     left, right = ("(", ")") if measure.kind == "chance" else ("[", "]")
-    return f"{left}{short(measure.low)}–{short(measure.high)}{right}"
+    return f"{left}{brief(measure.low)}–{brief(measure.high)}{right}"
 
 
 def experts_text(ids: Sequence[int]) -> str:
@@ -149,7 +149,7 @@ def experts_text(ids: Sequence[int]) -> str:
     return shown + (f" +{len(ids) - MOST_EXPERTS}" if len(ids) > MOST_EXPERTS else "")
 
 
-def short(value: float) -> str:
+def brief(value: float) -> str:
     """Four digits, without an exponent where it can be done."""
     if not math.isfinite(value):
         return "–"

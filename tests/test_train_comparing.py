@@ -212,6 +212,7 @@ def test_the_command_prints_draws_and_refuses(folders, tmp_path, monkeypatch, ca
     assert f"Reproduce: moesaic compare {folders[0]}" in out
     assert f"with torch 2.x, config {MoEConfig.from_hf(tiny_config()).digest()}" in out
     assert (tmp_path / "runs.png").read_bytes().startswith(b"\x89PNG")
+    assert call("compare", folders[0].parent)[1].splitlines()[:9] == out.splitlines()[:9], "all that lie in it"
     code, out, _ = call("compare", folders[0], "--json")
     said = json.loads(out)
     assert said["command"] == f"moesaic compare {folders[0]} --json"

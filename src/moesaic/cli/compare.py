@@ -11,7 +11,7 @@ from moesaic.cli.output import check_lang, print_json, say_command, typed
 
 
 def compare(
-    runs: Annotated[list[Path], typer.Argument(help="Folders of `moesaic train` runs, finished or not.")],
+    runs: Annotated[list[Path], typer.Argument(help="Folders of `moesaic train` runs, or one that holds them.")],
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Draw them into this .png, .svg or .pdf.")] = None,
     layer: Annotated[
         str | None,

@@ -76,9 +76,10 @@ class Run(NamedTuple):
 
 
 def read_runs(folders: Iterable[Path]) -> list[Run]:
-    """`read_run` of each, in the order of `BALANCES` (none first), then of seeds."""
+    """`read_run` of each, or of all that lie in it, in the order of `BALANCES` (none first), then of seeds."""
     order = list(BALANCES)
-    return sorted(map(read_run, folders), key=lambda run: (order.index(run.balance), run.seed))
+    each = [run for folder in folders for run in sorted(path.parent for path in folder.glob(f"*/{RECORD}")) or [folder]]
+    return sorted(map(read_run, each), key=lambda run: (order.index(run.balance), run.seed))
 
 
 def read_run(folder: Path) -> Run:

@@ -2,9 +2,11 @@
 
 import json
 import os
+import re
 import resource
 import shutil
 import signal
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from types import SimpleNamespace
 
@@ -92,6 +94,11 @@ def test_an_interrupted_run_goes_on_to_the_same_weights(short_run, tmp_path, mon
             train(tmp_path / "cut", seed=3, recipe=SHORT)
     with pytest.raises(ValueError, match="use --resume to continue"):
         train(tmp_path / "cut", recipe=SHORT)
+    cut_short = tmp_path / "cut" / "checkpoint-2" / "optimizer.pt"
+    cut_short.write_bytes(cut_short.read_bytes()[:1000])
+    with pytest.raises(ValueError, match=r"optimizer.pt has 1000 bytes where \d+ were written: .* from checkpoint-1"):
+        train(resume=tmp_path / "cut")
+    shutil.rmtree(cut_short.parent)
     assert train(resume=tmp_path / "cut") == short_run[1]
 
     whole, resumed = weights(short_run[0]), weights(tmp_path / "cut")
@@ -148,6 +155,7 @@ def test_ctrl_c_before_the_first_step_or_twice_leaves_a_run_that_can_be_resumed(
             patched.setattr(holder, name, patch)
             code, _, err = run("train", "tiny", "--out", folder)
         assert code == 130
+        assert place == 0 or re.search(r"training +0/3 0:00:\d\d -:--:--", err), "done, time gone, time left"
         assert err.splitlines()[-1] == f"interrupted: go on with moesaic train tiny --resume {folder}"
     monkeypatch.undo()
     assert train(resume=tmp_path / "0") == train(resume=tmp_path / "1")
@@ -187,6 +195,18 @@ def test_a_checkpoint_that_was_cut_short_is_named_and_the_one_before_it_loads(tm
         last_checkpoint(tmp_path)
     shutil.rmtree(tmp_path / "checkpoint-200")
     assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-100"
+
+
+def test_outside_of_the_main_thread_ctrl_c_is_left_to_others(tmp_path):
+    def inside():
+        with Checkpoints(tmp_path).saving_on_interrupt():
+            return signal.getsignal(signal.SIGINT)
+
+    before = signal.getsignal(signal.SIGINT)
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(inside).result() is before
+    assert inside() is not before
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_what_is_not_a_run_is_refused_before_training(tmp_path):

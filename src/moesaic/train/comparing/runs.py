@@ -12,9 +12,9 @@ import numpy as np
 from jaxtyping import Float
 
 from moesaic.config import MoEConfig
-from moesaic.trace.chance.bands import Band, bands_between
+from moesaic.trace.chance.bands import Band, balance_numbers, bands_between
 from moesaic.train.data import DOMAINS
-from moesaic.train.evaluate import mixed
+from moesaic.train.evaluate import mixed, mixed_loss
 from moesaic.train.run_folder import RECORD
 from moesaic.train.sizes import SIZES
 from moesaic.train.training import BALANCES
@@ -91,16 +91,16 @@ def read_run(folder: Path) -> Run:
         if not history:
             raise ValueError(f"{path}: not one evaluation yet: wait for step {recipe['evaluate_every']}")
         layers = list(history[0]["loads"])
-        shares = [{layer: mixed(line["loads"][layer]).sum(0) for layer in layers} for line in history]
+        loads = {layer: np.array([mixed(line["loads"][layer]).sum(0) for line in history]) for layer in layers}
         first = history[0]["loads"][layers[0]]
         run = Run(
             name=path.parent.name,
             seed=record["seed"],
             setting={"size": record["size"], **recipe},
             steps=[line["step"] for line in history],
-            loss=np.array([sum(DOMAINS[d].share * loss for d, loss in line["loss"].items()) for line in history]),
-            max_vio={layer: np.array([s[layer].max() / s[layer].mean() - 1 for s in shares]) for layer in layers},
-            loads={layer: np.array([s[layer] for s in shares]) for layer in layers},
+            loss=np.array([mixed_loss(line["loss"]) for line in history]),
+            max_vio={layer: balance_numbers(load)["max_vio"] for layer, load in loads.items()},
+            loads=loads,
             bias={layer: np.array([line["bias"][layer] for line in history]) for layer in history[0]["bias"]},
             assignments=_evenly({domain: sum(load) for domain, load in first.items()}),
             final=_final(record) if record["finished"] else None,
@@ -119,7 +119,7 @@ def _final(record: dict[str, Any]) -> Final:
     return Final(
         loss=record["loss"],
         max_vio=max(record["max_violation"].values()),
-        dead=float(sum((mixed(loads).sum(0) == 0).sum() for loads in kept["loads"].values())),
+        dead=float(sum(balance_numbers(mixed(loads).sum(0))["dead"] for loads in kept["loads"].values())),
         unused=float(sum(record["unused"].values())),
         specialisation=mean(record["specialisation"].values()),
         tokens=_evenly({domain: result["tokens"] for domain, result in record["held_out"].items()}),

@@ -86,6 +86,7 @@ MISTAKES = {
     "nothing to train": (["train", "huge"], "'huge' is nothing to train: use tiny"),
     "resume of nothing": (["train", "tiny", "--resume", "nowhere"], "nowhere does not exist"),
     "resume with another seed": (["train", "tiny", "--resume", "dense", "--seed", "1"], "leave out --seed"),
+    "resume into another folder": (["train", "tiny", "--resume", "dense", "--out", "x"], "leave out --out"),
     "resume of no run": (["train", "tiny", "--resume", "dense"], "dense is not a run of `moesaic train`"),
     "training into a full folder": (["train", "tiny", "--out", "dense"], "dense is not empty"),
     "training no steps": (["train", "tiny", "--steps", "0"], "steps=0 trains nothing"),

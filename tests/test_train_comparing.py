@@ -9,10 +9,13 @@ from commands import runner
 from rich.console import Console
 
 from moesaic.cli.compare import compare
+from moesaic.config import MoEConfig
+from moesaic.trace.chance.bands import bands_between
 from moesaic.train.comparing.figure import runs_figure
-from moesaic.train.comparing.runs import as_dict, by_balance, read_run
+from moesaic.train.comparing.runs import as_dict, by_balance, names_of, read_run, read_runs
 from moesaic.train.comparing.table import balances_table, runs_table
 from moesaic.train.evaluate import DomainResult, Report, mutual_information
+from moesaic.train.sizes import tiny_config
 
 DOMAINS = ("english_verse", "chinese_verse", "manual", "python")
 LAYERS = ("model.layers.1.mlp", "model.layers.2.mlp")
@@ -23,7 +26,7 @@ def report(loads, loss=4.0) -> Report:
     return Report(domains, {layer: dict(zip(DOMAINS, loads, strict=True)) for layer in LAYERS})
 
 
-def write_run(folder, balance, seed, *, loss=4.0, finished=True, steps=(2, 4)):
+def write_run(folder, balance, seed, *, loss=4.0, finished=True, steps=(2, 4), size="tiny", **recipe):
     """A run of two evaluations in which expert 3 of 4 is idle in the first and busy in the second."""
     reports = [report([[4, 4, 4, 0]] * 4, loss + 1), report([[4, 4, 4, 4 + seed]] * 4, loss)]
     bias = {} if balance == "none" else {layer: [0.0, 0.1, 0.2, -0.3] for layer in LAYERS}
@@ -31,12 +34,13 @@ def write_run(folder, balance, seed, *, loss=4.0, finished=True, steps=(2, 4)):
         {"step": step, "loss": {d: r.loss for d, r in rep.domains.items()}, "loads": rep.loads, "bias": bias}
         for step, rep in zip(steps, reports, strict=True)
     ]
-    recipe = {"balance": balance, "steps": 4, "evaluate_every": 2}
-    record = {"seed": seed, "recipe": recipe, "history": history, "finished": finished}
+    recipe = {"balance": balance, "steps": 4, "evaluate_every": 2, "loss_alpha": 0.01, **recipe}
+    record = {"size": size, "seed": seed, "recipe": recipe, "history": history, "finished": finished}
+    record |= {"best_step": steps[-1], "held_out": {domain: {"tokens": 10_000} for domain in DOMAINS}}
     last = reports[-1]
     if finished:
         record |= {"loss": last.loss, "max_violation": last.max_violation, "unused": last.unused}
-        record |= {"specialisation": last.specialisation}
+        record |= {"specialisation": last.specialisation, "command": "moesaic train", "versions": {"torch": "2.x"}}
     folder.mkdir()
     (folder / "training.json").write_text(json.dumps(record))
     return folder
@@ -80,13 +84,48 @@ def test_specialisation_is_the_information_between_domain_and_expert():
 
 def test_a_run_is_read_as_it_was_judged(folders):
     run = read_run(folders[4])
-    assert (run.name, run.balance, run.seed, run.steps, run.planned) == ("bias-1", "bias", 1, [2, 4], 4)
+    assert (run.name, run.balance, run.seed, run.steps) == ("bias-1", "bias", 1, [2, 4])
+    assert run.setting == {"size": "tiny", "balance": "bias", "steps": 4, "evaluate_every": 2, "loss_alpha": 0.01}
     loads = np.array([4, 4, 4, 5]) / 17
     np.testing.assert_allclose(run.loads[LAYERS[0]][1], loads)
     np.testing.assert_allclose(run.max_vio[LAYERS[0]], [1 / 3, 4 * 5 / 17 - 1])
     np.testing.assert_allclose(run.worst_vio, run.max_vio[LAYERS[1]])
-    assert run.loss[1] == pytest.approx(run.final["loss"])
+    assert run.loss[1] == pytest.approx(run.final.loss)
     assert run.bias[LAYERS[0]].shape == (2, 4)
+    assert run.final.dead == 0
+
+
+def test_dead_experts_are_those_of_the_evaluation_whose_weights_were_kept(tmp_path):
+    folder = write_run(tmp_path / "run", "none", 1)
+    record = json.loads((folder / "training.json").read_text())
+    (folder / "training.json").write_text(json.dumps(record | {"best_step": 2}))
+    assert read_run(folder).final.dead == 2, "one in each layer"
+
+
+def test_max_vio_stands_beside_that_of_random_routing(folders):
+    run = read_run(folders[0])
+    assert run.assignments == pytest.approx(1 / ((3 * 0.3**2 + 0.1**2) / 12))
+    tiny = MoEConfig.from_hf(tiny_config())
+    assert run.chance == bands_between(tiny, run.assignments / 4)["max_vio"]
+    band = bands_between(tiny, 10_000 / 0.28)["max_vio"]
+    assert f"random routing gives a layer {band.low:.2f} to {band.high:.2f}" in shown(balances_table([run]))
+    (balance,) = as_dict([run])["balances"]
+    assert balance["chance_max_vio"] == pytest.approx([band.low, band.high])
+
+
+def test_runs_that_differ_in_more_than_the_seed_are_not_put_together(tmp_path):
+    write_run(tmp_path / "a", "none", 0)
+    write_run(tmp_path / "b", "aux", 0)
+    write_run(tmp_path / "c", "aux", 1, loss_alpha=0.1)
+    write_run(tmp_path / "d", "bias", 0, size="small", learning_rate=1.0)
+    runs = read_runs([tmp_path / name for name in "dcba"])
+    assert [run.name for run in runs] == ["a", "b", "c", "d"], "in the order of balances, then of seeds"
+    assert names_of(runs) == ["none", "aux loss_alpha=0.01", "aux loss_alpha=0.1", "bias"]
+    none, weak, strong, bias = by_balance(runs)
+    assert weak.gain_over(none).values == (0.0,), "a recipe may differ in how it balances"
+    assert strong.gain_over(none) is None, "another seed"
+    assert bias.gain_over(none) is None, "another size"
+    assert "random routing" not in shown(balances_table(runs))
 
 
 def test_seeds_of_one_balance_give_mean_spread_and_a_difference_seed_by_seed(folders):
@@ -114,8 +153,8 @@ def test_the_tables_say_it_in_both_languages(folders, lang, words):
     runs = [read_run(folder) for folder in folders]
     text = shown(balances_table(runs, lang))
     assert words in text
-    assert "-0.100 ± 0.000" in text
-    assert "5.500 ± 0.100" in text
+    assert "-0.100 ±0.000" in text
+    assert "5.500 ±0.100" in text
     single = shown(balances_table(runs[:1], lang))
     assert "±" not in single.splitlines()[2]
     assert {"en": "one seed has no spread", "zh": "只有一个种子"}[lang] in single
@@ -125,13 +164,15 @@ def test_the_tables_say_it_in_both_languages(folders, lang, words):
 def test_the_figure_has_curves_of_all_runs_and_strips_of_each_balance(folders, lang):
     runs = [read_run(folder) for folder in folders]
     fig = runs_figure(runs, lang)
-    loss, vio, strip, _, _, bias, *_ = fig.axes
-    assert len(loss.lines) == len(vio.lines) == 6
-    np.testing.assert_allclose(loss.lines[3].get_ydata(), runs[3].loss)
-    np.testing.assert_allclose(strip.images[0].get_array()[:, 0], np.array([4, 4, 4, 0]) / 3)
-    titles = [axis.get_title() for axis in fig.axes]
-    assert sum("bias-0" in title for title in titles) == 2
-    del bias
+    loss, vio, last, none, bias, no_bias, path, *_ = fig.axes
+    assert len(loss.lines) == len(vio.lines) == 6 + 2, "the runs, and the mean of each balance"
+    np.testing.assert_allclose(loss.lines[4].get_ydata(), runs[3].loss)
+    np.testing.assert_allclose(loss.lines[3].get_ydata(), np.mean([run.loss for run in runs[:3]], axis=0))
+    np.testing.assert_allclose(last.lines[2].get_xdata(), [run.loss[-1] for run in runs[3:]])
+    np.testing.assert_allclose(none.images[0].get_array()[:, 0], np.array([4, 4, 4, 0]) / 3)
+    assert [axis.get_title() for axis in (none, bias)] == ["none", "bias"]
+    assert {"en": "no bias", "zh": "没有偏置"}[lang] in no_bias.texts[0].get_text()
+    assert len(path.lines) == 4
     with pytest.raises(ValueError, match="layer='x' is not in run none-0: use one of model"):
         runs_figure(runs, layer="x")
 
@@ -152,6 +193,9 @@ def test_what_is_no_run_is_named(tmp_path, folders):
     (folders[0] / "training.json").write_text("{")
     with pytest.raises(ValueError, match="not the record of"):
         read_run(folders[0])
+    write_run(tmp_path / "other", "magic", 0)
+    with pytest.raises(ValueError, match="not the record of a `moesaic train` run of this version"):
+        read_run(tmp_path / "other")
     record = {"seed": 0, "recipe": {"evaluate_every": 200}, "history": []}
     (folders[0] / "training.json").write_text(json.dumps(record))
     with pytest.raises(ValueError, match="not one evaluation yet: wait for step 200"):
@@ -165,9 +209,14 @@ def test_the_command_prints_draws_and_refuses(folders, tmp_path, monkeypatch, ca
     code, out, _ = call("compare", *folders, "-o", tmp_path / "runs.png")
     assert code == 0
     assert "against none" in out
+    assert f"Reproduce: moesaic compare {folders[0]}" in out
+    assert f"with torch 2.x, config {MoEConfig.from_hf(tiny_config()).digest()}" in out
     assert (tmp_path / "runs.png").read_bytes().startswith(b"\x89PNG")
+    assert call("compare", folders[0].parent)[1].splitlines()[:9] == out.splitlines()[:9], "all that lie in it"
     code, out, _ = call("compare", folders[0], "--json")
-    assert len(json.loads(out)["runs"]) == 1
+    said = json.loads(out)
+    assert said["command"] == f"moesaic compare {folders[0]} --json"
+    assert [run["made"] for run in said["runs"]] == [{"command": "moesaic train", "torch": "2.x"}]
     code, out, err = call("compare", folders[0], "-o", "x.doc")
     assert (code, out) == (2, "")
     assert err == "moesaic: --out x.doc: what ends in .doc is not drawn: use .png, .svg or .pdf\n"

@@ -1,4 +1,4 @@
-"""A run that SIGKILL ends at any moment goes on to bit-identical weights, bias and record.
+"""A run that SIGKILL ends at any moment goes on to bit-identical weights, optimizer, RNG, bias and record.
 
 The runs are children of one process that has imported everything and runs on one thread: a few seconds each.
 """
@@ -12,15 +12,16 @@ import pytest
 
 # Every call of these is a moment at which a process can die: before it, and for writers half way through it.
 MOMENTS = """
-import json, os, pathlib, shutil, signal, sys
+import hashlib, json, os, pathlib, pickle, random, shutil, signal, sys
 os.environ["OMP_NUM_THREADS"] = "1"
-import torch
+import numpy, torch
 torch.set_num_threads(1)
 import safetensors.torch, transformers, accelerate
 import transformers.trainer, transformers.modeling_utils
 import moesaic.train.data as data
 from moesaic.train.data import Document
-from moesaic.train import checkpoints, run_folder
+from moesaic.train import checkpoints
+from moesaic.train.muon import Muon
 from moesaic.train.training import Recipe, train
 
 whole = data._documents
@@ -29,6 +30,16 @@ data._documents = lambda domain, split: tuple(
 )
 RECIPE = Recipe(steps=4, warmup_steps=1, evaluate_every=2, held_out_windows=1, bias_speed=0.01)
 count = 0
+muon_step = Muon.step
+
+
+def drawing(*args, **kwargs):
+    # training itself draws nothing, so a lost RNG state would not show
+    torch.rand(1), numpy.random.rand(), random.random()
+    return muon_step(*args, **kwargs)
+
+
+Muon.step = drawing
 
 
 def die():
@@ -59,6 +70,31 @@ def half_a_folder(path, *_):
         file.unlink()
 
 
+def state(checkpoint):
+    # of all that training goes on from: parameters and biases in float32, optimizer, schedule, RNG
+    parts = {"model": safetensors.torch.load_file(checkpoint / "model.safetensors")}
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+        parts[name] = torch.load(checkpoint / name, weights_only=False)
+    found = {}
+    for path, leaf in torch.utils._pytree.tree_flatten_with_path(parts)[0]:
+        value = leaf.numpy().tobytes() if isinstance(leaf, torch.Tensor) else pickle.dumps(leaf)
+        found[torch.utils._pytree.keystr(path)] = hashlib.sha256(value).hexdigest()
+    assert len(found) > 100, "two states that hold nothing would be equal"
+    return found
+
+
+def keeping_the_last_state(folder):
+    drop = checkpoints.drop_checkpoints
+
+    def kept(at):
+        whole = [path for path in checkpoints._numbered(at) if path.name == f"checkpoint-{RECIPE.steps}"]
+        if whole and not folder.with_suffix(".state").exists():  # else it was killed while they were removed
+            folder.with_suffix(".state").write_bytes(json.dumps(state(whole[0])).encode())
+        drop(at)
+
+    checkpoints.drop_checkpoints = kept
+
+
 def child(at, **kwargs):
     # returns whether it lived, and how many moments it had
     reading, writing = os.pipe()
@@ -66,16 +102,19 @@ def child(at, **kwargs):
     if not pid:
         quiet = os.open(os.devnull, os.O_WRONLY)
         os.dup2(quiet, 1), os.dup2(quiet, 2)
+        keeping_the_last_state(kwargs.get("out", kwargs.get("resume")))
         mortal(torch, "save", at, half_a_file)
         mortal(transformers.modeling_utils, "safe_save_file", at, half_a_file)
         mortal(pathlib.Path, "replace", at)
         mortal(pathlib.Path, "write_text", at)
         mortal(shutil, "rmtree", at, half_a_folder)
-        mortal(torch.optim.Optimizer, "zero_grad", at)
+        mortal(Muon, "step", at)
         code = 1
         try:
             train(**kwargs)
             code = 0
+        except ValueError as error:  # killed while its last checkpoints were removed
+            code = 0 if "has finished" in str(error) else 1
         finally:
             os.write(writing, str(count).encode())
             os._exit(code)
@@ -91,9 +130,9 @@ def child(at, **kwargs):
 def result(folder):
     record = json.loads((folder / "training.json").read_text())
     del record["minutes"]
-    weights = safetensors.torch.load_file(folder / "model.safetensors")
-    names = sorted(path.name for path in folder.iterdir())
-    return record, {name: value.double().sum().item() for name, value in weights.items()}, names
+    weights = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    last = json.loads(folder.with_suffix(".state").read_text())
+    return record, weights, last, sorted(path.name for path in folder.iterdir())
 
 
 root = pathlib.Path(sys.argv[1])
@@ -106,12 +145,10 @@ for at in range(1, moments + 1, step):
     lived, _ = child(at, out=folder, seed=3, recipe=RECIPE)
     assert not lived, at
     killed += 1
-    if not (folder / "training.json").exists():  # nothing had begun: a new run, in what is left of the folder
-        for path in list(folder.rglob("*")):
-            path.unlink() if path.is_file() else None
-        lived, _ = child(0, out=folder, seed=3, recipe=RECIPE)
-    else:
+    if (folder / "training.json").exists():
         lived, _ = child(0, resume=folder)
+    else:  # nothing had begun
+        lived, _ = child(0, out=folder, seed=3, recipe=RECIPE)
     if not lived or result(folder) != expected:
         wrong.append(at)
 print(json.dumps({"moments": moments, "killed": killed, "wrong": wrong}))

@@ -2,14 +2,18 @@
 
 import json
 import os
+import re
+import resource
 import shutil
 import signal
-from dataclasses import replace
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 from cases import v3
+from commands import runner
 from safetensors.torch import load_file
 
 import moesaic as ms
@@ -90,6 +94,11 @@ def test_an_interrupted_run_goes_on_to_the_same_weights(short_run, tmp_path, mon
             train(tmp_path / "cut", seed=3, recipe=SHORT)
     with pytest.raises(ValueError, match="use --resume to continue"):
         train(tmp_path / "cut", recipe=SHORT)
+    cut_short = tmp_path / "cut" / "checkpoint-2" / "optimizer.pt"
+    cut_short.write_bytes(cut_short.read_bytes()[:1000])
+    with pytest.raises(ValueError, match=r"optimizer.pt has 1000 bytes where \d+ were written: .* from checkpoint-1"):
+        train(resume=tmp_path / "cut")
+    shutil.rmtree(cut_short.parent)
     assert train(resume=tmp_path / "cut") == short_run[1]
 
     whole, resumed = weights(short_run[0]), weights(tmp_path / "cut")
@@ -98,8 +107,10 @@ def test_an_interrupted_run_goes_on_to_the_same_weights(short_run, tmp_path, mon
         json.loads((folder / "training.json").read_text())["history"] for folder in (short_run[0], tmp_path / "cut")
     ]
     assert history[0] == history[1]
+    (tmp_path / "cut" / "checkpoint-3").mkdir()  # of a kill while they were removed
     with pytest.raises(ValueError, match="has finished after 3 steps"):
         train(resume=tmp_path / "cut")
+    assert not (tmp_path / "cut" / "checkpoint-3").exists()
 
 
 @pytest.mark.usefixtures("small_corpus")
@@ -124,6 +135,52 @@ def test_ctrl_c_saves_the_step_that_runs_and_loses_nothing(tmp_path, monkeypatch
     assert train(resume=tmp_path / "cut") == train(tmp_path / "whole", seed=3, recipe=rarely)
 
 
+@pytest.mark.usefixtures("small_corpus")
+def test_ctrl_c_before_the_first_step_or_twice_leaves_a_run_that_can_be_resumed(tmp_path, monkeypatch, capsys):
+    import moesaic.train.training as training
+    from moesaic.cli.train import train as command
+    from moesaic.train.keeping import KeepBest
+
+    def twice(self, args, state, control, **kwargs):  # noqa: ARG001
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(training, "Recipe", lambda **_: SHORT)
+    run = runner(monkeypatch, capsys, train=command)
+    for place, (holder, name, patch) in enumerate(
+        [(training, "train_tokenizer", lambda: os.kill(os.getpid(), signal.SIGINT)), (KeepBest, "on_step_end", twice)]
+    ):
+        folder = tmp_path / str(place)
+        with monkeypatch.context() as patched:
+            patched.setattr(holder, name, patch)
+            code, _, err = run("train", "tiny", "--out", folder)
+        assert code == 130
+        assert place == 0 or re.search(r"training +0/3 0:00:\d\d -:--:--", err), "done, time gone, time left"
+        assert err.splitlines()[-1] == f"interrupted: go on with moesaic train tiny --resume {folder}"
+    monkeypatch.undo()
+    assert train(resume=tmp_path / "0") == train(resume=tmp_path / "1")
+
+
+@pytest.mark.usefixtures("small_corpus")
+@pytest.mark.parametrize(
+    ("most", "reason"),
+    [
+        (1_000, "File too large"),  # bytes that a file may have: the tokenizer does not fit
+        (9_000_000, "File too large"),  # the weights of a checkpoint do not, which safetensors writes
+        (14_000_000, r"disk full\?"),  # nor the optimizer, which torch writes
+    ],
+)
+def test_a_disk_that_fills_up_is_one_line_and_the_run_goes_on_when_there_is_room(most, reason, short_run, tmp_path):
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, hard))
+    try:
+        with pytest.raises(ValueError, match=rf"run cannot be written \(.*{reason}.*\): make room .* resume"):
+            train(tmp_path / "run", seed=3, recipe=SHORT)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+    assert train(resume=tmp_path / "run") == short_run[1]
+
+
 def test_a_checkpoint_that_was_cut_short_is_named_and_the_one_before_it_loads(tmp_path):
     for step in (100, 200):
         folder = tmp_path / f"checkpoint-{step}"
@@ -140,6 +197,18 @@ def test_a_checkpoint_that_was_cut_short_is_named_and_the_one_before_it_loads(tm
     assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-100"
 
 
+def test_outside_of_the_main_thread_ctrl_c_is_left_to_others(tmp_path):
+    def inside():
+        with Checkpoints(tmp_path).saving_on_interrupt():
+            return signal.getsignal(signal.SIGINT)
+
+    before = signal.getsignal(signal.SIGINT)
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(inside).result() is before
+    assert inside() is not before
+    assert signal.getsignal(signal.SIGINT) is before
+
+
 def test_what_is_not_a_run_is_refused_before_training(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"resume=.*nowhere does not exist"):
         train(resume=tmp_path / "nowhere")
@@ -153,6 +222,13 @@ def test_what_is_not_a_run_is_refused_before_training(tmp_path):
         train(resume=tmp_path)
     with pytest.raises(ValueError, match="out=None: name a new folder"):
         train()
+    record = {"size": "small", "seed": 0, "recipe": asdict(SHORT), "history": []}
+    (tmp_path / "training.json").write_text(json.dumps(record))
+    with pytest.raises(ValueError, match="is a run of size small, not tiny: give its own size"):
+        train(resume=tmp_path, size="tiny")
+    (tmp_path / "training.json.part").mkdir()  # what cannot be written is refused before training, too
+    with pytest.raises(ValueError, match=r"cannot be written \(Is a directory\): make room or give the right to write"):
+        train(resume=tmp_path)
 
 
 def test_an_out_that_cannot_be_written_is_refused_before_training(tmp_path):

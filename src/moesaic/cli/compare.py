@@ -6,11 +6,12 @@ from typing import Annotated
 
 import typer
 
-from moesaic.cli.output import check_lang, print_json
+from moesaic import __version__
+from moesaic.cli.output import check_lang, print_json, say_command, typed
 
 
 def compare(
-    runs: Annotated[list[Path], typer.Argument(help="Folders of `moesaic train` runs, finished or not.")],
+    runs: Annotated[list[Path], typer.Argument(help="Folders of `moesaic train` runs, or one that holds them.")],
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Draw them into this .png, .svg or .pdf.")] = None,
     layer: Annotated[
         str | None,
@@ -25,10 +26,10 @@ def compare(
         raise ValueError(f"--out {out}: what ends in {out.suffix or 'nothing'} is not drawn: use .png, .svg or .pdf")
     from rich.console import Console
 
-    from moesaic.train.comparing.runs import as_dict, read_run
+    from moesaic.train.comparing.runs import as_dict, made_with, read_runs
     from moesaic.train.comparing.table import balances_table, runs_table
 
-    found = [read_run(folder) for folder in runs]
+    found = read_runs(runs)
     if out is not None:
         from moesaic.trace.figures.figure import save_figure
         from moesaic.train.comparing.figure import runs_figure
@@ -36,8 +37,10 @@ def compare(
         save_figure(runs_figure(found, lang, layer=layer), out, dpi=150)
         print(f"{out}", file=sys.stderr)
     if json:
-        print_json(as_dict(found))
+        print_json({"moesaic": __version__, "command": typed(), **as_dict(found)})
         return
     console = Console()
     console.print(runs_table(found, lang))
     console.print(balances_table(found, lang))
+    versions, digest = made_with(found)
+    say_command(versions, None, digest, lang)

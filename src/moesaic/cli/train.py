@@ -1,5 +1,6 @@
 """`moesaic train`: train the shipped model again."""
 
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -33,7 +34,7 @@ def train(
     and leaves, with exit code 130; `--resume DIR` goes on to the same weights, also after a kill. Watch it from
     another terminal with `moesaic watch DIR`.
     """
-    given = {"--seed": seed, "--steps": steps, "--balance": balance}
+    given = {"--out": out, "--seed": seed, "--steps": steps, "--balance": balance}
     if resume is not None and (said := [name for name, value in given.items() if value is not None]):
         raise ValueError(f"--resume goes on as the run began: leave out {' and '.join(said)}")
     from rich.console import Console
@@ -42,14 +43,13 @@ def train(
     from moesaic.train.training import train as train_model
 
     changed: dict[str, Any] = {"steps": steps, "balance": balance}
-    recipe, folder = (
-        Recipe(**{name: value for name, value in changed.items() if value is not None}),
-        resume or out or Path("runs") / what,
-    )
+    recipe = Recipe(**{name: value for name, value in changed.items() if value is not None})
+    folder = resume or out or Path("runs") / what
     try:
         report = train_model(folder, size=what, seed=seed or 0, resume=resume, recipe=recipe, progress=True)
     except KeyboardInterrupt as stopped:
-        print(f"interrupted {stopped}: go on with moesaic train {what} --resume {folder}", file=sys.stderr)
+        when = " ".join(["interrupted", *map(str, stopped.args)])
+        print(f"{when}: go on with {shlex.join(['moesaic', 'train', what, '--resume', str(folder)])}", file=sys.stderr)
         raise typer.Exit(130) from None
     Console().print(_table(report))
     print(f"look into it: moesaic demo --model {folder}")

@@ -80,6 +80,12 @@ def last_checkpoint(folder: Path) -> Path | None:
     return last
 
 
+def drop_checkpoints(folder: Path) -> None:
+    """Remove the checkpoints of a run that has finished."""
+    for path in _numbered(folder):
+        shutil.rmtree(path)
+
+
 def write_whole(path: Path, text: str) -> None:
     """Write a file in one move, so that an interruption leaves the old one or the new one."""
     part = path.with_name(f"{path.name}.part")

@@ -46,7 +46,7 @@ class Report(NamedTuple):
     @property
     def loss(self) -> float:
         """Nats per token, the domains in their shares of the training text."""
-        return sum(DOMAINS[domain].share * result.loss for domain, result in self.domains.items())
+        return mixed_loss({domain: result.loss for domain, result in self.domains.items()})
 
     @property
     def max_violation(self) -> dict[str, float]:
@@ -65,6 +65,11 @@ class Report(NamedTuple):
     def specialisation(self) -> dict[str, float]:
         """By layer: what an expert says of its token's domain, the mutual information of the two, in bits."""
         return {layer: mutual_information(mixed(by_domain)) for layer, by_domain in self.loads.items()}
+
+
+def mixed_loss(by_domain: Mapping[str, float]) -> float:
+    """The mean of the domains' losses, each with its share of the training text."""
+    return sum(DOMAINS[domain].share * loss for domain, loss in by_domain.items())
 
 
 def mixed(loads: Mapping[str, Sequence[int]]) -> Float[np.ndarray, "domains E"]:

@@ -1,10 +1,12 @@
 """The folder of a training run: what lies in it, and when one may be written to or taken up again."""
 
 import json
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moesaic.train.checkpoints import write_whole
+from moesaic.train.checkpoints import drop_checkpoints, write_whole
 from moesaic.train.sizes import SIZES
 
 if TYPE_CHECKING:
@@ -40,23 +42,41 @@ def finished(folder: Path) -> bool:
     """Whether a run in this folder came to its end."""
     try:
         return bool(json.loads((folder / RECORD).read_text("utf-8"))["finished"])
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         return False
 
 
+@contextmanager
+def naming_what_cannot_be_written(folder: Path) -> Generator[None]:
+    """One ValueError for what a full disk raises: OSError, and errors of torch and Rust that say it in words only."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno is not None:  # without one: transformers, of what it reads
+            reason = error.strerror
+        elif "inline_container" in str(error):  # torch's writer of archives, which does not pass the reason on
+            reason = "disk full?"
+        elif "(os error " in str(error):  # safetensors and tokenizers
+            reason = str(error)
+        else:
+            raise
+        raise ValueError(
+            f"{folder} cannot be written ({reason}): make room or give the right to write, then resume from there; "
+            "what was whole is kept"
+        ) from error
+
+
 def fresh_folder(out: Path | str | None) -> Path:
-    """Make the folder and try it, before minutes of training have gone by."""
+    """Make the folder, or take one that is empty."""
     if out is None:
         raise ValueError("out=None: name a new folder to train into, or an interrupted run to resume")
     out = Path(out)
     if out.exists() and not out.is_dir():
         raise ValueError(f"out={out} is a file: name a new folder")
     try:
-        if out.is_dir() and any(out.iterdir()):
+        if out.is_dir() and any(path.name != f"{RECORD}.part" for path in out.iterdir()):  # of a kill at once
             raise ValueError(f"out={out} is not empty: name a new folder, or use --resume to continue a run")
         out.mkdir(parents=True, exist_ok=True)
-        (out / f"{RECORD}.part").touch()
-        (out / f"{RECORD}.part").unlink()
     except OSError as error:
         raise ValueError(f"out={out} cannot be written ({error.strerror}): name another folder") from None
     return out
@@ -80,5 +100,6 @@ def interrupted_run(folder: Path, *, fields: set[str]) -> dict[str, Any]:
             "anew with --out"
         )
     if record.get("finished"):
+        drop_checkpoints(folder)  # where a kill came between the finished record and their end
         raise ValueError(f"resume={folder} has finished after {record['recipe']['steps']} steps: nothing is left to do")
     return record

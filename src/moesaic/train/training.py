@@ -2,7 +2,6 @@
 
 import importlib.util
 import platform
-import shutil
 import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
@@ -19,7 +18,7 @@ from moesaic.train.data import DOMAINS, corpus
 from moesaic.train.evaluate import WINDOW, HeldOut, Report
 from moesaic.train.muon import Muon
 from moesaic.train.packing import Mixture, token_stream
-from moesaic.train.run_folder import fresh_folder, interrupted_run, write_record
+from moesaic.train.run_folder import fresh_folder, interrupted_run, naming_what_cannot_be_written, write_record
 from moesaic.train.schedules import fading
 from moesaic.train.sizes import SIZES
 from moesaic.train.tokenizer import train_tokenizer
@@ -86,34 +85,36 @@ class Recipe:
 def train(
     out: Path | str | None = None,
     *,
-    size: str = "tiny",
+    size: str | None = None,
     seed: int = 0,
     resume: Path | str | None = None,
     recipe: Recipe | None = None,
     progress: bool = False,
 ) -> Report:
-    """Train a model of this size and write it to the new folder `out`; returns how it does on all held-out text.
+    """Train a model of this size (tiny unless given) and write it to the new folder `out`; returns how it does on all
+    held-out text.
 
     `out` receives config.json, model.safetensors, tokenizer.json, tokenizer_config.json and training.json. Weights are
     those of the evaluation with the best worst-domain margin, stored as float16 and loaded as float32; the correction
     bias is float32 throughout. It runs on one thread: the same seed gives the same weights. `resume` names
-    the folder of an interrupted run: it goes on there from its last checkpoint, with its own seed and recipe, and the
-    other arguments do not matter. `progress` shows a bar on stderr.
+    the folder of an interrupted run: it goes on there from its last checkpoint, with its own seed and recipe, whatever
+    `out`, `seed` and `recipe` say. `progress` shows a bar on stderr.
 
-    Raises ValueError for an `out` that is not empty or cannot be written, and for a `resume` that is not a run or has
-    finished, and without accelerate; FileNotFoundError for a `resume` that is not there.
+    Raises ValueError for an `out` that is not empty, for a `resume` that is not a run, has finished or is of another
+    size, for a folder that cannot be written, also later when its disk is full, and without accelerate;
+    FileNotFoundError for a `resume` that is not there.
     """
     if importlib.util.find_spec("accelerate") is None:
         raise ValueError("training needs the package accelerate: pip install 'moesaic[train]'")
     if not 0 <= seed < 2**32:
         raise ValueError(f"seed={seed} is no seed: use a number from 0 to {2**32 - 1}")
-    if size not in SIZES:
+    if size is not None and size not in SIZES:
         raise ValueError(f"size={size!r} is nothing to train: use {' or '.join(SIZES)}")
     if resume is None:
         folder = fresh_folder(out)
         recipe = recipe or Recipe()
         record: dict[str, Any] = {
-            "size": size,
+            "size": size or "tiny",
             "seed": seed,
             "recipe": asdict(recipe),
             "finished": False,
@@ -121,7 +122,10 @@ def train(
         }
     else:
         folder, record = Path(resume), interrupted_run(Path(resume), fields=set(Recipe.__dataclass_fields__))
-    with quiet_transformers(), _one_thread():
+        if size not in (None, record["size"]):
+            raise ValueError(f"resume={folder} is a run of size {record['size']}, not {size}: give its own size")
+    with quiet_transformers(), _one_thread(), naming_what_cannot_be_written(folder):
+        write_record(folder, record)  # from here on it can be resumed, whenever it ends; and the folder is tried
         return _run(folder, record, Recipe(**record["recipe"]), progress=progress)
 
 
@@ -140,7 +144,7 @@ def _run(out: Path, record: dict[str, Any], recipe: Recipe, *, progress: bool) -
     from transformers import AutoModelForCausalLM, DeepseekV3ForCausalLM, Trainer, set_seed
     from transformers.trainer_callback import PrinterCallback
 
-    from moesaic.train.checkpoints import Checkpoints, last_checkpoint
+    from moesaic.train.checkpoints import Checkpoints, drop_checkpoints, last_checkpoint
     from moesaic.train.keeping import KeepBest, ProgressBar
     from moesaic.train.monitor.load_monitor import LoadMonitor
 
@@ -175,8 +179,7 @@ def _run(out: Path, record: dict[str, Any], recipe: Recipe, *, progress: bool) -
     report = HeldOut(tokenizer).judge(AutoModelForCausalLM.from_pretrained(out))
     minutes = (time.monotonic() - started) / 60
     write_record(out, record | _results(report, record, recipe, minutes) | {"parameters": model.num_parameters()})
-    for path in out.glob("checkpoint-*"):
-        shutil.rmtree(path)
+    drop_checkpoints(out)
     return report
 
 

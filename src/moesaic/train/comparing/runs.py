@@ -2,7 +2,8 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, NamedTuple
@@ -10,33 +11,75 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float
 
+from moesaic.config import MoEConfig
+from moesaic.trace.chance.bands import Band, balance_numbers, bands_between
 from moesaic.train.data import DOMAINS
-from moesaic.train.evaluate import mixed
+from moesaic.train.evaluate import mixed, mixed_loss
 from moesaic.train.run_folder import RECORD
+from moesaic.train.sizes import SIZES
+from moesaic.train.training import BALANCES
+
+BALANCING = ("balance", "bias_speed", "loss_alpha")  # fields of a recipe in which compared runs may differ
+NUMBERS = ("loss", "max_vio", "dead", "unused", "specialisation")
+
+
+class Final(NamedTuple):
+    """What a finished run came to, with the weights that it kept: numbers on all held-out text, but for `dead`.
+
+    Layers count by their worst in max_vio, by their sum in dead and unused, by their mean in specialisation (bits).
+    dead: experts never chosen at the evaluation of those weights. unused: below a tenth of their share. tokens: held
+    out, as many of an even mixture as say so much. versions, command: how it was made.
+    """
+
+    loss: float
+    max_vio: float
+    dead: float
+    unused: float
+    specialisation: float
+    tokens: float
+    versions: dict[str, str]
+    command: str
 
 
 class Run(NamedTuple):
     """One run, at each of its N evaluations on held-out text.
 
-    loss: nats per token, the domains in their shares. loads: by layer, shares of all assignments. bias: by layer, empty
-    where there is none. final: what training.json says of a finished run, None of one that is not.
+    setting: its size and recipe. loss: nats per token, the domains in their shares. loads: by layer, shares of all
+    assignments. bias: by layer, empty where there is none. assignments: of a layer at one evaluation, as many of an
+    even mixture as say so much. final: None where it is not finished.
     """
 
     name: str
-    balance: str
     seed: int
-    planned: int  # steps
+    setting: dict[str, Any]
     steps: list[int]
     loss: Float[np.ndarray, " N"]
     max_vio: dict[str, Float[np.ndarray, " N"]]
     loads: dict[str, Float[np.ndarray, "N E"]]
     bias: dict[str, Float[np.ndarray, "N E"]]
-    final: dict[str, Any] | None
+    assignments: float
+    final: Final | None
+
+    @property
+    def balance(self) -> str:
+        return self.setting["balance"]
 
     @property
     def worst_vio(self) -> Float[np.ndarray, " N"]:
         """MaxVio of the layer that is worst at each evaluation."""
         return np.max(list(self.max_vio.values()), axis=0)
+
+    @property
+    def chance(self) -> Band:
+        """MaxVio of a layer at one evaluation, were its routing random."""
+        return chance_of(self.setting["size"], self.assignments / _config(self.setting["size"]).num_experts_per_tok)
+
+
+def read_runs(folders: Iterable[Path]) -> list[Run]:
+    """`read_run` of each, or of all that lie in it, in the order of `BALANCES` (none first), then of seeds."""
+    order = list(BALANCES)
+    each = [run for folder in folders for run in sorted(path.parent for path in folder.glob(f"*/{RECORD}")) or [folder]]
+    return sorted(map(read_run, each), key=lambda run: (order.index(run.balance), run.seed))
 
 
 def read_run(folder: Path) -> Run:
@@ -48,23 +91,66 @@ def read_run(folder: Path) -> Run:
         if not history:
             raise ValueError(f"{path}: not one evaluation yet: wait for step {recipe['evaluate_every']}")
         layers = list(history[0]["loads"])
-        shares = [{layer: mixed(line["loads"][layer]).sum(0) for layer in layers} for line in history]
-        return Run(
+        loads = {layer: np.array([mixed(line["loads"][layer]).sum(0) for line in history]) for layer in layers}
+        first = history[0]["loads"][layers[0]]
+        run = Run(
             name=path.parent.name,
-            balance=recipe["balance"],
             seed=record["seed"],
-            planned=recipe["steps"],
+            setting={"size": record["size"], **recipe},
             steps=[line["step"] for line in history],
-            loss=np.array([sum(DOMAINS[d].share * loss for d, loss in line["loss"].items()) for line in history]),
-            max_vio={layer: np.array([s[layer].max() / s[layer].mean() - 1 for s in shares]) for layer in layers},
-            loads={layer: np.array([s[layer] for s in shares]) for layer in layers},
+            loss=np.array([mixed_loss(line["loss"]) for line in history]),
+            max_vio={layer: balance_numbers(load)["max_vio"] for layer, load in loads.items()},
+            loads=loads,
             bias={layer: np.array([line["bias"][layer] for line in history]) for layer in history[0]["bias"]},
-            final=record if record["finished"] else None,
+            assignments=_evenly({domain: sum(load) for domain, load in first.items()}),
+            final=_final(record) if record["finished"] else None,
         )
+        if record["size"] in SIZES and recipe["balance"] in BALANCES:
+            return run
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror}): give folders of `moesaic train` runs") from None
-    except (KeyError, TypeError, AttributeError, IndexError, json.JSONDecodeError):
-        raise ValueError(f"{path}: not the record of a `moesaic train` run of this version: train it again") from None
+    except (KeyError, TypeError, AttributeError, IndexError, StopIteration, json.JSONDecodeError):
+        pass
+    raise ValueError(f"{path}: not the record of a `moesaic train` run of this version: train it again")
+
+
+def _final(record: dict[str, Any]) -> Final:
+    kept = next(line for line in record["history"] if line["step"] == record["best_step"])
+    return Final(
+        loss=record["loss"],
+        max_vio=max(record["max_violation"].values()),
+        dead=float(sum(balance_numbers(mixed(loads).sum(0))["dead"] for loads in kept["loads"].values())),
+        unused=float(sum(record["unused"].values())),
+        specialisation=mean(record["specialisation"].values()),
+        tokens=_evenly({domain: result["tokens"] for domain, result in record["held_out"].items()}),
+        versions=record["versions"],
+        command=record["command"],
+    )
+
+
+def _evenly(counts: Mapping[str, float]) -> float:
+    """Of so many of each domain, weighted by its share, the number that would be as certain if all weighed the same."""
+    return 1 / sum(DOMAINS[domain].share ** 2 / count for domain, count in counts.items())
+
+
+@cache
+def _config(size: str) -> MoEConfig:
+    return MoEConfig.from_hf(SIZES[size]())
+
+
+def chance_of(size: str, tokens: float) -> Band:
+    """MaxVio of a layer of that size, were so many tokens routed at random."""
+    return bands_between(_config(size), tokens)["max_vio"]
+
+
+def names_of(runs: Sequence[Run]) -> list[str]:
+    """The balance of each, with whatever sets it apart from others of the same one: "aux loss_alpha=0.1"."""
+    names = []
+    for run in runs:
+        alike = [other.setting for other in runs if other.balance == run.balance]
+        apart = [field for field in run.setting if any(run.setting[field] != setting.get(field) for setting in alike)]
+        names.append(" ".join([run.balance, *(f"{field}={run.setting[field]}" for field in apart)]))
+    return names
 
 
 class Spread(NamedTuple):
@@ -82,53 +168,61 @@ class Spread(NamedTuple):
 
 
 class Balance(NamedTuple):
-    """The finished runs of one way to balance. Layers count by their worst, but for specialisation: their mean."""
+    """The finished runs of one way to balance: each number of `Final` over its seeds."""
 
     name: str
     seeds: tuple[int, ...]
-    steps: int
+    setting: dict[str, Any]
+    tokens: float
     loss: Spread
     max_vio: Spread
-    unused: Spread  # experts below a tenth of their share, all layers together
-    specialisation: Spread  # bits
+    dead: Spread
+    unused: Spread
+    specialisation: Spread
 
     def gain_over(self, other: "Balance") -> Spread | None:
-        """The loss less that of `other`, seed by seed; None where they share no seed or differ in steps."""
+        """The loss less that of `other`, seed by seed; None where no seed is shared or more than balance differs."""
         shared = [seed for seed in self.seeds if seed in other.seeds]
-        if not shared or self.steps != other.steps or self is other:
+        same = all(value == other.setting.get(field) for field, value in self.setting.items() if field not in BALANCING)
+        if not shared or not same or self is other:
             return None
         here, there = (dict(zip(b.seeds, b.loss.values, strict=True)) for b in (self, other))
         return Spread(tuple(here[seed] - there[seed] for seed in shared))
 
 
 def by_balance(runs: Sequence[Run]) -> list[Balance]:
-    """Finished runs of one balance and one length together, in the order in which they were given.
+    """Finished runs of one size and recipe together, in the order in which they were given.
 
-    Raises ValueError for two runs with the same balance, steps and seed: they are the same run.
+    Raises ValueError for two of them with the same seed: they are the same run.
     """
-    groups: dict[tuple[str, int], list[Run]] = {}
-    for run in runs:
+    groups: dict[str, list[tuple[Run, Final]]] = {}
+    for name, run in zip(names_of(runs), runs, strict=True):
         if run.final is not None:
-            groups.setdefault((run.balance, run.planned), []).append(run)
+            groups.setdefault(name, []).append((run, run.final))
     found = []
-    for (name, steps), members in groups.items():
-        seeds = tuple(run.seed for run in members)
+    for name, members in groups.items():
+        seeds = tuple(run.seed for run, _ in members)
         twice = next((seed for seed in seeds if seeds.count(seed) > 1), None)
         if twice is not None:
             raise ValueError(f"two runs of balance {name} with seed {twice}: leave one of them out")
-        finals = [run.final for run in members if run.final is not None]
-        found.append(
-            Balance(
-                name,
-                seeds,
-                steps,
-                loss=Spread(tuple(final["loss"] for final in finals)),
-                max_vio=Spread(tuple(max(final["max_violation"].values()) for final in finals)),
-                unused=Spread(tuple(float(sum(final["unused"].values())) for final in finals)),
-                specialisation=Spread(tuple(mean(final["specialisation"].values()) for final in finals)),
-            )
-        )
+        spreads = {number: Spread(tuple(getattr(final, number) for _, final in members)) for number in NUMBERS}
+        run, final = members[0]
+        found.append(Balance(name, seeds, run.setting, final.tokens, **spreads))
     return found
+
+
+def made_with(runs: Sequence[Run]) -> tuple[dict[str, str], str]:
+    """Versions behind the finished runs and config hashes of all; several of each where they differ."""
+    made: dict[str, list[str]] = {}
+    for final in (run.final for run in runs if run.final is not None):
+        for name, version in final.versions.items():
+            made.setdefault(name, []).append(version)
+    hashes = [_config(run.setting["size"]).digest() for run in runs]
+    return {name: _all(found) for name, found in made.items()}, _all(hashes)
+
+
+def _all(values: Sequence[str]) -> str:
+    return " / ".join(dict.fromkeys(values))
 
 
 def as_dict(runs: Sequence[Run]) -> dict[str, Any]:
@@ -136,20 +230,22 @@ def as_dict(runs: Sequence[Run]) -> dict[str, Any]:
     return {
         "runs": [
             {
-                "name": run.name, "balance": run.balance, "seed": run.seed, "steps": run.steps, "planned": run.planned,
+                "name": run.name, "seed": run.seed, **run.setting, "evaluated": run.steps,
                 "finished": run.final is not None, "loss": [_finite(x) for x in run.loss],
                 "max_vio": {layer: [_finite(x) for x in values] for layer, values in run.max_vio.items()},
+                "made": None if run.final is None else {"command": run.final.command, **run.final.versions},
             }
             for run in runs
         ],
         "balances": [
-            {"name": b.name, "seeds": list(b.seeds), "steps": b.steps}
+            {"name": b.name, "seeds": list(b.seeds), "chance_max_vio": [band.low, band.high]}
             | {
-                key: {"values": list(spread.values), "mean": spread.mean, "sd": spread.sd}
-                for key in ("loss", "max_vio", "unused", "specialisation")
-                for spread in (getattr(b, key),)
+                number: {"values": list(spread.values), "mean": spread.mean, "sd": spread.sd}
+                for number in NUMBERS
+                for spread in (getattr(b, number),)
             }
             for b in by_balance(runs)
+            for band in (chance_of(b.setting["size"], b.tokens),)
         ],
     }  # fmt: skip
 

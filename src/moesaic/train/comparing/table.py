@@ -12,46 +12,51 @@ from rich.table import Table
 from rich.text import Text
 
 from moesaic.trace.shown import sparkline, visible, words_of
-from moesaic.train.comparing.runs import Balance, Run, Spread, by_balance
+from moesaic.train.comparing.runs import Balance, Run, Spread, by_balance, chance_of, names_of
 
 WORDS: dict[str, dict[str, Any]] = {
     "en": {
-        "runs": ("run", "balance", "seed", "steps", "loss", "over steps", "MaxVio", "over steps"),
-        "balances": ("balance", "seeds", "steps", "loss", "against {first}", "MaxVio", "unused", "domain bits"),
+        "runs": ("run", "balance", "seed", "steps", "loss", "so far", "MaxVio", "so far"),
+        "balances": ("balance", "seeds", "loss", "against {first}", "MaxVio", "dead", "unused", "domain bits"),
         "caption": (
-            "mean ± standard deviation over seeds, on held-out text",
-            "loss: nats per token, the domains in their shares; against: the same seeds, one by one",
-            "MaxVio: worst layer; unused: experts below a tenth of their share, all layers",
+            "mean ±standard deviation over seeds; held-out text, best evaluation's weights",
+            "loss: nats per token, the domains in their shares; against: seed by seed",
+            "MaxVio: worst layer{chance}",
+            "dead: experts never chosen, all layers; unused: below a tenth of their share",
             "domain bits: what an expert says of its token's domain, mean of the layers",
         ),
+        "chance": "; random routing gives a layer {low:.2f} to {high:.2f}",
         "one": "one seed has no spread: what differs here may be chance",
         "unfinished": "not finished, so not in this table: {names}",
     },
     "zh": {
         "runs": ("运行", "均衡方法", "种子", "步数", "损失", "变化", "MaxVio", "变化"),
-        "balances": ("均衡方法", "种子数", "步数", "损失", "相对 {first}", "MaxVio", "闲置专家", "领域信息"),
+        "balances": ("均衡方法", "种子数", "损失", "相对 {first}", "MaxVio", "死亡专家", "闲置专家", "领域信息"),
         "caption": (
-            "留出集上各种子的均值 ± 标准差",
+            "各种子的均值 ±标准差；留出集，取评估最好的那次的权重",
             "损失：每 token 的 nat 数，各领域按训练占比加权；相对：同种子逐一相减",
-            "MaxVio：最差的一层；闲置专家：所得不足应得份额十分之一的专家，各层合计",
+            "MaxVio：最差的一层{chance}",
+            "死亡专家：从未被选中，各层合计；闲置专家：所得不足应得份额的十分之一",
             "领域信息：由专家可知多少比特的 token 领域，各层平均",
         ),
+        "chance": "；随机路由时一层为 {low:.2f} 到 {high:.2f}",
         "one": "只有一个种子，看不出波动：这里的差别可能只是偶然",
         "unfinished": "尚未结束，未列入上表：{names}",
     },
 }
+PADDING = (0, 1, 0, 0)  # so that it fits into 80 columns
 
 
 def runs_table(runs: Sequence[Run], lang: str = "en") -> Table:
     """Every run with its last numbers and how they got there."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=PADDING)
     for head in words_of(WORDS, lang)["runs"]:
         table.add_column(head, no_wrap=True)
-    for run in runs:
+    for run, balance in zip(runs, names_of(runs), strict=True):
         loss, vio = run.loss[-1], run.worst_vio[-1]
-        done = f"{run.steps[-1]}/{run.planned}"
+        done = f"{run.steps[-1]}/{run.setting['steps']}"
         table.add_row(
-            visible(run.name, 40), run.balance, str(run.seed), done, f"{loss:.3f}", _line(run.loss),
+            visible(run.name, 40), balance, str(run.seed), done, f"{loss:.3f}", _line(run.loss),
             f"{vio:.2f}", _line(run.worst_vio),
         )  # fmt: skip
     return table
@@ -62,9 +67,10 @@ def balances_table(runs: Sequence[Run], lang: str = "en") -> RenderableType:
     words, found = words_of(WORDS, lang), by_balance(runs)
     parts: list[RenderableType] = []
     if found:
-        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, caption="\n".join(words["caption"]), caption_justify="left")
+        caption = "\n".join(words["caption"]).format(chance=_chance(found, words["chance"]))
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=PADDING, caption=caption, caption_justify="left")
         for place, head in enumerate(words["balances"]):
-            table.add_column(head.format(first=found[0].name), justify="right" if place else "left")
+            table.add_column(head.format(first=found[0].name), justify="right" if place else "left", no_wrap=not place)
         for balance in found:
             table.add_row(*_row(balance, found[0]))
         parts.append(table)
@@ -75,15 +81,21 @@ def balances_table(runs: Sequence[Run], lang: str = "en") -> RenderableType:
     return Group(*parts)
 
 
+def _chance(balances: Sequence[Balance], words: str) -> str:
+    """Empty where sizes or amounts of text differ: chance then gives several bands."""
+    bands = {chance_of(balance.setting["size"], balance.tokens) for balance in balances}
+    return words.format(low=(band := bands.pop()).low, high=band.high) if len(bands) == 1 else ""
+
+
 def _row(balance: Balance, first: Balance) -> list[str]:
     gain = balance.gain_over(first)
     return [
         balance.name,
         str(len(balance.seeds)),
-        str(balance.steps),
         _spread(balance.loss, 3),
         "–" if gain is None else _spread(gain, 3, sign="+"),
         _spread(balance.max_vio, 2),
+        _spread(balance.dead, 1),
         _spread(balance.unused, 1),
         _spread(balance.specialisation, 2),
     ]
@@ -91,8 +103,8 @@ def _row(balance: Balance, first: Balance) -> list[str]:
 
 def _spread(spread: Spread, digits: int, sign: str = "") -> str:
     text = f"{spread.mean:{sign}.{digits}f}"
-    return text if spread.sd is None else f"{text} ± {spread.sd:.{digits}f}"
+    return text if spread.sd is None else f"{text} ±{spread.sd:.{digits}f}"
 
 
 def _line(values: Float[np.ndarray, " N"]) -> str:
-    return sparkline(torch.from_numpy(values), 10)
+    return sparkline(torch.from_numpy(values), 8)

@@ -283,7 +283,7 @@ def test_a_trainer_puts_the_biases_of_a_checkpoint_into_a_model_without_them(tmp
     trainer_of(tiny("qwen3_moe"), tmp_path, BiasBalance(0.05, add_bias=True), max_steps=2).train()
     saved = load_file(tmp_path / "checkpoint-2" / "model.safetensors")
     again = tiny("qwen3_moe")
-    trainer = trainer_of(again, tmp_path / "again", BiasBalance(0.0, add_bias=True), max_steps=4)
+    trainer = trainer_of(again, tmp_path / "again", BiasBalance({"*": 0.0}, add_bias=True), max_steps=4)
     trainer.train(str(tmp_path / "checkpoint-2"))
     for layer in moe_layers(again):
         assert layer.bias.any()

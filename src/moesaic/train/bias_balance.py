@@ -195,6 +195,7 @@ class BiasBalance(TrainerCallback):
 
 
 _attached: weakref.WeakKeyDictionary[nn.Module, weakref.ref[BiasBalance]] = weakref.WeakKeyDictionary()  # by router
+SKIPPING = "balancing_biases"  # of Zaya's routers, which have one class more than there are experts
 NOTHING_COUNTED = (
     "BiasBalance counted no token in this step: is the model that trains the one it is attached to, in training mode "
     "and with gradients on?"
@@ -219,6 +220,11 @@ def _layers_to_balance(model: nn.Module, *, add: bool) -> list[MoELayer]:
         raise ValueError(
             f"{type(model).__name__} was saved with biases that moesaic had added, and was loaded without them: call "
             "ms.attach(model), which reads them from its checkpoint"
+        )
+    if any(hasattr(layer.router, SKIPPING) for layer in moe_layers(model)):
+        raise ValueError(
+            f"{type(model).__name__} lets tokens skip all experts and hands those to expert 0: no load tells how to "
+            f"move its {SKIPPING}; train it without BiasBalance"
         )
     if add:
         add_bias(model)

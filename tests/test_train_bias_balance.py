@@ -32,6 +32,11 @@ def small_model() -> DeepseekV3ForCausalLM:
     return DeepseekV3ForCausalLM(config)
 
 
+def without_bias() -> nn.Module:
+    torch.manual_seed(0)
+    return tiny("qwen3_moe")
+
+
 def rows(count: int) -> list[dict[str, torch.Tensor]]:
     ids = torch.randint(0, 64, (count, LENGTH), generator=torch.Generator().manual_seed(1))
     return [{"input_ids": row, "labels": row} for row in ids]
@@ -343,13 +348,14 @@ def test_the_step_number_of_a_schedule_is_saved_and_resumed():
 
 @pytest.mark.compile
 @pytest.mark.filterwarnings("ignore")  # Dynamo warns of its own
-@pytest.mark.parametrize("when", ["before", "after"])
-def test_a_compiled_model_is_counted_too(when):
-    plain, compiled = small_model().train(), small_model().train()
+@pytest.mark.parametrize(("when", "make"), [("before", small_model), ("after", small_model), ("before", without_bias)])
+def test_a_compiled_model_is_counted_too(when, make):
+    plain, compiled = make().train(), make().train()
     steps = batches(2)
-    expected = steps_of_a_plain_loop(plain, BiasBalance(0.01).attach(plain), steps)
+    expected = steps_of_a_plain_loop(plain, BiasBalance(0.01, add_bias=True).attach(plain), steps)
+    assert all(bias.any() for bias in expected[-1])
     runs = torch.compile(compiled, backend="aot_eager") if when == "before" else compiled
-    balance = BiasBalance(0.01).attach(compiled)
+    balance = BiasBalance(0.01, add_bias=True).attach(compiled)
     runs = torch.compile(compiled, backend="aot_eager") if when == "after" else runs
     found = steps_of_a_plain_loop(runs, balance, steps)
     for a, b in zip(expected, found, strict=True):

@@ -3,7 +3,7 @@
 import math
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatch
 from numbers import Real
 from typing import Any
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from moesaic.hf.added_bias import add_bias, lost
-from moesaic.hf.modules import BiasHome, MoELayer, bias_home, moe_layers
+from moesaic.hf.modules import BiasHome, MoELayer, bias_home, moe_layers, unwrapped
 from moesaic.layer.balance import RULES, BiasRule
 from moesaic.train.counting import LoadCounter, Loads
 
@@ -75,7 +75,6 @@ class BiasBalance(TrainerCallback):
         self.load: dict[str, Float[Tensor, " E"]] = {}
         self._homes: dict[str, BiasHome] = {}
         self._counter: LoadCounter | None = None
-        self._layers: list[MoELayer] = []
         self._counted = False
         self._training: Any = None  # the state of the Trainer that attached it
 
@@ -87,26 +86,26 @@ class BiasBalance(TrainerCallback):
         layers = _layers_to_balance(model, add=self.add_bias)
         for layer in layers:
             self._speed_of(layer.name)
-        if _balancing(layers):
+        homes = {layer.name: _home(layer) for layer in layers}
+        if _balancing(homes.values()):
             raise ValueError(
                 f"{type(model).__name__} is balanced by another BiasBalance already: two would move each bias twice; "
                 "call its detach() first"
             )
-        self._homes = {layer.name: _home(layer) for layer in layers}
-        for home in self._homes.values():
-            _widen(home)
+        _warn_of_adapters(model, layers)
         self._counter = LoadCounter(model, layers, training=True)
-        for layer in layers:
-            _attached[layer.router] = weakref.ref(self)
-        self._layers, self._counted, self.load = layers, False, {}
+        for home in homes.values():
+            _widen(home)
+            _attached[home.owner] = weakref.ref(self)
+        self._homes, self._counted, self.load = homes, False, {}
         return self
 
     def detach(self) -> None:
         """Take the counting off the model; the biases stay as they are."""
         if self._counter is not None:
             self._counter.remove()
-            for layer in self._layers:
-                del _attached[layer.router]
+            for home in self._homes.values():
+                _attached.pop(home.owner, None)
         self._counter = self._training = None
 
     @torch.no_grad()
@@ -144,9 +143,8 @@ class BiasBalance(TrainerCallback):
         model = kwargs["model"]  # before a checkpoint is loaded into it: that needs places, wide enough
         if self.add_bias:
             add_bias(model)
-        for layer in moe_layers(model):
-            if layer.has_bias:
-                _widen(_home(layer))
+        for home in _homes_in(model):
+            _widen(home)
 
     def on_train_begin(self, args, state, control, **kwargs):  # noqa: ARG002
         model = kwargs["model"]
@@ -155,7 +153,7 @@ class BiasBalance(TrainerCallback):
                 "the checkpoint that training goes on from was loaded before its added biases had a place: give "
                 "BiasBalance to Trainer(callbacks=[...]) rather than to add_callback"
             )
-        for other in _balancing(moe_layers(model)):
+        for other in _balancing(_homes_in(model)):
             if other._training is not None and other._training is not state:
                 other.detach()  # an error or Ctrl-C ended its Trainer, which tells no callback
         self.attach(model)
@@ -194,7 +192,8 @@ class BiasBalance(TrainerCallback):
         raise ValueError(f"no speed fits layer {layer!r}: add '*' to {list(self.speeds)}, with 0 to leave a bias alone")
 
 
-_attached: weakref.WeakKeyDictionary[nn.Module, weakref.ref[BiasBalance]] = weakref.WeakKeyDictionary()  # by router
+# whose biases are moved by which
+_attached: weakref.WeakKeyDictionary[nn.Module, weakref.ref[BiasBalance]] = weakref.WeakKeyDictionary()
 SKIPPING = "balancing_biases"  # of Zaya's routers, which have one class more than there are experts
 NOTHING_COUNTED = (
     "BiasBalance counted no token in this step: is the model that trains the one it is attached to, in training mode "
@@ -203,14 +202,15 @@ NOTHING_COUNTED = (
 
 
 def _check_speed(speed: Any) -> float:
-    if not isinstance(speed, Real) or not 0 <= speed < math.inf:
+    value = float(speed) if isinstance(speed, Real) else math.nan
+    if not 0 <= value < math.inf:
         raise ValueError(f"speed={speed!r} is no speed: use a positive number, 0.001 is usual")
-    return float(speed)
+    return value
 
 
-def _balancing(layers: Iterable[MoELayer]) -> list[BiasBalance]:
-    """Every BiasBalance that is attached to one of these layers."""
-    found = (_attached.get(layer.router) for layer in layers if layer.router is not None)
+def _balancing(homes: Iterable[BiasHome]) -> list[BiasBalance]:
+    """Every BiasBalance that moves one of these biases."""
+    found = (_attached.get(home.owner) for home in homes)
     return list({id(each): each for ref in found if ref is not None and (each := ref()) is not None}.values())
 
 
@@ -235,6 +235,22 @@ def _layers_to_balance(model: nn.Module, *, add: bool) -> list[MoELayer]:
             "BiasBalance(add_bias=True), or a balancing loss"
         )
     return layers
+
+
+def _warn_of_adapters(model: nn.Module, layers: Sequence[MoELayer]) -> None:
+    """Where PEFT adapts the model, its checkpoints hold what `modules_to_save` names and no bias beside it."""
+    adapted = unwrapped(model)
+    saved = {id(module) for name, module in adapted.named_modules() if "modules_to_save" in name.split(".")}
+    if hasattr(adapted, "peft_config") and any(id(layer.router) not in saved for layer in layers):
+        warnings.warn(
+            f"the biases that move are not in what {type(adapted).__name__} saves: name the routers in "
+            "LoraConfig(modules_to_save=...), such as 'gate', or save the whole model",
+            stacklevel=3,
+        )
+
+
+def _homes_in(model: nn.Module) -> list[BiasHome]:
+    return [_home(layer) for layer in moe_layers(model) if layer.has_bias]
 
 
 def _home(layer: MoELayer) -> BiasHome:

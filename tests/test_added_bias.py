@@ -111,6 +111,14 @@ def test_a_router_whose_rule_is_not_known_is_refused_and_nothing_changed(family,
     assert not any(layer.router._forward_hooks for layer in moe_layers(model))
 
 
+def test_a_speed_that_fits_no_layer_is_refused_before_a_bias_is_added():
+    model = tiny("qwen3_moe")
+    with pytest.raises(ValueError, match=r"no speed fits layer 'model\.layers\.1\.mlp'"):
+        BiasBalance({"model.layers.0.*": 0.1}, add_bias=True).attach(model)
+    assert all(layer.bias is None for layer in moe_layers(model))
+    assert "moesaic_added_bias" not in model.config.to_dict()
+
+
 def test_a_router_that_does_otherwise_than_its_family_is_refused():
     model = tiny("qwen3_moe")
     router = moe_layers(model)[1].router

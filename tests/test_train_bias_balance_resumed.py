@@ -22,6 +22,14 @@ class Interrupted(TrainerCallback):
             raise KeyboardInterrupt
 
 
+class Late(TrainerCallback):
+    """Another callback as add_callback has it: what happens as the Trainer is made passes it by."""
+
+    def __init__(self, callback: TrainerCallback) -> None:
+        self.on_train_begin, self.on_train_end = callback.on_train_begin, callback.on_train_end
+        self.on_optimizer_step = callback.on_optimizer_step
+
+
 def biases_of(model) -> list[torch.Tensor]:
     return [layer.bias.clone() for layer in moe_layers(model)]
 
@@ -78,6 +86,16 @@ def test_a_bias_is_resumed_to_the_last_bit_where_the_model_is_in_bfloat16(tmp_pa
         bias = saved[f"{layer.name}.gate.e_score_correction_bias"]
         assert torch.equal(layer.bias, bias)
         assert not torch.equal(bias, bias.bfloat16().float()), "what bfloat16 would have lost"
+
+
+def test_a_late_callback_warns_that_the_bias_of_a_checkpoint_was_rounded(tmp_path):
+    run(small_model().bfloat16(), BiasBalance(0.0011), tmp_path, max_steps=2, save_strategy="steps", save_steps=2)
+    late = Late(BiasBalance(0.0011))
+    with pytest.warns(UserWarning, match=r"lost their last bits: give BiasBalance to Trainer\(callbacks="):
+        run(
+            small_model().bfloat16(), late, tmp_path / "again", max_steps=3,
+            resume_from_checkpoint=str(tmp_path / "checkpoint-2"),
+        )  # fmt: skip
 
 
 def test_a_model_that_is_cast_while_it_trains_has_its_bias_in_float32_again():

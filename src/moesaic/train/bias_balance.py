@@ -86,13 +86,15 @@ class BiasBalance(TrainerCallback):
         layers = _layers_to_balance(model, add=self.add_bias)
         for layer in layers:
             self._speed_of(layer.name)
-        homes = {layer.name: _home(layer) for layer in layers}
-        if _balancing(homes.values()):
+        if _balancing(_homes_in(model)):
             raise ValueError(
                 f"{type(model).__name__} is balanced by another BiasBalance already: two would move each bias twice; "
                 "call its detach() first"
             )
+        if self.add_bias:
+            add_bias(model)
         _warn_of_adapters(model, layers)
+        homes = {layer.name: _home(layer) for layer in layers}
         self._counter = LoadCounter(model, layers, training=True)
         for home in homes.values():
             _widen(home)
@@ -153,7 +155,10 @@ class BiasBalance(TrainerCallback):
                 "the checkpoint that training goes on from was loaded before its added biases had a place: give "
                 "BiasBalance to Trainer(callbacks=[...]) rather than to add_callback"
             )
-        for other in _balancing(_homes_in(model)):
+        homes = _homes_in(model)
+        if state is not None and state.global_step and any(_is_narrow(home) for home in homes):
+            warnings.warn(ROUNDED, stacklevel=2)
+        for other in _balancing(homes):
             if other._training is not None and other._training is not state:
                 other.detach()  # an error or Ctrl-C ended its Trainer, which tells no callback
         self.attach(model)
@@ -194,6 +199,10 @@ class BiasBalance(TrainerCallback):
 
 # whose biases are moved by which
 _attached: weakref.WeakKeyDictionary[nn.Module, weakref.ref[BiasBalance]] = weakref.WeakKeyDictionary()
+ROUNDED = (
+    "the biases of the checkpoint were read into half precision and lost their last bits: give BiasBalance to "
+    "Trainer(callbacks=[...]) rather than to add_callback, so that they are float32 before"
+)
 SKIPPING = "balancing_biases"  # of Zaya's routers, which have one class more than there are experts
 NOTHING_COUNTED = (
     "BiasBalance counted no token in this step: is the model that trains the one it is attached to, in training mode "
@@ -215,7 +224,7 @@ def _balancing(homes: Iterable[BiasHome]) -> list[BiasBalance]:
 
 
 def _layers_to_balance(model: nn.Module, *, add: bool) -> list[MoELayer]:
-    """The layers with a bias, which `add` makes all of them."""
+    """The layers with a bias; all of them where one is to be added."""
     if lost(model):
         raise ValueError(
             f"{type(model).__name__} was saved with biases that moesaic had added, and was loaded without them: call "
@@ -226,9 +235,7 @@ def _layers_to_balance(model: nn.Module, *, add: bool) -> list[MoELayer]:
             f"{type(model).__name__} lets tokens skip all experts and hands those to expert 0: no load tells how to "
             f"move its {SKIPPING}; train it without BiasBalance"
         )
-    if add:
-        add_bias(model)
-    layers = [layer for layer in moe_layers(model) if layer.has_bias]
+    layers = [layer for layer in moe_layers(model) if add or layer.has_bias]
     if not layers:
         raise ValueError(
             f"{type(model).__name__} has no router with a selection bias (e_score_correction_bias): use "
@@ -261,7 +268,7 @@ def _home(layer: MoELayer) -> BiasHome:
 
 def _widen(home: BiasHome, name: str | None = None) -> None:
     """Make a bias in half precision float32, in which small steps arrive. `name` is given while it trains."""
-    if home.bias.dtype in (torch.float32, torch.float64):
+    if not _is_narrow(home):
         return
     if name is not None and hasattr(home.bias, "full_tensor"):
         raise ValueError(
@@ -269,6 +276,10 @@ def _widen(home: BiasHome, name: str | None = None) -> None:
             "the first forward: attach BiasBalance before it"
         )
     home.put(home.bias.detach().float())
+
+
+def _is_narrow(home: BiasHome) -> bool:
+    return home.bias.dtype not in (torch.float32, torch.float64)
 
 
 def _move_bias(home: BiasHome, rule: BiasRule, load: Float[Tensor, " E"], speed: float) -> None:

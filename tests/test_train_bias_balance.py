@@ -207,8 +207,9 @@ def test_models_and_biases_that_cannot_be_balanced_are_refused(tmp_path):
             BiasBalance({"*": speed})
     with pytest.raises(ValueError, match="speed=0 moves no bias: use a positive number"):
         BiasBalance(0.0)
-    with pytest.raises(ValueError, match="rule='pid' is unknown: use sign, centred, proportional"):
-        BiasBalance(rule="pid")
+    for rule in ("pid", None, 3):
+        with pytest.raises(ValueError, match=f"rule={rule!r} is unknown: use sign, centred, proportional"):
+            BiasBalance(rule=rule)
     with pytest.raises(ValueError, match="total_steps=0 is no length of training"):
         BiasBalance(total_steps=0)
     with pytest.raises(ValueError, match="attached to no model"):

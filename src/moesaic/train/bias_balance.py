@@ -65,11 +65,12 @@ class BiasBalance(TrainerCallback):
             raise ValueError(
                 "speed=0 moves no bias: use a positive number, 0.001 is usual; {pattern: 0} freezes a layer"
             )
-        if isinstance(rule, str) and rule not in RULES:
+        found = RULES.get(rule) if isinstance(rule, str) else rule
+        if not callable(found):
             raise ValueError(f"rule={rule!r} is unknown: use {', '.join(RULES)}, or a function (bias, load, *, speed)")
         if total_steps is not None and total_steps < 1:
             raise ValueError(f"total_steps={total_steps} is no length of training: use 1 or more")
-        self.rule: BiasRule = RULES[rule] if isinstance(rule, str) else rule
+        self.rule: BiasRule = found
         self.add_bias, self.total_steps, self.group = add_bias, total_steps, group
         self.steps = 0
         self.load: dict[str, Float[Tensor, " E"]] = {}

@@ -9,7 +9,7 @@ from torch import nn
 
 from moesaic.hf.modules import moe_layers
 from moesaic.train.bias_balance import BiasBalance
-from moesaic.train.counting import LoadCounter
+from moesaic.train.counting import LoadCounter, token_mask
 
 
 def in_threads(*runs) -> list[BaseException | None]:
@@ -128,6 +128,26 @@ def test_replicas_of_data_parallel_count_and_are_warned_of():
     with pytest.warns(UserWarning, match=r"replicas of nn\.DataParallel .* padding with them; .*torchrun"):
         assert in_threads(lambda: replica(**padded(ids, 5))) == [None]
     assert all(load.sum() == ids.numel() * K for load in counter.take().values())
+
+
+def test_a_mask_that_covers_a_cache_too_is_read_from_its_end_and_one_that_does_not_fit_is_none():
+    tokens = torch.zeros(2, 2, dtype=torch.int64)
+    over_the_past = torch.tensor([[0, 1, 1, 1], [1, 1, 1, 0]])
+    assert token_mask(tokens, over_the_past).tolist() == [True, True, True, False]
+    for unfit in (None, torch.ones(2, 1), torch.ones(3, 2)):
+        assert token_mask(tokens, unfit) is None
+
+
+def test_where_a_layer_is_given_other_tokens_than_the_model_all_of_them_count():
+    model = small_model().train()
+    layer = moe_layers(model)[0]
+    cut = layer.block.register_forward_pre_hook(lambda _module, args: (args[0][:, :4].contiguous(), *args[1:]))
+    back = layer.block.register_forward_hook(lambda _module, _args, out: torch.cat([out, out, out], 1))
+    (ids,) = batches(1)
+    load = loads_of(model, padded(ids, 5))[layer.name]  # as where the layer itself cuts padding out
+    cut.remove()
+    back.remove()
+    assert load.sum() == 2 * 4 * K
 
 
 @pytest.mark.compile

@@ -1,16 +1,20 @@
 """A selection bias for families that have none: steers picks, reaches no weight, and is saved with the model."""
 
 import json
+import re
+import shutil
 
 import numpy as np
 import pytest
 import torch
 from hf_models import tiny, token_ids
-from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel, AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers.utils import logging
 
 import moesaic as ms
 from moesaic.hf.added_bias import BIAS, add_bias, lost, restore_bias
+from moesaic.hf.load import TINY, load_model
 from moesaic.hf.modules import moe_layers
 from moesaic.train.bias_balance import BiasBalance
 
@@ -107,6 +111,14 @@ def test_a_router_whose_rule_is_not_known_is_refused_and_nothing_changed(family,
     assert not any(layer.router._forward_hooks for layer in moe_layers(model))
 
 
+def test_a_speed_that_fits_no_layer_is_refused_before_a_bias_is_added():
+    model = tiny("qwen3_moe")
+    with pytest.raises(ValueError, match=r"no speed fits layer 'model\.layers\.1\.mlp'"):
+        BiasBalance({"model.layers.0.*": 0.1}, add_bias=True).attach(model)
+    assert all(layer.bias is None for layer in moe_layers(model))
+    assert "moesaic_added_bias" not in model.config.to_dict()
+
+
 def test_a_router_that_does_otherwise_than_its_family_is_refused():
     model = tiny("qwen3_moe")
     router = moe_layers(model)[1].router
@@ -177,6 +189,80 @@ def test_a_checkpoint_that_lacks_the_biases_it_speaks_of_is_named(tmp_path):
         ms.attach(plain)
 
 
+def test_a_checkpoint_that_lacks_one_of_them_leaves_the_model_as_it_was(tmp_path):
+    trained(tmp_path / "model")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    file = tmp_path / "model" / "model.safetensors"
+    save_file({key: t for key, t in load_file(file).items() if key != f"model.layers.2.mlp.gate.{BIAS}"}, file)
+    for _ in range(2):  # the second time too: no bias of zeros stands for the one that was saved
+        with pytest.raises(ValueError, match=rf"no model\.layers\.2\.mlp\.gate\.{BIAS} in the checkpoint"):
+            ms.attach(plain)
+        assert lost(plain)
+
+
+def test_a_model_from_the_cache_of_the_hub_gets_its_biases_back(tmp_path, monkeypatch):
+    snapshot = tmp_path / "models--somebody--balanced" / "snapshots" / "0123abc"
+    model = trained(snapshot)
+    (tmp_path / "models--somebody--balanced" / "refs").mkdir()
+    (tmp_path / "models--somebody--balanced" / "refs" / "main").write_text(snapshot.name)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    plain = AutoModelForCausalLM.from_pretrained(snapshot)
+    plain.name_or_path = plain.config._name_or_path = "somebody/balanced"
+    assert restore_bias(plain) == [layer.name for layer in moe_layers(model)]
+    assert all(torch.equal(a.bias, b.bias) for a, b in zip(moe_layers(model), moe_layers(plain), strict=True))
+
+
+def test_the_model_without_its_head_finds_its_biases_in_the_checkpoint_of_the_whole(tmp_path):
+    model = trained(tmp_path)
+    body = AutoModel.from_pretrained(tmp_path)
+    restore_bias(body)
+    assert all(torch.equal(a.bias, b.bias) for a, b in zip(moe_layers(model), moe_layers(body), strict=True))
+
+
+def test_a_model_inside_an_adapter_finds_them_under_its_own_names(tmp_path):
+    model = trained(tmp_path)
+    adapted = torch.nn.Module()  # as peft has it: base_model.model.model.layers...
+    adapted.base_model = torch.nn.Module()
+    adapted.base_model.model = plain = AutoModelForCausalLM.from_pretrained(tmp_path)
+    adapted.config, adapted.name_or_path = plain.config, plain.name_or_path
+    restore_bias(adapted)
+    assert all(torch.equal(a.bias, b.bias) for a, b in zip(moe_layers(model), moe_layers(plain), strict=True))
+
+
+def test_plain_transformers_says_that_it_leaves_the_bias_out_and_our_commands_read_it(tmp_path, caplog):
+    model, ids, before = trained(tmp_path), token_ids(), logging.get_verbosity()
+    logging.enable_propagation()
+    logging.set_verbosity_warning()
+    try:
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+    finally:
+        logging.disable_propagation()
+        logging.set_verbosity(before)
+    assert re.search(rf"{BIAS}.*UNEXPECTED", caplog.text)
+    shutil.copy(TINY / "tokenizer.json", tmp_path)
+    shutil.copy(TINY / "tokenizer_config.json", tmp_path)
+    loaded, _ = load_model(tmp_path)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-5)
+    assert all(layer.bias.any() for layer in moe_layers(loaded))
+
+
+@pytest.mark.compile
+@pytest.mark.filterwarnings("ignore")  # Dynamo warns of its own
+def test_a_graph_that_was_compiled_before_the_bias_is_made_again():
+    model, ids = tiny("qwen3_moe"), token_ids()
+    compiled = torch.compile(model, backend="eager")
+    with torch.no_grad():
+        before = compiled(ids).logits
+        balance = BiasBalance(0.1, add_bias=True).attach(model)
+        for layer in moe_layers(model):
+            layer.bias[:2] = 100.0
+        for _ in range(2):
+            torch.testing.assert_close(compiled(ids).logits, model(ids).logits)
+            assert not torch.allclose(compiled(ids).logits, before)
+            balance.detach()  # the second round: that graph is none from before the bias
+
+
 def trainer_of(model, folder, callback, **kwargs):
     ids = torch.randint(3, 64, (32, 10), generator=torch.Generator().manual_seed(3))
     args = TrainingArguments(
@@ -205,7 +291,7 @@ def test_a_trainer_puts_the_biases_of_a_checkpoint_into_a_model_without_them(tmp
     trainer_of(tiny("qwen3_moe"), tmp_path, BiasBalance(0.05, add_bias=True), max_steps=2).train()
     saved = load_file(tmp_path / "checkpoint-2" / "model.safetensors")
     again = tiny("qwen3_moe")
-    trainer = trainer_of(again, tmp_path / "again", BiasBalance(0.0, add_bias=True), max_steps=4)
+    trainer = trainer_of(again, tmp_path / "again", BiasBalance({"*": 0.0}, add_bias=True), max_steps=4)
     trainer.train(str(tmp_path / "checkpoint-2"))
     for layer in moe_layers(again):
         assert layer.bias.any()

@@ -19,7 +19,7 @@ from moesaic.hf.modules import bias_home, moe_layers
 from moesaic.layer.balance import nudge_bias
 from moesaic.train.bias_balance import BiasBalance
 from moesaic.train.counting import counting_loads
-from moesaic.train.schedules import fading, frozen_after
+from moesaic.train.schedules import constant, fading, frozen_after, warming
 from moesaic.train.sizes import tiny_config
 
 E, K, STEPS, ROWS, LENGTH = 32, 4, 3, 4, 12
@@ -30,6 +30,11 @@ def small_model() -> DeepseekV3ForCausalLM:
     config = tiny_config()
     config.num_hidden_layers, config.vocab_size, config.hidden_size = 3, 64, 32
     return DeepseekV3ForCausalLM(config)
+
+
+def without_bias() -> nn.Module:
+    torch.manual_seed(0)
+    return tiny("qwen3_moe")
 
 
 def rows(count: int) -> list[dict[str, torch.Tensor]]:
@@ -57,7 +62,7 @@ class Independent(BiasBalance):
             seen.clear()
 
 
-def run(model, callback, folder, *, data=None, **arguments):
+def run(model, callback, folder, *, data=None, more=(), resume_from_checkpoint=None, **arguments):
     arguments = {"per_device_train_batch_size": 2, "max_steps": STEPS} | arguments
     args = TrainingArguments(
         str(folder),
@@ -69,8 +74,8 @@ def run(model, callback, folder, *, data=None, **arguments):
         **({"learning_rate": 1e-3, "save_strategy": "no"} | arguments),
     )
     data = data or rows(64)
-    trainer = Trainer(model=model, args=args, train_dataset=data, eval_dataset=data[:4], callbacks=[callback])
-    trainer.train()
+    trainer = Trainer(model=model, args=args, train_dataset=data, eval_dataset=data[:4], callbacks=[callback, *more])
+    trainer.train(resume_from_checkpoint)
     return callback
 
 
@@ -151,6 +156,32 @@ def test_a_fading_speed_is_constant_then_falls_to_zero():
     assert [speed(progress) for progress in (0, 0.5, 0.75, 1)] == pytest.approx([1e-3, 1e-3, 5e-4, 0])
 
 
+def test_schedules_begin_and_end_where_they_say():
+    assert [constant(1e-3)(progress) for progress in (0, 0.5, 1)] == [1e-3] * 3
+    warm = warming(1e-3, 0.2)
+    assert [warm(progress) for progress in (0, 0.1, 0.2, 1)] == pytest.approx([0, 5e-4, 1e-3, 1e-3])
+    recipe = frozen_after(1e-3, 14.3 / 14.8)  # DeepSeek-V3
+    assert [recipe(tokens / 14.8) for tokens in (0, 14.2, 14.4, 14.8)] == [1e-3, 1e-3, 0, 0]
+
+
+@pytest.mark.parametrize("share", [0.0, -0.1, 1.5, float("nan")])
+def test_a_share_of_training_that_is_none_is_refused(share):
+    for schedule in (frozen_after, warming):
+        with pytest.raises(ValueError, match=f"share={share} is no share of training: use a number above 0"):
+            schedule(1e-3, share)
+    start = 1.0 if share == 0 else share
+    with pytest.raises(ValueError, match=f"start={start} is no share of training .*: use 0 to below 1"):
+        fading(1e-3, start=start)
+
+
+def test_a_schedule_that_gives_no_speed_is_refused_before_any_bias_moves():
+    model = small_model().train()
+    balance = BiasBalance({"model.layers.1.*": 0.01, "*": lambda _progress: -1.0}).attach(model)
+    with pytest.raises(ValueError, match=r"speed=-1\.0 is no speed"):
+        steps_of_a_plain_loop(model, balance, batches(1))
+    assert not any(layer.bias.any() for layer in moe_layers(model))
+
+
 def test_a_speed_of_zero_freezes_the_bias(tmp_path):
     model = small_model()
     callback = run(model, Independent(model, speed=lambda progress: 0.01 if progress == 0 else 0.0), tmp_path)
@@ -169,12 +200,16 @@ def test_models_and_biases_that_cannot_be_balanced_are_refused(tmp_path):
         run(MixtralForCausalLM(config), BiasBalance(), tmp_path)
     with pytest.raises(ValueError, match="Linear has no module with a gate and fused experts"):
         BiasBalance().attach(nn.Linear(2, 2))
-    with pytest.raises(ValueError, match=r"speed=-0\.1 would drive experts apart"):
-        BiasBalance(-0.1)
-    with pytest.raises(ValueError, match="speed=nan would drive experts apart"):
-        BiasBalance(float("nan"))
-    with pytest.raises(ValueError, match="rule='pid' is unknown: use sign, centred, proportional"):
-        BiasBalance(rule="pid")
+    for speed in (-0.1, float("nan"), float("inf"), "0.001", None):
+        with pytest.raises(ValueError, match=f"speed={speed!r} is no speed: use a positive number"):
+            BiasBalance(speed)
+        with pytest.raises(ValueError, match=f"speed={speed!r} is no speed: use a positive number"):
+            BiasBalance({"*": speed})
+    with pytest.raises(ValueError, match="speed=0 moves no bias: use a positive number"):
+        BiasBalance(0.0)
+    for rule in ("pid", None, 3):
+        with pytest.raises(ValueError, match=f"rule={rule!r} is unknown: use sign, centred, proportional"):
+            BiasBalance(rule=rule)
     with pytest.raises(ValueError, match="total_steps=0 is no length of training"):
         BiasBalance(total_steps=0)
     with pytest.raises(ValueError, match="attached to no model"):
@@ -271,21 +306,6 @@ def test_what_a_skipped_step_counted_is_dropped():
     assert all(load.sum() == second.numel() * K for load in balance.load.values())
 
 
-class Overflowing(torch.optim.SGD):
-    """What accelerate shows a callback of an optimizer whose step a GradScaler left out."""
-
-    step_was_skipped = True
-
-
-def test_the_trainer_is_asked_whether_the_step_was_skipped():
-    model = small_model().train()
-    balance = BiasBalance(0.01)
-    balance.on_train_begin(None, None, None, model=model)
-    model(input_ids=batches(1)[0]).logits.sum().backward()
-    balance.on_optimizer_step(None, None, None, model=model, optimizer=Overflowing(model.parameters(), lr=0.1))
-    assert not any(layer.bias.any() for layer in moe_layers(model))
-
-
 def test_a_bias_in_bfloat16_becomes_float32_and_small_steps_arrive():
     model = small_model().bfloat16().train()
     for layer in moe_layers(model):
@@ -329,13 +349,14 @@ def test_the_step_number_of_a_schedule_is_saved_and_resumed():
 
 @pytest.mark.compile
 @pytest.mark.filterwarnings("ignore")  # Dynamo warns of its own
-@pytest.mark.parametrize("when", ["before", "after"])
-def test_a_compiled_model_is_counted_too(when):
-    plain, compiled = small_model().train(), small_model().train()
+@pytest.mark.parametrize(("when", "make"), [("before", small_model), ("after", small_model), ("before", without_bias)])
+def test_a_compiled_model_is_counted_too(when, make):
+    plain, compiled = make().train(), make().train()
     steps = batches(2)
-    expected = steps_of_a_plain_loop(plain, BiasBalance(0.01).attach(plain), steps)
+    expected = steps_of_a_plain_loop(plain, BiasBalance(0.01, add_bias=True).attach(plain), steps)
+    assert all(bias.any() for bias in expected[-1])
     runs = torch.compile(compiled, backend="aot_eager") if when == "before" else compiled
-    balance = BiasBalance(0.01).attach(compiled)
+    balance = BiasBalance(0.01, add_bias=True).attach(compiled)
     runs = torch.compile(compiled, backend="aot_eager") if when == "after" else runs
     found = steps_of_a_plain_loop(runs, balance, steps)
     for a, b in zip(expected, found, strict=True):
@@ -408,8 +429,8 @@ def test_counts_of_a_long_step_stay_exact():
     balance = BiasBalance(0.01).attach(model)
     counter, (name, *_) = balance._counter, balance._homes
     for load in (2.0**24, 1.0):
-        counter._pending = [(name, torch.full((E,), load))]  # as forwards of so many tokens leave it
-        counter._settle()
+        counter._here.pending.append((name, torch.full((E,), load)))  # as forwards of so many tokens leave it
+        counter._settle(counter._here)
     assert set(counter.take()[name].tolist()) == {2.0**24 + 1}, "float32 has no such number"
 
 
@@ -436,11 +457,7 @@ def test_a_trainer_that_goes_on_takes_the_schedule_where_it_was(tmp_path):
     model = small_model()
     run(model, BiasBalance(speed), tmp_path, max_steps=4, save_strategy="steps", save_steps=2)
     before, progress[:] = sorted(set(progress)), []
-    args = TrainingArguments(
-        str(tmp_path / "again"), use_cpu=True, report_to="none", save_strategy="no", logging_strategy="no",
-        disable_tqdm=True, max_steps=4, per_device_train_batch_size=2, learning_rate=1e-3,
-    )  # fmt: skip
-    trainer = Trainer(model=small_model(), args=args, train_dataset=rows(64), callbacks=[BiasBalance(speed)])
-    trainer.train(str(tmp_path / "checkpoint-2"))
+    checkpoint = str(tmp_path / "checkpoint-2")
+    run(small_model(), BiasBalance(speed), tmp_path / "again", max_steps=4, resume_from_checkpoint=checkpoint)
     assert before == [0.0, 0.25, 0.5, 0.75]
     assert sorted(set(progress)) == [0.5, 0.75]

@@ -5,7 +5,8 @@ know it and leaves it out when it loads such a checkpoint; `moesaic_added_bias` 
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -37,8 +38,10 @@ def add_bias(model: nn.Module) -> list[str]:
     router returns what its rule does not give, or that has no router of its own. A bias that was saved with the model
     and not loaded is refused too: `ms.attach(model)` brings it back.
     """
-    layers = [layer for layer in moe_layers(model) if not layer.has_bias]
+    layers = _without_bias(model)
     rules = {layer.name: _biased_rule(layer) for layer in layers}
+    if layers:
+        torch.compiler.reset()  # guards of graphs that were compiled before do not notice hooks that come after
     for layer in layers:
         assert layer.router is not None
         _give(layer.router, rules[layer.name])
@@ -48,35 +51,34 @@ def add_bias(model: nn.Module) -> list[str]:
     return [layer.name for layer in layers]
 
 
-def restore_bias(model: nn.Module, folder: Path | None = None) -> list[str]:
+def restore_bias(model: nn.Module) -> list[str]:
     """Add the biases that were saved with a model and read them from its checkpoint; returns the names of their layers.
 
-    Nothing happens where config.json says of none or they are there already. folder: where the checkpoint lies, unless
-    given `model.name_or_path`. Raises ValueError where it cannot be read or has no such bias.
+    Nothing happens where config.json says of none or they are there already. The checkpoint is the folder that the
+    model was loaded from, or what the hub's cache has under its name. Raises ValueError, and changes nothing, where
+    that cannot be read or lacks one of the biases.
     """
-    if not getattr(getattr(model, "config", None), FLAG, False) or not lost(model):
+    if not lost(model):
         return []
-    folder = Path(folder or getattr(model, "name_or_path", "") or ".")
+    folder = _folder_of(model)
     saved = _saved(folder)
-    named = {name: module for name, module in model.named_modules() if isinstance(module, nn.Module)}
+    biases = [_saved_bias(layer, model, saved, folder) for layer in _without_bias(model)]
     names = add_bias(model)
-    for layer in moe_layers(model):
-        if layer.name not in names or layer.router is None:
-            continue
-        path = next(name for name, module in named.items() if module is layer.router)
-        key = next((key for key in saved if key.endswith(f"{path}.{BIAS}")), None)
-        if key is None:
-            raise ValueError(
-                f"{folder}: no {path}.{BIAS} in the checkpoint, though config.json says that one was added"
-            )
-        layer.router.get_buffer(BIAS).copy_(saved[key].float())
+    added = [layer for layer in moe_layers(model) if layer.name in names]
+    for layer, bias in zip(added, biases, strict=True):
+        assert layer.router is not None
+        layer.router.get_buffer(BIAS).copy_(bias)
     return names
 
 
 def lost(model: nn.Module) -> bool:
     """Whether the config says that biases were added and some router has none."""
     flagged = bool(getattr(getattr(model, "config", None), FLAG, False))
-    return flagged and any(not layer.has_bias for layer in moe_layers(model))
+    return flagged and bool(_without_bias(model))
+
+
+def _without_bias(model: nn.Module) -> list[MoELayer]:
+    return [layer for layer in moe_layers(model) if not layer.has_bias]
 
 
 def _biased_rule(layer: MoELayer) -> MoEConfig:
@@ -99,6 +101,10 @@ def _biased_rule(layer: MoELayer) -> MoEConfig:
     weight = next((p for p in router.parameters() if p.dim() == 2), None)
     if weight is None or weight.is_meta:
         raise ValueError(f"{name}: {type(router).__name__} has no weights yet to prove its rule with: load them first")
+    if hasattr(weight, "full_tensor"):
+        raise ValueError(
+            f"{name}: {type(router).__name__} is sharded, so its rule cannot be proven: add the bias before fully_shard"
+        )
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randn(TRIED, weight.shape[-1], generator=generator).to(weight)
     training = router.training
@@ -159,6 +165,18 @@ def _agrees(found: RouterOutput, wanted: Routing, n_experts: int) -> bool:
     return float(differs.float().mean()) <= 0.02
 
 
+def _folder_of(model: nn.Module) -> Path:
+    """Where a model was loaded from: its folder, or the one of the hub's cache."""
+    name = getattr(model, "name_or_path", "")
+    if name and not Path(name).is_dir():
+        from huggingface_hub import snapshot_download
+
+        with suppress(OSError, ValueError):  # not in the cache, or no name at all
+            commit = getattr(getattr(model, "config", None), "_commit_hash", None)
+            return Path(snapshot_download(name, revision=commit, local_files_only=True))
+    return Path(name or ".")
+
+
 def _saved(folder: Path) -> dict[str, Tensor]:
     """The biases in the safetensors files of a folder, by name."""
     from safetensors import safe_open
@@ -173,7 +191,17 @@ def _saved(folder: Path) -> dict[str, Tensor]:
             found |= {key: tensors.get_tensor(key) for key in tensors.keys() if key.endswith(BIAS)}  # noqa: SIM118
     if not found:
         raise ValueError(
-            f"{folder}: no checkpoint with {BIAS}, which config.json says was added to this model: give the folder it "
-            "was saved in"
+            f"{folder}: no checkpoint with {BIAS}, which config.json says was added to this model: load it from the "
+            "folder it was saved in"
         )
     return found
+
+
+def _saved_bias(layer: MoELayer, model: nn.Module, saved: Mapping[str, Tensor], folder: Path) -> Tensor:
+    """The bias of a layer by its name, which may be shorter or longer in the checkpoint than in this model."""
+    path = next(name for name, module in model.named_modules() if module is layer.router)
+    name = f".{path}.{BIAS}"
+    bias = next((bias for key, bias in saved.items() if f".{key}".endswith(name) or name.endswith(f".{key}")), None)
+    if bias is None:
+        raise ValueError(f"{folder}: no {name[1:]} in the checkpoint, though config.json says that one was added")
+    return bias.float()

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from moesaic.families import ALIASES
+from moesaic.hf.added_bias import restore_bias
 from moesaic.hf.modules import moe_layers
 from moesaic.hf_config import read_config_json
 
@@ -17,7 +18,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt
 def load_model(folder: str | Path = TINY) -> tuple[Any, Any]:
     """(model, tokenizer) of a folder that `save_pretrained` wrote, in eval mode; the shipped model unless one is named.
 
-    Offline; runs no code of the folder.
+    Offline; runs no code of the folder. A selection bias that moesaic had added is read back with it.
 
     Raises ValueError, in one line, for a folder that is missing, holds no model, no MoE model, damaged or incomplete
     weights, or no tokenizer.
@@ -39,6 +40,7 @@ def load_model(folder: str | Path = TINY) -> tuple[Any, Any]:
             moe_layers(model)
         except ValueError as error:
             raise ValueError(f"{folder}: {error}") from None
+        restore_bias(model)
         if not any((folder / name).is_file() for name in TOKENIZER_FILES):
             raise ValueError(f"{folder}: no tokenizer there: add its tokenizer.json and tokenizer_config.json")
         try:

@@ -21,6 +21,7 @@ ROUTER_CLASSES = ("Router", "Gate", "Gating")  # how its class name ends where i
 BIAS_NAMES = ("e_score_correction_bias", "expert_bias", "moe_statics.e_score_correction_bias")
 # attributes in which wrappers keep what they wrap: torch.compile, PEFT, DDP, checkpoint_wrapper
 WRAPPED = ("_orig_mod", "base_layer", "module", "_checkpoint_wrapped_module")
+ADAPTED = "base_model.model."  # with which PEFT begins the names of a model
 
 
 class MoELayer(NamedTuple):
@@ -84,6 +85,8 @@ def blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Module | None,
     """
     seen = set()
     for path, holder in model.named_modules():
+        if "original_module" in path.split("."):  # PEFT keeps it beside the copy that it trains
+            continue
         block = unwrapped(holder)
         for experts in _experts_in(block):
             if id(experts) in seen:
@@ -93,7 +96,7 @@ def blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Module | None,
                 continue
             seen.add(id(experts))
             parts = [part for part in path.split(".") if part not in WRAPPED]
-            yield ".".join(parts), block, router, experts
+            yield ".".join(parts).removeprefix(ADAPTED), block, router, experts
 
 
 def routed_blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Module]]:
@@ -107,9 +110,17 @@ def unwrapped(module: nn.Module) -> nn.Module:
     """What a compiled, adapted or distributed wrapper wraps; the module itself where it is none."""
     while True:
         inner = next((part for name in WRAPPED if isinstance(part := module._modules.get(name), nn.Module)), None)
+        inner = inner or _trained_copy(module)
         if inner is None or is_on_seam(module) or isinstance(module, Experts | Router):
             return module
         module = inner
+
+
+def _trained_copy(module: Any) -> nn.Module | None:
+    """What runs in the place of a module that PEFT was told to train and save whole (modules_to_save)."""
+    copies = module._modules.get("modules_to_save")
+    active = module.active_adapters if isinstance(copies, nn.ModuleDict) else []
+    return copies[active[0]] if active and active[0] in copies else None
 
 
 def _experts_in(block: nn.Module) -> list[nn.Module]:

@@ -1,8 +1,11 @@
 """Aux-loss-free balancing: after every optimizer step each selection bias moves by the load of that step."""
 
+import math
 import warnings
-from collections.abc import Callable, Mapping
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatch
+from numbers import Real
 from typing import Any
 
 import torch
@@ -11,7 +14,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from moesaic.hf.added_bias import add_bias, lost
-from moesaic.hf.modules import BiasHome, MoELayer, bias_home, moe_layers
+from moesaic.hf.modules import BiasHome, MoELayer, bias_home, moe_layers, unwrapped
 from moesaic.layer.balance import RULES, BiasRule
 from moesaic.train.counting import LoadCounter, Loads
 
@@ -40,7 +43,7 @@ class BiasBalance(TrainerCallback):
     total_steps: what progress is measured by in a loop of your own; the Trainer knows.
     group: the data-parallel process group; all ranks unless given.
 
-    A bias in another dtype becomes float32 first: in bfloat16 0.5 + 0.001 is 0.5. `load` has the counts of the last
+    A bias in half precision becomes float32 first: in bfloat16 0.5 + 0.001 is 0.5. `load` has the counts of the last
     step, by layer. Raises ValueError where there is nothing to balance, naming what to do, and for a model that another
     BiasBalance is attached to.
     """
@@ -56,19 +59,25 @@ class BiasBalance(TrainerCallback):
     ) -> None:
         self.speeds: Mapping[str, Speed] = speed if isinstance(speed, Mapping) else {"*": speed}
         for each in self.speeds.values():
-            _check_speed(each)
-        if isinstance(rule, str) and rule not in RULES:
+            if not callable(each):
+                _check_speed(each)
+        if speed == 0:
+            raise ValueError(
+                "speed=0 moves no bias: use a positive number, 0.001 is usual; {pattern: 0} freezes a layer"
+            )
+        found = RULES.get(rule) if isinstance(rule, str) else rule
+        if not callable(found):
             raise ValueError(f"rule={rule!r} is unknown: use {', '.join(RULES)}, or a function (bias, load, *, speed)")
         if total_steps is not None and total_steps < 1:
             raise ValueError(f"total_steps={total_steps} is no length of training: use 1 or more")
-        self.rule: BiasRule = RULES[rule] if isinstance(rule, str) else rule
+        self.rule: BiasRule = found
         self.add_bias, self.total_steps, self.group = add_bias, total_steps, group
         self.steps = 0
         self.load: dict[str, Float[Tensor, " E"]] = {}
         self._homes: dict[str, BiasHome] = {}
         self._counter: LoadCounter | None = None
-        self._layers: list[MoELayer] = []
         self._counted = False
+        self._training: Any = None  # the state of the Trainer that attached it
 
     # a loop of your own
 
@@ -78,35 +87,36 @@ class BiasBalance(TrainerCallback):
         layers = _layers_to_balance(model, add=self.add_bias)
         for layer in layers:
             self._speed_of(layer.name)
-        if any(getattr(layer.router, ATTACHED, None) for layer in layers):
+        if _balancing(_homes_in(model)):
             raise ValueError(
                 f"{type(model).__name__} is balanced by another BiasBalance already: two would move each bias twice; "
                 "call its detach() first"
             )
-        self._homes = {layer.name: _home(layer) for layer in layers}
-        for home in self._homes.values():
-            if home.bias.dtype not in (torch.float32, torch.float64):
-                home.put(home.bias.detach().float())
+        if self.add_bias:
+            add_bias(model)
+        _warn_of_adapters(model, layers)
+        homes = {layer.name: _home(layer) for layer in layers}
         self._counter = LoadCounter(model, layers, training=True)
-        for layer in layers:
-            setattr(layer.router, ATTACHED, True)
-        self._layers = layers
+        for home in homes.values():
+            _widen(home)
+            _attached[home.owner] = weakref.ref(self)
+        self._homes, self._counted, self.load = homes, False, {}
         return self
 
     def detach(self) -> None:
         """Take the counting off the model; the biases stay as they are."""
         if self._counter is not None:
             self._counter.remove()
-            for layer in self._layers:
-                delattr(layer.router, ATTACHED)
-        self._counter = None
+            for home in self._homes.values():
+                _attached.pop(home.owner, None)
+        self._counter = self._training = None
 
     @torch.no_grad()
     def step(self, *, skipped: bool = False) -> None:
         """Move every bias by the load since the last step. Call it after each optimizer step, on every rank.
 
-        skipped: the optimizer did not move, as a GradScaler decides where gradients overflowed; then what was counted
-        is dropped, and no bias moves either.
+        skipped: the optimizer did not move, as a GradScaler decides where gradients overflowed (its scale has fallen:
+        `scaler.get_scale() < before`); then what was counted is dropped, and no bias moves either.
         """
         if self._counter is None:
             raise ValueError("this BiasBalance is attached to no model: call attach(model) before the first forward")
@@ -118,17 +128,26 @@ class BiasBalance(TrainerCallback):
         self.steps += 1
 
     def state_dict(self) -> dict[str, int]:
-        """What schedules go by; the biases are in the model's own state."""
+        """What schedules go by; the biases are in the model's own state.
+
+        Save it after a step: micro-batches since then are no part of it, as their gradients are none of an optimizer's.
+        """
         return {"steps": self.steps}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Go on from there. What was counted since the last step is dropped."""
         self.steps = state["steps"]
+        if self._counter is not None:
+            self._counter.forget()
 
     # transformers' Trainer
 
     def on_init_end(self, args, state, control, **kwargs):  # noqa: ARG002 (the Trainer's signature)
-        if self.add_bias:  # before a checkpoint is loaded, which may hold it
-            add_bias(kwargs["model"])
+        model = kwargs["model"]  # before a checkpoint is loaded into it: that needs places, wide enough
+        if self.add_bias:
+            add_bias(model)
+        for home in _homes_in(model):
+            _widen(home)
 
     def on_train_begin(self, args, state, control, **kwargs):  # noqa: ARG002
         model = kwargs["model"]
@@ -137,7 +156,14 @@ class BiasBalance(TrainerCallback):
                 "the checkpoint that training goes on from was loaded before its added biases had a place: give "
                 "BiasBalance to Trainer(callbacks=[...]) rather than to add_callback"
             )
+        homes = _homes_in(model)
+        if state is not None and state.global_step and any(_is_narrow(home) for home in homes):
+            warnings.warn(ROUNDED, stacklevel=2)
+        for other in _balancing(homes):
+            if other._training is not None and other._training is not state:
+                other.detach()  # an error or Ctrl-C ended its Trainer, which tells no callback
         self.attach(model)
+        self._training = state
 
     @torch.no_grad()
     def on_optimizer_step(self, args, state, control, **kwargs):  # noqa: ARG002
@@ -155,10 +181,15 @@ class BiasBalance(TrainerCallback):
         if not self._counted and not any(load.any() for load in loads.values()):
             warnings.warn(NOTHING_COUNTED, stacklevel=4)
         self._counted = True
+        speeds = {name: self._speed_at(name, progress) for name in self._homes}
         for name, home in self._homes.items():
-            speed = self._speed_of(name)
-            speed = speed(progress) if callable(speed) else speed
-            _move_bias(home, self.rule, loads[name], speed)
+            _widen(home, name)  # the model may have been cast since
+        for name, home in self._homes.items():
+            _move_bias(home, self.rule, loads[name], speeds[name])
+
+    def _speed_at(self, layer: str, progress: float) -> float:
+        speed = self._speed_of(layer)
+        return _check_speed(speed(progress)) if callable(speed) else speed
 
     def _speed_of(self, layer: str) -> Speed:
         for pattern, speed in self.speeds.items():
@@ -167,28 +198,45 @@ class BiasBalance(TrainerCallback):
         raise ValueError(f"no speed fits layer {layer!r}: add '*' to {list(self.speeds)}, with 0 to leave a bias alone")
 
 
-ATTACHED = "_moesaic_balanced"
+# whose biases are moved by which
+_attached: weakref.WeakKeyDictionary[nn.Module, weakref.ref[BiasBalance]] = weakref.WeakKeyDictionary()
+ROUNDED = (
+    "the biases of the checkpoint were read into half precision and lost their last bits: give BiasBalance to "
+    "Trainer(callbacks=[...]) rather than to add_callback, so that they are float32 before"
+)
+SKIPPING = "balancing_biases"  # of Zaya's routers, which have one class more than there are experts
 NOTHING_COUNTED = (
     "BiasBalance counted no token in this step: is the model that trains the one it is attached to, in training mode "
     "and with gradients on?"
 )
 
 
-def _check_speed(speed: Speed) -> None:
-    if not callable(speed) and not speed >= 0:
-        raise ValueError(f"speed={speed} would drive experts apart: use a positive number, 0.001 is usual")
+def _check_speed(speed: Any) -> float:
+    value = float(speed) if isinstance(speed, Real) else math.nan
+    if not 0 <= value < math.inf:
+        raise ValueError(f"speed={speed!r} is no speed: use a positive number, 0.001 is usual")
+    return value
+
+
+def _balancing(homes: Iterable[BiasHome]) -> list[BiasBalance]:
+    """Every BiasBalance that moves one of these biases."""
+    found = (_attached.get(home.owner) for home in homes)
+    return list({id(each): each for ref in found if ref is not None and (each := ref()) is not None}.values())
 
 
 def _layers_to_balance(model: nn.Module, *, add: bool) -> list[MoELayer]:
-    """The layers with a bias, which `add` makes all of them."""
+    """The layers with a bias; all of them where one is to be added."""
     if lost(model):
         raise ValueError(
             f"{type(model).__name__} was saved with biases that moesaic had added, and was loaded without them: call "
             "ms.attach(model), which reads them from its checkpoint"
         )
-    if add:
-        add_bias(model)
-    layers = [layer for layer in moe_layers(model) if layer.has_bias]
+    if any(hasattr(layer.router, SKIPPING) for layer in moe_layers(model)):
+        raise ValueError(
+            f"{type(model).__name__} lets tokens skip all experts and hands those to expert 0: no load tells how to "
+            f"move its {SKIPPING}; train it without BiasBalance"
+        )
+    layers = [layer for layer in moe_layers(model) if add or layer.has_bias]
     if not layers:
         raise ValueError(
             f"{type(model).__name__} has no router with a selection bias (e_score_correction_bias): use "
@@ -197,10 +245,42 @@ def _layers_to_balance(model: nn.Module, *, add: bool) -> list[MoELayer]:
     return layers
 
 
+def _warn_of_adapters(model: nn.Module, layers: Sequence[MoELayer]) -> None:
+    """Where PEFT adapts the model, its checkpoints hold what `modules_to_save` names and no bias beside it."""
+    adapted = unwrapped(model)
+    saved = {id(module) for name, module in adapted.named_modules() if "modules_to_save" in name.split(".")}
+    if hasattr(adapted, "peft_config") and any(id(layer.router) not in saved for layer in layers):
+        warnings.warn(
+            f"the biases that move are not in what {type(adapted).__name__} saves: name the routers in "
+            "LoraConfig(modules_to_save=...), such as 'gate', or save the whole model",
+            stacklevel=3,
+        )
+
+
+def _homes_in(model: nn.Module) -> list[BiasHome]:
+    return [_home(layer) for layer in moe_layers(model) if layer.has_bias]
+
+
 def _home(layer: MoELayer) -> BiasHome:
     home = None if layer.router is None else bias_home(layer.router, layer.block)
     assert home is not None
     return home
+
+
+def _widen(home: BiasHome, name: str | None = None) -> None:
+    """Make a bias in half precision float32, in which small steps arrive. `name` is given while it trains."""
+    if not _is_narrow(home):
+        return
+    if name is not None and hasattr(home.bias, "full_tensor"):
+        raise ValueError(
+            f"{name}: FSDP2 holds its bias in {home.bias.dtype}, where small steps are lost, and takes no other after "
+            "the first forward: attach BiasBalance before it"
+        )
+    home.put(home.bias.detach().float())
+
+
+def _is_narrow(home: BiasHome) -> bool:
+    return home.bias.dtype not in (torch.float32, torch.float64)
 
 
 def _move_bias(home: BiasHome, rule: BiasRule, load: Float[Tensor, " E"], speed: float) -> None:

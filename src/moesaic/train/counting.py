@@ -1,5 +1,7 @@
 """What a model hands to its experts, counted while it trains or is judged."""
 
+import threading
+import warnings
 from collections.abc import Generator, Iterable, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
@@ -24,7 +26,8 @@ class LoadCounter:
     `training` says which forwards count: those of a model in training mode with gradients on, or those in evaluation
     mode. Tokens with 0 in a 2-D `attention_mask` that the model was called with are padding and are left out. A
     recomputation of activation checkpointing does not count again, a forward that failed not at all. Nothing waits for
-    the device before `take`. The model may be compiled, before or after.
+    the device before `take`. The model may be compiled, before or after; of a compiled forward nobody hears that it
+    failed. Forwards may run in several threads at once: they add up. Replicas of nn.DataParallel are warned of.
     """
 
     def __init__(self, model: nn.Module, layers: Sequence[MoELayer], *, training: bool) -> None:
@@ -32,9 +35,9 @@ class LoadCounter:
         self.layers = {layer.name: layer for layer in layers}
         self.chosen: dict[str, int] = {}  # by layer, how many experts a token was given; configs do not always say
         self._sum: Loads = {}
-        self._running = 0  # calls of models, inside each other
-        self._current: Forward | None = None
-        self._pending: list[tuple[str, Tensor]] = []  # loads of the forward that runs
+        self._lock = threading.Lock()  # held while that changes
+        self._home = threading.get_ident()
+        self._running: dict[int, Running] = {}  # by thread
         self._hooks = ExitStack()
         seen_at = {
             layer.name: layer.experts if layer.origin == "experts" and layer.experts is not None else layer.router
@@ -50,8 +53,11 @@ class LoadCounter:
 
         Starts again from zero. Every rank has to call it: it is one all-reduce, of all layers together.
         """
-        self._settle()
-        loads = {name: self._sum.pop(name, None) for name in self.layers}
+        for running in tuple(self._running.values()):
+            if not running.depth:
+                self._settle(running)
+        with self._lock:
+            loads = {name: self._sum.pop(name, None) for name in self.layers}
         device = next((load.device for load in loads.values() if load is not None), _device_of(self.layers.values()))
         sizes = [layer.config.n_routed_experts for layer in self.layers.values()]
         flat = torch.cat(
@@ -64,6 +70,13 @@ class LoadCounter:
             torch.distributed.all_reduce(flat, group=group)
         return dict(zip(loads, flat.split(sizes), strict=True))
 
+    def forget(self) -> None:
+        """Drop what was counted on this rank since the last take."""
+        with self._lock:
+            self._sum.clear()
+            for running in tuple(self._running.values()):
+                running.pending.clear()
+
     def remove(self) -> None:
         """Take the hooks off the model."""
         self._hooks.close()
@@ -72,51 +85,65 @@ class LoadCounter:
 
     def open(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
         """A call of the model begins."""
-        if not self._running:
-            self._settle()
+        running = self._here
+        if not running.depth:
+            self._settle(running)
             counts = model.training == self.training and (torch.is_grad_enabled() or not self.training)
             found = read_arguments(model, args, kwargs)
-            self._current = Forward(counts, None if found is None else token_mask(found.tokens, found.mask))
-        self._running += 1
+            running.forward = Forward(counts, None if found is None else token_mask(found.tokens, found.mask))
+        running.depth += 1
 
     def close(self, output: Any, *, failed: bool) -> None:
         """It is over, by an error if `failed`."""
         del output
-        if not self._running:  # it began before anybody counted
+        running = self._here
+        if not running.depth:  # it began before anybody counted
             return
-        self._running -= 1
+        running.depth -= 1
         if failed:
-            self._pending.clear()
-        if not self._running:
-            self._settle()
-            self._current = None
+            running.pending.clear()
+        if not running.depth:
+            self._settle(running)
 
-    def opened_in_graph(self, tokens: Tensor, mask: Tensor | None, unused: None, cached: bool) -> None:
+    def opened_in_graph(self, tokens: Tensor, mask: Tensor | None, without_grad: Tensor | None, cached: bool) -> None:
         """A call begins whose end nobody will tell. Its layers say whether they train."""
-        del unused, cached
-        if not self._running:
-            self._settle()
-            self._current = Forward(None, token_mask(tokens, mask))
+        del cached
+        running = self._here
+        if not running.depth:
+            self._settle(running)
+            counts = False if self.training and without_grad is not None else None
+            running.forward = Forward(counts, token_mask(tokens, mask))
+
+    @property
+    def _here(self) -> "Running":
+        return self._running.setdefault(threading.get_ident(), Running())
 
     def _count(self, name: str, routing: Routing) -> None:
-        layer, forward = self.layers[name], self._current or Forward()
+        layer, running = self.layers[name], self._here
+        forward = running.forward or Forward()
         if not (self._trains(layer) if forward.counts is None else forward.counts):
             return
+        if running.forward is None and threading.get_ident() != self._home:
+            warnings.warn(REPLICA, stacklevel=2)
         ids, n_experts = routing.expert_ids.detach(), layer.config.n_routed_experts
         if forward.mask is not None and len(forward.mask) == len(ids):  # else padding was cut out, or a part ran alone
             ids = ids.masked_fill(~forward.mask.to(ids.device).unsqueeze(-1), n_experts)
         self.chosen[name] = ids.shape[-1]
-        self._pending.append((name, expert_load(ids, n_experts)))
+        running.pending.append((name, expert_load(ids, n_experts)))
 
     def _trains(self, layer: MoELayer) -> bool:
         module = layer.router if layer.experts is None else layer.experts
         return module is not None and module.training == self.training
 
-    def _settle(self) -> None:
+    def _settle(self, running: "Running") -> None:
         """Add what is pending: its forward came to an end."""
-        for name, load in self._pending:
-            self._sum[name] = self._sum[name] + load if name in self._sum else load.double()
-        self._pending.clear()
+        with self._lock:
+            for name, load in running.pending:
+                self._sum[name] = (
+                    self._sum[name] + load.to(self._sum[name].device) if name in self._sum else load.double()
+                )
+            running.pending.clear()
+        running.forward = None
 
 
 class Forward(NamedTuple):
@@ -124,6 +151,21 @@ class Forward(NamedTuple):
 
     counts: bool | None = None
     mask: Bool[Tensor, " T"] | None = None
+
+
+class Running:
+    """What runs in one thread."""
+
+    def __init__(self) -> None:
+        self.depth = 0  # calls of models, inside each other
+        self.forward: Forward | None = None
+        self.pending: list[tuple[str, Tensor]] = []  # loads of the forward that runs
+
+
+REPLICA = (
+    "a MoE layer ran in another thread and in no call of the model, as replicas of nn.DataParallel do: its tokens are "
+    "counted, and padding with them; start one process a device (torchrun), so that DistributedDataParallel is used"
+)
 
 
 def token_mask(tokens: Tensor, mask: Tensor | None) -> Bool[Tensor, " T"] | None:

@@ -98,8 +98,8 @@ class Ledger:
         if not self._running and self._current is not None:
             self._current.over = True  # its loss may be noted still
 
-    def opened_in_graph(self, tokens: Tensor, mask: Tensor | None, unused: None, cached: bool) -> None:
-        del unused, cached
+    def opened_in_graph(self, tokens: Tensor, mask: Tensor | None, without_grad: Tensor | None, cached: bool) -> None:
+        del without_grad, cached
         if not self._running:
             self._begin(tokens, mask)
 

@@ -25,7 +25,9 @@ class Listener(Protocol):
 
     def close(self, output: Any, *, failed: bool) -> None: ...
 
-    def opened_in_graph(self, tokens: Tensor, mask: Tensor | None, unused: None, cached: bool) -> None: ...
+    def opened_in_graph(
+        self, tokens: Tensor, mask: Tensor | None, without_grad: Tensor | None, cached: bool
+    ) -> None: ...
 
 
 _listeners: dict[nn.Module, tuple[Listener, ...]] = {}  # tuples are replaced, not changed: other threads read them
@@ -118,7 +120,8 @@ def _begun_in_graph(model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple,
         return None
     tokens, mask, cache = found
     cached = cache is not None and mask is not None and mask.shape[1] > tokens.shape[1]
-    copy = reported(key, tokens, mask, None, cached)
+    without_grad = None if torch.is_grad_enabled() else tokens  # a graph is guarded by that
+    copy = reported(key, tokens, mask, without_grad, cached)
     return (
         tuple(copy if value is tokens else value for value in args),
         {name: copy if value is tokens else value for name, value in kwargs.items()},

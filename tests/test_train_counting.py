@@ -1,0 +1,170 @@
+"""Loads counted while forwards run in several threads, and in compiled graphs."""
+
+import threading
+
+import pytest
+import torch
+from test_train_bias_balance import LENGTH, K, batches, small_model
+from torch import nn
+
+from moesaic.hf.modules import moe_layers
+from moesaic.train.bias_balance import BiasBalance
+from moesaic.train.counting import LoadCounter, token_mask
+
+
+def in_threads(*runs) -> list[BaseException | None]:
+    """Run them at once; what each of them raised."""
+    raised: list[BaseException | None] = [None] * len(runs)
+
+    def guarded(place):
+        try:
+            runs[place]()
+        except Exception as error:
+            raised[place] = error
+
+    threads = [threading.Thread(target=guarded, args=(place,)) for place in range(len(runs))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return raised
+
+
+def meeting(*models, n_threads: int) -> None:
+    """Let forwards of so many threads wait for each other between the layers."""
+    barrier = threading.Barrier(n_threads, timeout=20)
+
+    def wait(*_) -> None:
+        barrier.wait()
+
+    for model in models:
+        for layer in model.model.layers:
+            layer.register_forward_hook(wait)
+
+
+def loads_of(model, *calls) -> dict[str, torch.Tensor]:
+    """The load of these calls, one after the other."""
+    counter = LoadCounter(model, moe_layers(model), training=True)
+    for call in calls:
+        model(**call)
+    counter.remove()
+    return counter.take()
+
+
+def padded(ids: torch.Tensor, start: int) -> dict[str, torch.Tensor]:
+    mask = torch.ones_like(ids)
+    mask[:, start:] = 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_forwards_of_two_threads_at_once_each_have_their_own_padding_and_add_up():
+    model = small_model().train()
+    first, second = (padded(ids, start) for ids, start in zip(batches(2), (3, 8), strict=True))
+    expected = loads_of(model, first, second)
+    meeting(model, n_threads=2)
+    counter = LoadCounter(model, moe_layers(model), training=True)
+    assert in_threads(lambda: model(**first), lambda: model(**second)) == [None, None]
+    assert same(counter.take(), expected)
+    assert all(load.sum() == (2 * 3 + 2 * 8) * K for load in expected.values())
+
+
+def test_a_forward_that_fails_takes_nothing_from_the_one_beside_it_and_evaluation_does_not_count():
+    model = small_model().train()
+    first, second, third = (padded(ids, LENGTH) for ids in batches(3))
+    expected = loads_of(model, first)
+    meeting(model, n_threads=3)
+
+    def failing():
+        me = threading.get_ident()
+
+        def fail(*_) -> None:
+            if threading.get_ident() == me:
+                raise RuntimeError("late")
+
+        model.lm_head.register_forward_hook(fail)
+        model(**second)
+
+    def without_gradients():
+        with torch.no_grad():
+            model(**third)
+
+    counter = LoadCounter(model, moe_layers(model), training=True)
+    raised = in_threads(lambda: model(**first), failing, without_gradients)
+    assert [str(error) for error in raised] == ["None", "late", "None"]
+    assert same(counter.take(), expected)
+
+
+def test_two_models_that_train_in_two_threads_are_counted_apart():
+    models, calls = [small_model().train(), small_model().train()], [padded(ids, 7) for ids in batches(2)]
+    expected = [loads_of(model, call) for model, call in zip(models, calls, strict=True)]
+    meeting(*models, n_threads=2)
+    counters = [LoadCounter(model, moe_layers(model), training=True) for model in models]
+    first, second = (lambda model=model, call=call: model(**call) for model, call in zip(models, calls, strict=True))
+    assert in_threads(first, second) == [None, None]
+    assert same(counters[0].take(), expected[0])
+    assert same(counters[1].take(), expected[1])
+    assert not same(expected[0], expected[1])
+
+
+def replica_of(model: nn.Module) -> nn.Module:
+    """What torch.nn.DataParallel makes of a model for each device."""
+    copies = {module: module._replicate_for_data_parallel() for module in model.modules()}
+    for module, copy in copies.items():
+        for name, child in module._modules.items():
+            copy._modules[name] = None if child is None else copies[child]
+        for name, parameter in module._parameters.items():
+            setattr(copy, name, None if parameter is None else parameter.view_as(parameter))
+    return copies[model]
+
+
+def test_replicas_of_data_parallel_count_and_are_warned_of():
+    model = small_model().train()
+    counter = LoadCounter(model, moe_layers(model), training=True)
+    replica, (ids, *_) = replica_of(model), batches(1)
+    with pytest.warns(UserWarning, match=r"replicas of nn\.DataParallel .* padding with them; .*torchrun"):
+        assert in_threads(lambda: replica(**padded(ids, 5))) == [None]
+    assert all(load.sum() == ids.numel() * K for load in counter.take().values())
+
+
+def test_a_mask_that_covers_a_cache_too_is_read_from_its_end_and_one_that_does_not_fit_is_none():
+    tokens = torch.zeros(2, 2, dtype=torch.int64)
+    over_the_past = torch.tensor([[0, 1, 1, 1], [1, 1, 1, 0]])
+    assert token_mask(tokens, over_the_past).tolist() == [True, True, True, False]
+    for unfit in (None, torch.ones(2, 1), torch.ones(3, 2)):
+        assert token_mask(tokens, unfit) is None
+
+
+def test_where_a_layer_is_given_other_tokens_than_the_model_all_of_them_count():
+    model = small_model().train()
+    layer = moe_layers(model)[0]
+    cut = layer.block.register_forward_pre_hook(lambda _module, args: (args[0][:, :4].contiguous(), *args[1:]))
+    back = layer.block.register_forward_hook(lambda _module, _args, out: torch.cat([out, out, out], 1))
+    (ids,) = batches(1)
+    load = loads_of(model, padded(ids, 5))[layer.name]  # as where the layer itself cuts padding out
+    cut.remove()
+    back.remove()
+    assert load.sum() == 2 * 4 * K
+
+
+@pytest.mark.compile
+@pytest.mark.filterwarnings("ignore")  # Dynamo warns of its own
+def test_a_compiled_model_does_not_count_forwards_without_gradients():
+    model = small_model().train()
+    expected = loads_of(model, padded(batches(1)[0], 5))
+    compiled = torch.compile(model, backend="aot_eager")
+    balance = BiasBalance(0.01).attach(model)
+    (batch,) = batches(1)
+    with torch.no_grad():
+        compiled(input_ids=batch)  # a rollout in training mode
+    model.eval()
+    compiled(**padded(batch, 5))
+    model.train()
+    compiled(**padded(batch, 5)).logits.sum().backward()
+    with torch.no_grad():
+        compiled(**padded(batch, 5))
+    balance.step()
+    assert same(balance.load, expected)

@@ -11,6 +11,7 @@ from torch import nn
 
 import moesaic as ms
 from moesaic.hf.modules import moe_layers
+from moesaic.train.monitor.frame import total_of
 from moesaic.train.monitor.run_log import read_log
 
 E, K, T = 6, 2, 40
@@ -170,13 +171,14 @@ def test_a_trainer_that_resumes_goes_on_in_the_log_where_its_checkpoint_is(tmp_p
 
     training(5).train()
     first = read_log(tmp_path / "run").steps
-    training(5).train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-4"))
+    training(6).train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-4"))
     text = (tmp_path / "run" / "load.jsonl").read_text()
     log = read_log(tmp_path / "run")
-    assert [line["step"] for line in log.steps] == [1, 2, 3, 4, 5]
+    assert [line["step"] for line in log.steps] == [1, 2, 3, 4, 5, 6]
+    assert (log.header["total_steps"], total_of(log)) == (5, 6)  # it may be to be longer now
     assert log.steps[:4] == first[:4]
     assert text.count('"kind":"resume","step":4') == 1
-    with pytest.raises(ValueError, match=r"holds 5 steps of an earlier run: name another folder, or use resume=True"):
+    with pytest.raises(ValueError, match=r"holds 6 steps of an earlier run: name another folder, or use resume=True"):
         training(5).train()
     assert (tmp_path / "run" / "load.jsonl").read_text() == text
 
@@ -215,8 +217,8 @@ def test_alerts_go_to_the_log_and_to_stderr_once_also_over_a_resumption(tmp_path
     monitor.detach()
     told = capsys.readouterr().err.splitlines()
     assert told == [
-        "moesaic: step 20: a collapsed: 2 of 6 experts carry 99 % of 20 steps",
-        "moesaic: step 20: b collapsed: 2 of 6 experts carry 99 % of 20 steps",
+        "moesaic: step 20: a collapsed: 2 of 6 experts carry 99 % of the load of 20 steps",
+        "moesaic: step 20: b collapsed: 2 of 6 experts carry 99 % of the load of 20 steps",
         "moesaic: step 46: the loss is not finite",
         "moesaic: step 72: the loss is finite again",
     ]

@@ -106,7 +106,7 @@ class Judge:
                 continue
             about = {"of": len(each.load), "steps": self._steps}
             limit = COLLAPSED * bands["carriers"].mean * (SPREAD_OUT if ("collapsed", name) in self.active else 1)
-            collapsed = test.p_value <= SURE and numbers["carriers"] <= limit
+            collapsed = numbers["carriers"] <= limit  # which where DUE are due is no chance at all
             alerts += self._changed(step, "collapsed", name, collapsed, value=numbers["carriers"], **about)
             missed = len(dead(each, test, SURE))
             if (each.load >= BACK * each.load.mean()).all():

@@ -99,6 +99,9 @@ def test_layers_without_tokens_have_no_numbers_rather_than_healthy_ones(tmp_path
     for name in ("tokens", "percentiles", "max_vio", "chance", "dead", "hottest", "coldest"):
         assert line[name][0] is not None
         assert line[name][1] is None
+    model(draw())
+    monitor.step()
+    assert read_log(tmp_path).steps[1]["tokens"] == [T, T]  # K of the second layer is known by now
     monitor.detach()
 
 
@@ -197,6 +200,31 @@ def test_a_run_of_ones_own_goes_on_after_a_step(tmp_path):
     assert [line["step"] for line in read_log(tmp_path).steps] == [1, 2, 3]
     with pytest.raises(ValueError, match="is the log of another model"):
         ms.LoadMonitor(tmp_path).attach(small_model(), step=2)
+
+
+def test_a_run_that_goes_on_before_its_first_line_says_so_too(tmp_path):
+    ms.LoadMonitor(tmp_path, every=10).attach(Model())._release()  # as a kill does
+    monitor = ms.LoadMonitor(tmp_path, every=10, total_steps=30).attach(Model(), step=5)
+    monitor.detach()
+    log = read_log(tmp_path)
+    assert (log.resumed["step"], log.resumed["total_steps"], log.steps) == (5, 30, [])
+
+
+def test_a_loss_that_the_trainer_does_not_log_after_all_costs_no_line(tmp_path):
+    class State:
+        global_step, max_steps = 0, 3
+
+    class Control:
+        should_log = True
+
+    model, state = Model(), State()
+    monitor = ms.LoadMonitor(tmp_path)
+    monitor.on_train_begin(None, state, Control(), model=model)
+    for state.global_step in (1, 2, 3):
+        model(draw())
+        monitor.on_step_end(None, state, Control())
+    monitor.on_train_end(None, state, Control())
+    assert [line["step"] for line in read_log(tmp_path).steps] == [1, 2, 3]
 
 
 def collapse(model, monitor, steps: int) -> None:

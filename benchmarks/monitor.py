@@ -1,9 +1,10 @@
-"""What ms.LoadMonitor costs on this machine: optimizer steps with and without it in turn, one thread.
+"""What LoadMonitor, BiasBalance and BalanceLoss cost here: optimizer steps with and without them in turn, one thread.
 
 python benchmarks/monitor.py                       # the shipped model, and a random Qwen3-MoE, 8 layers of 64 experts
 python benchmarks/monitor.py --model shipped --rows 10
 
-The steps hold counting and a line of the log; loads are judged every 20 steps only, which is timed by itself.
+A share is the median over rounds of a step's CPU time over that of the unwatched step of the same round, less 1. The
+steps hold counting and a line of the log; loads are judged every 20 steps only, which is timed by itself.
 """
 
 import argparse
@@ -23,6 +24,7 @@ from moesaic.bench.recording import mid_size_model
 from moesaic.bench.timing import Entrant, interleave, spread
 from moesaic.hf.load import load_model
 from moesaic.hf.modules import moe_layers
+from moesaic.layer.losses import LOSSES
 from moesaic.train.monitor.alerts import SUSTAINED, Judge
 from moesaic.train.monitor.run_log import read_log
 
@@ -51,16 +53,15 @@ def main() -> None:
             base = spread(seconds[PLAIN]).median
             print(f"{name}, {ids.numel()} tokens a step, {options.rounds} rounds")
             for entrant in names:
-                found = spread(seconds[entrant])
-                middle, p10, p90 = (value * 1e3 for value in found[:3])
-                share = found.median / base - 1
+                middle, p10, p90 = (value * 1e3 for value in spread(seconds[entrant])[:3])
+                share = median(one / plain for one, plain in zip(seconds[entrant], seconds[PLAIN], strict=True)) - 1
                 print(f"{entrant:>24}: median {middle:8.2f} ms (p10 {p10:.2f}, p90 {p90:.2f}), {share:+.2%}")
             judging = judging_seconds(model, ids, Path(folder) / "judged")
             print(f"{'judging':>24}: {judging * 1e3:.2f} ms every {SUSTAINED} steps, {judging / SUSTAINED / base:+.2%}")
 
 
 def entrants_of(model: Any, ids: torch.Tensor, folder: Path, stack: ExitStack) -> list[Entrant]:
-    """The same step, watched by nobody, by a LoadMonitor with and without loads, and beside a BiasBalance."""
+    """The same step: watched by nobody, by a LoadMonitor with and without loads, balanced, and both."""
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-6)
     watchers: list[Any] = []
 
@@ -80,8 +81,9 @@ def entrants_of(model: Any, ids: torch.Tensor, folder: Path, stack: ExitStack) -
         return Entrant(name, prepare, step)
 
     several = [entrant(PLAIN), entrant("LoadMonitor", "monitor"), entrant("LoadMonitor, loads=True", "loads")]
+    several += [entrant(f"BalanceLoss, {kind}", kind) for kind in ("switch", "sequence", "global_batch")]
     if any("correction_bias" in name for name, _ in model.named_buffers()):
-        several += [entrant("BiasBalance", "balance"), entrant("BiasBalance and it", "balance", "monitor")]
+        several += [entrant("BiasBalance", "bias"), entrant("BiasBalance, LoadMonitor", "bias", "monitor")]
     return several
 
 
@@ -106,7 +108,10 @@ def judging_seconds(model: Any, ids: torch.Tensor, path: Path) -> float:
 def attached(model: Any, kinds: tuple[str, ...], path: Path, watchers: list[Any]) -> Iterator[None]:
     """Watchers on the model inside the block."""
     for kind in kinds:
-        new = ms.BiasBalance(0.0) if kind == "balance" else monitor(path, kind == "loads")
+        if kind in LOSSES:
+            new = ms.BalanceLoss(kind, 1e-9)
+        else:
+            new = ms.BiasBalance(0.0) if kind == "bias" else monitor(path, kind == "loads")
         watchers.append(new.attach(model))
     try:
         yield

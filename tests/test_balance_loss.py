@@ -332,8 +332,9 @@ def test_wrong_use_is_one_clear_error():
         BalanceLoss("aux", 0.1)
     with pytest.raises(ValueError, match="n_devices=2 does not matter to kind='switch'"):
         BalanceLoss("switch", 0.1, n_devices=2)
-    with pytest.raises(ValueError, match="max_devices=0 is no number of devices"):
-        BalanceLoss("communication", 0.1, max_devices=0)
+    for reach in (0, 5):
+        with pytest.raises(ValueError, match=f"max_devices={reach} of 4 devices cannot be: use 1 to 4, or leave it"):
+            BalanceLoss("communication", 0.1, n_devices=4, max_devices=reach).attach(model)
     with pytest.raises(ValueError, match="Linear has no module with a gate and fused experts"):
         BalanceLoss("switch", 0.1).attach(nn.Linear(2, 2))
     with pytest.raises(ValueError, match="all experts are on one device, which is always balanced: use n_devices=2"):

@@ -32,8 +32,8 @@ def healthy(path: Path, *more: dict, **values) -> Path:
 def test_a_finished_healthy_run_is_shown_with_all_that_its_log_says(run, tmp_path):
     code, out, err = run("watch", healthy(tmp_path / "run", END))
     assert (code, err) == (0, "")
-    assert "M  step 20 of 100 · 1.0 s a step · finished" in out
-    assert "loss 1.5 " in out
+    assert "M  step 20 of 100 · 1.0 s a step · stopped before its end" in out
+    assert "loss 1.500 " in out
     row = next(line for line in out.splitlines() if line.split()[:1] == ["a"])
     assert row.split() == [
         "a", "1.00", ".10–.50", "▁" * 10, "e2", "2.00x", "e0", "0.00x", "1", "-0.100", "+0.100", "within", "chance",
@@ -49,7 +49,7 @@ def test_a_finished_healthy_run_is_shown_with_all_that_its_log_says(run, tmp_pat
 def test_it_speaks_chinese(run, tmp_path):
     code, out, _ = run("watch", healthy(tmp_path, alert(7, True), alert(9, False), END), "--lang", "zh")
     assert code == 0
-    assert "第 20 步，共 100 步 · 每步 1.0 s · 已结束" in out
+    assert "第 20 步，共 100 步 · 每步 1.0 s · 提前停止" in out
     assert "在随机范围内" in out
     assert "没有坍缩，没有死掉的专家" in out
     assert "       9  解除  a: 有专家从未被选中" in out
@@ -104,17 +104,19 @@ def test_json_is_one_document_with_the_exit_code(run, tmp_path):
     ("arguments", "message"),
     [
         (["nowhere"], "nowhere/load.jsonl: there is no such file: give a folder that ms.LoadMonitor writes to"),
-        (["notes.jsonl"], "notes.jsonl: not a log of ms.LoadMonitor"),
+        (["."], "load.jsonl: there is no such file: give a folder that ms.LoadMonitor writes to, such as runs"),
+        (["notes.txt"], "notes.txt: not a log of ms.LoadMonitor: give one, or the folder that it is in"),
         (["empty.jsonl"], "empty.jsonl: empty so far, nothing to show: look again when training has begun"),
-        (["load.jsonl", "--lang", "fr"], "--lang 'fr' is unknown: use zh or en"),
-        (["load.jsonl", "--every", "0"], "--every 0.0 is no time to wait: give seconds, such as 2"),
-        (["load.jsonl", "--every", "nan"], "--every nan is no time to wait: give seconds, such as 2"),
+        (["runs", "--lang", "fr"], "--lang 'fr' is unknown: use zh or en"),
+        (["runs", "--every", "0"], "--every 0.0 is no time to wait: give seconds, such as 2"),
+        (["runs", "--every", "nan"], "--every nan is no time to wait: give seconds, such as 2"),
+        (["runs", "--every", "inf"], "--every inf is no time to wait: give seconds, such as 2"),
     ],
 )
 def test_mistakes_are_one_line_and_exit_code_2(run, tmp_path, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
-    written(tmp_path / "load.jsonl", step(1))
-    (tmp_path / "notes.jsonl").write_text("hello\n")
+    written(tmp_path / "runs" / "load.jsonl", step(1))
+    (tmp_path / "notes.txt").write_text("hello\n")
     (tmp_path / "empty.jsonl").write_text("")
     assert run("watch", *arguments) == (2, "", f"moesaic: {message}\n")
 
@@ -152,8 +154,9 @@ def rendered(log, **options) -> list[str]:
     return capture.get().splitlines()
 
 
-def many_layers(path: Path, count: int):
-    layers = [{"name": f"layers.{n}.mlp", "experts": 4, "config": "x", "bias": None} for n in range(count)]
+def many_layers(path: Path, count: int, names: list[str] | None = None):
+    names = names or [f"layers.{n}.mlp" for n in range(count)]
+    layers = [{"name": name, "experts": 4, "config": "x", "bias": None} for name in names]
     columns = {name: [value[0]] * count for name, value in step(1).items() if isinstance(value, list)}
     columns |= {"max_vio": [float(n) for n in range(count)], "load": [[n, 4, 8, 2] for n in range(count)]}
     text = [HEADER | {"layers": layers}, *[step(n, **columns) for n in range(1, 31)]]
@@ -174,17 +177,65 @@ def test_a_low_terminal_shows_the_layers_farthest_from_chance_and_says_how_many_
 @pytest.mark.parametrize("lang", ["en", "zh"])
 def test_a_narrow_terminal_shows_fewer_columns_and_cuts_none(tmp_path, lang):
     log = read_log(healthy(tmp_path, load=[[0, 4, 8, 2], [0] * 4]))
-    given_up = ("-0.100 +0.100", "e0 0.00x", "▁▁▁", "e2 2.00x")  # one after the other
+    given_up = ("-0.100 +0.100", "e0 0.00x", "▁▁▁", "e2 2.00x", ".10–.50", " 1  ")  # one after the other
     shown = []
-    for width in range(46, 130):
+    for width in range(32, 130):
         lines = rendered(log, now=50.0, width=width, lang=lang)
         assert "…" not in "".join(lines)
         row = next(line for line in lines if line.split()[:1] == ["a"])
-        assert ".10–.50" in row
+        assert " 1.00 " in row
         shown.append(sum(column in row for column in given_up))
         assert all(column in row for column in given_up[len(given_up) - shown[-1] :])
-    assert sorted(set(shown)) == [0, 1, 2, 3, 4]
+    assert sorted(set(shown)) == list(range(7))
     assert shown == sorted(shown)
+    for width in range(1, 32):
+        assert rendered(log, now=50.0, width=width, lang=lang)  # whatever may be read of it
+
+
+def test_layers_that_a_short_name_would_not_tell_apart_have_their_whole_one(tmp_path):
+    log = many_layers(tmp_path / "load.jsonl", 2, ["encoder.block.1.mlp", "decoder.block.1.mlp"])
+    log.add(alert(30, True, "dead", "encoder.block.1.mlp"))
+    lines = rendered(log, now=50.0)
+    assert [line.split()[0] for line in lines if ".block" in line and "▁" in line] == [
+        "encoder.block.1.mlp",
+        "decoder.block.1.mlp",
+    ]
+    assert any(line.startswith("decoder.block.1.mlp: experts over steps") for line in lines)
+    assert "        30  on  encoder.block.1.mlp: dead experts" in lines
+
+
+def test_a_layer_that_is_watched_by_itself_is_called_so_in_both_languages(tmp_path):
+    log = many_layers(tmp_path / "load.jsonl", 1, [""])
+    log.add(alert(30, True, "dead", ""))
+    for lang, named, dead in (("en", "the layer", "the layer: dead"), ("zh", "该层", "该层: 有专家从未被选中")):
+        lines = rendered(log, now=50.0, lang=lang)
+        assert sum(named in line for line in lines) == 3, lines  # its row, the strip's title, the alert
+        assert any(dead in line for line in lines)
+
+
+def test_alerts_that_are_on_are_shown_before_newer_ones_and_the_rest_is_counted(tmp_path):
+    log = many_layers(tmp_path / "load.jsonl", 1)
+    for number in range(3):
+        log.add(alert(10 * number, True, "collapsed", f"old.{number}"))
+    for number in range(3, 9):
+        log.add(alert(10 * number, True, "dead", "layers.0.mlp"))
+        log.add(alert(10 * number + 5, False, "dead", "layers.0.mlp"))
+    lines = rendered(log, now=50.0, height=40)
+    place = lines.index("alerts")
+    assert lines[place + 1 : place + 7] == [
+        "         0  on  old.0: collapsed",
+        "        10  on  old.1: collapsed",
+        "        20  on  old.2: collapsed",
+        "        80  on  layers.0: dead experts",
+        "        85  over  layers.0: dead experts",
+        "  and 10 more in the log",
+    ]
+
+
+def test_a_run_that_was_stopped_before_its_last_step_is_not_called_finished(tmp_path):
+    for last, said in ((20, "stopped before its end"), (100, "finished")):
+        log = read_log(written(tmp_path / "load.jsonl", *[step(n) for n in (19, last)], END))
+        assert rendered(log, now=145.0)[0].endswith(said)
 
 
 def test_a_strip_of_experts_over_steps_is_drawn_of_the_worst_layer_where_it_fits(tmp_path):
@@ -249,5 +300,5 @@ def test_a_running_job_is_followed_until_it_ends_or_ctrl_c(tmp_path):
         os.close(above)
         assert b"Traceback" not in rest
         assert rest.rstrip().endswith(b"config abc")
-        assert (b"finished" in rest) == (ending == "end")
+        assert (b"stopped before its end" in rest) == (ending == "end")
         folder = healthy(tmp_path / "again", time=time.time())

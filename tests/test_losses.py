@@ -95,7 +95,7 @@ def test_the_switch_loss_is_its_definition(scoring):
 def test_the_sequence_loss_counts_the_unbiased_top_k_of_each_sequence():
     """Groups and bias choose other experts; they do not matter to it. The mean is over sequences, not over tokens."""
     config = config_of(scoring_func="sigmoid", topk_method="noaux_tc", n_group=4, topk_group=1)
-    lengths = (3, 8, 5)
+    lengths = (3, 8, 1)
     logits = torch.randn(sum(lengths), E, dtype=torch.float64)
     routing = routed(logits, config, torch.randn(E, dtype=torch.float64))
     sequences = torch.repeat_interleave(torch.arange(3), torch.tensor(lengths))
@@ -138,6 +138,21 @@ def test_devices_count_as_deepseek_v2_says():
     assert communication_loss(routing, config).item() == pytest.approx(expected)
     with pytest.raises(ValueError, match="n_devices=3 does not divide n_routed_experts=16"):
         device_loss(routing, config, n_devices=3)
+
+
+def test_a_token_may_reach_the_devices_that_its_experts_can_lie_on_unless_groups_or_you_say_fewer():
+    """Each of 16 tokens has an expert on each of four devices, and every expert four tokens."""
+    config = config_of()
+    ids = torch.stack([torch.arange(4) * 4 + t % 4 for t in range(16)])
+    routing = Routing(torch.zeros(16, E, dtype=torch.float64), torch.ones(16, K), ids)
+    assert communication_loss(routing, config, n_devices=4).item() == pytest.approx(1.0)
+    assert communication_loss(routing, config, n_devices=8).item() == pytest.approx(1.0)  # K reach four of them
+    assert communication_loss(routing, config, n_devices=4, max_devices=2).item() == pytest.approx(2.0)
+    grouped = config_of(n_group=4, topk_group=2)
+    assert communication_loss(routing, grouped).item() == pytest.approx(2.0)
+    assert communication_loss(routing, grouped, n_devices=8).item() == pytest.approx(1.0)
+    with pytest.raises(ValueError, match="max_devices=5 of 4 devices cannot be: use 1 to 4, or leave it out"):
+        communication_loss(routing, config, n_devices=4, max_devices=5)
 
 
 @pytest.mark.parametrize("scoring", ["softmax", "sigmoid", "sqrtsoftplus"])

@@ -11,6 +11,7 @@ from torch import nn
 
 import moesaic as ms
 from moesaic.hf.modules import moe_layers
+from moesaic.train.monitor.frame import total_of
 from moesaic.train.monitor.run_log import read_log
 
 E, K, T = 6, 2, 40
@@ -98,6 +99,9 @@ def test_layers_without_tokens_have_no_numbers_rather_than_healthy_ones(tmp_path
     for name in ("tokens", "percentiles", "max_vio", "chance", "dead", "hottest", "coldest"):
         assert line[name][0] is not None
         assert line[name][1] is None
+    model(draw())
+    monitor.step()
+    assert read_log(tmp_path).steps[1]["tokens"] == [T, T]  # K of the second layer is known by now
     monitor.detach()
 
 
@@ -170,13 +174,14 @@ def test_a_trainer_that_resumes_goes_on_in_the_log_where_its_checkpoint_is(tmp_p
 
     training(5).train()
     first = read_log(tmp_path / "run").steps
-    training(5).train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-4"))
+    training(6).train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-4"))
     text = (tmp_path / "run" / "load.jsonl").read_text()
     log = read_log(tmp_path / "run")
-    assert [line["step"] for line in log.steps] == [1, 2, 3, 4, 5]
+    assert [line["step"] for line in log.steps] == [1, 2, 3, 4, 5, 6]
+    assert (log.header["total_steps"], total_of(log)) == (5, 6)  # it may be to be longer now
     assert log.steps[:4] == first[:4]
     assert text.count('"kind":"resume","step":4') == 1
-    with pytest.raises(ValueError, match=r"holds 5 steps of an earlier run: name another folder, or use resume=True"):
+    with pytest.raises(ValueError, match=r"holds 6 steps of an earlier run: name another folder, or use resume=True"):
         training(5).train()
     assert (tmp_path / "run" / "load.jsonl").read_text() == text
 
@@ -197,6 +202,31 @@ def test_a_run_of_ones_own_goes_on_after_a_step(tmp_path):
         ms.LoadMonitor(tmp_path).attach(small_model(), step=2)
 
 
+def test_a_run_that_goes_on_before_its_first_line_says_so_too(tmp_path):
+    ms.LoadMonitor(tmp_path, every=10).attach(Model())._release()  # as a kill does
+    monitor = ms.LoadMonitor(tmp_path, every=10, total_steps=30).attach(Model(), step=5)
+    monitor.detach()
+    log = read_log(tmp_path)
+    assert (log.resumed["step"], log.resumed["total_steps"], log.steps) == (5, 30, [])
+
+
+def test_a_loss_that_the_trainer_does_not_log_after_all_costs_no_line(tmp_path):
+    class State:
+        global_step, max_steps = 0, 3
+
+    class Control:
+        should_log = True
+
+    model, state = Model(), State()
+    monitor = ms.LoadMonitor(tmp_path)
+    monitor.on_train_begin(None, state, Control(), model=model)
+    for state.global_step in (1, 2, 3):
+        model(draw())
+        monitor.on_step_end(None, state, Control())
+    monitor.on_train_end(None, state, Control())
+    assert [line["step"] for line in read_log(tmp_path).steps] == [1, 2, 3]
+
+
 def collapse(model, monitor, steps: int) -> None:
     for _ in range(steps):
         model(torch.tensor([[0, 1]]).expand(T, K))
@@ -215,8 +245,8 @@ def test_alerts_go_to_the_log_and_to_stderr_once_also_over_a_resumption(tmp_path
     monitor.detach()
     told = capsys.readouterr().err.splitlines()
     assert told == [
-        "moesaic: step 20: a collapsed: 2 of 6 experts carry 99 % of 20 steps",
-        "moesaic: step 20: b collapsed: 2 of 6 experts carry 99 % of 20 steps",
+        "moesaic: step 20: a collapsed: 2 of 6 experts carry 99 % of the load of 20 steps",
+        "moesaic: step 20: b collapsed: 2 of 6 experts carry 99 % of the load of 20 steps",
         "moesaic: step 46: the loss is not finite",
         "moesaic: step 72: the loss is finite again",
     ]

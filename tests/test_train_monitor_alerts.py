@@ -71,9 +71,30 @@ def test_a_collapse_is_told_once_when_it_begins_and_once_when_it_ends():
         (2 * SUSTAINED, "collapsed", "layer", True),
         (5 * SUSTAINED, "collapsed", "layer", False),
     ]
-    assert alerts[0].message == f"layer collapsed: 4 of 32 experts carry 99 % of {SUSTAINED} steps"
+    assert alerts[0].message == f"layer collapsed: 4 of 32 experts carry 99 % of the load of {SUSTAINED} steps"
     assert [v["status"] for v in verdicts] == [["chance"], *[["collapsed"]] * 3, ["chance"], ["chance"]]
     assert [(v["from"], v["step"]) for v in verdicts[:2]] == [(1, SUSTAINED), (SUSTAINED + 1, 2 * SUSTAINED)]
+
+
+def carried_by(count: int, tokens: int = 96) -> np.ndarray:
+    """A load of which that many experts have all but 0.9 %, which the others share."""
+    load = np.full(E, tokens * K * 0.009 / (E - count))
+    load[:count] = tokens * K * 0.991 / count
+    return load * 100
+
+
+def test_a_collapse_at_its_limit_is_one_alert_and_ends_where_it_is_clearly_over():
+    """Half of the experts are a collapse; a layer that wavers about that has one that goes on."""
+    course = [18, 16, 17, 16, 18, 19, 20, 18]
+    verdicts, alerts = judged([[carried_by(count)] for count in course for _ in range(SUSTAINED)])
+    assert [v["status"] == ["collapsed"] for v in verdicts] == [count <= 16 for count in course]
+    assert [(a.step // SUSTAINED, a.begins) for a in alerts] == [(2, True), (7, False)]
+
+
+def test_a_layer_without_a_name_is_the_layer_in_an_alert():
+    alerts = judged([[collapsed_load(5)]] * SUSTAINED, layers=("",))[1]
+    assert alerts[0].message.startswith("the layer collapsed: 4 of 32")
+    assert alerts[0].layer == ""
 
 
 def test_experts_that_every_batch_picks_anew_are_no_collapse_and_one_strange_batch_is_none():
@@ -95,14 +116,15 @@ def test_dead_experts_are_told_from_a_twentieth_of_a_layer_on(missing, told):
         assert alerts[0].message == f"layer: {missing} of 32 experts never chosen in {SUSTAINED} steps"
 
 
-def test_the_alert_of_dead_experts_ends_when_all_are_back_not_when_one_is():
+def test_the_alert_of_dead_experts_ends_when_all_are_back_not_when_one_is_or_a_token_strays():
     alive = MoEConfig(hidden_size=1, n_routed_experts=E - 1, num_experts_per_tok=K)
     one = np.pad(random_loads(alive, SUSTAINED, 96), ((0, 0), (1, 0)))
-    two = one.copy()
+    two, strays = one.copy(), one.copy()
     two[:, 1] = 0
-    loads = np.concatenate([two, one, two, one, random_loads(PLAIN, SUSTAINED, 96)])
+    strays[0, 0] = 2  # of 240 that are due
+    loads = np.concatenate([two, one, strays, two, one, random_loads(PLAIN, SUSTAINED, 96)])
     alerts = judged(loads[:, None])[1]
-    assert [(a.step, a.begins) for a in alerts] == [(SUSTAINED, True), (5 * SUSTAINED, False)]
+    assert [(a.step, a.begins) for a in alerts] == [(SUSTAINED, True), (6 * SUSTAINED, False)]
 
 
 def test_too_few_tokens_are_gathered_until_they_can_be_judged_and_no_tokens_never_are():

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moesaic.train.monitor import run_log
-from moesaic.train.monitor.run_log import LogReader, log_path, open_log, read_log
+from moesaic.train.monitor.run_log import LogReader, log_path, open_log, read_log, reader_of
 
 HEADER = {
     "kind": "run", "format": "moesaic-load", "version": 1, "time": 1.0, "model": "M", "config": "abc", "after": 0,
@@ -52,6 +52,8 @@ def test_a_folder_holds_its_log_under_one_name_and_a_jsonl_is_itself(tmp_path):
     assert log_path(tmp_path / "x.jsonl") == tmp_path / "x.jsonl"
     (tmp_path / "folder.jsonl").mkdir()
     assert log_path(tmp_path / "folder.jsonl") == tmp_path / "folder.jsonl" / "load.jsonl"
+    (tmp_path / "training.json").write_text("{}")
+    assert log_path(tmp_path / "training.json") == tmp_path / "training.json"
 
 
 def test_what_is_written_is_read_again(tmp_path):
@@ -195,7 +197,7 @@ DAMAGED = {
 def test_a_damaged_line_is_named_and_nothing_worse_happens(tmp_path, line):
     path = written(tmp_path / "load.jsonl", step(1))
     path.write_bytes(path.read_bytes() + line + b"\n")
-    with pytest.raises(ValueError, match="line 3 is damaged: "):
+    with pytest.raises(ValueError, match=r"line 3 is damaged \(.+\): take it out, or all from there on"):
         read_log(path)
 
 
@@ -224,7 +226,7 @@ def test_a_reader_follows_a_log_that_grows_is_cut_and_begun_again(tmp_path):
 def test_of_a_long_log_every_other_line_is_held_and_always_the_newest(tmp_path):
     for length in (15, 16, 17, 250):
         path = written(tmp_path / "load.jsonl", *[step(n) for n in range(1, length + 1)])
-        found = numbers(read_log(path, most=8))
+        found = numbers(reader_of(path, most=8).log)
         assert len(found) <= 16
         assert found[-1] == length
         assert len(found) == length or {b - a for a, b in pairwise(found)} != {1}

@@ -9,8 +9,9 @@ import typer
 from moesaic.cli.output import check_lang, print_json
 
 if TYPE_CHECKING:
-    from moesaic.train.monitor.run_log import RunLog
+    from moesaic.train.monitor.run_log import LogReader, RunLog
 
+DAY = 86400.0
 MOST = 512  # step lines that are held: twice that is more than any curve here can show
 
 
@@ -28,21 +29,21 @@ def watch(
     or nothing judged yet.
     """
     check_lang(lang)
-    if not every > 0:
+    if not 0 < every <= DAY:
         raise ValueError(f"--every {every} is no time to wait: give seconds, such as 2")
     from rich.console import Console
 
     from moesaic.train.monitor.frame import frame, outcome, outcome_words
-    from moesaic.train.monitor.run_log import read_log
+    from moesaic.train.monitor.run_log import reader_of
 
-    log = read_log(run, most=MOST)
-    console = Console()
+    reader = reader_of(run, most=MOST)
+    log, console = reader.log, Console()
     if as_json:
         print_json(_json(log))
     elif once or not console.is_terminal or log.end is not None:
         console.print(frame(log, now=time.time(), lang=lang, width=console.width))
     else:
-        log = _follow(run, console, every, lang)
+        log = _follow(reader, console, every, lang)
     code = outcome(log)
     if code == 2 and not as_json:
         raise ValueError(outcome_words(log, lang))
@@ -50,15 +51,13 @@ def watch(
         raise typer.Exit(code)
 
 
-def _follow(run: Path, console: Any, every: float, lang: str) -> "RunLog":
+def _follow(reader: "LogReader", console: Any, every: float, lang: str) -> "RunLog":
     """Look again and again, until the run has finished or Ctrl-C; the last picture stays."""
     from rich.live import Live
 
     from moesaic.train.monitor.frame import frame
-    from moesaic.train.monitor.run_log import LogReader, log_path
 
-    reader = LogReader(log_path(run), most=MOST)
-    log = reader.poll()
+    log = reader.log
 
     def picture(height: int | None) -> Any:
         return frame(log, now=time.time(), lang=lang, width=console.width, height=height)

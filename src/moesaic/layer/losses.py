@@ -98,14 +98,15 @@ def communication_loss(
     """The communication loss of DeepSeek-V2 (arXiv 2405.04434, eq. 29-31): no device gets more tokens than others.
 
     f_d = D / (M T) * sum_t [t was sent to d]: a token counts once, however many of the experts there it chose.
-    n_devices: D; max_devices: M, how many a token may reach. The config's n_group and topk_group unless given. 1 at
+    n_devices: D, the config's n_group unless given; max_devices: M, how many a token may reach, see `reachable`. 1 at
     perfect balance of tokens that reach M devices each; where they reach fewer it is smaller.
     """
     p = probabilities(routing, config, mask)
     d, n_tokens = devices(config, n_devices), token_count(p, mask)
+    m = reachable(config, d, max_devices)
     where = masked_ids(routing, config, mask) // (config.n_routed_experts // d)
     reached = p.new_zeros(len(p), d + 1).scatter(1, where, 1.0)[:, :d].sum(0)  # "no expert" lies on no device
-    f = reached * d / ((max_devices or config.topk_group) * n_tokens)
+    f = reached * d / (m * n_tokens)
     return (f * (p.sum(0) / n_tokens).unflatten(0, (d, -1)).sum(-1)).sum()
 
 
@@ -188,6 +189,15 @@ def devices(config: MoEConfig, n_devices: int | None) -> int:
             "equally many experts each"
         )
     return d
+
+
+def reachable(config: MoEConfig, d: int, max_devices: int | None) -> int:
+    """M: unless given, topk_group where the D devices are the config's groups, else as many as K experts can lie on."""
+    if max_devices is None:
+        return config.topk_group if d == config.n_group else min(config.num_experts_per_tok, d)
+    if not 1 <= max_devices <= d:
+        raise ValueError(f"max_devices={max_devices} of {d} devices cannot be: use 1 to {d}, or leave it out")
+    return max_devices
 
 
 # other libraries' scales

@@ -14,7 +14,7 @@ from moesaic.config import MoEConfig
 from moesaic.hf.added_bias import RULE
 from moesaic.hf.modules import MoELayer, moe_layers, parameters_of
 from moesaic.hf.outputs import read_router
-from moesaic.layer.losses import LOSSES, devices
+from moesaic.layer.losses import LOSSES, devices, reachable
 from moesaic.trace.recording.calls import listening
 from moesaic.trace.recording.forwards import models_in
 from moesaic.train.injection import Ledger, ledger_of
@@ -36,7 +36,8 @@ class BalanceLoss(TrainerCallback):
     kind: "switch", "sequence", "global_batch", "device", "communication" or "z" (see moesaic.layer.losses; all but z
         are 1 at perfect balance). Several kinds may be attached to one model.
     alpha: how much of it, over 0. May be set anew at any time.
-    n_devices, max_devices: of "device" and "communication"; the config's n_group and topk_group unless given.
+    n_devices, max_devices: of "device" and "communication"; the config's groups, and how many of them a token may
+        reach, unless given.
     group: the data-parallel process group of "global_batch"; all ranks unless given.
 
     Forward values do not change: the gradient is added where the router's weights pass, times the gradient that the
@@ -160,12 +161,8 @@ def _check_devices(kind: str, n_devices: int | None, max_devices: int | None) ->
         ("n_devices", n_devices, ("device", "communication")),
         ("max_devices", max_devices, ("communication",)),
     ):
-        if value is None:
-            continue
-        if kind not in kinds:
+        if value is not None and kind not in kinds:
             raise ValueError(f"{name}={value} does not matter to kind={kind!r}: leave it out, or use {kinds[-1]!r}")
-        if value < 1:
-            raise ValueError(f"{name}={value} is no number of devices: use 1 or more")
 
 
 def _with_its_rule(layer: MoELayer) -> MoELayer:
@@ -182,10 +179,13 @@ def _check_layer(layer: MoELayer, kind: str, options: dict[str, int]) -> None:
             f"{layer.name}: how {type(layer.router).__name__} scores is not known here, so there is no loss to make of "
             "it: use the model's own, where it has one"
         )
-    if kind in ("device", "communication") and devices(layer.config, options.get("n_devices")) == 1:
-        raise ValueError(
-            f"{layer.name}: all experts are on one device, which is always balanced: use n_devices=2 or more"
-        )
+    if kind in ("device", "communication"):
+        d = devices(layer.config, options.get("n_devices"))
+        if d == 1:
+            raise ValueError(
+                f"{layer.name}: all experts are on one device, which is always balanced: use n_devices=2 or more"
+            )
+        reachable(layer.config, d, options.get("max_devices"))
 
 
 def _hook(hooks: ExitStack, module: nn.Module, attribute: str, after: Any, *, with_kwargs: bool = False) -> None:

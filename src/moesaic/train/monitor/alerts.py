@@ -8,15 +8,17 @@ import numpy as np
 from moesaic.config import MoEConfig
 from moesaic.trace.chance.bands import balance_numbers
 from moesaic.trace.chance.documents import LoadCounts
-from moesaic.trace.shown import visible
-from moesaic.trace.statistics.verdict import UNJUDGED, LoadTest, dead, judge_loads, status_of
+from moesaic.trace.shown import short_layer, visible
+from moesaic.trace.statistics.verdict import COLLAPSED, UNJUDGED, LoadTest, dead, judge_loads, status_of
 from moesaic.train.monitor.numbers import chance, tokens_of
 
 SUSTAINED = 20  # steps are judged together: one strange batch, a long document say, is an accident
 DUE = 32  # assignments per expert among them: where so many are due, none at all has a chance of 1e-14
 SEEN = 0.05  # chance of calling any layer of one judgement uneven where it is not, as in `moesaic stats`
 SURE = 1e-6  # the same for an alert: 100,000 steps are 5000 judgements, and 1 such run in 200 may cry wolf
-DEAD_SHARE = 0.05  # of a layer's experts: that part of its parameters learns nothing; ends when all are back
+SPREAD_OUT = 1.2  # times COLLAPSED: where a collapse ends. A layer near its limit would begin one every 40 steps
+DEAD_SHARE = 0.05  # of a layer's experts: that part of its parameters learns nothing
+BACK = 0.01  # of its fair share: with less in all the steps an expert is as good as dead, and so is an alert of some
 DRIFT = 1.0  # by which the mean of a bias moved, or its range grew: sigmoid and softmax scores lie within 1, so the
 # bias outweighs them; and near 1 bfloat16 has steps of 0.008, so that a cast takes eight steps of 0.001 away
 CALM = 0.9  # of DRIFT: where the alert ends, so that it does not flicker
@@ -24,7 +26,8 @@ GRADIENTS = 3  # logged norms in a row that are not finite: a single one is how 
 
 BAD = ("collapsed", "dead", "loss", "gradient")  # alerts that make a run's verdict bad; a drift is a warning
 WORDS = {
-    "collapsed": ("{layer} collapsed: {value:g} of {of} experts carry 99 % of {steps} steps", "{layer}: collapse over"),
+    "collapsed": ("{layer} collapsed: {value:g} of {of} experts carry 99 % of the load of {steps} steps",
+                  "{layer}: collapse over"),
     "dead": ("{layer}: {value:g} of {of} experts never chosen in {steps} steps", "{layer}: no dead experts any more"),
     "drift": ("{layer}: its bias moved {value:g} away (mean, or range) from where it began", "{layer}: bias back"),
     "loss": ("the loss is not finite", "the loss is finite again"),
@@ -101,10 +104,12 @@ class Judge:
             statuses.append(status)
             if status in UNJUDGED:
                 continue
-            missed, about = len(dead(each, test, SURE)), {"of": len(each.load), "steps": self._steps}
-            collapsed = status == "collapsed" and test.p_value <= SURE
+            about = {"of": len(each.load), "steps": self._steps}
+            limit = COLLAPSED * bands["carriers"].mean * (SPREAD_OUT if ("collapsed", name) in self.active else 1)
+            collapsed = numbers["carriers"] <= limit  # which where DUE are due is no chance at all
             alerts += self._changed(step, "collapsed", name, collapsed, value=numbers["carriers"], **about)
-            if not missed:
+            missed = len(dead(each, test, SURE))
+            if (each.load >= BACK * each.load.mean()).all():
                 alerts += self._changed(step, "dead", name, False)
             elif missed >= DEAD_SHARE * len(each.load) and not collapsed:  # which says it already
                 alerts += self._changed(step, "dead", name, True, value=missed, **about)
@@ -128,7 +133,7 @@ class Judge:
         if ((kind, layer) in self.active) == on:
             return []
         (self.active.add if on else self.active.discard)((kind, layer))
-        shown = "" if layer is None else visible(layer, 80)
+        shown = "" if layer is None else visible(layer, 80) or short_layer(layer)
         return [Alert(step, kind, layer, on, WORDS[kind][not on].format(layer=shown, **values))]
 
 

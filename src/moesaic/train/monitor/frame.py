@@ -13,7 +13,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from moesaic.trace.shown import short, short_layer, sparkline, visible, words_of
+from moesaic.trace.shown import short, short_layers, sparkline, visible, words_of
 from moesaic.trace.statistics.load_table import STYLES
 from moesaic.trace.statistics.verdict import HOT, STARVED, STATUSES, UNJUDGED
 from moesaic.train.monitor.alerts import BAD, SUSTAINED
@@ -22,7 +22,7 @@ from moesaic.train.monitor.run_log import Line, RunLog
 WORDS = {
     "en": {
         "step": "step {step:,}", "of": " of {total:,}", "speed": "{speed} a step", "left": "{left} left",
-        "finished": "finished", "running": "last line {age} ago",
+        "finished": "finished", "stopped": "stopped before its end", "running": "last line {age} ago",
         "silent": "silent for {age}: stopped, killed or busy",
         "loss": "loss", "no_steps": "no step yet",
         "columns": ("layer", "MaxVio", "chance\n5–95 %", "so far", "hottest", "coldest", "dead", "bias",
@@ -30,6 +30,7 @@ WORDS = {
         "calmer": "+{n} layers closer to chance; a taller terminal shows more", "unjudged": "not judged yet",
         "strip": "{layer}: experts over steps; load ░ below {low:g}x, ▒ to {high:g}x, ▓ to 2x, █ beyond",
         "alerts": "alerts", "no_alerts": "no alerts", "on": "on", "over": "over", "whole": "the run",
+        "more": "  and {n} more in the log", "comma": ", ",
         "kinds": {"collapsed": "collapsed", "dead": "dead experts", "drift": "bias drifted away",
                   "loss": "loss not finite", "gradient": "gradient not finite"},
         "outcome": ("no collapse, no dead experts", "sick: {what}",
@@ -38,13 +39,14 @@ WORDS = {
     },
     "zh": {
         "step": "第 {step:,} 步", "of": "，共 {total:,} 步", "speed": "每步 {speed}", "left": "还需 {left}",
-        "finished": "已结束", "running": "{age}前有新的一行",
-        "silent": "已 {age}没有新内容：停了、被杀掉，或者在忙别的",
+        "finished": "已结束", "stopped": "提前停止", "running": "{age} 前有新的一行",
+        "silent": "已有 {age} 没有新内容：停了、被杀掉，或者在忙别的",
         "loss": "损失", "no_steps": "还没有走完一步",
         "columns": ("层", "MaxVio", "随机\n5–95 %", "走势", "最忙", "最闲", "未用", "偏置", "结论"),
         "calmer": "另有 {n} 层更接近随机，终端高一些就能看到", "unjudged": "尚未判断",
         "strip": "{layer}：各专家的负载随步数的变化；░ 低于均值的 {low:g} 倍，▒ 到 {high:g} 倍，▓ 到 2 倍，█ 更高",
         "alerts": "警报", "no_alerts": "没有警报", "on": "开始", "over": "解除", "whole": "整个训练",
+        "more": "  日志里还有 {n} 条", "comma": "、",
         "kinds": {"collapsed": "坍缩", "dead": "有专家从未被选中", "drift": "偏置漂移",
                   "loss": "损失不是有限值", "gradient": "梯度不是有限值"},
         "outcome": ("没有坍缩，没有死掉的专家", "有问题：{what}", "还没有结论：需要 {n} 步和足够的 token"),
@@ -52,13 +54,13 @@ WORDS = {
     },
 }  # fmt: skip
 COLUMNS = ("layer", "max_vio", "chance", "course", "hottest", "coldest", "dead", "bias", "verdict")
-NARROW = ("bias", "coldest", "course", "hottest")  # what a narrow terminal shows first not
+NARROW = ("bias", "coldest", "course", "hottest", "chance", "dead")  # what a narrow terminal shows first not
 GAP = 3  # characters between columns
 SILENT = 10.0  # times the usual time between lines, and
 PATIENCE = 60.0  # seconds at least: evaluating and saving take their time
 CURVE, COURSE = 60, 10  # characters of the curves of loss and MaxVio
 STRIP_ROWS, MOST_ALERTS = 8, 5
-OTHER_LINES = 14  # of a frame, beside layers and strip
+OTHER_LINES = 13  # of a frame, beside layers, strip and alerts
 
 
 def outcome(log: RunLog) -> int:
@@ -72,7 +74,7 @@ def outcome(log: RunLog) -> int:
 def outcome_words(log: RunLog, lang: str = "en") -> str:
     words = words_of(WORDS, lang)
     kinds = dict.fromkeys(words["kinds"].get(kind, kind) for kind, _ in log.active if kind in BAD)
-    return words["outcome"][outcome(log)].format(what=", ".join(kinds), n=SUSTAINED)
+    return words["outcome"][outcome(log)].format(what=words["comma"].join(kinds), n=SUSTAINED)
 
 
 def frame(log: RunLog, *, now: float, lang: str = "en", width: int = 100, height: int | None = None) -> RenderableType:
@@ -81,13 +83,16 @@ def frame(log: RunLog, *, now: float, lang: str = "en", width: int = 100, height
     parts: list[RenderableType] = [_title(log, now, words)]
     if not log.steps:
         return Group(*parts, Text(words["no_steps"], style="dim"), *_footer(log, words))
-    room = None if height is None else max(1, height - OTHER_LINES - min(len(log.alerts), MOST_ALERTS))
-    strip = _strip(log, words, width) if room is None or room >= STRIP_ROWS + 4 else []
+    names = _names(log, lang)
+    alerts = _alerts(log, words, names)
+    room = None if height is None else max(1, height - OTHER_LINES - len(alerts))
+    strip = _strip(log, words, names, width) if room is None or room >= STRIP_ROWS + 4 else []
     rows = None if room is None else max(1, room - len(strip))
     loss = [float(line["loss"]) for line in log.steps if line.get("loss") is not None]
     if loss:
-        parts.append(Text(f"{words['loss']} {loss[-1]:.4g}  ").append(curve(loss, min(CURVE, width - 20)), "cyan"))
-    parts += [_layers(log, words, lang, width, rows), *strip, *_alerts(log, words)]
+        course = curve(loss, max(1, min(CURVE, width - 20)))
+        parts.append(Text(f"{words['loss']} {loss[-1]:#.4g}  ").append(course, "cyan"))
+    parts += [_layers(log, words, names, lang, width, rows), *strip, *alerts]
     style = ("green", "bold red", "dim")[outcome(log)]
     return Group(*parts, Text(outcome_words(log, lang), style), *_footer(log, words))
 
@@ -131,7 +136,8 @@ def steps_of(log: RunLog) -> int:
 
 
 def total_of(log: RunLog) -> int | None:
-    total = log.header.get("total_steps")
+    """How many steps there are to be, as whoever went on with the run last knew it."""
+    total = (log.resumed or log.header).get("total_steps")
     return total if isinstance(total, int) else None
 
 
@@ -142,7 +148,7 @@ def _title(log: RunLog, now: float, words: dict[str, Any]) -> Text:
     if speed is not None:
         facts.append(words["speed"].format(speed=duration(speed)))
     if log.end is not None:
-        facts.append(words["finished"])
+        facts.append(words["finished" if total is None or done >= total else "stopped"])
     elif log.steps:
         age = max(0.0, now - log.steps[-1]["time"])
         quiet = age > max(PATIENCE, SILENT * (speed or 0.0) * log.steps[-1].get("steps", 1))
@@ -152,11 +158,20 @@ def _title(log: RunLog, now: float, words: dict[str, Any]) -> Text:
     return title.append("  " + " · ".join(facts), style="not bold")
 
 
-def _layers(log: RunLog, words: dict[str, Any], lang: str, width: int, rows: int | None) -> RenderableType:
+def _names(log: RunLog, lang: str) -> dict[str, str]:
+    """What each layer is called here."""
+    names = [layer["name"] for layer in log.layers]
+    return dict(zip(names, short_layers(names, lang), strict=True))
+
+
+def _layers(
+    log: RunLog, words: dict[str, Any], names: dict[str, str], lang: str, width: int, rows: int | None
+) -> RenderableType:
     """A row a layer, as many as there is room for; columns give way in the order of NARROW."""
     order = _by_excess(log)
     order = sorted(order if rows is None else order[:rows])
-    columns = dict(zip(COLUMNS, zip(*(_cells(log, row, words, lang) for row in order), strict=True), strict=True))
+    cells = [[Text(names[log.layers[row]["name"]]), *_cells(log, row, words, lang)] for row in order]
+    columns = dict(zip(COLUMNS, zip(*cells, strict=True), strict=True))
     heads = dict(zip(COLUMNS, words["columns"], strict=True))
     wide = {
         name: max(cell_len(text) for text in [*heads[name].split("\n"), *(cell.plain for cell in cells)]) + GAP
@@ -176,18 +191,17 @@ def _layers(log: RunLog, words: dict[str, Any], lang: str, width: int, rows: int
 
 
 def _cells(log: RunLog, row: int, words: dict[str, Any], lang: str) -> list[Text]:
-    """What each of COLUMNS says of a layer."""
-    last, name = log.steps[-1], Text(short_layer(log.layers[row]["name"], lang))
+    """What each of COLUMNS after the first says of a layer."""
+    last = log.steps[-1]
     status = log.verdicts[-1]["status"][row] or "" if log.verdicts else ""
     told = STATUSES.get(status, {}).get(lang) or visible(status, 30) or words["unjudged"]
     verdict = Text(told, STYLES.get(status, "dim"))
     if last["max_vio"][row] is None:
-        return [name, *[Text("–", "dim")] * 6, _bias(last["bias"][row]), verdict]
+        return [*[Text("–", "dim")] * 6, _bias(last["bias"][row]), verdict]
     value, (low, high), share = last["max_vio"][row], last["chance"][row], last["percentiles"][row]
     course = [math.nan if line["max_vio"][row] is None else line["max_vio"][row] for line in log.steps]
     dead = last["dead"][row]
     return [
-        name,
         Text(short(value, 2), "bold" if value > high else ""),
         Text(f"{short(low, 2)}–{short(high, 2)}", "dim"),
         Text(curve(course, COURSE)),
@@ -216,14 +230,14 @@ def _by_excess(log: RunLog) -> list[int]:
     return sorted(range(len(log.layers)), key=excess, reverse=True)
 
 
-def _strip(log: RunLog, words: dict[str, Any], width: int) -> list[Text]:
+def _strip(log: RunLog, words: dict[str, Any], names: dict[str, str], width: int) -> list[Text]:
     """Experts over steps in the layer farthest beyond chance, where the log has every expert's load and it fits."""
     row = _by_excess(log)[0]
     lines = [line for line in log.steps if line.get("load") and line["load"][row]]
     n_experts = log.layers[row]["experts"]
     if not lines or n_experts > width - 12 or any(len(line["load"][row]) != n_experts for line in lines):
         return []
-    head = words["strip"].format(layer=short_layer(log.layers[row]["name"]), low=STARVED, high=HOT)
+    head = words["strip"].format(layer=names[log.layers[row]["name"]], low=STARVED, high=HOT)
     shown = [Text(head, "dim")]
     bins = min(STRIP_ROWS, len(lines))
     for place in range(bins):
@@ -239,18 +253,21 @@ def _shade(load: float, mean: float) -> str:
     return "░▒▓█"[sum(load > mean * limit for limit in (STARVED, HOT, 2.0))]
 
 
-def _alerts(log: RunLog, words: dict[str, Any]) -> list[Text]:
+def _alerts(log: RunLog, words: dict[str, Any], names: dict[str, str]) -> list[Text]:
+    """The newest alerts, those that are on before others, in the order of the log."""
     if not log.alerts:
         return [Text(words["no_alerts"], "dim")]
-    shown, active = [Text(words["alerts"], "bold")], log.active
-    for line in log.alerts[-MOST_ALERTS:]:
+    on = {id(line) for line in log.active.values()}
+    newest = sorted(range(len(log.alerts)), key=lambda place: (id(log.alerts[place]) in on, place))[-MOST_ALERTS:]
+    shown = [Text(words["alerts"], "bold")]
+    for line in (log.alerts[place] for place in sorted(newest)):
         kind, layer = line["alert"], line["layer"]
         what = words["kinds"].get(kind, visible(kind, 30))
-        where = words["whole"] if layer is None else short_layer(layer)
+        where = words["whole"] if layer is None else names.get(layer) or visible(layer, 60)
         state = words["on"] if line["begins"] else words["over"]
-        style = "red" if active.get((kind, layer)) is line else ""
-        shown.append(Text(f"  {line['step']:>8,}  {state}  {where}: {what}", style))
-    return shown
+        shown.append(Text(f"  {line['step']:>8,}  {state}  {where}: {what}", "red" if id(line) in on else ""))
+    hidden = len(log.alerts) - len(newest)
+    return [*shown, Text(words["more"].format(n=hidden), "dim")] if hidden else shown
 
 
 def _footer(log: RunLog, words: dict[str, Any]) -> list[Text]:

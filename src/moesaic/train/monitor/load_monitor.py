@@ -240,7 +240,7 @@ class LoadMonitor(TrainerCallback):
             return str(error)
         if before.steps or step:
             resumed = {"kind": "resume", "step": step, "time": header["time"]}
-            self._put(resumed | {name: header[name] for name in ("command", "versions")})
+            self._put(resumed | {name: header[name] for name in ("total_steps", "command", "versions")})
         begun = before.header["layers"]
         self._judge = Judge({layer["name"]: layer["bias"] for layer in begun}, list(before.active))
         return None

@@ -20,9 +20,9 @@ Line = dict[str, Any]
 
 
 def log_path(path: Path | str) -> Path:
-    """The log itself for a folder; a name that ends in .jsonl is a file."""
+    """The log itself for a folder; a file, and a name that ends in .jsonl, is one itself."""
     path = Path(path)
-    return path if path.suffix == ".jsonl" and not path.is_dir() else path / LOG
+    return path if path.is_file() or (path.suffix == ".jsonl" and not path.is_dir()) else path / LOG
 
 
 def check_writable(path: Path) -> None:
@@ -39,7 +39,8 @@ def check_writable(path: Path) -> None:
 
 @dataclass
 class RunLog:
-    """What a log says. header: its first line. Lists hold lines in their order; `end` that of a run that came to it.
+    """What a log says. header: its first line. Lists hold lines in their order; `resumed` is the last line of that
+    kind, `end` that of a run that came to it.
 
     most: keep at most about so many step lines, dropping every other of them where there are more; the newest stays.
     """
@@ -48,6 +49,7 @@ class RunLog:
     steps: list[Line] = field(default_factory=list)
     verdicts: list[Line] = field(default_factory=list)
     alerts: list[Line] = field(default_factory=list)
+    resumed: Line | None = None
     end: Line | None = None
     most: int | None = None
 
@@ -84,6 +86,8 @@ class RunLog:
             self.verdicts[:] = [line] if self.most is not None else [*self.verdicts, line]
         elif kind == "alert":
             self.alerts.append(line)
+        elif kind == "resume":
+            self.resumed = line
         elif kind == "end":
             self.end = line
 
@@ -114,18 +118,27 @@ class LogReader:
         self.log, self.offset, self.number, self._last = RunLog(most=self.most), 0, 0, b""
 
 
-def read_log(path: Path | str, *, most: int | None = None) -> RunLog:
-    """The log of a run, by its file or its folder. ValueError where it is none or holds no whole line."""
+def reader_of(path: Path | str, *, most: int | None = None) -> LogReader:
+    """A reader of a run's log, by its file or its folder, that has read it once. ValueError where it is none or holds
+    no whole line."""
     path = log_path(path)
+    reader = LogReader(path, most=most)
     try:
-        log = LogReader(path, most=most).poll()
+        reader.poll()
     except FileNotFoundError:
-        raise ValueError(f"{path}: there is no such file: give a folder that ms.LoadMonitor writes to") from None
+        below = sorted(log.parent.name for log in path.parent.glob(f"*/{LOG}"))
+        such = f", such as {path.parent / below[-1]}" if below else ""
+        raise ValueError(f"{path}: there is no such file: give a folder that ms.LoadMonitor writes to{such}") from None
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
-    if not log.header:
+    if not reader.log.header:
         raise ValueError(f"{path}: empty so far, nothing to show: look again when training has begun")
-    return log
+    return reader
+
+
+def read_log(path: Path | str) -> RunLog:
+    """What `reader_of` reads."""
+    return reader_of(path).log
 
 
 def lines_of(file: BinaryIO, path: Path, log: RunLog, number: int = 0) -> Iterator[tuple[bytes, Line]]:
@@ -135,12 +148,12 @@ def lines_of(file: BinaryIO, path: Path, log: RunLog, number: int = 0) -> Iterat
             return
         number += 1
         if number == 1 and not line.startswith(BEGIN):
-            raise ValueError(f"{path}: not a log of ms.LoadMonitor")
+            raise ValueError(f"{path}: not a log of ms.LoadMonitor: give one, or the folder that it is in")
         try:
             parsed = json.loads(line)
             log.add(parsed)
         except (ValueError, OverflowError, RecursionError) as error:
-            raise ValueError(f"{path}: line {number} is damaged: {error}") from None
+            raise ValueError(f"{path}: line {number} is damaged ({error}): take it out, or all from there on") from None
         yield line, parsed
 
 
@@ -179,7 +192,7 @@ def _check_header(line: Line) -> None:
 
 
 def _check_step(line: Line, n_layers: int) -> None:
-    if not _is_number(line.get("time")) or not _is_count(line.get("steps")):
+    if not _are_numbers([line.get("time")]) or not _is_count(line.get("steps")):
         raise ValueError("time or steps are no numbers")
     try:
         float("nan" if line.get("loss") is None else line["loss"])
@@ -204,14 +217,15 @@ def _is_column(values: Any, n_layers: int, kind: Any) -> bool:
     if kind is str:
         return all(isinstance(value, str) for value in known)
     if kind is float:
-        return all(_is_number(value) for value in known)
-    if not all(isinstance(value, list) and all(x is None or _is_number(x) for x in value) for value in known):
+        return _are_numbers(known)
+    if not all(isinstance(value, list) and _are_numbers([x for x in value if x is not None]) for value in known):
         return False
     return kind is list or all(len(value) == kind for value in known)
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+def _are_numbers(values: list[Any]) -> bool:
+    """Without a call of ours for each: a log has millions, and all are checked."""
+    return {*map(type, values)} <= {int, float} and all(map(math.isfinite, values))
 
 
 def _is_count(value: Any) -> bool:

@@ -5,8 +5,9 @@
     python benchmarks/balance.py --out runs/balance --jobs 8     # so many at a time, each on one core
 
 A run is `moesaic train tiny --balance B --seed S` in a folder of its own: finished ones are kept, an interrupted one
-goes on from its last checkpoint. The records of finished runs lie in benchmarks/balance/, so that table and figure
-(`moesaic compare benchmarks/balance/*`) can be made again without training.
+goes on from its last checkpoint. The records of finished runs lie in benchmarks/balance/. At the end what `moesaic
+compare benchmarks/balance` prints and draws of them is written into docs/*/balance-experiment.md, with --minutes 0
+without training.
 """
 
 import argparse
@@ -20,7 +21,22 @@ from pathlib import Path
 
 from moesaic.train.run_folder import RECORD, finished
 
-RECORDS = Path(__file__).parent / "balance"
+ROOT = Path(__file__).parents[1]
+RECORDS = ROOT / "benchmarks" / "balance"
+PAGES = {lang: ROOT / "docs" / lang / "balance-experiment.md" for lang in ("en", "zh")}
+BEGIN, END = "<!-- results: written by benchmarks/balance.py, not by hand -->\n", "<!-- end of results -->\n"
+SAID = {
+    "en": {
+        "none": "No run has finished yet.",
+        "some": "{done} of {planned} runs have finished. What follows rests on these alone, and is no result yet.",
+        "figure": "Loss and MaxVio over the steps, load of every expert, paths of the biases",
+    },
+    "zh": {
+        "none": "还没有一次训练结束。",
+        "some": "{planned} 次训练中已结束 {done} 次。下面只依据这几次，还算不上结论。",
+        "figure": "损失与 MaxVio 的变化、每个专家的负载、偏置的轨迹",
+    },
+}
 # glibc gives large blocks back and faults them in again at every step: 19.9 s for 30 steps, 17.3 s with these
 KEEP_PAGES = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "-1", "MALLOC_TOP_PAD_": str(2**28)}
 
@@ -57,6 +73,33 @@ def main() -> None:
         ]
     for done in runs:
         done.result()
+    for lang, page in PAGES.items():
+        head, _, rest = page.read_text("utf-8").partition(BEGIN)
+        page.write_text(head + BEGIN + results(lang, planned=len(runs)) + END + rest.partition(END)[2], "utf-8")
+        if any(RECORDS.glob(f"*/{RECORD}")):
+            compare(lang, "--out", page.with_suffix(".png"))
+
+
+def results(lang: str, *, planned: int) -> str:
+    """The section of the page: what `moesaic compare` prints of the records, and the place of its figure."""
+    done = len(list(RECORDS.glob(f"*/{RECORD}")))
+    if not done:
+        return f"\n{SAID[lang]['none']}\n\n"
+    warning = "" if done >= planned else f"{SAID[lang]['some'].format(done=done, planned=planned)}\n\n"
+    return f"\n{warning}```\n{compare(lang)}\n```\n\n![{SAID[lang]['figure']}](balance-experiment.png)\n\n"
+
+
+def compare(lang: str, *options: str | Path) -> str:
+    command = [sys.executable, "-m", "moesaic", "compare", RECORDS.relative_to(ROOT), "--lang", lang, *options]
+    shown = subprocess.run(
+        list(map(str, command)),
+        cwd=ROOT,
+        env=os.environ | {"COLUMNS": "110"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return "\n".join(line.rstrip() for line in shown.stdout.strip("\n").splitlines())
 
 
 if __name__ == "__main__":

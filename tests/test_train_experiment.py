@@ -6,17 +6,35 @@ import sys
 from pathlib import Path
 
 import pytest
+from test_train_comparing import write_run
 
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.fixture
-def experiment(tmp_path, monkeypatch):
-    """benchmarks/balance.py, its records in a folder of the test, and the commands that it gave."""
+def loaded():
+    """benchmarks/balance.py as a module."""
     spec = importlib.util.spec_from_file_location("balance", ROOT / "benchmarks" / "balance.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    monkeypatch.setattr(module, "RECORDS", tmp_path / "records")
+    return module
+
+
+@pytest.fixture
+def script(tmp_path, monkeypatch):
+    """The script, its records and pages in a folder of the test."""
+    module = loaded()
+    pages = {lang: tmp_path / lang / "balance-experiment.md" for lang in ("en", "zh")}
+    for page in pages.values():
+        page.parent.mkdir()
+        page.write_text(f"before\n{module.BEGIN}old\n{module.END}after\n")
+    for name, value in (("ROOT", tmp_path), ("RECORDS", tmp_path / "records"), ("PAGES", pages)):
+        monkeypatch.setattr(module, name, value)
+    return module
+
+
+@pytest.fixture
+def experiment(script, tmp_path, monkeypatch):
+    """Runs the script, and returns the commands that it gave to train; nothing is trained or compared."""
     given = []
 
     def trained(command, **_):
@@ -25,12 +43,13 @@ def experiment(tmp_path, monkeypatch):
         folder = Path(words[words.index("--resume" if "--resume" in words else "--out") + 1])
         write(folder, finished=True)
 
-    monkeypatch.setattr(module.subprocess, "run", trained)
+    monkeypatch.setattr(script.subprocess, "run", trained)
+    monkeypatch.setattr(script, "compare", lambda *_: "")
 
     def run(*arguments):
         given.clear()
         monkeypatch.setattr(sys, "argv", ["balance.py", "--out", str(tmp_path / "runs"), *arguments])
-        module.main()
+        script.main()
         return sorted(given)
 
     return run
@@ -64,3 +83,33 @@ def test_what_was_interrupted_goes_on_and_what_is_finished_stays(experiment, tmp
     ]
     names = sorted(path.parent.name for path in (tmp_path / "records").glob("*/training.json"))
     assert names == ["aux-0", "bias-0", "none-0", "seq-0"]
+
+
+def test_the_pages_get_what_compare_prints_and_draws(script, tmp_path, monkeypatch):
+    def pages():
+        monkeypatch.setattr(sys, "argv", ["balance.py", "--out", str(tmp_path / "runs"), "--minutes", "0"])
+        script.main()
+        return [page.read_text() for page in script.PAGES.values()]
+
+    en, zh = pages()
+    assert en == f"before\n{script.BEGIN}\nNo run has finished yet.\n\n{script.END}after\n"
+    (tmp_path / "records").mkdir()
+    for balance, loss in (("aux", 4.0), ("none", 3.9)):
+        write_run(tmp_path / "records" / f"{balance}-0", balance, 0, loss=loss)
+    en, zh = pages()
+    assert "2 of 15 runs have finished. What follows rests on these alone" in en
+    assert "15 次训练中已结束 2 次" in zh
+    assert "+0.100" in en
+    assert "Reproduce: moesaic compare records --lang en\n" in en
+    assert "\x1b" not in en
+    assert en.startswith(f"before\n{script.BEGIN}")
+    assert en.endswith(f"](balance-experiment.png)\n\n{script.END}after\n")
+    assert (tmp_path / "zh" / "balance-experiment.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("lang", ["en", "zh"])
+def test_the_page_shows_the_records_that_are_here(lang):
+    script = loaded()
+    shown = script.PAGES[lang].read_text("utf-8").partition(script.BEGIN)[2].partition(script.END)[0]
+    rewrite = "run `python benchmarks/balance.py --out runs/balance --minutes 0` and look"
+    assert shown == script.results(lang, planned=15), rewrite

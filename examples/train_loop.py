@@ -49,7 +49,7 @@ def main() -> None:
     text = torch.tensor(list(inspect.getsource(F).encode()))
     model = Model(config)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)  # the bias is a buffer: no gradient, no weight decay
-    balance = ms.BiasBalance(speed=args.speed).attach(model)
+    balance = ms.BiasBalance({"*": args.speed}).attach(model)  # of all layers; with 0 it only counts
 
     band = chance_bands(config, BATCH * MICRO_BATCHES)["max_vio"]
     print(f"chance alone gives a MaxVio of {band.low:.2f} to {band.high:.2f} a step, {band.mean:.2f} on average")

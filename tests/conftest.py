@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import signal
 import tempfile
 import zlib
 from pathlib import Path
@@ -21,6 +22,9 @@ os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(tempfile.gettempdir())
 
 if not torch.cuda.is_available():  # then Triton's kernels run on numpy; it asks when they are defined
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # what a shell starts in the background has it so
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # tests press Ctrl-C, also on processes they start
 
 torch.set_num_threads(1)  # tensors here are small: more threads only wait for each other
 

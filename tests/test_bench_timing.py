@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise, permutations, product
 
 import pytest
@@ -11,7 +12,7 @@ from bench_problems import CEILING, TIMED, problem_of
 from moesaic.bench.ceiling import Ceiling, Phase, least_seconds, measure_ceiling, phases_of, work_of
 from moesaic.bench.contenders import PEERS
 from moesaic.bench.machine import cache_bytes
-from moesaic.bench.matmuls import GRADS, OWN, WIDE, Matmuls, bucket, fastest, forms_for
+from moesaic.bench.matmuls import OWN, WIDE, Matmuls, _grad_wide, bucket, fastest, forms_for, grads_for
 from moesaic.bench.routing import DRAWS
 from moesaic.bench.runner import _before, run_once
 from moesaic.bench.shapes import SHAPES, Cell
@@ -173,10 +174,11 @@ def test_it_runs_as_many_matmuls_as_the_cell_has(mode, dtype, monkeypatch):
     problem = problem_of(dtype=dtype, mode=mode)
     done = []
     multiply = {name: lambda *args, form=form: done.append("multiply") or form(*args) for name, form in WIDE.items()}
-    gradients = {name: lambda *args, form=form: done.append("gradient") or form(*args) for name, form in GRADS.items()}
+    forms = grads_for(torch.bfloat16)
+    gradients = {name: lambda *args, form=form: done.append("gradient") or form(*args) for name, form in forms.items()}
     own = {name: lambda *args, form=form: done.append("multiply") or form(*args) for name, form in OWN.items()}
     monkeypatch.setattr("moesaic.bench.matmuls.forms_for", lambda _dtype: own | multiply)
-    monkeypatch.setattr("moesaic.bench.matmuls.GRADS", gradients)
+    monkeypatch.setattr("moesaic.bench.matmuls.grads_for", lambda _dtype: gradients)
     matmuls = Matmuls(problem)
     done.clear()
     matmuls()
@@ -193,7 +195,7 @@ def test_every_form_of_a_gradient_computes_the_same(dtype, adds):
     _, rows, columns = matmuls.stored["up"].shape
     left, right = matmuls.rows[rows].first(3), matmuls.rows[columns].first(3)
     before = torch.randn(rows, columns).to(getattr(torch, dtype))
-    for name, form in GRADS.items():
+    for name, form in (grads_for(torch.bfloat16) | {"in parts": partial(_grad_wide, elements=64)}).items():
         grad = before.clone()
         form(left, right, grad, matmuls.scratch, adds)
         expected = left.own.double().T @ right.own.double() + (before.double() if adds else 0)

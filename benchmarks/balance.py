@@ -16,7 +16,7 @@ import shutil
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 from moesaic.train.run_folder import RECORD, finished
@@ -71,8 +71,12 @@ def main() -> None:
         runs = [
             jobs.submit(run, balance, seed) for seed in args.seeds.split(",") for balance in args.balances.split(",")
         ]
-    for done in runs:
-        done.result()
+        try:
+            for done in as_completed(runs):
+                done.result()
+        except BaseException:  # Ctrl-C too: those that run save what they have, and no other begins
+            jobs.shutdown(cancel_futures=True)
+            raise
     for lang, page in PAGES.items():
         head, _, rest = page.read_text("utf-8").partition(BEGIN)
         page.write_text(head + BEGIN + results(lang, planned=len(runs)) + END + rest.partition(END)[2], "utf-8")

@@ -2,7 +2,9 @@
 
 import importlib.util
 import json
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -58,6 +60,20 @@ def experiment(script, tmp_path, monkeypatch):
 def write(folder, *, finished):
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "training.json").write_text(json.dumps({"finished": finished}))
+
+
+def test_after_a_run_that_failed_no_other_begins(experiment, script, monkeypatch):
+    begun = []
+
+    def failing(command, **_):
+        begun.append(command)
+        time.sleep(0.2)
+        raise subprocess.CalledProcessError(130, command)
+
+    monkeypatch.setattr(script.subprocess, "run", failing)
+    with pytest.raises(subprocess.CalledProcessError):
+        experiment()
+    assert len(begun) <= 2  # the second may begin before the first is heard of
 
 
 def test_every_balance_has_every_seed_and_as_many_steps_as_the_shipped_model(experiment, tmp_path):

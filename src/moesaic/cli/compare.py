@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from moesaic import __version__
-from moesaic.cli.output import check_lang, print_json, say_command, typed
+from moesaic.cli.output import JSON_HELP, check_lang, print_json, say_command, typed
 
 
 def compare(
@@ -18,7 +18,7 @@ def compare(
         typer.Option(help="Layer whose loads and biases are drawn; the last one unless given."),
     ] = None,
     lang: Annotated[str, typer.Option(help="en or zh.")] = "en",
-    json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    json: Annotated[bool, typer.Option("--json", help=JSON_HELP)] = False,
 ) -> None:
     """Loss and balance of several runs: each one over its steps, and ways to balance with their spread over seeds."""
     check_lang(lang)

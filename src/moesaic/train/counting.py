@@ -58,7 +58,8 @@ class LoadCounter:
                 self._settle(running)
         with self._lock:
             loads = {name: self._sum.pop(name, None) for name in self.layers}
-        device = next((load.device for load in loads.values() if load is not None), _device_of(self.layers.values()))
+        device = next((load.device for load in loads.values() if load is not None), None)
+        device = device or _device_of(self.layers.values())
         sizes = [layer.config.n_routed_experts for layer in self.layers.values()]
         flat = torch.cat(
             [

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from moesaic.strict_json import is_count
+
 LOG = "load.jsonl"  # its name in the folder of a run
 FORMAT, VERSION = "moesaic-load", 1
 BEGIN = f'{{"kind":"run","format":"{FORMAT}"'.encode()  # of every log
@@ -164,7 +166,7 @@ def check_line(line: Any, n_layers: int) -> None:
     kind = line["kind"]
     if kind == "run":
         _check_header(line)
-    elif kind in ("step", "verdict", "alert", "end", "resume") and not _is_count(line.get("step")):
+    elif kind in ("step", "verdict", "alert", "end", "resume") and not is_count(line.get("step")):
         raise ValueError("it has no step")
     if kind == "step":
         _check_step(line, n_layers)
@@ -185,14 +187,14 @@ def _check_header(line: Line) -> None:
     layers = line.get("layers")
     if not isinstance(layers, list) or not layers or not all(isinstance(layer, dict) for layer in layers):
         raise ValueError("it names no layers")
-    if not all(isinstance(layer.get("name"), str) and _is_count(layer.get("experts")) for layer in layers):
+    if not all(isinstance(layer.get("name"), str) and is_count(layer.get("experts")) for layer in layers):
         raise ValueError("its layers have no names or sizes")
     if not _is_column([layer.get("bias") for layer in layers], len(layers), 3):
         raise ValueError("bias does not fit the layers")
 
 
 def _check_step(line: Line, n_layers: int) -> None:
-    if not _are_numbers([line.get("time")]) or not _is_count(line.get("steps")):
+    if not _are_numbers([line.get("time")]) or not is_count(line.get("steps")):
         raise ValueError("time or steps are no numbers")
     try:
         float("nan" if line.get("loss") is None else line["loss"])
@@ -226,10 +228,6 @@ def _is_column(values: Any, n_layers: int, kind: Any) -> bool:
 def _are_numbers(values: list[Any]) -> bool:
     """Without a call of ours for each: a log has millions, and all are checked."""
     return {*map(type, values)} <= {int, float} and all(map(math.isfinite, values))
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 class LogWriter:

@@ -190,7 +190,9 @@ def test_it_runs_as_many_matmuls_as_the_cell_has(mode, dtype, monkeypatch):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("adds", [False, True])
-def test_every_form_of_a_gradient_computes_the_same(dtype, adds):
+@pytest.mark.parametrize("aliased", [1, 512])
+def test_every_form_of_a_gradient_computes_the_same(monkeypatch, dtype, adds, aliased):
+    monkeypatch.setattr("moesaic.bench.matmuls.ALIASED", aliased)
     matmuls = Matmuls(problem_of("tiny", dtype=dtype, tokens=40, mode="fwd+bwd-fresh"))
     _, rows, columns = matmuls.stored["up"].shape
     left, right = matmuls.rows[rows].first(3), matmuls.rows[columns].first(3)

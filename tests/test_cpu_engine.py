@@ -2,7 +2,9 @@
 
 import gc
 import math
+import mmap
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -40,20 +42,23 @@ def leaves_of(x, weights, experts):
     return [x, weights, *(w for w in experts if w is not None)]
 
 
+@pytest.fixture
+def with_threads():
+    yield torch.set_num_threads
+    torch.set_num_threads(1)
+
+
 # -- exactness ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("tokens", "d", "width"), SIZES)
 @pytest.mark.parametrize("threads", [1, 2])
-def test_float32_equals_the_reference_forward_and_backward(tokens, d, width, threads):
+def test_float32_equals_the_reference_forward_and_backward(with_threads, tokens, d, width, threads):
     x, ids, weights, experts = problem(tokens, d, width)
     upstream = torch.randn(tokens, d)
-    torch.set_num_threads(threads)
-    try:
-        out = cpu(x, ids, weights, experts, ExpertSpec())
-        grads = torch.autograd.grad(out, leaves_of(x, weights, experts), upstream)
-    finally:
-        torch.set_num_threads(1)
+    with_threads(threads)
+    out = cpu(x, ids, weights, experts, ExpertSpec())
+    grads = torch.autograd.grad(out, leaves_of(x, weights, experts), upstream)
     wide = [t.detach().double().requires_grad_() for t in leaves_of(x, weights, experts)]
     expected = reference(wide[0], ids, wide[1], ExpertWeights(*wide[2:]), ExpertSpec())
     wanted = torch.autograd.grad(expected, wide, upstream.double())
@@ -128,15 +133,48 @@ def test_widening_by_parts_computes_the_same(monkeypatch, habit, rows, transpose
             torch.testing.assert_close(out.double(), x.double() @ w.double(), rtol=1e-5, atol=2e-4)
 
 
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("rows", [1, 9])
+@pytest.mark.parametrize("aliased", [20, 512])  # 40 columns are padded, and are not
 @pytest.mark.parametrize("accumulate", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_gradient_in_parts_is_the_whole_gradient(monkeypatch, dtype, accumulate):
+def test_a_gradient_in_parts_is_the_whole_gradient(
+    monkeypatch, with_threads, dtype, accumulate, aliased, rows, threads
+):
+    with_threads(threads)
+    monkeypatch.setattr(gemm, "ALIASED", aliased)
     monkeypatch.setattr(gemm, "OUTER", 700)
-    g, x, before = torch.randn(9, 53), torch.randn(9, 40), torch.randn(53, 40).to(dtype)
+    monkeypatch.setattr(gemm, "SMALL", 0)
+    g, x, before = torch.randn(rows, 53), torch.randn(rows, 40), torch.randn(53, 40).to(dtype)
     out = before.clone() if accumulate else torch.full_like(before, math.nan)
     gemm.add_outer(out, g, x, gemm.Workspace(), accumulate=accumulate)
     exact = g.double().T @ x.double() + (before.double() if accumulate else 0)
     torch.testing.assert_close(out.double(), exact, rtol=1e-5 if dtype == torch.float32 else 8e-3, atol=1e-4)
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="who takes a page fault is told by Linux alone")
+@pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="another BLAS than MKL may share rows out")
+@pytest.mark.parametrize("rows", [1, 8])
+def test_new_pages_of_a_gradient_are_written_by_one_thread_each(with_threads, rows):
+    with_threads(2)
+    g, x, pages = torch.randn(rows, 512), torch.randn(rows, 2048), 512 * 2048 * 4 // mmap.PAGESIZE
+    gemm.outer_by_rows(torch.empty(512, 2048), g, x, beta=0.0)  # the threads begin
+    for half in (slice(0, 256), slice(256, 512)):
+        memory = mmap.mmap(-1, 512 * 2048 * 4)
+        memory.madvise(mmap.MADV_NOHUGEPAGE)
+        out = torch.frombuffer(memory, dtype=torch.float32).view(512, 2048)
+        out.numpy()[256 - half.start : 512 - half.start] = 0  # the other half's pages are there
+        before = faults()
+        gemm.outer_by_rows(out, g, x, beta=0.0)
+        taken = sorted(count - before.get(thread, 0) for thread, count in faults().items())
+        assert taken[-1] >= 0.9 * pages / 2
+        assert sum(taken[:-1]) <= 0.1 * pages / 2
+
+
+def faults() -> dict[str, int]:
+    """Page faults of every thread of this process until now."""
+    stats = {path.name: (path / "stat").read_text() for path in Path("/proc/self/task").iterdir()}
+    return {thread: int(stat.rpartition(")")[2].split()[7]) for thread, stat in stats.items()}
 
 
 @pytest.mark.parametrize("kind", ["float32", "bfloat16 widened", "transposed"])
@@ -244,18 +282,16 @@ def test_whose_habits_are_expected(monkeypatch, capabilities, habit):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("native", [True, False])
 @pytest.mark.parametrize("tokens", [9, 300])
-def test_results_repeat_bit_for_bit(monkeypatch, dtype, native, tokens):
+def test_results_repeat_bit_for_bit(monkeypatch, with_threads, dtype, native, tokens):
     monkeypatch.setattr(gemm, "has_instructions", lambda _: native)
+    monkeypatch.setattr(gemm, "SMALL", 1 << 15)  # between the two weights: one in the forms for large ones
     x, ids, weights, experts = problem(tokens, 256, 96, dtype=dtype)
     upstream = torch.randn(tokens, 256).to(dtype)
     runs = []
-    torch.set_num_threads(2)
-    try:
-        for _ in range(3):
-            out = cpu(x, ids, weights, experts, ExpertSpec())
-            runs.append([out, *torch.autograd.grad(out, leaves_of(x, weights, experts), upstream)])
-    finally:
-        torch.set_num_threads(1)
+    with_threads(2)
+    for _ in range(3):
+        out = cpu(x, ids, weights, experts, ExpertSpec())
+        runs.append([out, *torch.autograd.grad(out, leaves_of(x, weights, experts), upstream)])
     for again in runs[1:]:
         assert all(torch.equal(a, b) for a, b in zip(runs[0], again, strict=True))
 
@@ -264,33 +300,29 @@ def test_results_repeat_bit_for_bit(monkeypatch, dtype, native, tokens):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("native", [True, False])
-def test_batch_invariant_rows_do_not_depend_on_their_companions(monkeypatch, variant, dtype, threads, native):
+def test_batch_invariant_rows_do_not_depend_on_their_companions(
+    monkeypatch, with_threads, variant, dtype, threads, native
+):
     monkeypatch.setattr(gemm, "has_instructions", lambda _: native)
     spec, layout = VARIANTS[variant]
     experts = weights_like(dtype, **layout)
     ids, weights = ids_of("an empty expert", 150), torch.rand(150, K).to(dtype)
     x = torch.randn(150, experts.up.shape[1 if spec.transposed else 2]).to(dtype)
-    torch.set_num_threads(threads)
-    try:
-        whole = cpu(x, ids, weights, experts, spec, batch_invariant=True)
-        for rows in (torch.randperm(150), torch.arange(7, 40), torch.tensor([149]), torch.arange(0, 150, 3)):
-            part = cpu(x[rows], ids[rows], weights[rows], experts, spec, batch_invariant=True)
-            assert torch.equal(part, whole[rows])
-    finally:
-        torch.set_num_threads(1)
+    with_threads(threads)
+    whole = cpu(x, ids, weights, experts, spec, batch_invariant=True)
+    for rows in (torch.randperm(150), torch.arange(7, 40), torch.tensor([149]), torch.arange(0, 150, 3)):
+        part = cpu(x[rows], ids[rows], weights[rows], experts, spec, batch_invariant=True)
+        assert torch.equal(part, whole[rows])
 
 
 @pytest.mark.parametrize(("d", "width"), [(256, 768), (100, 1500), (64, 33)])
-def test_batch_invariance_holds_at_widths_where_torch_splits_the_work(d, width):
-    torch.set_num_threads(2)
-    try:
-        x, ids, weights, experts = problem(90, d, width, k=2)
-        whole = cpu(x, ids, weights, experts, ExpertSpec(), batch_invariant=True)
-        for rows in (torch.randperm(90), torch.arange(3), torch.tensor([41])):
-            part = cpu(x[rows], ids[rows], weights[rows], experts, ExpertSpec(), batch_invariant=True)
-            assert torch.equal(part, whole[rows])
-    finally:
-        torch.set_num_threads(1)
+def test_batch_invariance_holds_at_widths_where_torch_splits_the_work(with_threads, d, width):
+    with_threads(2)
+    x, ids, weights, experts = problem(90, d, width, k=2)
+    whole = cpu(x, ids, weights, experts, ExpertSpec(), batch_invariant=True)
+    for rows in (torch.randperm(90), torch.arange(3), torch.tensor([41])):
+        part = cpu(x[rows], ids[rows], weights[rows], experts, ExpertSpec(), batch_invariant=True)
+        assert torch.equal(part, whole[rows])
 
 
 # -- memory ------------------------------------------------------------------------------------------------------------

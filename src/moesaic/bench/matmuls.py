@@ -11,10 +11,12 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from moesaic.bench.ceiling import can_run, onednn_linear
 from moesaic.bench.problem import Problem
+from moesaic.engine.gemm import ALIASED, PADDING, outer_by_rows
 
 BLOCKS = (1 << 19, 1 << 20)  # elements of a weight widened at a time: 2 MB of float32 fit one core's own cache
 LEAST, MOST, ENOUGH = 4, 20, 0.02  # runs of a form, each on another expert; seconds after which LEAST will do
@@ -109,17 +111,18 @@ GradForm = Callable[[Rows, Rows, Tensor, Scratch, bool], object]
 
 
 def _grad_own(left: Rows, right: Rows, grad: Tensor, _scratch: Scratch, adds: bool) -> None:
-    grad.addmm_(left.own.T, right.own) if adds else torch.mm(left.own.T, right.own, out=grad)
+    outer_by_rows(grad, left.own, right.own, beta=float(adds))
 
 
 def _grad_wide(left: Rows, right: Rows, grad: Tensor, scratch: Scratch, adds: bool, *, elements: int = 1 << 62) -> None:
-    parts = max(1, grad.numel() // elements)
-    for some, columns in zip(grad.tensor_split(parts), left.wide.tensor_split(parts, 1), strict=True):
-        wide = scratch.wide_weight[: some.numel()].view(some.shape)
+    parts, columns = max(1, grad.numel() // elements), grad.shape[1]
+    x = F.pad(right.wide, (0, PADDING)) if columns % ALIASED == 0 else right.wide
+    for some, rows in zip(grad.tensor_split(parts), left.wide.tensor_split(parts, 1), strict=True):
+        wide = scratch.wide_weight[: len(some) * x.shape[1]].view(len(some), -1)
         if adds:
-            wide.copy_(some)
-        torch.addmm(wide, columns.T, right.wide, beta=float(adds), out=wide)
-        some.copy_(wide)
+            wide[:, :columns] = some
+        outer_by_rows(wide, rows, x, beta=float(adds))
+        some.copy_(wide[:, :columns])
 
 
 def _grad_onednn(left: Rows, right: Rows, grad: Tensor, _scratch: Scratch, adds: bool) -> None:
@@ -152,7 +155,7 @@ class Matmuls:
         self.dtype = up.dtype
         sizes = {w.shape[dim] for w in self.weights.values() for dim in (1, 2)}
         self.rows = {size: self._draw(most, size) for size in sizes}
-        widest, largest = max(sizes), max(up[0].numel(), down[0].numel())
+        widest, largest = max(sizes), max(len(w) * (w.shape[1] + PADDING) for w in (up[0], down[0]))
         self.scratch = Scratch(
             torch.empty(most * widest, dtype=self.dtype), torch.empty(most * widest), torch.empty(largest)
         )

@@ -159,6 +159,7 @@ def test_new_pages_of_a_gradient_are_written_by_one_thread_each(with_threads, ro
     with_threads(2)
     g, x, pages = torch.randn(rows, 512), torch.randn(rows, 2048), 512 * 2048 * 4 // mmap.PAGESIZE
     gemm.outer_by_rows(torch.empty(512, 2048), g, x, beta=0.0)  # the threads begin
+    writers = set()
     for half in (slice(0, 256), slice(256, 512)):
         memory = mmap.mmap(-1, 512 * 2048 * 4)
         memory.madvise(mmap.MADV_NOHUGEPAGE)
@@ -166,9 +167,12 @@ def test_new_pages_of_a_gradient_are_written_by_one_thread_each(with_threads, ro
         out.numpy()[256 - half.start : 512 - half.start] = 0  # the other half's pages are there
         before = faults()
         gemm.outer_by_rows(out, g, x, beta=0.0)
-        taken = sorted(count - before.get(thread, 0) for thread, count in faults().items())
-        assert taken[-1] >= 0.9 * pages / 2
-        assert sum(taken[:-1]) <= 0.1 * pages / 2
+        taken = {thread: count - before.get(thread, 0) for thread, count in faults().items()}
+        writer = max(taken, key=taken.__getitem__)
+        assert taken.pop(writer) >= 0.9 * pages / 2
+        assert sum(taken.values()) <= 0.1 * pages / 2
+        writers.add(writer)
+    assert len(writers) == 2
 
 
 def faults() -> dict[str, int]:

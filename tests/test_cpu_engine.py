@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import moesaic as ms
-from moesaic.engine import batches, gemm, multiply
+from moesaic.engine import batches, gemm, multiply, outer
 from moesaic.engine import cpu as engine
 from moesaic.engine.cpu import cpu
 from moesaic.engine.grouped import grouped
@@ -142,12 +142,12 @@ def test_a_gradient_in_parts_is_the_whole_gradient(
     monkeypatch, with_threads, dtype, accumulate, aliased, rows, threads
 ):
     with_threads(threads)
-    monkeypatch.setattr(gemm, "ALIASED", aliased)
-    monkeypatch.setattr(gemm, "OUTER", 700)
-    monkeypatch.setattr(gemm, "SMALL", 0)
+    monkeypatch.setattr(outer, "ALIASED", aliased)
+    monkeypatch.setattr(outer, "OUTER", 700)
+    monkeypatch.setattr(outer, "SMALL", 0)
     g, x, before = torch.randn(rows, 53), torch.randn(rows, 40), torch.randn(53, 40).to(dtype)
     out = before.clone() if accumulate else torch.full_like(before, math.nan)
-    gemm.add_outer(out, g, x, gemm.Workspace(), accumulate=accumulate)
+    outer.add_outer(out, g, x, gemm.Workspace(), accumulate=accumulate)
     exact = g.double().T @ x.double() + (before.double() if accumulate else 0)
     torch.testing.assert_close(out.double(), exact, rtol=1e-5 if dtype == torch.float32 else 8e-3, atol=1e-4)
 
@@ -158,7 +158,7 @@ def test_a_gradient_in_parts_is_the_whole_gradient(
 def test_new_pages_of_a_gradient_are_written_by_one_thread_each(with_threads, rows):
     with_threads(2)
     g, x, pages = torch.randn(rows, 512), torch.randn(rows, 2048), 512 * 2048 * 4 // mmap.PAGESIZE
-    gemm.outer_by_rows(torch.empty(512, 2048), g, x, beta=0.0)  # the threads begin
+    outer.outer_by_rows(torch.empty(512, 2048), g, x, beta=0.0)  # the threads begin
     writers = set()
     for half in (slice(0, 256), slice(256, 512)):
         memory = mmap.mmap(-1, 512 * 2048 * 4)
@@ -166,7 +166,7 @@ def test_new_pages_of_a_gradient_are_written_by_one_thread_each(with_threads, ro
         out = torch.frombuffer(memory, dtype=torch.float32).view(512, 2048)
         out.numpy()[256 - half.start : 512 - half.start] = 0  # the other half's pages are there
         before = faults()
-        gemm.outer_by_rows(out, g, x, beta=0.0)
+        outer.outer_by_rows(out, g, x, beta=0.0)
         taken = {thread: count - before.get(thread, 0) for thread, count in faults().items()}
         writer = max(taken, key=taken.__getitem__)
         assert taken.pop(writer) >= 0.9 * pages / 2

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from moesaic.bench.ceiling import can_run, onednn_linear
 from moesaic.bench.problem import Problem
-from moesaic.engine.gemm import ALIASED, PADDING, outer_by_rows
+from moesaic.engine.outer import ALIASED, PADDING, outer_by_rows
 
 BLOCKS = (1 << 19, 1 << 20)  # elements of a weight widened at a time: 2 MB of float32 fit one core's own cache
 LEAST, MOST, ENOUGH = 4, 20, 0.02  # runs of a form, each on another expert; seconds after which LEAST will do

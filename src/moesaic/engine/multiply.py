@@ -10,7 +10,6 @@ from moesaic.engine.gemm import (
     INVARIANT,
     Table,
     Workspace,
-    add_outer,
     form_for,
     matmul_dtype,
     most_rows,
@@ -18,6 +17,7 @@ from moesaic.engine.gemm import (
     plain_rows,
     table_for,
 )
+from moesaic.engine.outer import add_outer
 from moesaic.engine.spec import ExpertSpec
 
 

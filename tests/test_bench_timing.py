@@ -12,7 +12,7 @@ from bench_problems import CEILING, TIMED, problem_of
 from moesaic.bench.ceiling import Ceiling, Phase, least_seconds, measure_ceiling, phases_of, work_of
 from moesaic.bench.contenders import PEERS
 from moesaic.bench.machine import cache_bytes
-from moesaic.bench.matmuls import OWN, WIDE, Matmuls, _grad_wide, bucket, fastest, forms_for, grads_for
+from moesaic.bench.matmuls import GRADS, OWN, WIDE, Matmuls, _grad_in_parts, bucket, fastest, forms_for
 from moesaic.bench.routing import DRAWS
 from moesaic.bench.runner import _before, run_once
 from moesaic.bench.shapes import SHAPES, Cell
@@ -174,11 +174,10 @@ def test_it_runs_as_many_matmuls_as_the_cell_has(mode, dtype, monkeypatch):
     problem = problem_of(dtype=dtype, mode=mode)
     done = []
     multiply = {name: lambda *args, form=form: done.append("multiply") or form(*args) for name, form in WIDE.items()}
-    forms = grads_for(torch.bfloat16)
-    gradients = {name: lambda *args, form=form: done.append("gradient") or form(*args) for name, form in forms.items()}
+    gradients = {name: lambda *args, form=form: done.append("gradient") or form(*args) for name, form in GRADS.items()}
     own = {name: lambda *args, form=form: done.append("multiply") or form(*args) for name, form in OWN.items()}
     monkeypatch.setattr("moesaic.bench.matmuls.forms_for", lambda _dtype: own | multiply)
-    monkeypatch.setattr("moesaic.bench.matmuls.grads_for", lambda _dtype: gradients)
+    monkeypatch.setattr("moesaic.bench.matmuls.GRADS", gradients)
     matmuls = Matmuls(problem)
     done.clear()
     matmuls()
@@ -197,7 +196,8 @@ def test_every_form_of_a_gradient_computes_the_same(monkeypatch, dtype, adds, al
     _, rows, columns = matmuls.stored["up"].shape
     left, right = matmuls.rows[rows].first(3), matmuls.rows[columns].first(3)
     before = torch.randn(rows, columns).to(getattr(torch, dtype))
-    for name, form in (grads_for(torch.bfloat16) | {"in parts": partial(_grad_wide, elements=64)}).items():
+    parts = {f"in parts {onednn}": partial(_grad_in_parts, onednn=onednn, elements=64) for onednn in (False, True)}
+    for name, form in (GRADS | parts).items():
         grad = before.clone()
         form(left, right, grad, matmuls.scratch, adds)
         expected = left.own.double().T @ right.own.double() + (before.double() if adds else 0)

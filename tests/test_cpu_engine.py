@@ -138,12 +138,15 @@ def test_widening_by_parts_computes_the_same(monkeypatch, habit, rows, transpose
 @pytest.mark.parametrize("aliased", [20, 512])  # 40 columns are padded, and are not
 @pytest.mark.parametrize("accumulate", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("habit", ["intel", "amd"])
 def test_a_gradient_in_parts_is_the_whole_gradient(
-    monkeypatch, with_threads, dtype, accumulate, aliased, rows, threads
+    monkeypatch, with_threads, habit, dtype, accumulate, aliased, rows, threads
 ):
     with_threads(threads)
+    monkeypatch.setattr(outer, "machine", lambda: habit)
     monkeypatch.setattr(outer, "ALIASED", aliased)
-    monkeypatch.setattr(outer, "OUTER", 700)
+    monkeypatch.setattr(outer, "PART", 300)
+    monkeypatch.setattr(outer, "BLOCK", 5)
     monkeypatch.setattr(outer, "SMALL", 0)
     g, x, before = torch.randn(rows, 53), torch.randn(rows, 40), torch.randn(53, 40).to(dtype)
     out = before.clone() if accumulate else torch.full_like(before, math.nan)
@@ -183,12 +186,13 @@ def faults() -> dict[str, int]:
 
 @pytest.mark.parametrize("kind", ["float32", "bfloat16 widened", "transposed"])
 @pytest.mark.parametrize("habit", ["intel", "amd", "other"])
-@pytest.mark.parametrize("rows", [1, 2, 3, 4, 8, 9, 63, 64, 100])
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 8, 9, 12, 13, 63, 64, 100])
 def test_every_form_of_matmul_computes_the_same(monkeypatch, kind, habit, rows):
     if habit == "amd" and not torch.backends.mkldnn.is_available():
         pytest.skip("this build of torch has no oneDNN")
     monkeypatch.setattr(gemm, "machine", lambda: habit)
     monkeypatch.setattr(gemm, "SMALL", 0)
+    monkeypatch.setattr(gemm, "BLOCK", 5000)
     x, w = torch.randn(rows, 40), torch.randn(300, 40)
     if kind == "bfloat16 widened":
         w = w.bfloat16()
@@ -221,6 +225,29 @@ def test_experts_of_few_and_of_many_rows_in_one_batch(monkeypatch, habit, dtype,
         assert (error[~narrow] < 1e-4).all()
         assert (error[narrow] <= torch.finfo(dtype).eps * exact[narrow].abs() + 1e-3).all(), "rounded once"
         assert not narrow.any() or error[narrow].max() > 1e-4, "the few rows were not multiplied in 16 bits"
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("given", [False, True], ids=["scratch", "given"])
+def test_neighbouring_experts_of_few_rows_are_one_call_of_torch(monkeypatch, transposed, given):
+    """Between them, and before and after, lie experts of many rows, and some of none."""
+    monkeypatch.setattr(gemm, "machine", lambda: "intel")
+    monkeypatch.setattr(gemm, "SMALL", 0)
+    calls = []
+    grouped_mm = multiply.F.grouped_mm
+    monkeypatch.setattr(
+        multiply.F, "grouped_mm", lambda x, *args, **kw: calls.append(len(x)) or grouped_mm(x, *args, **kw)
+    )
+    sizes = [20, 1, 0, 3, 2, 2, 9, 1, 1, 1, 70, 0, 1, 2, 3, 0, 1]
+    many = [] if transposed else [8, 7]  # stored [in, out] any number of rows is multiplied so
+    (batch,) = batches.batches(sizes, torch.arange(sum(sizes)))
+    x, stack = torch.randn(sum(sizes), 40), torch.randn(len(sizes), 40, 24)
+    stack = stack if transposed else stack.mT.contiguous().mT
+    out = torch.full((len(x), 24), math.nan) if given else None
+    got = multiply.Multiply(torch.float32)(batch, x, stack, "out", out)
+    exact = torch.einsum("na,nab->nb", x.double(), stack[batch.expert_of_row()].double())
+    torch.testing.assert_close(got.double(), exact, rtol=1e-5, atol=1e-4)
+    assert calls == (many or [len(x)]), "three neighbours are too few"
 
 
 def test_the_tables_of_forms_reach_every_number_of_rows():

@@ -20,6 +20,7 @@ from moesaic.engine.outer import ALIASED, PADDING, outer_by_rows
 
 BLOCKS = (1 << 19, 1 << 20)  # elements of a weight widened at a time: 2 MB of float32 fit one core's own cache
 LEAST, MOST, ENOUGH = 4, 20, 0.02  # runs of a form, each on another expert; seconds after which LEAST will do
+SAMPLES = 8  # gradients that a form of theirs is tried on in turn: more than stay in a cache
 HOPELESS = 2.0  # a form this much slower than another in its first two runs is not run again
 
 
@@ -70,6 +71,22 @@ def _widened(w: Tensor, scratch: Tensor) -> Tensor:
     return wide.view(w.T.shape).copy_(w.T).T
 
 
+def _straight_by(rows: Rows, w: Tensor, scratch: Scratch, *, elements: int) -> Tensor:
+    n, columns = len(rows.own), w.shape[1]
+    result, step = scratch.result[: n * columns].view(n, columns), max(1, elements // len(w))
+    for some, out in zip(w.split(step, dim=1), result.split(step, dim=1), strict=True):
+        torch.mm(rows.own, some, out=out)
+    return result
+
+
+def _wide_straight_by(rows: Rows, w: Tensor, scratch: Scratch, *, elements: int) -> Tensor:
+    n, columns = len(rows.wide), w.shape[1]
+    result, step = scratch.wide_result[: n * columns].view(n, columns), max(1, elements // len(w))
+    for some, out in zip(w.split(step, dim=1), result.split(step, dim=1), strict=True):
+        torch.mm(rows.wide, _widened(some, scratch.wide_weight), out=out)
+    return result
+
+
 def _blockwise(rows: Rows, w: Tensor, scratch: Scratch, *, elements: int) -> Tensor:
     n, columns = len(rows.wide), w.shape[1]
     result, step = scratch.wide_result[: n * columns].view(columns, n), max(1, elements // len(w))
@@ -98,6 +115,8 @@ WIDE: dict[str, Form] = {
     "wide oneDNN": lambda rows, w, s: onednn_linear(rows.wide, _widened(w, s.wide_weight).T),
 }
 for _elements in BLOCKS:
+    OWN[f"x @ W by {_elements}"] = partial(_straight_by, elements=_elements)
+    WIDE[f"wide x @ W by {_elements}"] = partial(_wide_straight_by, elements=_elements)
     WIDE[f"wide W' @ x' by {_elements}"] = partial(_blockwise, elements=_elements)
     WIDE[f"wide oneDNN by {_elements}"] = partial(_blockwise_onednn, elements=_elements)
 
@@ -114,30 +133,36 @@ def _grad_own(left: Rows, right: Rows, grad: Tensor, _scratch: Scratch, adds: bo
     outer_by_rows(grad, left.own, right.own, beta=float(adds))
 
 
-def _grad_wide(left: Rows, right: Rows, grad: Tensor, scratch: Scratch, adds: bool, *, elements: int = 1 << 62) -> None:
-    parts, columns = max(1, grad.numel() // elements), grad.shape[1]
-    x = F.pad(right.wide, (0, PADDING)) if columns % ALIASED == 0 else right.wide
-    for some, rows in zip(grad.tensor_split(parts), left.wide.tensor_split(parts, 1), strict=True):
-        wide = scratch.wide_weight[: len(some) * x.shape[1]].view(len(some), -1)
-        if adds:
-            wide[:, :columns] = some
-        outer_by_rows(wide, rows, x, beta=float(adds))
-        some.copy_(wide[:, :columns])
-
-
 def _grad_onednn(left: Rows, right: Rows, grad: Tensor, _scratch: Scratch, adds: bool) -> None:
     result = onednn_linear(left.own.T, right.own.T)
     grad.add_(result) if adds else grad.copy_(result)
 
 
-OWN_GRADS: dict[str, GradForm] = {"own": _grad_own, "oneDNN": _grad_onednn}
-WIDE_GRADS: dict[str, GradForm] = {"wide": _grad_wide}
+def _grad_in_parts(
+    left: Rows, right: Rows, grad: Tensor, scratch: Scratch, adds: bool, *, onednn: bool, elements: int = 1 << 62
+) -> None:
+    """In float32, and then rounded or added; where that needs it, what is there is widened first."""
+    parts, columns = max(1, grad.numel() // elements), grad.shape[1]
+    x = F.pad(right.wide, (0, PADDING)) if columns % ALIASED == 0 else right.wide
+    widens = adds and grad.dtype != torch.float32
+    for some, rows in zip(grad.tensor_split(parts), left.wide.tensor_split(parts, 1), strict=True):
+        product = scratch.wide_weight[: len(some) * x.shape[1]].view(len(some), -1)
+        if widens:
+            product[:, :columns] = some
+        if not onednn:
+            outer_by_rows(product, rows, x, beta=float(widens))
+        elif widens:
+            product = onednn_linear(rows.T, x.T).add_(product)
+        else:
+            product = onednn_linear(rows.T, x.T)
+        result = product[:, :columns]
+        some.add_(result) if adds and not widens else some.copy_(result)
+
+
+GRADS: dict[str, GradForm] = {"own": _grad_own, "oneDNN": _grad_onednn, "wide": partial(_grad_in_parts, onednn=False)}
 for _elements in BLOCKS:
-    WIDE_GRADS[f"wide by {_elements}"] = partial(_grad_wide, elements=_elements)
-
-
-def grads_for(dtype: torch.dtype) -> dict[str, GradForm]:
-    return OWN_GRADS if dtype == torch.float32 else OWN_GRADS | WIDE_GRADS
+    GRADS[f"wide by {_elements}"] = partial(_grad_in_parts, onednn=False, elements=_elements)
+    GRADS[f"wide oneDNN by {_elements}"] = partial(_grad_in_parts, onednn=True, elements=_elements)
 
 
 class Matmuls:
@@ -198,7 +223,7 @@ class Matmuls:
 
     def _gradient(self, name: str, n: int) -> tuple[GradForm, Rows, Rows]:
         _, rows, columns = self.stored[name].shape
-        form = grads_for(self.dtype)[self.chosen[name + " gradient", bucket(n)]]
+        form = GRADS[self.chosen[name + " gradient", bucket(n)]]
         return form, self.rows[rows].first(n), self.rows[columns].first(n)
 
     def _draw(self, n: int, size: int) -> Rows:
@@ -227,12 +252,12 @@ class Matmuls:
         )
 
     def _fastest_gradient(self, name: str, n: int) -> str:
-        grads = torch.zeros(2, *self.stored[name].shape[1:], dtype=self.dtype)
+        grads = torch.zeros(SAMPLES, *self.stored[name].shape[1:], dtype=self.dtype)
         left, right = (self.rows[size].first(n) for size in grads.shape[1:])
         return fastest(
             {
-                key: lambda sample, form=form: form(left, right, grads[sample % 2], self.scratch, self.adds)
-                for key, form in grads_for(self.dtype).items()
+                key: lambda sample, form=form: form(left, right, grads[sample % SAMPLES], self.scratch, self.adds)
+                for key, form in GRADS.items()
             }
         )
 

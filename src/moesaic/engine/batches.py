@@ -37,28 +37,30 @@ class Batch(NamedTuple):
         return experts.repeat_interleave(torch.tensor(self.sizes))
 
     @property
-    def span(self) -> slice:
-        """Every expert from the first of the batch to the last."""
-        return slice(self.pieces[0].expert, self.pieces[-1].expert + 1)
-
-    def offsets(self) -> Int[Tensor, " e"]:
-        """Where the rows of every expert in `span` end."""
-        counts = [0] * (self.span.stop - self.span.start)
-        for piece in self.pieces:
-            counts[piece.expert - self.span.start] += piece.stop - piece.start
-        return torch.tensor(list(accumulate(counts)), dtype=torch.int32)
-
-    @property
     def sizes(self) -> list[int]:
         return [piece.stop - piece.start for piece in self.pieces]
+
+
+def span_of(pieces: list[Piece]) -> slice:
+    """Every expert from the first of neighbouring pieces to the last."""
+    return slice(pieces[0].expert, pieces[-1].expert + 1)
+
+
+def offsets_of(pieces: list[Piece]) -> Int[Tensor, " e"]:
+    """Where the rows of every expert in their span end, the first piece beginning at 0."""
+    span = span_of(pieces)
+    counts = [0] * (span.stop - span.start)
+    for piece in pieces:
+        counts[piece.expert - span.start] += piece.stop - piece.start
+    return torch.tensor(list(accumulate(counts)), dtype=torch.int32)
 
 
 def batches(counts: list[int], token_of: Tensor, piece_rows: int = PIECE_ROWS) -> Iterator[Batch]:
     """All assignments that `counts` covers, experts ascending."""
     pieces: list[Piece] = []
     start = begin = 0
-    for expert, count in enumerate(counts):
-        end = start + count
+    for expert in [expert for expert, count in enumerate(counts) if count]:
+        end = start + counts[expert]
         for cut in range(start, end, piece_rows):
             stop = min(cut + piece_rows, end)
             if pieces and stop - begin > BATCH_ROWS:

@@ -16,8 +16,9 @@ from moesaic.engine.batches import PIECE_ROWS, Batch, batches
 from moesaic.engine.checks import check_ids
 from moesaic.engine.gemm import INVARIANT_ROWS, matmul_dtype
 from moesaic.engine.multiply import Multiply
+from moesaic.engine.one_token import one_token
 from moesaic.engine.op import Gradients, Keep, register_kernels, run_experts
-from moesaic.engine.plan import group_by_expert
+from moesaic.engine.plan import group_by_expert, no_plan
 from moesaic.engine.spec import ExpertSpec
 from moesaic.types import ExpertWeights
 
@@ -37,12 +38,15 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(out [T, O], hidden, assignments [S], counts [E]): the weighted sum of the chosen experts, and what the backward
     needs of it. hidden: [S, U] in the order of `assignments`, in the tokens' dtype; empty unless it is to be saved."""
+    if len(tokens) == 1 and keep == "nothing" and not batch_invariant:
+        out = one_token(tokens, expert_ids, weights, experts, spec)
+        return out, tokens.new_empty(0), *no_plan(expert_ids, len(experts.up))
     if expert_ids.numel():
         lowest, highest = torch.aminmax(expert_ids)
         check_ids(int(lowest), int(highest), len(experts.up))
     plan = group_by_expert(expert_ids, len(experts.up))
     dtype, wide = matmul_dtype(tokens.dtype), torch.promote_types(tokens.dtype, torch.float32)
-    up, down = _as_in_out(experts, spec)
+    up, down = spec.as_in_out(experts)
     out = torch.zeros(len(tokens), down.shape[2], dtype=wide)
     save_hidden = keep == "hidden"
     hidden = tokens.new_empty((len(plan.assignments), up.shape[2]) if save_hidden else 0)
@@ -89,7 +93,7 @@ def backward(
     `up_into`, `down_into`: gradients that are added to in place.
     """
     dtype, wide = matmul_dtype(tokens.dtype), torch.promote_types(tokens.dtype, torch.float32)
-    up, down = _as_in_out(experts, spec)
+    up, down = spec.as_in_out(experts)
     into = _to_fill(wanted, tokens, weights, experts, counts, up_into, down_into)
     scales = weights.flatten()[assignments].to(wide)[:, None]
     multiply, again = Multiply(tokens.dtype), Multiply(tokens.dtype, batch_invariant=batch_invariant)
@@ -176,10 +180,6 @@ def _weight_gradient(
     if experts.down_bias is not None:
         d_scale += (experts.down_bias[batch.expert_of_row()] * g).sum(dim=1, dtype=d_scale.dtype)
     return d_scale
-
-
-def _as_in_out(experts: ExpertWeights, spec: ExpertSpec) -> tuple[Float[Tensor, "E D U"], Float[Tensor, "E I O"]]:
-    return (experts.up, experts.down) if spec.transposed else (experts.up.mT, experts.down.mT)
 
 
 def _add_bias(rows: Float[Tensor, "n b"], bias: Tensor | None, batch: Batch, scale: Tensor | None = None) -> None:

@@ -1,9 +1,10 @@
 """One expert's matmul, called in the way this machine's BLAS is fastest at.
 
 What decides is measured (`moesaic doctor --measure` does it again): MKL streams a weight matrix at full bandwidth only
-for a few rows and packs it above that, twice the cost; `W @ x.T` stays flat where `x @ W.T` climbs; on AMD oneDNN uses
-the AVX-512 units and MKL does not; a 16-bit matmul that the CPU has no instructions for runs several times slower than
-widening the weights to float32 first. The forms differ in the last bit, so the choice hangs on sizes and machine alone.
+for a few rows and packs it above that, twice the cost, unless it is small; `W @ x.T` stays flat where `x @ W.T` climbs;
+on AMD oneDNN uses the AVX-512 units and MKL does not; a 16-bit matmul that the CPU has no instructions for runs several
+times slower than widening the weights to float32 first. The forms differ in the last bit, so the choice hangs on sizes
+and machine alone.
 """
 
 import os
@@ -15,6 +16,9 @@ import torch
 from torch import Tensor
 
 SMALL = 1 << 17  # elements of a weight: below, oneDNN's 20 µs a call are as much as the matmul (384 x 384: 30 | 15 MKL)
+BLOCK = (
+    1 << 19
+)  # elements of a weight that MKL does not pack for up to 12 rows: 120 µs for 4 rows, and 2 times 239 for two
 INVARIANT_ROWS = 32  # rows of every matmul in batch-invariant mode
 ANY = 1 << 62
 
@@ -24,6 +28,7 @@ class Workspace:
 
     def __init__(self) -> None:
         self._buffers: dict[str, Tensor] = {}
+        keep_freed_memory()
 
     def take(self, name: str, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
         """An uninitialised [rows, columns] matrix; its memory is handed out again when `name` is taken again."""
@@ -34,6 +39,18 @@ class Workspace:
         return buffer[:size].view(rows, columns)
 
 
+@cache
+def keep_freed_memory() -> None:
+    """Lets glibc keep what is freed for the next who asks, as it does in any process that has freed a tensor of 31 MiB.
+
+    Until then it gives back everything larger than the largest tensor freed so far, or twice that at the end of the
+    heap: a 2 MB result of oneDNN then comes in new pages every time, 1700 instead of 220 µs for a gradient of 1024 x
+    1792. This one costs nothing, as its pages are never touched. (mallopt(3), M_MMAP_THRESHOLD; the most it learns from
+    is 32 MiB.)
+    """
+    torch.empty(31 << 20, dtype=torch.uint8)
+
+
 # A form writes x [m, a] @ w [a, b] into out [m, b]. W, as weights are stored, is w.T: [b, a].
 # (w comes transposed because a view costs a microsecond, and an engine can take it of all experts at once.)
 
@@ -41,6 +58,13 @@ class Workspace:
 def rows_form(x: Tensor, w: Tensor, out: Tensor, work: Workspace) -> None:
     del work
     torch.mm(x, w, out=out)
+
+
+def blocks_form(x: Tensor, w: Tensor, out: Tensor, work: Workspace) -> None:
+    del work
+    parts = max(1, round(w.numel() / BLOCK))
+    for columns, result in zip(w.tensor_split(parts, 1), out.tensor_split(parts, 1), strict=True):
+        torch.mm(x, columns, out=result)
 
 
 def columns_form(x: Tensor, w: Tensor, out: Tensor, work: Workspace) -> None:
@@ -62,11 +86,12 @@ Form = Callable[[Tensor, Tensor, Tensor, Workspace], None]
 Table = tuple[tuple[int, Form], ...]  # (up to so many rows of x, the form to take)
 
 # float32, microseconds for a 1536 x 2048 weight from memory, 2 threads, torch 2.13 (MKL 2024.2, oneDNN 3.12).
-# Intel Xeon, AVX-512:   rows 470 | 490 at 1 | 3 rows, then 900-1300 where columns 820-1000; at 128 rows 3165 | 3306
+# Intel Xeon, AVX-512:   rows 440 | 460 | 830 | 1080 | 1240 at 1 | 3 | 4 | 8 | 12 rows, blocks 670 | 760 | 850 from 4,
+#                        columns 860 | 900 | 890 | 860 | 980 at 4 | 8 | 12 | 16 | 32; at 128 rows 2870 | 2970
 # AMD EPYC, AVX-512:     rows 885 | 1840 | 1730 | 5415 at 1 | 2 | 16 | 128 rows, columns 960 | 910 | 1180 | 5510,
 #                        oneDNN 440-600 | 780 | 1070 | 5230, and at 1024 rows 196 GF/s against MKL's 131
 ROW_MAJOR: dict[str, Table] = {
-    "intel": ((3, rows_form), (63, columns_form), (ANY, rows_form)),
+    "intel": ((3, rows_form), (12, blocks_form), (63, columns_form), (ANY, rows_form)),
     "amd": ((ANY, onednn_form),),
     "other": ((ANY, rows_form),),
 }
@@ -126,9 +151,13 @@ def invariant_form(x: Tensor, w: Tensor, out: Tensor, work: Workspace) -> None:
 
 
 # 16-bit without the instructions. Reading half the bytes wins while a few rows hide how slow the multiplying is.
-# Intel, bfloat16: as it is 448 | 790 at 1 | 3 rows, 27000 at 256, and `mv` 328 at 1;
-#                  256 rows of W widened at a time, then W @ x.T, 625 | 560 | 711 | 1340 at 1 | 3 | 8 | 16,
-#                  the whole of it 1010 | 1080 | 6370 at 8 | 16 | 256
+# Intel, told to ignore its instructions, bfloat16: as it is 330 | 530 | 770 | 1370 at 1 | 2 | 3 | 8 rows, 22000 at 256,
+#                  2^19 elements widened at a time 660 | 620 | 720 | 810 | 1480 at 2 | 3 | 8 | 12 | 16 (half of that
+#                  is the widening itself), 2^20 elements, then W @ x.T, 1250 | 1480 | 1830 at 16 | 32 | 48,
+#                  the whole of it 1550 | 1720 | 2070, and 3230 at 128; 2048 x 768 as it is 300 | 420, widened 330 at 2;
+#                  stored [in, out]: as it is 400 | 520 | 665 at 1 | 2 | 3, 2^19 elements of some inputs at a time 860 |
+#                  1030 | 1650 at 3 | 8 | 32, the whole widened 980 | 1260 | 1720
+#                  float16: as it is 315 | 424 | 735 at 1 | 2 | 4, widened 580 | 570 | 650
 # AMD, told to ignore its instructions: as it is 325 | 430 | 580 | 1600 at 1 | 2 | 3 | 4 rows,
 #                  row by row 345 | 550 | 670 | 800 | 1000 at 1 | 2 | 3 | 4 | 5,
 #                  2^20 elements widened at a time 920 | 910 | 1230 | 2670 | 4940 at 4 | 8 | 16 | 64 | 128,
@@ -138,19 +167,27 @@ def invariant_form(x: Tensor, w: Tensor, out: Tensor, work: Workspace) -> None:
 #                  the same where the two cores share an L3 cache | where they share none: as it is by oneDNN 414 | 439,
 #                  542 | 535, 1095 | 1109 at 4, 8, 24 rows, 2^20 elements widened 375 | 1169, 419 | 1237, 644 | 1423
 NARROW: dict[str, Table] = {  # in the dtype of W
-    "intel": ((1, vector_form),),
+    "intel": ((2, rows_form),),
     "amd": ((3, rows_form), (4, vector_form)),
     "other": ((1, rows_form),),
 }
-NARROW_COLUMN_MAJOR: dict[str, Table] = {"intel": (), "amd": ((3, rows_form), (8, onednn_form)), "other": ()}
-NARROW_HALF: dict[str, Table] = {"intel": (), "amd": ((2, rows_form),), "other": ()}  # 274 | 616 | 823, widened 700 up
+NARROW_COLUMN_MAJOR: dict[str, Table] = {
+    "intel": ((3, rows_form),),
+    "amd": ((3, rows_form), (8, onednn_form)),
+    "other": (),
+}
+NARROW_HALF: dict[str, Table] = {  # AMD: 274 | 616 | 823, widened 700 up
+    "intel": ((2, rows_form),),
+    "amd": ((2, rows_form),),
+    "other": (),
+}
 WIDE: dict[str, Table] = {  # more rows than that, in float32
-    "intel": ((8, widening(1 << 19)), (ANY, widening(ANY))),
+    "intel": ((12, widening(BLOCK)), (63, widening(1 << 20)), (ANY, widening(ANY))),
     "amd": ((ANY, widening(1 << 20)),),
     "other": ((ANY, widening(ANY)),),
 }
 WIDE_COLUMN_MAJOR: dict[str, Table] = {
-    "intel": ((ANY, widening(ANY)),),
+    "intel": ((63, widening_inputs(BLOCK)), (ANY, widening(ANY))),
     "amd": ((ANY, widening_inputs(1 << 20)),),
     "other": ((ANY, widening(ANY)),),
 }

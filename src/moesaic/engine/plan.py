@@ -18,6 +18,12 @@ class Plan(NamedTuple):
     counts: Int[Tensor, " E"]
 
 
+def no_plan(expert_ids: Int[Tensor, "T K"], num_experts: int) -> tuple[Tensor, Tensor]:
+    """What an operator must return where nobody will read it: the shapes of a plan, and no values."""
+    like = {"dtype": torch.int64, "device": expert_ids.device}
+    return torch.empty(expert_ids.numel(), **like), torch.empty(num_experts, **like)
+
+
 def group_by_expert(expert_ids: Int[Tensor, "T K"], num_experts: int) -> Plan:
     """Sort the assignments of a routing by expert; stable, hence the same on every device."""
     ids = expert_ids.flatten().long()

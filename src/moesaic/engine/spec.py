@@ -108,6 +108,10 @@ class ExpertSpec:
         """x through one expert's matrix, in whichever orientation it is stored."""
         return F.linear(x, weight.mT if self.transposed else weight, bias)
 
+    def as_in_out(self, experts: ExpertWeights) -> tuple[Float[Tensor, "E D U"], Float[Tensor, "E I O"]]:
+        """Views of up and down by which rows are multiplied from the left."""
+        return (experts.up, experts.down) if self.transposed else (experts.up.mT, experts.down.mT)
+
     def up_size(self, experts: ExpertWeights) -> int:
         return experts.up.shape[-1 if self.transposed else -2]
 

@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from moesaic.engine.op import Gradients, Keep
-from moesaic.engine.plan import Plan
+from moesaic.engine.plan import Plan, no_plan
 from moesaic.engine.spec import ExpertSpec
 from moesaic.engine.triton.blocks import INTERPRETED, INVARIANT_ROWS, Tiles, capability_of, tiles_for
 from moesaic.engine.triton.combine import combine
@@ -55,7 +55,7 @@ def forward(
         rows = unsorted(expert_ids)
         activated = up(tokens, k, rows, experts, spec, tiles.up, keep_hidden=False).activated
         out = down_and_combine(activated, expert_ids, weights, down, experts.down_bias)
-        return out, tokens.new_empty(0), *_no_plan(expert_ids, n_experts)
+        return out, tokens.new_empty(0), *no_plan(expert_ids, n_experts)
     plan = group_by_expert(expert_ids, n_experts)
     rows = layout(plan, k, tiles.up.rows)
     hidden, activated = up(tokens, k, rows, experts, spec, tiles.up, keep_hidden=keep == "hidden")
@@ -128,12 +128,6 @@ def _tiles(n_assignments: int, tokens: Tensor, experts: ExpertWeights, *, batch_
         return INTERPRETED
     rows_per_expert = INVARIANT_ROWS if batch_invariant else -(-n_assignments // len(experts.up))
     return tiles_for(rows_per_expert, tokens.dtype, capability_of(tokens.device), experts.up.dtype)
-
-
-def _no_plan(expert_ids: Tensor, n_experts: int) -> tuple[Tensor, Tensor]:
-    """Assignments and counts, which the operator must return and nobody will read."""
-    like = {"dtype": torch.int64, "device": expert_ids.device}
-    return torch.empty(expert_ids.numel(), **like), torch.empty(n_experts, **like)
 
 
 def _nothing(

@@ -1,0 +1,105 @@
+"""One token in inference: its own short way through the CPU engine, beside the definition."""
+
+import pytest
+import torch
+from oracles import moe_by_token
+from test_engines import DTYPES, VARIANTS, D, E, K, ids_of, weights_like
+
+from moesaic.engine import cpu as engine
+from moesaic.engine import gemm
+from moesaic.engine.cpu import cpu
+from moesaic.engine.reference import reference
+from moesaic.engine.spec import ExpertSpec
+
+HABITS = ["intel", "amd", "other"]
+
+
+@pytest.fixture(autouse=True)
+def inference():
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture(params=HABITS)
+def habit(request, monkeypatch):
+    if request.param == "amd" and not torch.backends.mkldnn.is_available():
+        pytest.skip("this build of torch has no oneDNN")
+    monkeypatch.setattr(gemm, "machine", lambda: request.param)
+    monkeypatch.setattr(gemm, "SMALL", 0)
+
+
+@pytest.mark.usefixtures("habit")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("kind", ["an empty expert", "all to one expert", "sentinels", "nobody"])
+def test_one_token_is_the_definition(monkeypatch, dtype, native, kind):
+    monkeypatch.setattr(gemm, "has_instructions", lambda _: native)
+    experts, ids = weights_like(dtype), ids_of(kind, 1)
+    x, weights = torch.randn(1, D).to(dtype), torch.rand(1, K).to(dtype)
+    out = cpu(x, ids, weights, experts, ExpertSpec())
+    expected = torch.from_numpy(moe_by_token(x, ids, weights, experts.up, experts.down))
+    assert out.dtype == dtype
+    scale = max(1.0, float(expected.abs().max()))
+    torch.testing.assert_close(out.double(), expected, rtol=0, atol=4 * torch.finfo(dtype).eps * scale)
+
+
+@pytest.mark.usefixtures("habit")
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_every_kind_of_expert_computes_it(variant, dtype):
+    spec, layout = VARIANTS[variant]
+    experts, ids = weights_like(dtype, **layout), torch.tensor([[4, E, 1, 4, 0]])  # one of them twice, one nobody
+    x, weights = torch.randn(1, D).to(dtype), torch.rand(1, 5).to(dtype)
+    expected = reference(x, ids, weights, experts, spec)
+    got = cpu(x, ids, weights, experts, spec)
+    tolerance = 1e-12 if dtype == torch.float64 else 1e-5
+    torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance)
+    assert torch.equal(got, cpu(x, ids, weights, experts, spec))
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8], ids=str)
+def test_it_takes_every_dtype_of_ids(dtype):
+    experts, ids, x, weights = weights_like(torch.float32), ids_of("sentinels", 1), torch.randn(1, D), torch.rand(1, K)
+    got = cpu(x, ids.to(dtype), weights, experts, ExpertSpec())
+    assert torch.equal(got, cpu(x, ids, weights, experts, ExpertSpec()))
+
+
+@pytest.mark.parametrize("wrong", [-1, E + 1])
+def test_ids_that_name_no_expert_are_refused(wrong):
+    with pytest.raises(ValueError, match=f"there are {E} experts"):
+        cpu(torch.randn(1, D), torch.tensor([[0, wrong]]), torch.rand(1, 2), weights_like(torch.float32), ExpertSpec())
+
+
+def test_no_expert_for_each_token_is_zero():
+    experts = weights_like(torch.float32)
+    out = cpu(torch.randn(1, D), torch.zeros(1, 0).long(), torch.zeros(1, 0), experts, ExpertSpec())
+    assert torch.equal(out, torch.zeros(1, experts.down.shape[1]))
+
+
+def test_autocast_multiplies_in_its_dtype():
+    experts, ids, x, weights = (
+        weights_like(torch.float32),
+        ids_of("an empty expert", 1),
+        torch.randn(1, D),
+        torch.rand(1, K),
+    )
+    with torch.autocast("cpu", torch.bfloat16):
+        got = cpu(x, ids, weights, experts, ExpertSpec())
+    expected = reference(x, ids, weights, experts, ExpertSpec())
+    assert got.dtype == torch.float32
+    assert 1e-5 < float((got - expected).norm() / expected.norm()) < 2e-2
+
+
+@pytest.mark.parametrize(
+    ("how", "sorts"), [("plain", False), ("batch_invariant", True), ("trained", True), ("two", True)]
+)
+def test_who_goes_the_short_way(monkeypatch, how, sorts):
+    """One token that nobody will send a gradient to; in batch-invariant mode its bits are to be those of a batch."""
+    sorted_, group_by_expert = [], engine.group_by_expert
+    monkeypatch.setattr(engine, "group_by_expert", lambda *args: sorted_.append(True) or group_by_expert(*args))
+    tokens = 2 if how == "two" else 1
+    experts, ids = weights_like(torch.float32), ids_of("an empty expert", tokens)
+    x, weights = torch.randn(tokens, D), torch.rand(tokens, K)
+    with torch.set_grad_enabled(how == "trained"):
+        cpu(x, ids, weights, experts, ExpertSpec(), batch_invariant=how == "batch_invariant")
+    assert bool(sorted_) == sorts

@@ -124,10 +124,11 @@ def test_widening_by_parts_computes_the_same(monkeypatch, habit, rows, transpose
         pytest.skip("this build of torch has no oneDNN")
     monkeypatch.setattr(gemm, "machine", lambda: habit)
     monkeypatch.setattr(gemm, "SMALL", 0)
+    inner = {"intel": gemm.columns_form, "amd": gemm.onednn_form, "other": gemm.rows_form}[habit]
     x, w = torch.randn(rows, 40), torch.randn(301, 40).bfloat16().mT
     w = w.contiguous() if transposed else w
     for elements in (1500, 5000, gemm.ANY):  # 8 parts of uneven width, 2, and the whole
-        for form in (gemm.widening(elements), gemm.widening_inputs(elements)):
+        for form in (gemm.widening(elements, inner), gemm.widening_inputs(elements, inner)):
             out = torch.full((rows, 301), math.nan)
             form(x, w, out, gemm.Workspace())
             torch.testing.assert_close(out.double(), x.double() @ w.double(), rtol=1e-5, atol=2e-4)

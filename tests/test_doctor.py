@@ -156,7 +156,7 @@ def test_measures_name_the_fastest_form_and_the_engine_s(run):
     for row in measured["forms"]:
         assert row["us"][row["fastest"]] == min(row["us"].values())
         assert row["slower"] == pytest.approx(row["engine_us"] / row["us"][row["fastest"]])
-        assert row["engine"] in {*forms.OWN, *forms.WIDE}
+        assert row["engine"] in {*forms.OWN, *forms.wide_forms()}
         assert forms.VECTOR in row["us"]
         assert (forms.WHOLE in row["us"]) == (row["dtype"] != "float32")
 
@@ -180,16 +180,16 @@ def test_a_slow_engine_is_pointed_out(lang, run, monkeypatch):
 @pytest.mark.parametrize("rows", [1, 5])
 def test_every_form_computes_the_same(rows):
     w, x = torch.randn(700, 64, dtype=torch.bfloat16).mT, torch.randn(rows, 64)
-    for label, form in {**forms.OWN, **forms.WIDE}.items():
+    for label, form in {**forms.OWN, **forms.wide_forms()}.items():
         out = torch.full((rows, 700), torch.nan)
-        form(x, w if label in forms.WIDE else w.float(), out, gemm.Workspace())
+        form(x, w if label in forms.wide_forms() else w.float(), out, gemm.Workspace())
         torch.testing.assert_close(out.double(), x.double() @ w.double(), rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("label", [*forms.OWN, *forms.WIDE])
+@pytest.mark.parametrize("label", [*forms.OWN, *forms.wide_forms()])
 def test_the_engine_s_form_is_seen_from_what_it_runs(label, monkeypatch):
     """Whatever the engine's tables say, now or later, is named rightly, in the weight's own dtype and in another."""
-    form, x = {**forms.OWN, **forms.WIDE}[label], torch.randn(2, 1024).bfloat16()
+    form, x = {**forms.OWN, **forms.wide_forms()}[label], torch.randn(2, 1024).bfloat16()
     w = torch.randn(2100, 1024).bfloat16().mT
     if label in forms.OWN:
         w = w.float()

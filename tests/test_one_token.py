@@ -10,6 +10,7 @@ from moesaic.engine import gemm
 from moesaic.engine.cpu import cpu
 from moesaic.engine.reference import reference
 from moesaic.engine.spec import ExpertSpec
+from moesaic.types import ExpertWeights
 
 HABITS = ["intel", "amd", "other"]
 
@@ -103,3 +104,11 @@ def test_who_goes_the_short_way(monkeypatch, how, sorts):
     with torch.set_grad_enabled(how == "trained"):
         cpu(x, ids, weights, experts, ExpertSpec(), batch_invariant=how == "batch_invariant")
     assert bool(sorted_) == sorts
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_experts_of_no_width_give_nothing(monkeypatch, tokens):
+    monkeypatch.setattr(gemm, "has_instructions", lambda _: False)
+    experts = ExpertWeights(torch.zeros(E, 0, D).bfloat16(), torch.zeros(E, D, 0).bfloat16())
+    x, ids, weights = torch.randn(tokens, D).bfloat16(), ids_of("an empty expert", tokens), torch.rand(tokens, K)
+    assert torch.equal(cpu(x, ids, weights, experts, ExpertSpec()), torch.zeros(tokens, D).bfloat16())

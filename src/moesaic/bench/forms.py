@@ -27,10 +27,15 @@ ENGINE = "engine"
 
 
 # W is the weight as it is stored, [OUT, IN]
-STRAIGHT, TURNED, VECTOR, ONEDNN = "x @ W.T", "W @ x.T", "W @ each x", "oneDNN"
+STRAIGHT, PARTS, TURNED, VECTOR, ONEDNN = "x @ W.T", "by parts of W", "W @ x.T", "W @ each x", "oneDNN"
 WHOLE, BLOCKS = "widen W", "widen parts of W"
-OWN = {STRAIGHT: gemm.rows_form, TURNED: gemm.columns_form, VECTOR: gemm.vector_form, ONEDNN: gemm.onednn_form}
-WIDE = {WHOLE: gemm.widening(gemm.ANY), BLOCKS: gemm.widening(1 << 20)}  # 16-bit weights for x in float32
+OWN = {
+    STRAIGHT: gemm.rows_form,
+    PARTS: gemm.blocks_form,
+    TURNED: gemm.columns_form,
+    VECTOR: gemm.vector_form,
+    ONEDNN: gemm.onednn_form,
+}
 
 
 class FormTimes(NamedTuple):
@@ -56,6 +61,13 @@ class FormTimes(NamedTuple):
         times = {label: 1e6 * seconds for label, seconds in self.seconds.items()}
         engine = {"engine": self.engine_form, "engine_us": 1e6 * self.engine_seconds, "slower": self.slower}
         return {"dtype": self.dtype, "rows": self.rows, "us": times, "fastest": self.fastest, **engine}
+
+
+def wide_forms() -> dict[str, gemm.Form]:
+    """Of 16-bit weights for x in float32, which then are multiplied as this machine does it best."""
+    amd = gemm.machine() == "amd"
+    inner, elements = (gemm.onednn_form, 1 << 20) if amd else (gemm.rows_form, gemm.BLOCK)
+    return {WHOLE: gemm.widening(gemm.ANY, inner), BLOCKS: gemm.widening(elements, inner)}
 
 
 def square_flops(dtype: torch.dtype) -> float:
@@ -87,7 +99,9 @@ def engine_form(x: Tensor, w: Tensor) -> str:
         return VECTOR
     if left.dtype != w.dtype:
         return WHOLE if len(seen.calls) == 1 else BLOCKS
-    return ONEDNN if name == "_linear_pointwise" else TURNED if len(left) == w.shape[1] else STRAIGHT
+    if name == "_linear_pointwise":
+        return ONEDNN
+    return TURNED if len(left) == w.shape[1] else STRAIGHT if len(seen.calls) == 1 else PARTS
 
 
 class _Matmuls(TorchDispatchMode):
@@ -118,7 +132,7 @@ def _time_rows(rows: int, dtype: torch.dtype, weights: Tensor) -> FormTimes:
     if rows > FEW:
         del forms[VECTOR]
     if dtype.itemsize < 4:
-        forms |= {label: (form, own.float()) for label, form in WIDE.items()}
+        forms |= {label: (form, own.float()) for label, form in wide_forms().items()}
     runs: dict[str, Callable[[Tensor], object]] = {ENGINE: engine_run(own)}
     for label, (form, x) in forms.items():
         out = x.new_empty(rows, OUT)

@@ -1,6 +1,6 @@
 """The sorted assignments in batches: what the CPU engine computes at a time."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -41,12 +41,12 @@ class Batch(NamedTuple):
         return [piece.stop - piece.start for piece in self.pieces]
 
 
-def span_of(pieces: list[Piece]) -> slice:
+def span_of(pieces: Sequence[Piece]) -> slice:
     """Every expert from the first of neighbouring pieces to the last."""
     return slice(pieces[0].expert, pieces[-1].expert + 1)
 
 
-def offsets_of(pieces: list[Piece]) -> Int[Tensor, " e"]:
+def offsets_of(pieces: Sequence[Piece]) -> Int[Tensor, " e"]:
     """Where the rows of every expert in their span end, the first piece beginning at 0."""
     span = span_of(pieces)
     counts = [0] * (span.stop - span.start)

@@ -62,9 +62,15 @@ def rows_form(x: Tensor, w: Tensor, out: Tensor, work: Workspace) -> None:
 
 def blocks_form(x: Tensor, w: Tensor, out: Tensor, work: Workspace) -> None:
     del work
-    parts = max(1, round(w.numel() / BLOCK))
-    for columns, result in zip(w.tensor_split(parts, 1), out.tensor_split(parts, 1), strict=True):
+    step = step_of(w.shape[1], w.numel(), BLOCK)
+    for columns, result in zip(w.split(step, 1), out.split(step, 1), strict=True):
         torch.mm(x, columns, out=result)
+
+
+def step_of(length: int, elements: int, at_most: int) -> int:
+    """How far apart to cut `length`, along which a matrix of so many elements is to be in parts of `at_most`."""
+    parts = max(1, -(-elements // at_most))
+    return max(1, -(-length // parts))
 
 
 def columns_form(x: Tensor, w: Tensor, out: Tensor, work: Workspace) -> None:
@@ -105,30 +111,32 @@ COLUMN_MAJOR: dict[str, Table] = {
 PLAIN: Table = ((ANY, rows_form),)  # float64, and 16-bit with the instructions: the plain call is best at every size
 
 
-def widening(elements: int) -> Form:
-    """The form that widens about so many elements of W at a time, and multiplies while they are in the cache."""
+def widening(elements: int, inner: Form) -> Form:
+    """The form that widens so many elements of W at a time, and multiplies while they are in the cache."""
 
     def form(x: Tensor, w: Tensor, out: Tensor, work: Workspace) -> None:
-        parts = max(1, w.numel() // elements)
-        for columns, result in zip(w.tensor_split(parts, 1), out.tensor_split(parts, 1), strict=True):
-            wide = converted(columns, x.dtype, work)
-            form_for(table_for(x.dtype, wide), len(x))(x, wide, result, work)
+        inputs, outputs = w.shape
+        step = step_of(outputs, w.numel(), elements)
+        multiply = inner if inputs * step > SMALL else rows_form
+        for columns, result in zip(w.split(step, 1), out.split(step, 1), strict=True):
+            multiply(x, converted(columns, x.dtype, work), result, work)
 
     return form
 
 
-def widening_inputs(elements: int) -> Form:
+def widening_inputs(elements: int, inner: Form) -> Form:
     """The same for a w [in, out] whose rows lie together: parts of the inputs, and their products added up."""
 
     def form(x: Tensor, w: Tensor, out: Tensor, work: Workspace) -> None:
-        parts = max(1, w.numel() // elements)
-        result = out
-        for rows, columns in zip(w.tensor_split(parts), x.tensor_split(parts, 1), strict=True):
-            wide = converted(rows, x.dtype, work)
-            form_for(table_for(x.dtype, wide), len(x))(columns, wide, result, work)
-            if result is not out:
+        inputs, outputs = w.shape
+        step = step_of(inputs, w.numel(), elements)
+        multiply, result = inner if step * outputs > SMALL else rows_form, out
+        for rows, columns in zip(w.split(step), x.split(step, 1), strict=True):
+            multiply(columns, converted(rows, x.dtype, work), result, work)
+            if result is out:
+                result = work.take("part", len(x), outputs, x.dtype)
+            else:
                 out.add_(result)
-            result = work.take("part", len(x), w.shape[1], x.dtype)
 
     return form
 
@@ -182,14 +190,18 @@ NARROW_HALF: dict[str, Table] = {  # AMD: 274 | 616 | 823, widened 700 up
     "other": (),
 }
 WIDE: dict[str, Table] = {  # more rows than that, in float32
-    "intel": ((12, widening(BLOCK)), (63, widening(1 << 20)), (ANY, widening(ANY))),
-    "amd": ((ANY, widening(1 << 20)),),
-    "other": ((ANY, widening(ANY)),),
+    "intel": (
+        (12, widening(BLOCK, rows_form)),
+        (63, widening(1 << 20, columns_form)),
+        (ANY, widening(ANY, rows_form)),
+    ),
+    "amd": ((ANY, widening(1 << 20, onednn_form)),),
+    "other": ((ANY, widening(ANY, rows_form)),),
 }
 WIDE_COLUMN_MAJOR: dict[str, Table] = {
-    "intel": ((63, widening_inputs(BLOCK)), (ANY, widening(ANY))),
-    "amd": ((ANY, widening_inputs(1 << 20)),),
-    "other": ((ANY, widening(ANY)),),
+    "intel": ((63, widening_inputs(BLOCK, rows_form)), (ANY, widening(ANY, rows_form))),
+    "amd": ((1, widening_inputs(1 << 20, rows_form)), (ANY, widening_inputs(1 << 20, onednn_form))),
+    "other": ((ANY, widening(ANY, rows_form)),),
 }
 
 

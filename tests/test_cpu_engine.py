@@ -135,7 +135,7 @@ def test_widening_by_parts_computes_the_same(monkeypatch, habit, rows, transpose
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
-@pytest.mark.parametrize("rows", [1, 9])
+@pytest.mark.parametrize("rows", [1, 9, 45, 132, 133])
 @pytest.mark.parametrize("aliased", [20, 512])  # 40 columns are padded, and are not
 @pytest.mark.parametrize("accumulate", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -230,7 +230,8 @@ def test_experts_of_few_and_of_many_rows_in_one_batch(monkeypatch, habit, dtype,
 
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("given", [False, True], ids=["scratch", "given"])
-def test_neighbouring_experts_of_few_rows_are_one_call_of_torch(monkeypatch, transposed, given):
+@pytest.mark.parametrize("few", [False, True], ids=["many", "few on average"])
+def test_neighbouring_experts_of_few_rows_are_one_call_of_torch(monkeypatch, transposed, given, few):
     """Between them, and before and after, lie experts of many rows, and some of none."""
     monkeypatch.setattr(gemm, "machine", lambda: "intel")
     monkeypatch.setattr(gemm, "SMALL", 0)
@@ -239,8 +240,8 @@ def test_neighbouring_experts_of_few_rows_are_one_call_of_torch(monkeypatch, tra
     monkeypatch.setattr(
         multiply.F, "grouped_mm", lambda x, *args, **kw: calls.append(len(x)) or grouped_mm(x, *args, **kw)
     )
-    sizes = [20, 1, 0, 3, 2, 2, 9, 1, 1, 1, 70, 0, 1, 2, 3, 0, 1]
-    many = [] if transposed else [8, 7]  # stored [in, out] any number of rows is multiplied so
+    many = [] if transposed or few else [8, 7]  # stored [in, out] any number of rows is multiplied so
+    sizes = [2, 1, 0, 3, 12] if few else [20, 1, 0, 3, 2, 2, 9, 1, 1, 1, 70, 0, 1, 2, 3, 0, 1]
     (batch,) = batches.batches(sizes, torch.arange(sum(sizes)))
     x, stack = torch.randn(sum(sizes), 40), torch.randn(len(sizes), 40, 24)
     stack = stack if transposed else stack.mT.contiguous().mT

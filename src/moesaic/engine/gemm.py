@@ -108,6 +108,10 @@ COLUMN_MAJOR: dict[str, Table] = {
     "amd": ((1, rows_form), (ANY, onednn_form)),
     "other": ((ANY, rows_form),),
 }
+# Where experts have no more rows than this on average, all go through torch's own loop, whose plain call is best for
+# fewer still: what Python costs between matmuls is more than what the forms save. dsv3-quarter, T=128: 1.01 | 0.99, up
+# to 0.90 in a busier process
+LOOPED = {"intel": 5, "amd": 1, "other": ANY}
 PLAIN: Table = ((ANY, rows_form),)  # float64, and 16-bit with the instructions: the plain call is best at every size
 
 
@@ -193,6 +197,7 @@ WIDE: dict[str, Table] = {  # more rows than that, in float32
     "intel": (
         (12, widening(BLOCK, rows_form)),
         (63, widening(1 << 20, columns_form)),
+        (255, widening(1 << 20, rows_form)),
         (ANY, widening(ANY, rows_form)),
     ),
     "amd": ((ANY, widening(1 << 20, onednn_form)),),
@@ -236,6 +241,10 @@ def form_for(table: Table, rows: int) -> Form:
 def most_rows(table: Table) -> int:
     """Up to how many rows the table has a form."""
     return table[-1][0] if table else 0
+
+
+def looped_rows() -> int:
+    return LOOPED[machine()]
 
 
 def plain_rows(table: Table) -> int:

@@ -15,6 +15,7 @@ from moesaic.engine.gemm import (
     Table,
     Workspace,
     form_for,
+    looped_rows,
     matmul_dtype,
     most_rows,
     narrow_table,
@@ -62,8 +63,8 @@ class Multiply:
     ) -> Tensor:
         """The experts of more than `over` rows that the table has forms for; the others' rows are left as they are."""
         sizes, plain, most = batch.sizes, plain_rows(table), most_rows(table)
-        few = len(x) <= plain * len(sizes) if most == ANY else max(sizes) <= plain  # on average, or all of them
-        if few and not over and grouped_mm_is_better(batch.pieces, stack):
+        looped = plain > 0 and most == ANY and len(x) <= looped_rows() * len(sizes)
+        if (looped or max(sizes) <= plain) and not over and grouped_mm_is_better(batch.pieces, stack):
             result = _grouped(batch.pieces, x, stack)
             return result if out is None else out.copy_(result)
         if out is None:

@@ -10,6 +10,7 @@ and machine alone.
 import os
 from collections.abc import Callable, Mapping
 from functools import cache
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -93,11 +94,12 @@ Table = tuple[tuple[int, Form], ...]  # (up to so many rows of x, the form to ta
 
 # float32, microseconds for a 1536 x 2048 weight from memory, 2 threads, torch 2.13 (MKL 2024.2, oneDNN 3.12).
 # Intel Xeon, AVX-512:   rows 440 | 460 | 830 | 1080 | 1240 at 1 | 3 | 4 | 8 | 12 rows, blocks 670 | 760 | 850 from 4,
-#                        columns 860 | 900 | 890 | 860 | 980 at 4 | 8 | 12 | 16 | 32; at 128 rows 2870 | 2970
+#                        columns 860 | 900 | 890 | 860 | 980 at 4 | 8 | 12 | 16 | 32; at 128 rows 2870 | 2970;
+#                        dsv3-quarter, 8 rows on average: blocks up to 16 rows rather than 12 are 6 % of the layer
 # AMD EPYC, AVX-512:     rows 885 | 1840 | 1730 | 5415 at 1 | 2 | 16 | 128 rows, columns 960 | 910 | 1180 | 5510,
 #                        oneDNN 440-600 | 780 | 1070 | 5230, and at 1024 rows 196 GF/s against MKL's 131
 ROW_MAJOR: dict[str, Table] = {
-    "intel": ((3, rows_form), (12, blocks_form), (63, columns_form), (ANY, rows_form)),
+    "intel": ((3, rows_form), (16, blocks_form), (63, columns_form), (ANY, rows_form)),
     "amd": ((ANY, onednn_form),),
     "other": ((ANY, rows_form),),
 }
@@ -108,10 +110,6 @@ COLUMN_MAJOR: dict[str, Table] = {
     "amd": ((1, rows_form), (ANY, onednn_form)),
     "other": ((ANY, rows_form),),
 }
-# Where experts have no more rows than this on average, all go through torch's own loop, whose plain call is best for
-# fewer still: what Python costs between matmuls is more than what the forms save. dsv3-quarter, T=128: 1.01 | 0.99, up
-# to 0.90 in a busier process
-LOOPED = {"intel": 5, "amd": 1, "other": ANY}
 PLAIN: Table = ((ANY, rows_form),)  # float64, and 16-bit with the instructions: the plain call is best at every size
 
 
@@ -243,13 +241,16 @@ def most_rows(table: Table) -> int:
     return table[-1][0] if table else 0
 
 
-def looped_rows() -> int:
-    return LOOPED[machine()]
-
-
 def plain_rows(table: Table) -> int:
-    """Up to how many rows it is the plain call."""
-    return table[0][0] if table and table[0][1] is rows_form else 0
+    """Up to how many rows it is the plain call, on W or on blocks of it: torch's own loop makes it for many experts."""
+    leading = takewhile(lambda entry: entry[1] in (rows_form, blocks_form), table)
+    return max((rows for rows, _ in leading), default=0)
+
+
+def part_of(stack: Tensor) -> int:
+    """How many columns of each w [a, b] of a stack make a block, in steps of 16 numbers."""
+    step = step_of(stack.shape[2], stack.shape[1] * stack.shape[2], BLOCK)
+    return -(-step // 16) * 16
 
 
 def converted(w: Tensor, dtype: torch.dtype, work: Workspace) -> Tensor:

@@ -10,15 +10,14 @@ from torch import Tensor
 
 from moesaic.engine.batches import Batch, Piece, offsets_of, span_of
 from moesaic.engine.gemm import (
-    ANY,
     INVARIANT,
     Table,
     Workspace,
     form_for,
-    looped_rows,
     matmul_dtype,
     most_rows,
     narrow_table,
+    part_of,
     plain_rows,
     table_for,
 )
@@ -63,9 +62,8 @@ class Multiply:
     ) -> Tensor:
         """The experts of more than `over` rows that the table has forms for; the others' rows are left as they are."""
         sizes, plain, most = batch.sizes, plain_rows(table), most_rows(table)
-        looped = plain > 0 and most == ANY and len(x) <= looped_rows() * len(sizes)
-        if (looped or max(sizes) <= plain) and not over and grouped_mm_is_better(batch.pieces, stack):
-            result = _grouped(batch.pieces, x, stack)
+        if not over and max(sizes) <= plain and grouped_mm_is_better(batch.pieces, stack):
+            result = _grouped(batch.pieces, x, stack, table)
             return result if out is None else out.copy_(result)
         if out is None:
             out = self._work.take(name, len(x), stack.shape[2], x.dtype)
@@ -76,7 +74,7 @@ class Multiply:
             pieces, some = zip(*run, strict=True)
             here = slice(pieces[0].start - batch.here.start, pieces[-1].stop - batch.here.start)
             if is_plain and grouped_mm_is_better(pieces, stack):
-                out[here] = _grouped(pieces, x[here], stack)
+                out[here] = _grouped(pieces, x[here], stack, table)
                 continue
             for piece, size, rows, result in zip(pieces, some, x[here].split(some), out[here].split(some), strict=True):
                 form_for(table, size)(rows, stack[piece.expert], result, self._work)
@@ -118,5 +116,10 @@ def grouped_mm_is_better(pieces: Sequence[Piece], stack: Tensor) -> bool:
     return even and span.stop - span.start <= 4 * len(pieces)
 
 
-def _grouped(pieces: Sequence[Piece], x: Tensor, stack: Tensor) -> Tensor:
-    return F.grouped_mm(x, stack[span_of(pieces)], offs=offsets_of(pieces))
+def _grouped(pieces: Sequence[Piece], x: Tensor, stack: Tensor, table: Table) -> Tensor:
+    """By parts of the weights where there are more rows on average than the plain call is best for."""
+    weights, offsets = stack[span_of(pieces)], offsets_of(pieces)
+    if len(x) <= table[0][0] * len(pieces):
+        return F.grouped_mm(x, weights, offs=offsets)
+    step = part_of(weights)
+    return torch.cat([F.grouped_mm(x, some, offs=offsets) for some in weights.split(step, dim=2)], dim=1)

@@ -156,6 +156,21 @@ def test_a_gradient_in_parts_is_the_whole_gradient(
     torch.testing.assert_close(out.double(), exact, rtol=1e-5 if dtype == torch.float32 else 8e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("rows", [45, 132])
+def test_a_gradient_in_16_bits_is_rounded_once(monkeypatch, rows):
+    """With the instructions a product is rounded as it is written; in chunks it would be as often as there are."""
+    monkeypatch.setattr(outer, "machine", lambda: "intel")
+    monkeypatch.setattr(outer, "SMALL", 0)
+    g, x = torch.randn(rows, 53).bfloat16(), torch.randn(rows, 40).bfloat16()
+    calls, add_product = [], outer._add_product
+    monkeypatch.setattr(outer, "_add_product", lambda *args: calls.append(len(args[1])) or add_product(*args))
+    outer.outer_by_rows(torch.empty(53, 40).bfloat16(), g, x, beta=0.0)
+    assert calls == [rows]
+    calls.clear()
+    outer.outer_by_rows(torch.empty(53, 40), g.float(), x.float(), beta=0.0)
+    assert max(calls) <= outer.CHUNK, "in float32 it is in chunks"
+
+
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="who takes a page fault is told by Linux alone")
 @pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="another BLAS than MKL may share rows out")
 @pytest.mark.parametrize("rows", [1, 8])
@@ -267,7 +282,9 @@ def test_the_tables_of_forms_reach_every_number_of_rows():
             bounds = [rows for rows, _ in table]
             assert bounds == sorted(set(bounds))
             assert not bounds or bounds[-1] < 32
-            assert all(form is not gemm.rows_form for _, form in table[1:]), "plain_rows looks at the first alone"
+            assert all(form is not gemm.rows_form for _, form in table[1:]), (
+                "more than the first would be left to the loop over experts"
+            )
 
 
 @pytest.mark.parametrize(

@@ -106,9 +106,18 @@ def test_who_goes_the_short_way(monkeypatch, how, sorts):
     assert bool(sorted_) == sorts
 
 
-@pytest.mark.parametrize("tokens", [1, 3])
-def test_experts_of_no_width_give_nothing(monkeypatch, tokens):
-    monkeypatch.setattr(gemm, "has_instructions", lambda _: False)
-    experts = ExpertWeights(torch.zeros(E, 0, D).bfloat16(), torch.zeros(E, D, 0).bfloat16())
-    x, ids, weights = torch.randn(tokens, D).bfloat16(), ids_of("an empty expert", tokens), torch.rand(tokens, K)
-    assert torch.equal(cpu(x, ids, weights, experts, ExpertSpec()), torch.zeros(tokens, D).bfloat16())
+@pytest.mark.parametrize("tokens", [1, 9])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_experts_of_no_width_give_nothing(monkeypatch, tokens, dtype, native, transposed):
+    monkeypatch.setattr(gemm, "has_instructions", lambda _: native)
+    up, down = torch.zeros(E, 0, 16).to(dtype), torch.zeros(E, 16, 0).to(dtype)
+    experts, spec = ExpertWeights(*((up.mT, down.mT) if transposed else (up, down))), ExpertSpec(transposed=transposed)
+    x, ids = torch.randn(tokens, 16).to(dtype).requires_grad_(), torch.arange(tokens * K).view(tokens, K) % E
+    with torch.enable_grad():
+        out = cpu(x, ids, torch.rand(tokens, K), experts, spec)
+        (grad,) = torch.autograd.grad(out.sum(), x)
+    assert not out.any()
+    assert not grad.any()
+    assert torch.equal(out, cpu(x, ids, torch.rand(tokens, K), experts, spec))

@@ -59,8 +59,10 @@ def batches(counts: list[int], token_of: Tensor, piece_rows: int = PIECE_ROWS) -
     """All assignments that `counts` covers, experts ascending."""
     pieces: list[Piece] = []
     start = begin = 0
-    for expert in [expert for expert, count in enumerate(counts) if count]:
-        end = start + counts[expert]
+    for expert, count in enumerate(counts):
+        if not count:  # most are, for a few tokens
+            continue
+        end = start + count
         for cut in range(start, end, piece_rows):
             stop = min(cut + piece_rows, end)
             if pieces and stop - begin > BATCH_ROWS:

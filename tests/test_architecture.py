@@ -66,7 +66,7 @@ def imported_rooms(tree: ast.AST) -> set[str]:
 
 
 # what oneDNN was told by the environment decides how fast it is, and it can be asked nowhere else; the bench reports it
-ONEDNN_LIMIT_IN = ("engine/gemm.py", "bench/machine.py")
+ONEDNN_LIMIT_IN = ("engine/processor.py", "bench/machine.py")
 # how threads wait for each other can be told to OpenMP in the environment alone, before it is loaded
 TELLS_OPENMP = ("cli/demo.py",)
 

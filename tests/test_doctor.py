@@ -194,11 +194,11 @@ def test_the_engine_s_form_is_seen_from_what_it_runs(label, monkeypatch):
     if label in forms.OWN:
         w = w.float()
     monkeypatch.setattr("moesaic.engine.multiply.matmul_dtype", lambda _dtype: torch.float32)
-    monkeypatch.setattr("moesaic.engine.multiply.narrow_table", lambda _w: ())
+    monkeypatch.setattr("moesaic.engine.multiply.narrow_table", lambda _w, _dtype: ())
     monkeypatch.setattr("moesaic.engine.multiply.table_for", lambda _dtype, _w: ((gemm.ANY, form),))
     assert engine_form(x, w) == label
     if label in forms.OWN:
-        monkeypatch.setattr("moesaic.engine.multiply.narrow_table", lambda _w: ((gemm.ANY, form),))
+        monkeypatch.setattr("moesaic.engine.multiply.narrow_table", lambda _w, _dtype: ((gemm.ANY, form),))
         assert engine_form(x, w.bfloat16()) == label
 
 

@@ -33,11 +33,13 @@ def habit(request, monkeypatch):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("native", [True, False])
 @pytest.mark.parametrize("kind", ["an empty expert", "all to one expert", "sentinels", "nobody"])
-def test_one_token_is_the_definition(monkeypatch, dtype, native, kind):
+@pytest.mark.parametrize("transposed", [False, True])
+def test_one_token_is_the_definition(monkeypatch, dtype, native, kind, transposed):
     monkeypatch.setattr(gemm, "has_instructions", lambda _: native)
     experts, ids = weights_like(dtype), ids_of(kind, 1)
     x, weights = torch.randn(1, D).to(dtype), torch.rand(1, K).to(dtype)
-    out = cpu(x, ids, weights, experts, ExpertSpec())
+    stored = ExpertWeights(*(w.mT.contiguous() for w in experts[:2])) if transposed else experts
+    out = cpu(x, ids, weights, stored, ExpertSpec(transposed=transposed))
     expected = torch.from_numpy(moe_by_token(x, ids, weights, experts.up, experts.down))
     assert out.dtype == dtype
     scale = max(1.0, float(expected.abs().max()))
@@ -46,15 +48,18 @@ def test_one_token_is_the_definition(monkeypatch, dtype, native, kind):
 
 @pytest.mark.usefixtures("habit")
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-def test_every_kind_of_expert_computes_it(variant, dtype):
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_kind_of_expert_computes_it(monkeypatch, variant, dtype, native):
+    monkeypatch.setattr(gemm, "has_instructions", lambda _: native)
     spec, layout = VARIANTS[variant]
     experts, ids = weights_like(dtype, **layout), torch.tensor([[4, E, 1, 4, 0]])  # one of them twice, one nobody
     x, weights = torch.randn(1, D).to(dtype), torch.rand(1, 5).to(dtype)
-    expected = reference(x, ids, weights, experts, spec)
+    wide = ExpertWeights(*(None if w is None else w.double() for w in experts))
+    expected = reference(x.double(), ids, weights.double(), wide, spec)
     got = cpu(x, ids, weights, experts, spec)
-    tolerance = 1e-12 if dtype == torch.float64 else 1e-5
-    torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance)
+    error = (got.double() - expected).abs().max() / expected.abs().max()
+    assert error < {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}[dtype]
     assert torch.equal(got, cpu(x, ids, weights, experts, spec))
 
 
@@ -77,7 +82,10 @@ def test_no_expert_for_each_token_is_zero():
     assert torch.equal(out, torch.zeros(1, experts.down.shape[1]))
 
 
-def test_autocast_multiplies_in_its_dtype():
+@pytest.mark.usefixtures("habit")
+@pytest.mark.parametrize("native", [True, False])
+def test_autocast_multiplies_in_its_dtype(monkeypatch, native):
+    monkeypatch.setattr(gemm, "has_instructions", lambda _: native)
     experts, ids, x, weights = (
         weights_like(torch.float32),
         ids_of("an empty expert", 1),

@@ -66,24 +66,17 @@ def _vector(x: Tensor, w: Tensor, result: Tensor) -> Tensor:
 def _widened(w: Tensor, scratch: Tensor) -> Tensor:
     """w in float32, in the memory order that it has."""
     wide = scratch[: w.numel()]
-    if w.is_contiguous():
+    if w.stride(1) == 1:
         return wide.view(w.shape).copy_(w)
     return wide.view(w.T.shape).copy_(w.T).T
 
 
-def _straight_by(rows: Rows, w: Tensor, scratch: Scratch, *, elements: int) -> Tensor:
-    n, columns = len(rows.own), w.shape[1]
-    result, step = scratch.result[: n * columns].view(n, columns), max(1, elements // len(w))
+def _straight_by(rows: Rows, w: Tensor, scratch: Scratch, *, elements: int, wide: bool) -> Tensor:
+    x, memory = (rows.wide, scratch.wide_result) if wide else (rows.own, scratch.result)
+    n, columns = len(x), w.shape[1]
+    result, step = memory[: n * columns].view(n, columns), max(1, elements // len(w))
     for some, out in zip(w.split(step, dim=1), result.split(step, dim=1), strict=True):
-        torch.mm(rows.own, some, out=out)
-    return result
-
-
-def _wide_straight_by(rows: Rows, w: Tensor, scratch: Scratch, *, elements: int) -> Tensor:
-    n, columns = len(rows.wide), w.shape[1]
-    result, step = scratch.wide_result[: n * columns].view(n, columns), max(1, elements // len(w))
-    for some, out in zip(w.split(step, dim=1), result.split(step, dim=1), strict=True):
-        torch.mm(rows.wide, _widened(some, scratch.wide_weight), out=out)
+        torch.mm(x, _widened(some, scratch.wide_weight) if wide else some, out=out)
     return result
 
 
@@ -115,8 +108,8 @@ WIDE: dict[str, Form] = {
     "wide oneDNN": lambda rows, w, s: onednn_linear(rows.wide, _widened(w, s.wide_weight).T),
 }
 for _elements in BLOCKS:
-    OWN[f"x @ W by {_elements}"] = partial(_straight_by, elements=_elements)
-    WIDE[f"wide x @ W by {_elements}"] = partial(_wide_straight_by, elements=_elements)
+    OWN[f"x @ W by {_elements}"] = partial(_straight_by, elements=_elements, wide=False)
+    WIDE[f"wide x @ W by {_elements}"] = partial(_straight_by, elements=_elements, wide=True)
     WIDE[f"wide W' @ x' by {_elements}"] = partial(_blockwise, elements=_elements)
     WIDE[f"wide oneDNN by {_elements}"] = partial(_blockwise_onednn, elements=_elements)
 

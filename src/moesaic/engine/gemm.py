@@ -3,23 +3,23 @@
 What decides is measured (`moesaic doctor --measure` does it again): MKL streams a weight matrix at full bandwidth only
 for a few rows and packs it above that, twice the cost, unless it is small; `W @ x.T` stays flat where `x @ W.T` climbs;
 on AMD oneDNN uses the AVX-512 units and MKL does not; a 16-bit matmul that the CPU has no instructions for runs several
-times slower than widening the weights to float32 first. The forms differ in the last bit, so the choice hangs on sizes
-and machine alone.
+times slower than widening the weights to float32 first. The forms differ in the last bit, so the choice hangs on sizes,
+alignment and machine alone.
 """
 
-import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import cache
 from itertools import takewhile
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from moesaic.engine.processor import has_instructions, machine
+
 SMALL = 1 << 17  # elements of a weight: below, oneDNN's 20 µs a call are as much as the matmul (384 x 384: 30 | 15 MKL)
-BLOCK = (
-    1 << 19
-)  # elements of a weight that MKL does not pack for up to 12 rows: 120 µs for 4 rows, and 2 times 239 for two
+# Elements of a weight that MKL multiplies as they are for a few rows, where it packs more of them first: 4 rows times
+# 1536 x 2048 in the cache take 120 µs in blocks of 2^19 and 239 in blocks of 2^20.
+BLOCK = 1 << 19
 INVARIANT_ROWS = 32  # rows of every matmul in batch-invariant mode
 ANY = 1 << 62
 
@@ -163,8 +163,10 @@ def invariant_form(x: Tensor, w: Tensor, out: Tensor, work: Workspace) -> None:
 # 16-bit without the instructions. Reading half the bytes wins while a few rows hide how slow the multiplying is.
 # Intel, told to ignore its instructions, bfloat16: as it is 330 | 530 | 770 | 1370 at 1 | 2 | 3 | 8 rows, 22000 at 256,
 #                  2^19 elements widened at a time 660 | 620 | 720 | 810 | 1480 at 2 | 3 | 8 | 12 | 16 (half of that
-#                  is the widening itself), 2^20 elements, then W @ x.T, 1250 | 1480 | 1830 at 16 | 32 | 48,
-#                  the whole of it 1550 | 1720 | 2070, and 3230 at 128; 2048 x 768 as it is 300 | 420, widened 330 at 2;
+#                  is the widening itself), the whole of it, then W @ x.T, 1110 | 1460 | 1510 | 1760 at 16 | 24 | 32 | 48,
+#                  and x @ W.T 2430 | 3420 | 5910 at 64 | 128 | 256 (by 2^20 elements 2510 | 3500 | 5990); layers of 16
+#                  to 64 rows an expert take 2 to 6 % less with the whole widened than by 2^20 elements; 2048 x 768 as
+#                  it is 300 | 420, widened 330 at 2;
 #                  stored [in, out]: as it is 400 | 520 | 665 at 1 | 2 | 3, 2^19 elements of some inputs at a time 860 |
 #                  1030 | 1650 at 3 | 8 | 32, the whole widened 980 | 1260 | 1720
 #                  float16: as it is 315 | 424 | 735 at 1 | 2 | 4, widened 580 | 570 | 650
@@ -194,8 +196,7 @@ NARROW_HALF: dict[str, Table] = {  # AMD: 274 | 616 | 823, widened 700 up
 WIDE: dict[str, Table] = {  # more rows than that, in float32
     "intel": (
         (12, widening(BLOCK, rows_form)),
-        (63, widening(1 << 20, columns_form)),
-        (255, widening(1 << 20, rows_form)),
+        (63, widening(ANY, columns_form)),
         (ANY, widening(ANY, rows_form)),
     ),
     "amd": ((ANY, widening(1 << 20, onednn_form)),),
@@ -220,9 +221,12 @@ def table_for(dtype: torch.dtype, w: Tensor) -> Table:
     return PLAIN
 
 
-def narrow_table(w: Tensor) -> Table:
-    """The forms for the few rows that are better multiplied in the 16-bit dtype of w than widened."""
-    if w.dtype == torch.bfloat16:
+def narrow_table(w: Tensor, dtype: torch.dtype) -> Table:
+    """The forms for the few rows of x of `dtype` that are better multiplied as they are, in 16 bits, than widened; none
+    where w has another dtype, or the CPU the instructions."""
+    if w.dtype != dtype or matmul_dtype(dtype) == dtype:
+        return ()
+    if dtype == torch.bfloat16:
         return (NARROW if _is_row_major(w) else NARROW_COLUMN_MAJOR)[machine()]
     return NARROW_HALF[machine()] if _is_row_major(w) else ()
 
@@ -241,8 +245,8 @@ def most_rows(table: Table) -> int:
     return table[-1][0] if table else 0
 
 
-def plain_rows(table: Table) -> int:
-    """Up to how many rows it is the plain call, on W or on blocks of it: torch's own loop makes it for many experts."""
+def looped_rows(table: Table) -> int:
+    """Up to how many rows torch's own loop over experts will do: it makes the plain call, on W or on blocks of it."""
     leading = takewhile(lambda entry: entry[1] in (rows_form, blocks_form), table)
     return max((rows for rows, _ in leading), default=0)
 
@@ -267,38 +271,6 @@ def matmul_dtype(dtype: torch.dtype) -> torch.dtype:
     return dtype if dtype.itemsize > 2 or has_instructions(dtype) else torch.float32
 
 
-INSTRUCTIONS = {  # as torch.cpu.get_capabilities() calls them
-    torch.bfloat16: ("avx512_bf16", "amx_bf16", "bf16"),
-    torch.float16: ("avx512_fp16", "amx_fp16"),
-}
-# words in the names of oneDNN's limits that include them; each limit includes those before it: AVX512_CORE_VNNI,
-# AVX512_CORE_BF16, AVX10_1_512 (AVX512_CORE_FP16), AVX10_1_512_AMX and on (oneDNN, "CPU Dispatcher Control")
-ONEDNN_LIMITS = {torch.bfloat16: ("BF16", "FP16", "AMX", "AVX10"), torch.float16: ("FP16", "AMX", "AVX10")}
-
-
-@cache
-def has_instructions(dtype: torch.dtype) -> bool:
-    """Whether this CPU multiplies matrices of a 16-bit dtype itself, so that oneDNN need not emulate it.
-
-    oneDNN can be told to ignore instructions (ONEDNN_MAX_CPU_ISA); then they are not there for us either.
-    """
-    limit = os.environ.get("ONEDNN_MAX_CPU_ISA", os.environ.get("DNNL_MAX_CPU_ISA", "ALL")).upper()
-    if limit not in ("ALL", "DEFAULT") and not any(word in limit for word in ONEDNN_LIMITS[dtype]):
-        return False
-    return any(_capabilities().get(name, False) for name in INSTRUCTIONS[dtype])
-
-
-@cache
-def machine() -> str:
-    """Whose BLAS habits to expect: "intel", "amd" (with AVX-512, where they were measured) or "other"."""
-    if not torch.backends.mkldnn.is_available() or not torch.backends.mkl.is_available():
-        return "other"
-    name = str(_capabilities().get("cpu_name", "")).lower()
-    if "amd" in name and _capabilities().get("avx512_f", False):
-        return "amd"
-    return "intel" if "intel" in name else "other"
-
-
 def explain(dtype: torch.dtype) -> str:
     """How matrices of this dtype are multiplied here, in words: what `moesaic doctor` prints."""
     habits = {"intel": "MKL, in the form best for the rows", "amd": "oneDNN, faster here than MKL", "other": "the BLAS"}
@@ -312,7 +284,3 @@ def explain(dtype: torch.dtype) -> str:
         f"{str(dtype)[6:]} widened to float32 for more than a few rows, as this CPU would emulate it; "
         f"then by {habits[machine()]}"
     )
-
-
-def _capabilities() -> Mapping[str, Any]:
-    return getattr(torch.cpu, "get_capabilities", dict)()

@@ -14,11 +14,11 @@ from moesaic.engine.gemm import (
     Table,
     Workspace,
     form_for,
+    looped_rows,
     matmul_dtype,
     most_rows,
     narrow_table,
     part_of,
-    plain_rows,
     table_for,
 )
 from moesaic.engine.outer import add_outer
@@ -45,7 +45,7 @@ class Multiply:
         `name`. Where weights are widened for that, experts of few rows are multiplied in their own dtype."""
         if self._batch_invariant:
             return self._product(batch, x.to(self._dtype), stack, INVARIANT, name, out)
-        few, sizes = narrow_table(stack) if stack.dtype == self._own != self._dtype else (), batch.sizes
+        few, sizes = narrow_table(stack, self._own), batch.sizes
         table = table_for(self._dtype, stack)
         if min(sizes) > most_rows(few):
             return self._product(batch, x.to(self._dtype), stack, table, name, out)
@@ -61,19 +61,19 @@ class Multiply:
         self, batch: Batch, x: Tensor, stack: Tensor, table: Table, name: str, out: Tensor | None = None, over: int = 0
     ) -> Tensor:
         """The experts of more than `over` rows that the table has forms for; the others' rows are left as they are."""
-        sizes, plain, most = batch.sizes, plain_rows(table), most_rows(table)
-        if not over and max(sizes) <= plain and grouped_mm_is_better(batch.pieces, stack):
+        sizes, looped, most = batch.sizes, looped_rows(table), most_rows(table)
+        if not over and max(sizes) <= looped and grouped_mm_is_better(batch.pieces, stack):
             result = _grouped(batch.pieces, x, stack, table)
             return result if out is None else out.copy_(result)
         if out is None:
             out = self._work.take(name, len(x), stack.shape[2], x.dtype)
         sized = zip(batch.pieces, sizes, strict=True)
-        for (wanted, is_plain), run in groupby(sized, lambda part: (over < part[1] <= most, part[1] <= plain)):
+        for (wanted, is_looped), run in groupby(sized, lambda part: (over < part[1] <= most, part[1] <= looped)):
             if not wanted:
                 continue
             pieces, some = zip(*run, strict=True)
             here = slice(pieces[0].start - batch.here.start, pieces[-1].stop - batch.here.start)
-            if is_plain and grouped_mm_is_better(pieces, stack):
+            if is_looped and grouped_mm_is_better(pieces, stack):
                 out[here] = _grouped(pieces, x[here], stack, table)
                 continue
             for piece, size, rows, result in zip(pieces, some, x[here].split(some), out[here].split(some), strict=True):

@@ -44,7 +44,7 @@ def _rows(
 ) -> Float[Tensor, "n b"]:
     """Each row of x through the matrix of its expert; `own` is the dtype of the layer's tokens."""
     dtype = matmul_dtype(own)
-    narrow = narrow_table(stack) if stack.dtype == own != dtype else ()
+    narrow = narrow_table(stack, own)
     table = narrow or table_for(dtype, stack)
     form, x, work = form_for(table, 1), x.to(stack.dtype if narrow else dtype), Workspace()
     out = torch.empty(len(chosen), stack.shape[2], dtype=x.dtype)

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moesaic.engine.gemm import SMALL, Workspace, machine
+from moesaic.engine.gemm import SMALL, Workspace
+from moesaic.engine.processor import machine
 
 # Elements of a product, for each thread, that stay in the cache until they are rounded or added: 4 MB of float32 for
 # two threads. On AMD half of that takes 5 to 20 % longer, a quarter 10 to 40 %; on Intel half is 0 to 7 % faster.
@@ -65,7 +66,7 @@ def outer_by_onednn(g: Tensor, x: Tensor) -> Tensor:
 
 
 def outer_by_rows(out: Tensor, g: Tensor, x: Tensor, *, beta: float) -> None:
-    """out = beta out + g.T @ x, as a batch of one matmul a thread, each of rows of its own.
+    """out = beta out + g.T @ x, each thread on rows of its own, a few of g and x at a time where that pays (`CHUNK`).
 
     Left to itself MKL may give threads columns, and to a single row of x one thread. Then two threads write into every
     new page, and the `copy_` that rounds, whose threads have rows, reads half of it from the other core's cache. Where
@@ -83,6 +84,7 @@ def _in_chunks(out: Tensor, g: Tensor) -> bool:
 
 
 def _add_product(out: Tensor, g: Tensor, x: Tensor, beta: float) -> None:
+    """A batch of one matmul a thread, and the rows that are left."""
     threads = torch.get_num_threads()
     rows = len(out) // threads * threads
     if threads == 1 or g.dtype != torch.float32 or out.numel() < SMALL:

@@ -1,0 +1,43 @@
+"""What this CPU can do by itself, and whose BLAS habits it has."""
+
+import os
+from collections.abc import Mapping
+from functools import cache
+from typing import Any
+
+import torch
+
+INSTRUCTIONS = {  # as torch.cpu.get_capabilities() calls them
+    torch.bfloat16: ("avx512_bf16", "amx_bf16", "bf16"),
+    torch.float16: ("avx512_fp16", "amx_fp16"),
+}
+# words in the names of oneDNN's limits that include them; each limit includes those before it: AVX512_CORE_VNNI,
+# AVX512_CORE_BF16, AVX10_1_512 (AVX512_CORE_FP16), AVX10_1_512_AMX and on (oneDNN, "CPU Dispatcher Control")
+ONEDNN_LIMITS = {torch.bfloat16: ("BF16", "FP16", "AMX", "AVX10"), torch.float16: ("FP16", "AMX", "AVX10")}
+
+
+@cache
+def has_instructions(dtype: torch.dtype) -> bool:
+    """Whether this CPU multiplies matrices of a 16-bit dtype itself, so that oneDNN need not emulate it.
+
+    oneDNN can be told to ignore instructions (ONEDNN_MAX_CPU_ISA); then they are not there for us either.
+    """
+    limit = os.environ.get("ONEDNN_MAX_CPU_ISA", os.environ.get("DNNL_MAX_CPU_ISA", "ALL")).upper()
+    if limit not in ("ALL", "DEFAULT") and not any(word in limit for word in ONEDNN_LIMITS[dtype]):
+        return False
+    return any(_capabilities().get(name, False) for name in INSTRUCTIONS[dtype])
+
+
+@cache
+def machine() -> str:
+    """Whose BLAS habits to expect: "intel", "amd" (with AVX-512, where they were measured) or "other"."""
+    if not torch.backends.mkldnn.is_available() or not torch.backends.mkl.is_available():
+        return "other"
+    name = str(_capabilities().get("cpu_name", "")).lower()
+    if "amd" in name and _capabilities().get("avx512_f", False):
+        return "amd"
+    return "intel" if "intel" in name else "other"
+
+
+def _capabilities() -> Mapping[str, Any]:
+    return getattr(torch.cpu, "get_capabilities", dict)()

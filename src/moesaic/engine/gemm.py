@@ -163,7 +163,7 @@ def invariant_form(x: Tensor, w: Tensor, out: Tensor, work: Workspace) -> None:
 # 16-bit without the instructions. Reading half the bytes wins while a few rows hide how slow the multiplying is.
 # Intel, told to ignore its instructions, bfloat16: as it is 330 | 530 | 770 | 1370 at 1 | 2 | 3 | 8 rows, 22000 at 256,
 #                  2^19 elements widened at a time 660 | 620 | 720 | 810 | 1480 at 2 | 3 | 8 | 12 | 16 (half of that
-#                  is the widening itself), the whole of it, then W @ x.T, 1110 | 1460 | 1510 | 1760 at 16 | 24 | 32 | 48,
+#                  is the widening itself), the whole of it, then W @ x.T, 1110 | 1510 | 1760 at 16 | 32 | 48,
 #                  and x @ W.T 2430 | 3420 | 5910 at 64 | 128 | 256 (by 2^20 elements 2510 | 3500 | 5990); layers of 16
 #                  to 64 rows an expert take 2 to 6 % less with the whole widened than by 2^20 elements; 2048 x 768 as
 #                  it is 300 | 420, widened 330 at 2;

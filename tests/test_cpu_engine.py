@@ -279,6 +279,8 @@ def test_the_tables_of_forms_reach_every_number_of_rows():
         bounds = [rows for rows, _ in table]
         assert bounds == sorted(set(bounds))
         assert bounds[-1] == gemm.ANY
+        forms = [form for _, form in table]
+        assert gemm.blocks_form not in forms or forms.index(gemm.blocks_form) == 1, "what is called whole comes first"
     for tables in (gemm.NARROW, gemm.NARROW_COLUMN_MAJOR, gemm.NARROW_HALF):
         for table in tables.values():
             bounds = [rows for rows, _ in table]

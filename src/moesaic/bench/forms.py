@@ -114,7 +114,7 @@ class _Matmuls(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         del types
         name = func.overloadpacket.__name__
-        if name in ("mm", "mv", "_linear_pointwise", "_grouped_mm"):
+        if name in ("mm", "mv", "_linear_pointwise"):
             self.calls.append((name, args[0]))
         return func(*args, **(kwargs or {}))
 

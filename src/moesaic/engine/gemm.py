@@ -99,7 +99,7 @@ Table = tuple[tuple[int, Form], ...]  # (up to so many rows of x, the form to ta
 # AMD EPYC, AVX-512:     rows 885 | 1840 | 1730 | 5415 at 1 | 2 | 16 | 128 rows, columns 960 | 910 | 1180 | 5510,
 #                        oneDNN 440-600 | 780 | 1070 | 5230, and at 1024 rows 196 GF/s against MKL's 131
 ROW_MAJOR: dict[str, Table] = {
-    "intel": ((3, rows_form), (16, blocks_form), (63, columns_form), (ANY, rows_form)),
+    "intel": ((3, rows_form), (16, blocks_form), (48, columns_form), (ANY, rows_form)),
     "amd": ((ANY, onednn_form),),
     "other": ((ANY, rows_form),),
 }
@@ -196,7 +196,7 @@ NARROW_HALF: dict[str, Table] = {  # AMD: 274 | 616 | 823, widened 700 up
 WIDE: dict[str, Table] = {  # more rows than that, in float32
     "intel": (
         (12, widening(BLOCK, rows_form)),
-        (63, widening(ANY, columns_form)),
+        (48, widening(ANY, columns_form)),
         (ANY, widening(ANY, rows_form)),
     ),
     "amd": ((ANY, widening(1 << 20, onednn_form)),),

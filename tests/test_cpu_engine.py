@@ -247,8 +247,17 @@ def test_experts_of_few_and_of_many_rows_in_one_batch(monkeypatch, habit, dtype,
 
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("given", [False, True], ids=["scratch", "given"])
-@pytest.mark.parametrize("blocks", [False, True], ids=["whole", "in blocks"])
-def test_neighbouring_experts_of_few_rows_go_through_torch_s_own_loop(monkeypatch, transposed, given, blocks):
+@pytest.mark.parametrize(
+    ("sizes", "looped"),
+    [
+        pytest.param([21, 1, 0, 3, 2, 2, 9, 1, 1, 1, 70, 0, 1, 2, 3, 0, 1], [20, 7], id="whole"),
+        pytest.param([2, 1, 0, 3, 12], [18, 18], id="in blocks"),
+        pytest.param([4, 2, 3, 20, 11], [40, 40], id="in blocks, one of twice the average"),
+        pytest.param([4, 2, 3, 21, 10], [], id="a larger one, and the run before it too short"),
+        pytest.param([11, 11, 12, 9], [], id="too many on average"),
+    ],
+)
+def test_neighbouring_experts_of_few_rows_go_through_torch_s_own_loop(monkeypatch, transposed, given, sizes, looped):
     """Between them, and before and after, lie experts of many rows, and some of none."""
     monkeypatch.setattr(gemm, "machine", lambda: "intel")
     monkeypatch.setattr(gemm, "SMALL", 0)
@@ -260,7 +269,6 @@ def test_neighbouring_experts_of_few_rows_go_through_torch_s_own_loop(monkeypatc
     monkeypatch.setattr(
         multiply.F, "grouped_mm", lambda x, *args, **kw: calls.append(len(x)) or grouped_mm(x, *args, **kw)
     )
-    sizes = [2, 1, 0, 3, 12] if blocks else [20, 1, 0, 3, 2, 2, 9, 1, 1, 1, 70, 0, 1, 2, 3, 0, 1]
     (batch,) = batches.batches(sizes, torch.arange(sum(sizes)))
     x, stack = torch.randn(sum(sizes), 40), torch.randn(len(sizes), 40, 24)
     stack = stack if transposed else stack.mT.contiguous().mT
@@ -268,9 +276,7 @@ def test_neighbouring_experts_of_few_rows_go_through_torch_s_own_loop(monkeypatc
     got = multiply.Multiply(torch.float32)(batch, x, stack, "out", out)
     exact = torch.einsum("na,nab->nb", x.double(), stack[batch.expert_of_row()].double())
     torch.testing.assert_close(got.double(), exact, rtol=1e-5, atol=1e-4)
-    assert calls == (
-        [len(x)] if transposed else [18, 18] if blocks else [20, 7]
-    )  # stored [in, out], of any number of rows
+    assert calls == ([len(x)] if transposed else looped), "stored [in, out], any number of rows will do"
 
 
 def test_the_tables_of_forms_reach_every_number_of_rows():

@@ -1,10 +1,10 @@
 """One expert's matmul, called in the way this machine's BLAS is fastest at.
 
 What decides is measured (`moesaic doctor --measure` does it again): MKL streams a weight matrix at full bandwidth only
-for a few rows and packs it above that, twice the cost, unless it is small; `W @ x.T` stays flat where `x @ W.T` climbs;
-on AMD oneDNN uses the AVX-512 units and MKL does not; a 16-bit matmul that the CPU has no instructions for runs several
-times slower than widening the weights to float32 first. The forms differ in the last bit, so the choice hangs on sizes,
-alignment and machine alone.
+for a few rows and packs it above that, twice the cost, unless it is small; `W @ x.T` stays flat up to 48 rows where
+`x @ W.T` climbs; oneDNN takes float32 at any size, and on AMD alone uses the AVX-512 units; a 16-bit matmul that the
+CPU has no instructions for runs several times slower than widening the weights to float32 first. The forms differ in
+the last bit, so the choice hangs on sizes, alignment and machine alone.
 """
 
 from collections.abc import Callable
@@ -94,12 +94,14 @@ Table = tuple[tuple[int, Form], ...]  # (up to so many rows of x, the form to ta
 
 # float32, microseconds for a 1536 x 2048 weight from memory, 2 threads, torch 2.13 (MKL 2024.2, oneDNN 3.12).
 # Intel Xeon, AVX-512:   rows 440 | 460 | 830 | 1080 | 1240 at 1 | 3 | 4 | 8 | 12 rows, blocks 670 | 760 | 850 from 4,
-#                        columns 860 | 900 | 890 | 860 | 980 at 4 | 8 | 12 | 16 | 32; at 128 rows 2870 | 2970;
-#                        dsv3-quarter, 8 rows on average: blocks up to 16 rows rather than 12 are 6 % of the layer
+#                        columns 860 | 900 | 890 | 860 | 980 at 4 | 8 | 12 | 16 | 32; at 128 rows 2870 | 2970. Called by
+#                        itself oneDNN lies between them; whole layers are faster with it than with columns up to 48
+#                        rows and rows from there on: 6, 8, 11, 12 % for qwen3-30b and olmoe T=512, dsv3-quarter T=1024,
+#                        2048; from 4 rows on slower where a loop over blocks serves (qwen3-30b T=128, 7 %)
 # AMD EPYC, AVX-512:     rows 885 | 1840 | 1730 | 5415 at 1 | 2 | 16 | 128 rows, columns 960 | 910 | 1180 | 5510,
 #                        oneDNN 440-600 | 780 | 1070 | 5230, and at 1024 rows 196 GF/s against MKL's 131
 ROW_MAJOR: dict[str, Table] = {
-    "intel": ((3, rows_form), (16, blocks_form), (48, columns_form), (ANY, rows_form)),
+    "intel": ((3, rows_form), (10, blocks_form), (ANY, onednn_form)),
     "amd": ((ANY, onednn_form),),
     "other": ((ANY, rows_form),),
 }
@@ -245,10 +247,12 @@ def most_rows(table: Table) -> int:
     return table[-1][0] if table else 0
 
 
-def looped_rows(table: Table) -> int:
-    """Up to how many rows torch's own loop over experts will do: it makes the plain call, on W or on blocks of it."""
-    leading = takewhile(lambda entry: entry[1] in (rows_form, blocks_form), table)
-    return max((rows for rows, _ in leading), default=0)
+def looped_rows(table: Table) -> tuple[int, int]:
+    """Up to how many rows, of each expert and on average, torch's own loop over neighbouring experts will do: it makes
+    the plain call, on W or on blocks of it. An expert of twice the average does not break the loop over blocks."""
+    leading = list(takewhile(lambda entry: entry[1] in (rows_form, blocks_form), table))
+    rows = max((rows for rows, _ in leading), default=0)
+    return (2 * rows if (rows, blocks_form) in leading else rows), rows
 
 
 def part_of(stack: Tensor) -> int:
@@ -273,7 +277,11 @@ def matmul_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def explain(dtype: torch.dtype) -> str:
     """How matrices of this dtype are multiplied here, in words: what `moesaic doctor` prints."""
-    habits = {"intel": "MKL, in the form best for the rows", "amd": "oneDNN, faster here than MKL", "other": "the BLAS"}
+    habits = {
+        "intel": "MKL or oneDNN, in the form best for the rows",
+        "amd": "oneDNN, faster here than MKL",
+        "other": "the BLAS",
+    }
     if dtype == torch.float64:
         return "float64 by the BLAS as it is"
     if dtype == torch.float32:

@@ -61,8 +61,8 @@ class Multiply:
         self, batch: Batch, x: Tensor, stack: Tensor, table: Table, name: str, out: Tensor | None = None, over: int = 0
     ) -> Tensor:
         """The experts of more than `over` rows that the table has forms for; the others' rows are left as they are."""
-        sizes, looped, most = batch.sizes, looped_rows(table), most_rows(table)
-        if not over and max(sizes) <= looped and grouped_mm_is_better(batch.pieces, stack):
+        sizes, (looped, average), most = batch.sizes, looped_rows(table), most_rows(table)
+        if not over and max(sizes) <= looped and grouped_mm_is_better(batch.pieces, stack, average):
             result = _grouped(batch.pieces, x, stack, table)
             return result if out is None else out.copy_(result)
         if out is None:
@@ -73,7 +73,7 @@ class Multiply:
                 continue
             pieces, some = zip(*run, strict=True)
             here = slice(pieces[0].start - batch.here.start, pieces[-1].stop - batch.here.start)
-            if is_looped and grouped_mm_is_better(pieces, stack):
+            if is_looped and grouped_mm_is_better(pieces, stack, average):
                 out[here] = _grouped(pieces, x[here], stack, table)
                 continue
             for piece, size, rows, result in zip(pieces, some, x[here].split(some), out[here].split(some), strict=True):
@@ -103,11 +103,13 @@ class Multiply:
                 into.copy_(total)
 
 
-def grouped_mm_is_better(pieces: Sequence[Piece], stack: Tensor) -> bool:
-    """Whether torch's own loop over neighbouring experts serves where the plain matmul is best for each: without Python
-    between them a matmul of a few rows takes 12 to 15 µs less, 3 to 11 %. An empty expert costs it one, and rows that
-    are no multiples of 16 bytes are an error, on the CPU too."""
+def grouped_mm_is_better(pieces: Sequence[Piece], stack: Tensor, average: int) -> bool:
+    """Whether torch's own loop serves for neighbouring experts of no more than `average` rows on average: without
+    Python between them a matmul of a few rows takes 12 to 15 µs less, 3 to 11 %. An empty expert costs it one, and
+    rows that are no multiples of 16 bytes are an error, on the CPU too."""
     if not stack.numel() or stack.dtype.itemsize > 4 or stack.data_ptr() % 16 or len(pieces) < RUN:
+        return False
+    if sum(piece.stop - piece.start for piece in pieces) > average * len(pieces):
         return False
     strides, unit = sorted(stack.stride()), 16 // stack.dtype.itemsize
     whole = not any(size % unit for size in (*stack.shape[1:], *strides[1:]))

@@ -2,14 +2,15 @@
 
 What decides is measured (`moesaic doctor --measure` does it again): MKL streams a weight matrix at full bandwidth only
 for a few rows and packs it above that, twice the cost, unless it is small; `W @ x.T` stays flat up to 48 rows where
-`x @ W.T` climbs; oneDNN takes float32 at any size, and on AMD alone uses the AVX-512 units; a 16-bit matmul that the
-CPU has no instructions for runs several times slower than widening the weights to float32 first. The forms differ in
-the last bit, so the choice hangs on sizes, alignment and machine alone.
+`x @ W.T` climbs; oneDNN is the best for more rows of float32, and on AMD for all, where MKL leaves the AVX-512 units
+idle; a 16-bit matmul that the CPU has no instructions for runs several times slower than widening the weights to
+float32 first. The forms differ in the last bit, so the choice hangs on sizes, alignment and machine alone.
 """
 
 from collections.abc import Callable
 from functools import cache
 from itertools import takewhile
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ SMALL = 1 << 17  # elements of a weight: below, oneDNN's 20 µs a call are as mu
 # 1536 x 2048 in the cache take 120 µs in blocks of 2^19 and 239 in blocks of 2^20.
 BLOCK = 1 << 19
 INVARIANT_ROWS = 32  # rows of every matmul in batch-invariant mode
+UNEVEN = 2  # times the rows that blocks are best for: such experts do not break a loop over them (6 to 14 % of a layer)
 ANY = 1 << 62
 
 
@@ -50,6 +52,13 @@ def keep_freed_memory() -> None:
     is 32 MiB.)
     """
     torch.empty(31 << 20, dtype=torch.uint8)
+
+
+class Looped(NamedTuple):
+    """Up to how many rows of each expert, and on average, a loop over neighbouring experts will do."""
+
+    each: int
+    average: int
 
 
 # A form writes x [m, a] @ w [a, b] into out [m, b]. W, as weights are stored, is w.T: [b, a].
@@ -94,10 +103,9 @@ Table = tuple[tuple[int, Form], ...]  # (up to so many rows of x, the form to ta
 
 # float32, microseconds for a 1536 x 2048 weight from memory, 2 threads, torch 2.13 (MKL 2024.2, oneDNN 3.12).
 # Intel Xeon, AVX-512:   rows 440 | 460 | 830 | 1080 | 1240 at 1 | 3 | 4 | 8 | 12 rows, blocks 670 | 760 | 850 from 4,
-#                        columns 860 | 900 | 890 | 860 | 980 at 4 | 8 | 12 | 16 | 32; at 128 rows 2870 | 2970. Called by
-#                        itself oneDNN lies between them; whole layers are faster with it than with columns up to 48
-#                        rows and rows from there on: 6, 8, 11, 12 % for qwen3-30b and olmoe T=512, dsv3-quarter T=1024,
-#                        2048; from 4 rows on slower where a loop over blocks serves (qwen3-30b T=128, 7 %)
+#                        columns 860 | 900 | 890 | 860 | 980 at 4 | 8 | 12 | 16 | 32; at 128 rows 2870 | 2970; oneDNN,
+#                        called alone, is between the best of these and 15 % slower, but whole layers are 6 to 12 %
+#                        faster with it (qwen3-30b and olmoe T=512, dsv3-quarter T=1024 and 2048)
 # AMD EPYC, AVX-512:     rows 885 | 1840 | 1730 | 5415 at 1 | 2 | 16 | 128 rows, columns 960 | 910 | 1180 | 5510,
 #                        oneDNN 440-600 | 780 | 1070 | 5230, and at 1024 rows 196 GF/s against MKL's 131
 ROW_MAJOR: dict[str, Table] = {
@@ -209,8 +217,6 @@ WIDE_COLUMN_MAJOR: dict[str, Table] = {
     "amd": ((1, widening_inputs(1 << 20, rows_form)), (ANY, widening_inputs(1 << 20, onednn_form))),
     "other": ((ANY, widening(ANY, rows_form)),),
 }
-
-
 INVARIANT: Table = ((ANY, invariant_form),)
 
 
@@ -247,12 +253,11 @@ def most_rows(table: Table) -> int:
     return table[-1][0] if table else 0
 
 
-def looped_rows(table: Table) -> tuple[int, int]:
-    """Up to how many rows, of each expert and on average, torch's own loop over neighbouring experts will do: it makes
-    the plain call, on W or on blocks of it. An expert of twice the average does not break the loop over blocks."""
+def looped_rows(table: Table) -> Looped:
+    """Where torch's own loop over neighbouring experts will do: it makes the plain call, on W or on blocks of it."""
     leading = list(takewhile(lambda entry: entry[1] in (rows_form, blocks_form), table))
     rows = max((rows for rows, _ in leading), default=0)
-    return (2 * rows if (rows, blocks_form) in leading else rows), rows
+    return Looped(each=UNEVEN * rows if (rows, blocks_form) in leading else rows, average=rows)
 
 
 def part_of(stack: Tensor) -> int:
@@ -285,7 +290,7 @@ def explain(dtype: torch.dtype) -> str:
     if dtype == torch.float64:
         return "float64 by the BLAS as it is"
     if dtype == torch.float32:
-        return f"float32 by {habits[machine()]}"
+        return f"float32 by {habits[machine()]}{', oneDNN for many' if machine() == 'intel' else ''}"
     if has_instructions(dtype):
         return f"{str(dtype)[6:]} by this CPU's own instructions"
     return (

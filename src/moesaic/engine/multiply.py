@@ -61,19 +61,19 @@ class Multiply:
         self, batch: Batch, x: Tensor, stack: Tensor, table: Table, name: str, out: Tensor | None = None, over: int = 0
     ) -> Tensor:
         """The experts of more than `over` rows that the table has forms for; the others' rows are left as they are."""
-        sizes, (looped, average), most = batch.sizes, looped_rows(table), most_rows(table)
-        if not over and max(sizes) <= looped and grouped_mm_is_better(batch.pieces, stack, average):
+        sizes, looped, most = batch.sizes, looped_rows(table), most_rows(table)
+        if not over and max(sizes) <= looped.each and grouped_mm_is_better(batch.pieces, stack, looped.average):
             result = _grouped(batch.pieces, x, stack, table)
             return result if out is None else out.copy_(result)
         if out is None:
             out = self._work.take(name, len(x), stack.shape[2], x.dtype)
         sized = zip(batch.pieces, sizes, strict=True)
-        for (wanted, is_looped), run in groupby(sized, lambda part: (over < part[1] <= most, part[1] <= looped)):
+        for (wanted, is_looped), run in groupby(sized, lambda part: (over < part[1] <= most, part[1] <= looped.each)):
             if not wanted:
                 continue
             pieces, some = zip(*run, strict=True)
             here = slice(pieces[0].start - batch.here.start, pieces[-1].stop - batch.here.start)
-            if is_looped and grouped_mm_is_better(pieces, stack, average):
+            if is_looped and grouped_mm_is_better(pieces, stack, looped.average):
                 out[here] = _grouped(pieces, x[here], stack, table)
                 continue
             for piece, size, rows, result in zip(pieces, some, x[here].split(some), out[here].split(some), strict=True):

@@ -30,13 +30,11 @@ def has_instructions(dtype: torch.dtype) -> bool:
 
 @cache
 def machine() -> str:
-    """Whose BLAS habits to expect: "intel", "amd" (with AVX-512, where they were measured) or "other"."""
+    """Whose BLAS habits to expect: "intel" or "amd" with AVX-512, where they were measured, or "other"."""
     if not torch.backends.mkldnn.is_available() or not torch.backends.mkl.is_available():
         return "other"
-    name = str(_capabilities().get("cpu_name", "")).lower()
-    if "amd" in name and _capabilities().get("avx512_f", False):
-        return "amd"
-    return "intel" if "intel" in name else "other"
+    name, measured = str(_capabilities().get("cpu_name", "")).lower(), _capabilities().get("avx512_f", False)
+    return next((maker for maker in ("amd", "intel") if measured and maker in name), "other")
 
 
 def _capabilities() -> Mapping[str, Any]:

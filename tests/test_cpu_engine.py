@@ -263,9 +263,8 @@ def test_neighbouring_experts_of_few_rows_go_through_torch_s_own_loop(monkeypatc
         pytest.skip("this build of torch has no oneDNN")
     monkeypatch.setattr(gemm, "machine", lambda: "intel")
     monkeypatch.setattr(gemm, "SMALL", 0)
-    monkeypatch.setattr(
-        gemm, "BLOCK", 500
-    )  # two parts of 16 and 8 columns, where there are more than 3 rows on average
+    # two parts, of 16 and 8 columns, where there are more than 3 rows on average
+    monkeypatch.setattr(gemm, "BLOCK", 500)
     calls = []
     grouped_mm = multiply.F.grouped_mm
     monkeypatch.setattr(

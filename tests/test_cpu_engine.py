@@ -250,11 +250,14 @@ def test_experts_of_few_and_of_many_rows_in_one_batch(monkeypatch, habit, dtype,
 @pytest.mark.parametrize(
     ("sizes", "looped"),
     [
-        pytest.param([21, 1, 0, 3, 2, 2, 9, 1, 1, 1, 70, 0, 1, 2, 3, 0, 1], [20, 7], id="whole"),
+        pytest.param([2, 1, 0, 3, 4], [10], id="as W is"),
         pytest.param([2, 1, 0, 3, 12], [18, 18], id="in blocks"),
-        pytest.param([4, 2, 14, 20], [40, 40], id="in blocks, as many as may be on average and of one"),
-        pytest.param([4, 2, 3, 21, 10], [], id="a larger one, and the run before it too short"),
-        pytest.param([5, 2, 14, 20], [], id="one more on average"),
+        pytest.param([4, 2, 14, 20], [40, 40], id="in blocks, as many as may be on average"),
+        pytest.param([5, 2, 14, 20], [], id="one more on average, and runs too short"),
+        pytest.param([21, 1, 0, 3, 2, 2, 9, 1, 1, 1, 70, 0, 1, 2, 3, 0, 1], [118, 118], id="with two that are larger"),
+        pytest.param([61, 1, 0, 3, 2, 2, 9, 1, 1, 1, 70, 0, 1, 2, 3, 0, 1], [20, 7], id="before and after larger ones"),
+        pytest.param([90, 10, 10, 10, 10, 90], [40, 40], id="a run of as many as may be"),
+        pytest.param([90, 10, 10, 11, 10, 10, 90], [], id="a run that one row more breaks"),
     ],
 )
 def test_neighbouring_experts_of_few_rows_go_through_torch_s_own_loop(monkeypatch, transposed, given, sizes, looped):
@@ -278,6 +281,23 @@ def test_neighbouring_experts_of_few_rows_go_through_torch_s_own_loop(monkeypatc
     exact = torch.einsum("na,nab->nb", x.double(), stack[batch.expert_of_row()].double())
     torch.testing.assert_close(got.double(), exact, rtol=1e-5, atol=1e-4)
     assert calls == ([len(x)] if transposed else looped), "stored [in, out], any number of rows will do"
+
+
+def test_the_loop_leaves_larger_experts_to_a_table_that_has_another_form_for_them(monkeypatch):
+    """AMD multiplies 4 rows of 16-bit weights one by one, half the time of the call that the loop would make."""
+    monkeypatch.setattr(gemm, "machine", lambda: "amd")
+    monkeypatch.setattr(gemm, "has_instructions", lambda _: False)
+    sizes, calls = [1, 2, 1, 1, 4, 2], []
+    grouped_mm = multiply.F.grouped_mm
+    monkeypatch.setattr(
+        multiply.F, "grouped_mm", lambda x, *args, **kw: calls.append(len(x)) or grouped_mm(x, *args, **kw)
+    )
+    (batch,) = batches.batches(sizes, torch.arange(sum(sizes)))
+    x, stack = torch.randn(sum(sizes), 40).bfloat16(), torch.randn(len(sizes), 24, 40).bfloat16().mT
+    got = multiply.Multiply(torch.bfloat16)(batch, x, stack, "out")
+    exact = torch.einsum("na,nab->nb", x.double(), stack[batch.expert_of_row()].double())
+    torch.testing.assert_close(got.double(), exact, rtol=1e-2, atol=1e-2)
+    assert calls == [5]
 
 
 def test_the_tables_of_forms_reach_every_number_of_rows():

@@ -5,9 +5,11 @@ import os
 import pytest
 import torch
 from test_cpu_engine import problem
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import moesaic as ms
+from moesaic.engine import op
 from moesaic.engine.cpu import cpu
 from moesaic.engine.reference import reference
 from moesaic.engine.spec import ExpertSpec
@@ -130,6 +132,68 @@ def test_checkpointing_gives_the_same_gradients_also_where_they_exist(reentrant)
     _, checkpointed = gradients(module, lambda x: checkpoint(module, x, use_reentrant=reentrant), x, steps=2)
     for ours, expected in zip(checkpointed, plain, strict=True):
         torch.testing.assert_close(ours, expected)
+
+
+class Subclass(torch.Tensor):
+    pass
+
+
+class Silent(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+
+def as_subclass(x):
+    return x.as_subclass(Subclass)
+
+
+def same(x):
+    return x
+
+
+@pytest.mark.parametrize(
+    ("around", "tokens", "through_operator"),
+    [
+        pytest.param(torch.no_grad, same, False, id="no_grad"),
+        pytest.param(torch.inference_mode, same, False, id="inference_mode"),
+        pytest.param(torch.no_grad, torch.nn.Parameter, False, id="a Parameter"),
+        pytest.param(torch.enable_grad, torch.nn.Parameter, True, id="gradients"),
+        pytest.param(torch.no_grad, as_subclass, True, id="a subclass"),
+        pytest.param(Silent, same, True, id="a dispatch mode"),
+        pytest.param(lambda: torch.device("meta"), same, True, id="a default device"),
+        pytest.param(torch.profiler.profile, same, True, id="a profiler"),
+    ],
+)
+@pytest.mark.parametrize("n_tokens", [1, 9])
+def test_inference_that_nobody_watches_leaves_the_operator_out(monkeypatch, n_tokens, around, tokens, through_operator):
+    x, ids, weights, experts = problem(n_tokens)
+    expected = cpu(x, ids, weights, experts, ExpertSpec())
+    x, weights, experts = x.detach(), weights.detach(), ExpertWeights(*(w.detach() for w in experts[:2]))
+    calls = []
+    forward = op.FORWARD["cpu"]
+    monkeypatch.setitem(op.FORWARD, "cpu", lambda *args, **options: calls.append(options) or forward(*args, **options))
+    x = tokens(x)
+    with around():
+        out = cpu(x, ids, weights, experts, ExpertSpec())
+    assert out.device.type == "cpu"
+    assert calls == ([] if through_operator else [{"keep": "nothing", "batch_invariant": False}])
+    torch.testing.assert_close(out.detach(), expected.detach())
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_the_operator_is_there_under_autocast_and_in_a_traced_graph(monkeypatch):
+    x, ids, weights, experts = problem(9)
+    x, weights, experts = x.detach(), weights.detach(), ExpertWeights(*(w.detach() for w in experts[:2]))
+    monkeypatch.delitem(op.FORWARD, "cpu")
+    with torch.no_grad():
+        expected = cpu(x, ids, weights, experts, ExpertSpec())
+        monkeypatch.setitem(op.FORWARD, "cpu", None)  # which nobody can call
+        with torch.autocast("cpu", torch.bfloat16):
+            out = cpu(x, ids, weights, experts, ExpertSpec())
+        traced = torch.jit.trace(lambda x: cpu(x, ids, weights, experts, ExpertSpec()), x, check_trace=False)
+    assert 0 < float((out - expected).norm() / expected.norm()) < 1e-2
+    assert "moesaic::experts" in str(traced.graph)
+    torch.testing.assert_close(traced(x.flip(1)), reference(x.flip(1), ids, weights, experts, ExpertSpec()))
 
 
 def test_autocast_keeps_the_dtype_of_tokens_and_of_gradients():

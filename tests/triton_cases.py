@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moesaic.engine.op import ACCUMULATING, kernels
+from moesaic.engine.op import ACCUMULATING, FORWARD, kernels
 from moesaic.engine.plan import group_by_expert
 from moesaic.engine.spec import ExpertSpec
 from moesaic.engine.triton import twins
@@ -132,14 +132,14 @@ def interpreted_operator() -> Iterator[None]:
     from moesaic.engine.triton import experts
 
     made = kernels(experts.forward, experts.backward)
-    adding = ACCUMULATING["cpu"]
+    forward, adding = FORWARD["cpu"], ACCUMULATING["cpu"]
     with torch.library._scoped_library("moesaic", "IMPL") as library:
         with warnings.catch_warnings():  # that a kernel is replaced, which is meant
             warnings.simplefilter("ignore")
             library.impl("experts", made.experts, "CPU", allow_override=True)
             library.impl("experts_backward", made.experts_backward, "CPU", allow_override=True)
-        ACCUMULATING["cpu"] = made.accumulating
+        FORWARD["cpu"], ACCUMULATING["cpu"] = experts.forward, made.accumulating
         try:
             yield
         finally:
-            ACCUMULATING["cpu"] = adding
+            FORWARD["cpu"], ACCUMULATING["cpu"] = forward, adding

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from moesaic.engine.batches import Batch, Piece, offsets_of, span_of
 from moesaic.engine.gemm import (
+    ANY,
     INVARIANT,
     Table,
     Workspace,
@@ -62,18 +63,18 @@ class Multiply:
     ) -> Tensor:
         """The experts of more than `over` rows that the table has forms for; the others' rows are left as they are."""
         sizes, looped, most = batch.sizes, looped_rows(table), most_rows(table)
-        if not over and max(sizes) <= looped.each and grouped_mm_is_better(batch.pieces, stack, looped.average):
+        if not over and (most == ANY or max(sizes) <= looped) and grouped_mm_is_better(batch.pieces, stack, looped):
             result = _grouped(batch.pieces, x, stack, table)
             return result if out is None else out.copy_(result)
         if out is None:
             out = self._work.take(name, len(x), stack.shape[2], x.dtype)
         sized = zip(batch.pieces, sizes, strict=True)
-        for (wanted, is_looped), run in groupby(sized, lambda part: (over < part[1] <= most, part[1] <= looped.each)):
+        for (wanted, is_looped), run in groupby(sized, lambda part: (over < part[1] <= most, part[1] <= looped)):
             if not wanted:
                 continue
             pieces, some = zip(*run, strict=True)
             here = slice(pieces[0].start - batch.here.start, pieces[-1].stop - batch.here.start)
-            if is_looped and grouped_mm_is_better(pieces, stack, looped.average):
+            if is_looped and grouped_mm_is_better(pieces, stack, looped):
                 out[here] = _grouped(pieces, x[here], stack, table)
                 continue
             for piece, size, rows, result in zip(pieces, some, x[here].split(some), out[here].split(some), strict=True):

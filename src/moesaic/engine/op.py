@@ -6,10 +6,11 @@ kernels are put in with `register_kernels`; this file knows none of them.
 
 import threading
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal, NamedTuple, NoReturn
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from moesaic.engine.checks import check_dtypes, check_ids, check_inputs
 from moesaic.engine.grouped import grouped
@@ -76,9 +77,29 @@ def run_experts(
         return grouped(tokens, expert_ids, weights, experts, spec).to(dtype)
     differentiable = (tokens, weights, *experts)
     needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in differentiable)
+    if not needs_grad and device_type in FORWARD and not _is_watched(tokens, expert_ids, weights, *experts):
+        compute = partial(FORWARD[device_type], keep="nothing", batch_invariant=batch_invariant)
+        with torch._C._AutoDispatchBelowAutograd():
+            return compute(tokens, expert_ids, weights, experts, spec)[0]
     keep = "nothing" if not needs_grad else "order" if recompute else "hidden"
     out, *_ = torch.ops.moesaic.experts(tokens, expert_ids, weights, *experts, *spec.fields, keep, batch_invariant)
     return out.to(dtype)
+
+
+def _is_watched(tokens: Tensor, *others: Tensor | None) -> bool:
+    """Whether anything lies between the call and the kernel: a graph being made, a mode, a transform, autocast, a
+    profiler, a subclass of Tensor. Where nothing does, in plain inference, the operator itself is left out: 100 to 150
+    µs a layer, 4 % of a decoded token (dsv3-quarter float32 3.36 | 3.24 ms, qwen3-30b bfloat16 4.33 | 4.15)."""
+    return (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._len_torch_function_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch.is_autocast_enabled(tokens.device.type)
+        or torch.autograd._profiler_enabled()
+        or any(tensor is not None and type(tensor) not in (Tensor, nn.Parameter) for tensor in (tokens, *others))
+    )
 
 
 def _needs_plain_torch() -> bool:
@@ -214,10 +235,11 @@ def register_kernels(device_type: str, forward: Callable[..., Any], backward: Ca
     made = kernels(forward, backward)
     torch.library.impl("moesaic::experts", device_type)(made.experts)
     torch.library.impl("moesaic::experts_backward", device_type)(made.experts_backward)
-    ACCUMULATING[device_type] = made.accumulating
+    FORWARD[device_type], ACCUMULATING[device_type] = forward, made.accumulating
 
 
 _ADDING = threading.Lock()  # two backwards in two threads may share weights, as AccumulateGrad's own lock allows
+FORWARD: dict[str, Callable[..., Any]] = {}  # device type -> the forward of `kernels`, as it was given
 ACCUMULATING: dict[str, Any] = {}  # device type -> backward kernel that can add into gradients that exist
 
 

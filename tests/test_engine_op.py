@@ -147,6 +147,10 @@ def as_subclass(x):
     return x.as_subclass(Subclass)
 
 
+def negated_view(x):
+    return (-x)._neg_view()
+
+
 def same(x):
     return x
 
@@ -159,6 +163,7 @@ def same(x):
         pytest.param(torch.no_grad, torch.nn.Parameter, False, id="a Parameter"),
         pytest.param(torch.enable_grad, torch.nn.Parameter, True, id="gradients"),
         pytest.param(torch.no_grad, as_subclass, True, id="a subclass"),
+        pytest.param(torch.no_grad, negated_view, True, id="a view that is negated when read"),
         pytest.param(Silent, same, True, id="a dispatch mode"),
         pytest.param(lambda: torch.device("meta"), same, True, id="a default device"),
         pytest.param(torch.profiler.profile, same, True, id="a profiler"),

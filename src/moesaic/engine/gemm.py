@@ -246,8 +246,7 @@ def most_rows(table: Table) -> int:
 
 def looped_rows(table: Table) -> int:
     """Up to how many rows on average torch's own loop over experts will do: it makes the plain call, on W or on blocks
-    of it, also for experts of more rows, which cost less there than a loop that they break (4 % of a layer under
-    Zipf routing)."""
+    of it."""
     leading = takewhile(lambda entry: entry[1] in (rows_form, blocks_form), table)
     return max((rows for rows, _ in leading), default=0)
 

@@ -6,7 +6,6 @@ kernels are put in with `register_kernels`; this file knows none of them.
 
 import threading
 from collections.abc import Callable
-from functools import partial
 from typing import Any, Literal, NamedTuple, NoReturn
 
 import torch
@@ -58,7 +57,8 @@ def run_experts(
     batch_invariant: bool = False,
     recompute: bool = False,
 ) -> Tensor:
-    """Check the inputs and call the operator: [T, O] in the tokens' dtype.
+    """Check the inputs and call the operator, or the kernel itself where nobody sees a difference: [T, O] in the
+    tokens' dtype.
 
     `recompute` keeps the tokens alone for the backward, which then computes the up projection again (22 matmul
     units a step instead of 18). Under autocast the matmuls take its dtype; the weights are never copied whole.
@@ -78,9 +78,9 @@ def run_experts(
     differentiable = (tokens, weights, *experts)
     needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in differentiable)
     if not needs_grad and device_type in FORWARD and not _is_watched(tokens, expert_ids, weights, *experts):
-        compute = partial(FORWARD[device_type], keep="nothing", batch_invariant=batch_invariant)
+        given = (tokens, expert_ids, weights, experts, spec)
         with torch._C._AutoDispatchBelowAutograd():
-            return compute(tokens, expert_ids, weights, experts, spec)[0]
+            return FORWARD[device_type](*given, keep="nothing", batch_invariant=batch_invariant)[0]
     keep = "nothing" if not needs_grad else "order" if recompute else "hidden"
     out, *_ = torch.ops.moesaic.experts(tokens, expert_ids, weights, *experts, *spec.fields, keep, batch_invariant)
     return out.to(dtype)
@@ -88,8 +88,11 @@ def run_experts(
 
 def _is_watched(tokens: Tensor, *others: Tensor | None) -> bool:
     """Whether anything lies between the call and the kernel: a graph being made, a mode, a transform, autocast, a
-    profiler, a subclass of Tensor. Where nothing does, in plain inference, the operator itself is left out: 100 to 150
-    µs a layer, 4 % of a decoded token (dsv3-quarter float32 3.36 | 3.24 ms, qwen3-30b bfloat16 4.33 | 4.15)."""
+    profiler, a subclass of Tensor, a view that is negated when read.
+
+    Where nothing does, in plain inference, the operator itself is left out: 100 to 150 µs a layer, 4 % of a decoded
+    token (dsv3-quarter float32 3.36 | 3.24 ms, qwen3-30b bfloat16 4.33 | 4.15).
+    """
     return (
         torch.compiler.is_compiling()
         or torch.jit.is_tracing()
@@ -98,8 +101,12 @@ def _is_watched(tokens: Tensor, *others: Tensor | None) -> bool:
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch.is_autocast_enabled(tokens.device.type)
         or torch.autograd._profiler_enabled()
-        or any(tensor is not None and type(tensor) not in (Tensor, nn.Parameter) for tensor in (tokens, *others))
+        or any(tensor is not None and not _is_plain(tensor) for tensor in (tokens, *others))
     )
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    return type(tensor) in (Tensor, nn.Parameter) and not tensor.is_neg()
 
 
 def _needs_plain_torch() -> bool:

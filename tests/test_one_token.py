@@ -29,13 +29,11 @@ def habit(request, monkeypatch):
     monkeypatch.setattr(gemm, "SMALL", 0)
 
 
-@pytest.mark.usefixtures("habit")
+@pytest.mark.usefixtures("habit", "instructions")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("native", [True, False])
 @pytest.mark.parametrize("kind", ["an empty expert", "all to one expert", "sentinels", "nobody"])
 @pytest.mark.parametrize("transposed", [False, True])
-def test_one_token_is_the_definition(monkeypatch, dtype, native, kind, transposed):
-    monkeypatch.setattr(gemm, "has_instructions", lambda _: native)
+def test_one_token_is_the_definition(dtype, kind, transposed):
     experts, ids = weights_like(dtype), ids_of(kind, 1)
     x, weights = torch.randn(1, D).to(dtype), torch.rand(1, K).to(dtype)
     stored = ExpertWeights(*(w.mT.contiguous() for w in experts[:2])) if transposed else experts
@@ -46,12 +44,10 @@ def test_one_token_is_the_definition(monkeypatch, dtype, native, kind, transpose
     torch.testing.assert_close(out.double(), expected, rtol=0, atol=4 * torch.finfo(dtype).eps * scale)
 
 
-@pytest.mark.usefixtures("habit")
+@pytest.mark.usefixtures("habit", "instructions")
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("native", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_every_kind_of_expert_computes_it(monkeypatch, variant, dtype, native):
-    monkeypatch.setattr(gemm, "has_instructions", lambda _: native)
+def test_every_kind_of_expert_computes_it(variant, dtype):
     spec, layout = VARIANTS[variant]
     experts, ids = weights_like(dtype, **layout), torch.tensor([[4, E, 1, 4, 0]])  # one of them twice, one nobody
     x, weights = torch.randn(1, D).to(dtype), torch.rand(1, 5).to(dtype)
@@ -82,10 +78,8 @@ def test_no_expert_for_each_token_is_zero():
     assert torch.equal(out, torch.zeros(1, experts.down.shape[1]))
 
 
-@pytest.mark.usefixtures("habit")
-@pytest.mark.parametrize("native", [True, False])
-def test_autocast_multiplies_in_its_dtype(monkeypatch, native):
-    monkeypatch.setattr(gemm, "has_instructions", lambda _: native)
+@pytest.mark.usefixtures("habit", "instructions")
+def test_autocast_multiplies_in_its_dtype():
     experts, ids, x, weights = (
         weights_like(torch.float32),
         ids_of("an empty expert", 1),
@@ -114,12 +108,11 @@ def test_who_goes_the_short_way(monkeypatch, how, sorts):
     assert bool(sorted_) == sorts
 
 
+@pytest.mark.usefixtures("instructions")
 @pytest.mark.parametrize("tokens", [1, 9])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("native", [True, False])
 @pytest.mark.parametrize("transposed", [False, True])
-def test_experts_of_no_width_give_nothing(monkeypatch, tokens, dtype, native, transposed):
-    monkeypatch.setattr(gemm, "has_instructions", lambda _: native)
+def test_experts_of_no_width_give_nothing(tokens, dtype, transposed):
     up, down = torch.zeros(E, 0, 16).to(dtype), torch.zeros(E, 16, 0).to(dtype)
     experts, spec = ExpertWeights(*((up.mT, down.mT) if transposed else (up, down))), ExpertSpec(transposed=transposed)
     x, ids = torch.randn(tokens, 16).to(dtype).requires_grad_(), torch.arange(tokens * K).view(tokens, K) % E

@@ -37,11 +37,11 @@ def _seed_from_test_id(request: pytest.FixtureRequest) -> None:
     torch.manual_seed(zlib.crc32(request.node.nodeid.encode()))
 
 
-@pytest.fixture(params=["tiles", "native", "none"])
+@pytest.fixture(params=["amx", "native", "none"])
 def instructions(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """What the CPU is said to have for matrices of 16 bits, whatever it has: AMX, instructions of its own, or none."""
+    """What the CPU is said to have for matrices of 16 bits, whatever it has: AMX, other instructions, or none."""
     from moesaic.engine import gemm
 
     monkeypatch.setattr(gemm, "has_instructions", lambda _: request.param != "none")
-    monkeypatch.setattr(gemm, "has_tiles", lambda: request.param == "tiles")
+    monkeypatch.setattr(gemm, "has_amx", lambda: request.param == "amx")
     return request.param

@@ -299,97 +299,9 @@ def test_the_loop_leaves_larger_experts_to_a_table_that_has_another_form_for_the
     assert calls == [5]
 
 
-@pytest.mark.parametrize("given", [False, True], ids=["scratch", "given"])
-@pytest.mark.parametrize("lies", ["by rows", "by columns"])
-@pytest.mark.parametrize(
-    ("sizes", "looped"),
-    [([2, 1, 0, 3, 12], True), ([7, 1, 1, 200], True), ([3, 0, 1], False), ([8], False), ([1], False)],
-    ids=str,
-)
-def test_tiles_multiply_w_by_x_turned(monkeypatch, given, lies, sizes, looped):
-    """And leave the product column by column; an x that lies so is taken as it lies, whatever the number of rows."""
-    monkeypatch.setattr(gemm, "has_instructions", lambda _: True)
-    monkeypatch.setattr(gemm, "has_tiles", lambda: True)
-    calls, grouped_mm, n = [], multiply.F.grouped_mm, sum(sizes)
-    monkeypatch.setattr(
-        multiply.F, "grouped_mm", lambda left, *args, **kw: calls.append(left.dim()) or grouped_mm(left, *args, **kw)
-    )
-    (batch,) = batches.batches(sizes, torch.arange(n))
-    x, stack = torch.randn(n, 40), torch.randn(len(sizes), 24, 40).bfloat16().mT
-    x = x if lies == "by rows" else x.mT.contiguous().mT
-    exact = torch.einsum("na,nab->nb", x.bfloat16().double(), stack[batch.expert_of_row()].double())
-    multiplies = multiply.Multiply(torch.bfloat16)
-    for _ in range(2):  # again, in scratch that has been used
-        out = torch.full((n, 24), math.nan, dtype=torch.bfloat16) if given else None
-        got = multiplies(batch, x, stack, "out", out)
-        torch.testing.assert_close(got.double(), exact, rtol=8e-3, atol=1e-4)
-        assert given or got.stride(0) == 1
-    assert calls == [3, 3] * looped, "W comes first"
-
-
-def test_only_row_major_bfloat16_weights_are_multiplied_turned(monkeypatch):
-    monkeypatch.setattr(gemm, "has_instructions", lambda _: True)
-    w = torch.randn(24, 40).bfloat16()
-    for tiles in (True, False):
-        monkeypatch.setattr(gemm, "has_tiles", lambda tiles=tiles: tiles)
-        assert gemm.table_for(torch.bfloat16, w.mT) is (gemm.TILED if tiles else gemm.PLAIN)
-        assert gemm.table_for(torch.bfloat16, w) is gemm.table_for(torch.float16, w.half().mT) is gemm.PLAIN
-
-
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("tokens", [1, 3, 60])
-def test_every_kind_of_expert_in_tiles(monkeypatch, variant, tokens):
-    """As near to float64, forward and backward, as by rows in the same dtype."""
-    monkeypatch.setattr(gemm, "has_instructions", lambda _: True)
-    spec, layout = VARIANTS[variant]
-    experts = ExpertWeights(*(None if w is None else nn.Parameter(w) for w in weights_like(torch.bfloat16, **layout)))
-    ids = ids_of("an empty expert", tokens)
-    x = torch.randn(tokens, experts.up.shape[1 if spec.transposed else 2]).bfloat16().requires_grad_()
-    weights = torch.rand(tokens, K).bfloat16().requires_grad_()
-    leaves = leaves_of(x, weights, experts)
-    wide = [t.detach().double().requires_grad_() for t in leaves]
-    rest = iter(wide[2:])
-    exact = reference(wide[0], ids, wide[1], ExpertWeights(*(w if w is None else next(rest) for w in experts)), spec)
-    upstream = torch.randn_like(exact).bfloat16()
-    truth = [exact, exact, *torch.autograd.grad(exact, wide, upstream.double())]
-    errors = []
-    for tiles in (True, False):
-        monkeypatch.setattr(gemm, "has_tiles", lambda tiles=tiles: tiles)
-        out = cpu(x, ids, weights, experts, spec)
-        got = [
-            cpu(
-                x.detach(),
-                ids,
-                weights.detach(),
-                ExpertWeights(*(None if w is None else w.detach() for w in experts)),
-                spec,
-            ),
-            out,
-        ]
-        got += torch.autograd.grad(out, leaves, upstream)
-        errors.append([float((a - b).detach().norm() / b.detach().norm()) for a, b in zip(got, truth, strict=True)])
-    assert all(tiled <= 1.1 * by_rows + 1e-4 for tiled, by_rows in zip(*errors, strict=True))
-
-
-@pytest.mark.parametrize("transposed", [False, True])
-def test_what_is_added_up_by_rows_lies_by_rows(monkeypatch, transposed):
-    """Adding columns to rows takes 4.5 instead of 0.5 ms for 512 x 2048: tiles leave columns, forward by [out, in]
-    and backward by [in, out]."""
-    monkeypatch.setattr(gemm, "has_instructions", lambda _: True)
-    monkeypatch.setattr(gemm, "has_tiles", lambda: True)
-    x, ids, weights, experts = problem(40, 32, 16, dtype=torch.bfloat16)
-    if transposed:
-        experts = ExpertWeights(*(nn.Parameter(w.detach().mT.contiguous()) for w in experts[:2]))
-    strides, add = [], torch.Tensor.index_add_
-    monkeypatch.setattr(torch.Tensor, "index_add_", lambda *args: strides.append(args[-1].stride(1)) or add(*args))
-    out = cpu(x, ids, weights, experts, ExpertSpec(transposed=transposed))
-    torch.autograd.grad(out.sum(), leaves_of(x, weights, experts))
-    assert strides == [1, 1]
-
-
 def test_the_tables_of_forms_reach_every_number_of_rows():
     whole = (gemm.ROW_MAJOR, gemm.COLUMN_MAJOR, gemm.WIDE, gemm.WIDE_COLUMN_MAJOR)
-    for table in (*(t for tables in whole for t in tables.values()), gemm.PLAIN, gemm.TILED):
+    for table in (*(t for tables in whole for t in tables.values()), gemm.PLAIN, gemm.AMX):
         bounds = [rows for rows, _ in table]
         assert bounds == sorted(set(bounds))
         assert bounds[-1] == gemm.ANY
@@ -429,25 +341,6 @@ def test_instructions_are_there_if_the_cpu_has_them_and_onednn_may_use_them(monk
         assert processor.has_instructions.__wrapped__(dtype) == expected
     has.clear()
     assert not processor.has_instructions.__wrapped__(torch.bfloat16)
-
-
-@pytest.mark.parametrize(
-    ("limit", "tiles"),
-    [
-        ("ALL", True),
-        ("default", True),
-        ("AVX512_CORE_AMX_FP16", True),
-        ("AVX10_1_512", False),
-        ("AVX512_CORE_BF16", False),
-    ],
-)
-def test_tiles_are_there_if_the_cpu_has_them_and_onednn_may_use_them(monkeypatch, limit, tiles):
-    has = {"amx_bf16": True}
-    monkeypatch.setattr(processor, "_capabilities", lambda: has)
-    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
-    assert processor.has_tiles.__wrapped__() == tiles
-    has.clear()
-    assert not processor.has_tiles.__wrapped__()
 
 
 @pytest.mark.parametrize(

@@ -63,7 +63,7 @@ def forward(
         scale = scales[batch.here]
         activate = _activate_by_row if batch_invariant else ExpertSpec.activate
         activated = activate(spec, projected.to(wide)).mul_(scale)
-        expert_out = _by_rows(multiply(batch, activated, down, "expert out"), wide)
+        expert_out = _row_major(multiply(batch, activated, down, "expert out"), wide)
         _add_bias(expert_out, experts.down_bias, batch, scale)
         out.index_add_(0, batch.rows, expert_out)
     return out.to(tokens.dtype), hidden, plan.assignments, plan.counts
@@ -107,20 +107,21 @@ def backward(
         else:
             projected = again(batch, x, up, "projected")
             _add_bias(projected, experts.up_bias, batch)
+        projected = _row_major(projected, wide)
         if beyond_down:
-            d_activated = _by_rows(multiply(batch, g, down.mT, "d_activated"), wide)
-            activated, d_projected = spec.activate_backward(_by_rows(projected, wide), d_activated * scale)
+            d_activated = _row_major(multiply(batch, g, down.mT, "d_activated"), wide)
+            activated, d_projected = spec.activate_backward(projected, d_activated * scale)
             d_projected = d_projected.to(dtype)
             if into.weights is not None:
                 into.weights[assignments[batch.here]] = _weight_gradient(batch, d_activated, activated, g, experts)
             if into.tokens is not None:
-                d_tokens = _by_rows(multiply(batch, d_projected, up.mT, "d_tokens"), wide)
+                d_tokens = _row_major(multiply(batch, d_projected, up.mT, "d_tokens"), wide)
                 into.tokens.index_add_(0, batch.rows, d_tokens)
             if into.up is not None:
                 multiply.outer(batch, into.up, d_projected, x, spec, "up total", accumulate=up_into is not None)
             _sum_rows(batch, into.up_bias, d_projected)
         else:
-            activated = spec.activate(projected.to(wide))
+            activated = spec.activate(projected)
         if into.down is not None:
             scaled = activated.mul_(scale).to(dtype)
             multiply.outer(batch, into.down, g.to(dtype), scaled, spec, "down total", accumulate=down_into is not None)
@@ -189,8 +190,9 @@ def _add_bias(rows: Float[Tensor, "n b"], bias: Tensor | None, batch: Batch, sca
         rows += chosen if scale is None else chosen * scale
 
 
-def _by_rows(product: Tensor, dtype: torch.dtype) -> Tensor:
-    """`product` in a wider dtype, row by row where it lay column by column: what is added up by rows must lie so."""
+def _row_major(product: Tensor, dtype: torch.dtype) -> Tensor:
+    """`product` in a dtype as wide or wider: AMX leaves it column-major in bfloat16, and adding columns to rows takes
+    ten times as long."""
     return product.to(dtype, memory_format=torch.contiguous_format)
 
 

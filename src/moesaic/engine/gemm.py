@@ -2,18 +2,20 @@
 
 What decides is measured (`moesaic doctor --measure` does it again): MKL streams a weight matrix at full bandwidth only
 for a few rows and packs it above that, twice the cost, unless it is small; `W @ x.T` stays flat up to 48 rows where
-`x @ W.T` climbs; oneDNN is the best for more rows of float32, and on AMD for all, where MKL leaves the AVX-512 units
-idle; a 16-bit matmul that the CPU has no instructions for runs several times slower than widening the weights to
-float32 first. The forms differ in the last bit, so the choice hangs on sizes, alignment and machine alone.
+`x @ W.T` climbs, and is always the best with AMX; oneDNN is the best for more rows of float32, and on AMD for all,
+where MKL leaves the AVX-512 units idle; a 16-bit matmul that the CPU has no instructions for runs several times slower
+than widening the weights to float32 first. The forms differ in the last bit, so the choice hangs on sizes, alignment
+and machine alone.
 """
 
 from collections.abc import Callable
 from functools import cache
+from itertools import takewhile
 
 import torch
 from torch import Tensor
 
-from moesaic.engine.processor import has_instructions, has_tiles, machine
+from moesaic.engine.processor import has_amx, has_instructions, machine
 
 SMALL = 1 << 17  # elements of a weight: below, oneDNN's 20 µs a call are as much as the matmul (384 x 384: 30 | 15 MKL)
 # Elements of a weight that MKL multiplies as they are for a few rows, where it packs more of them first: 4 rows times
@@ -78,9 +80,8 @@ def columns_form(x: Tensor, w: Tensor, out: Tensor, work: Workspace) -> None:
 
 
 def turned_form(x: Tensor, w: Tensor, out: Tensor, work: Workspace) -> None:
-    """For an `out` that lies column by column."""
     del work
-    torch.mm(w.mT, x.mT, out=out.mT)
+    torch.mm(w.mT, x.mT, out=out.mT)  # out is column-major
 
 
 def vector_form(x: Tensor, w: Tensor, out: Tensor, work: Workspace) -> None:
@@ -116,12 +117,11 @@ COLUMN_MAJOR: dict[str, Table] = {
     "amd": ((1, rows_form), (ANY, onednn_form)),
     "other": ((ANY, rows_form),),
 }
-# bfloat16 in tiles (AMX), row-major: rows 375 | 372 | 705 at 1 | 6 | 8 rows, turned 318 up to 6 and 565 at 8, where x
-# and the result lie so that nothing is copied, by vector 309 for one row; whole layers take 10 to 20 % less up to 32
-# rows an expert, 5 to 10 % less at 128 and 256. Stored [in, out]: rows 573 | 812, turned 930 | 1273 at 8 | 128. With
-# avx512_bf16 or avx512_fp16 alone turned is slower than rows throughout.
-TILED: Table = ((1, vector_form), (ANY, turned_form))
-PLAIN: Table = ((ANY, rows_form),)  # float64, and 16-bit with the instructions: the plain call is best at every size
+# bfloat16 with AMX, the same weight, x and out column-major so that nothing is copied: turned 318 | 565 at 1 to 6 | 8
+# rows, as rows 375 | 705, one by vector 309; layers take 10 to 20 % less up to 32 rows an expert, 5 to 10 % at 128 and
+# 256. Stored [in, out] 930 | 1273 at 8 | 128, as rows 573 | 812. With avx512_bf16 or avx512_fp16 alone always slower.
+AMX: Table = ((1, vector_form), (ANY, turned_form))
+PLAIN: Table = ((ANY, rows_form),)  # float64, and 16-bit with other instructions: best at every size
 
 
 def widening(elements: int, inner: Form) -> Form:
@@ -227,7 +227,7 @@ def table_for(dtype: torch.dtype, w: Tensor) -> Table:
         return (WIDE if _is_row_major(w) else WIDE_COLUMN_MAJOR)[machine()]
     if dtype == torch.float32 and w.shape[-2] * w.shape[-1] > SMALL:
         return (ROW_MAJOR if _is_row_major(w) else COLUMN_MAJOR)[machine()]
-    return TILED if dtype == torch.bfloat16 and has_tiles() and _is_row_major(w) else PLAIN
+    return AMX if dtype == torch.bfloat16 and has_amx() and _is_row_major(w) else PLAIN
 
 
 def narrow_table(w: Tensor, dtype: torch.dtype) -> Table:
@@ -256,8 +256,9 @@ def most_rows(table: Table) -> int:
 
 def looped_rows(table: Table) -> int:
     """Up to how many rows on average torch's own loop over experts will do: it makes the plain call, on W or on blocks
-    of it, or the turned one."""
-    return max((rows for rows, form in table if form in (rows_form, blocks_form, turned_form)), default=0)
+    of it."""
+    leading = takewhile(lambda entry: entry[1] in (rows_form, blocks_form), table)
+    return max((rows for rows, _ in leading), default=0)
 
 
 def part_of(stack: Tensor) -> int:

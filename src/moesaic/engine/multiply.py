@@ -10,9 +10,9 @@ from torch import Tensor
 
 from moesaic.engine.batches import Batch, Piece, offsets_of, span_of
 from moesaic.engine.gemm import (
+    AMX,
     ANY,
     INVARIANT,
-    TILED,
     Table,
     Workspace,
     form_for,
@@ -44,13 +44,13 @@ class Multiply:
         self, batch: Batch, x: Float[Tensor, "n a"], stack: Float[Tensor, "E a b"], name: str, out: Tensor | None = None
     ) -> Float[Tensor, "n b"]:
         """x_e @ stack[e] for every expert e of the batch, in the dtype of matrices; into `out` or into scratch called
-        `name`, where it may lie column by column. Where weights are widened for that, experts of few rows are
+        `name`, column-major where AMX multiplies. Where weights are widened for that, experts of few rows are
         multiplied in their own dtype."""
         if self._batch_invariant:
             return self._product(batch, x.to(self._dtype), stack, INVARIANT, name, out)
         few, sizes = narrow_table(stack, self._own), batch.sizes
         table = table_for(self._dtype, stack)
-        if table is TILED:
+        if table is AMX:
             return self._turned(batch, x, stack, name, out)
         if min(sizes) > most_rows(few):
             return self._product(batch, x.to(self._dtype), stack, table, name, out)
@@ -63,18 +63,25 @@ class Multiply:
         return self._product(batch, x.to(self._dtype), stack, table, name, out, over=most_rows(few))
 
     def _turned(self, batch: Batch, x: Tensor, stack: Tensor, name: str, out: Tensor | None) -> Tensor:
-        """The product as `W @ x.T` leaves it: column by column, and such an x it takes as it lies.
-
-        Columns begin at odd multiples of 16 bytes: torch's loop wants multiples, and at even ones the columns share
-        cache lines (to turn and widen 512 x 2048 takes 1000 µs at a distance of 1024 bytes, 330 at 1040).
+        """The product as `W @ x.T` leaves it, column-major; an x that is column-major too is copied as it lies, with
+        an odd multiple of 16 bytes from feature to feature. torch's loop over experts wants multiples, and even ones
+        meet in the cache: 512 x 2048 become row-major in 1000 µs at 1024 bytes and in 330 at 1040.
         """
-        rows = len(x)
+        rows, distance = len(x), len(x) + (8 - len(x)) % 16
         if x.stride(0) == 1:
-            columns = self._work.take("columns of x", x.shape[1], rows + (8 - rows) % 16, self._dtype)
+            columns = self._work.take("columns of x", x.shape[1], distance, self._dtype)
             columns[:, :rows] = x.mT
             x = columns.mT
-        result = self._product(batch, x.to(self._dtype), stack, TILED, name)[:rows]
-        return result if out is None else out.copy_(result)
+        x = x.to(self._dtype)
+        if grouped_mm_is_better(batch.pieces, stack, ANY):
+            weights, offsets = stack[span_of(batch.pieces)], offsets_of(batch.pieces)
+            product = F.grouped_mm(weights.mT, x.mT, offs=offsets).mT[:rows]
+        else:
+            product = self._work.take(name, stack.shape[2], distance, self._dtype)[:, :rows].mT
+            parts = zip(batch.pieces, x[:rows].split(batch.sizes), product.split(batch.sizes), strict=True)
+            for piece, some, result in parts:
+                form_for(AMX, len(some))(some, stack[piece.expert], result, self._work)
+        return product if out is None else out.copy_(product)
 
     def _product(
         self, batch: Batch, x: Tensor, stack: Tensor, table: Table, name: str, out: Tensor | None = None, over: int = 0
@@ -86,9 +93,7 @@ class Multiply:
         if not over and (most == ANY or max(sizes) <= looped) and grouped_mm_is_better(batch.pieces, stack, looped):
             result = _grouped(batch.pieces, x, stack, table)
             return result if out is None else out.copy_(result)
-        if out is None and table is TILED:
-            out = self._work.take(name, stack.shape[2], len(x), x.dtype).mT
-        elif out is None:
+        if out is None:
             out = self._work.take(name, len(x), stack.shape[2], x.dtype)
         sized = zip(batch.pieces, sizes, strict=True)
         for (wanted, is_looped), run in groupby(sized, lambda part: (over < part[1] <= most, part[1] <= looped)):
@@ -144,8 +149,6 @@ def grouped_mm_is_better(pieces: Sequence[Piece], stack: Tensor, average: int) -
 def _grouped(pieces: Sequence[Piece], x: Tensor, stack: Tensor, table: Table) -> Tensor:
     """By parts of the weights where there are more rows on average than the plain call is best for."""
     weights, offsets = stack[span_of(pieces)], offsets_of(pieces)
-    if table is TILED:
-        return F.grouped_mm(weights.mT, x.mT, offs=offsets).mT
     if len(x) <= table[0][0] * len(pieces):
         return F.grouped_mm(x, weights, offs=offsets)
     step = part_of(weights)

@@ -26,8 +26,8 @@ def has_instructions(dtype: torch.dtype) -> bool:
 
 
 @cache
-def has_tiles() -> bool:
-    """Whether this CPU multiplies bfloat16 matrices tile by tile (AMX), several times faster than it reads them."""
+def has_amx() -> bool:
+    """Whether this CPU has Intel's matrix unit for bfloat16, and oneDNN may use it."""
     return _onednn_may_use(("AMX",)) and _capabilities().get("amx_bf16", False)
 
 

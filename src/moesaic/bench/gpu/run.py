@@ -1,7 +1,7 @@
 """One cell on a GPU: everybody judged against float64, the right ones timed in turn."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
@@ -69,7 +69,8 @@ def run_experts(cell: GpuCell, experts: ExpertWeights, bench: Bench) -> Measured
     rows_compared = len(truth.rows)
     del truth
     result = Measured(cell, [entry.row for entry in judged], {"rows_compared": rows_compared})
-    entrants = [_entrant(problem, entry.row.name, entry.call) for entry in judged if entry.call is not None]
+    calls = {entry.row.name: entry.call for entry in judged if entry.call is not None}
+    entrants = [_entrant(problem, name, calls) for name in calls]
     seconds = timed(entrants, {e.row.name: e.seconds for e in judged if e.call is not None}, bench)
     problem.forget_gradients(weights_too=True)
     phases = [phase for _, phase in kernels_of(problem)]
@@ -77,11 +78,11 @@ def run_experts(cell: GpuCell, experts: ExpertWeights, bench: Bench) -> Measured
     return result
 
 
-def _entrant(problem: Problem, name: str, call: Call) -> Entrant:
+def _entrant(problem: Problem, name: str, calls: Mapping[str, Call]) -> Entrant:
     def run() -> Tensor:
-        return run_once(problem, call)
+        return run_once(problem, calls[name])
 
-    return Entrant(name, lambda: forget_gradients(problem, call, weights_too=True), run)
+    return Entrant(name, lambda: forget_gradients(problem, *calls.values(), weights_too=True), run)
 
 
 def timed(entrants: Sequence[Entrant], once: dict[str, float], bench: Bench) -> dict[str, list[float]]:

@@ -291,9 +291,9 @@ def explain(dtype: torch.dtype) -> str:
     if dtype == torch.float64:
         return "float64 by the BLAS as it is"
     if dtype == torch.float32:
-        return f"float32 by {habits[machine()]}{', oneDNN for many' if machine() == 'intel' else ''}"
+        return f"float32 by {habits[machine()]}"
     if has_instructions(dtype):
-        return f"{str(dtype)[6:]} by this CPU's own instructions"
+        return f"{str(dtype)[6:]} by {'AMX' if dtype == torch.bfloat16 and has_amx() else 'instructions of this CPU'}"
     return (
         f"{str(dtype)[6:]} widened to float32 for more than a few rows, as this CPU would emulate it; "
         f"then by {habits[machine()]}"

@@ -199,6 +199,7 @@ def test_new_pages_of_a_gradient_are_written_by_one_thread_each(with_threads, ro
 @pytest.mark.parametrize(("rows", "dtype"), [(15, torch.float32), (16, torch.float32), (16, torch.bfloat16)], ids=str)
 def test_pages_of_a_gradient_are_asked_for_in_one_go_where_experts_have_many_rows(monkeypatch, rows, dtype, permuted):
     empty_like = torch.empty_like
+    monkeypatch.setattr(engine, "SERIAL", 1)
     monkeypatch.setattr(torch, "empty_like", lambda *args, **kw: empty_like(*args, **kw).fill_(math.nan))
     weight = torch.zeros(3, 70, 50, dtype=dtype)
     gradient = engine._gradient_like(weight.mT if permuted else weight, torch.tensor([rows - 1, rows, rows + 1]))
@@ -207,6 +208,8 @@ def test_pages_of_a_gradient_are_asked_for_in_one_go_where_experts_have_many_row
     memory = (gradient.mT if permuted else gradient).flatten()
     assert torch.equal(memory == 0, begins)
     assert memory[~begins].isnan().all()
+    monkeypatch.setattr(engine, "SERIAL", weight.nbytes)
+    assert engine._gradient_like(weight, torch.tensor([rows] * 3)).isnan().all(), "too few for all threads"
 
 
 def faults() -> dict[str, int]:

@@ -28,7 +28,8 @@ SERIAL = 32768  # elements up to which torch runs an elementwise operation in on
 # Rows an expert on average from which the pages of a new float32 gradient are asked for in one go: one by one, between
 # matmuls, they cost up to twice as much. Seconds of whole steps, medians of 5 to 13 in turn, in good and bad hours of
 # an Intel Xeon: dsv3-quarter T=2048 2.26 | 2.33 | 2.80 -> 2.14 | 2.05 | 2.19, T=512 1.32 | 1.60 -> 1.33 | 1.32,
-# qwen3-30b T=2048 2.67 -> 2.47, T=512 1.28 | 1.34 -> 1.29 | 1.22. With fewer rows, and in bfloat16, 0 to 3 % more.
+# qwen3-30b T=2048 2.67 -> 2.47, T=512 1.28 | 1.34 -> 1.29 | 1.22. With fewer rows, and in bfloat16, 0 to 5 % more.
+# Only where the pages are enough for torch to take them in all its threads.
 MANY_ROWS = 16
 VECTORS = 64  # elements: a multiple of what torch's vectorised loops take at a time, on every CPU
 
@@ -198,8 +199,8 @@ def _add_bias(rows: Float[Tensor, "n b"], bias: Tensor | None, batch: Batch, sca
 
 
 def _row_major(product: Tensor, dtype: torch.dtype) -> Tensor:
-    """`product` in a dtype as wide or wider: AMX leaves it column-major in bfloat16, and adding columns to rows takes
-    ten times as long."""
+    """`product` in a wider dtype and row-major, where AMX leaves it column-major in bfloat16: adding columns to rows
+    takes ten times as long. Where the dtype stays, the product itself."""
     return product.to(dtype, memory_format=torch.contiguous_format)
 
 
@@ -230,15 +231,15 @@ def _narrowed(gradient: Tensor | None, of: Tensor | None) -> Tensor | None:
 
 
 def _gradient_like(weight: Tensor, counts: Tensor) -> Tensor:
-    """Memory for a gradient. Only experts without a token are zeroed here; the others will be written whole.
+    """Memory for a gradient. Experts without a token are zeroed here; the others will be written whole.
 
     New pages are most of the time of 256 small experts. Asking for huge ones (madvise) hands out 1.9 GB in 0.14 instead
     of 0.55 s where the system has them at hand and in 2 to 3 s where it has to find them: whole steps took 3.7 instead
     of 3.1 and 3.6 instead of 1.6 s (medians of 7, interleaved), so that is left to the system.
     """
     gradient = torch.empty_like(weight)
-    if gradient.dtype == torch.float32 and int(counts.sum()) >= MANY_ROWS * len(counts):
-        pages = -(-gradient.nbytes // mmap.PAGESIZE)
+    pages, many_rows = -(-gradient.nbytes // mmap.PAGESIZE), int(counts.sum()) >= MANY_ROWS * len(counts)
+    if many_rows and gradient.dtype == torch.float32 and pages >= SERIAL * torch.get_num_threads():
         gradient.as_strided((pages,), (mmap.PAGESIZE // gradient.itemsize,)).zero_()
     for expert in (counts == 0).nonzero().flatten().tolist():
         gradient[expert].zero_()

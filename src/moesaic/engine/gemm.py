@@ -2,7 +2,7 @@
 
 What decides is measured (`moesaic doctor --measure` does it again): MKL streams a weight matrix at full bandwidth only
 for a few rows and packs it above that, twice the cost, unless it is small; `W @ x.T` stays flat up to 48 rows where
-`x @ W.T` climbs, and is always the best with AMX; oneDNN is the best for more rows of float32, and on AMD for all,
+`x @ W.T` climbs, and is the best with AMX; oneDNN is the best for more rows of float32, and on AMD for all,
 where MKL leaves the AVX-512 units idle; a 16-bit matmul that the CPU has no instructions for runs several times slower
 than widening the weights to float32 first. The forms differ in the last bit, so the choice hangs on sizes, alignment
 and machine alone.
@@ -87,7 +87,7 @@ def turned_form(x: Tensor, w: Tensor, out: Tensor, work: Workspace) -> None:
 def vector_form(x: Tensor, w: Tensor, out: Tensor, work: Workspace) -> None:
     del work
     for row, result in zip(x, out, strict=True):
-        torch.mv(w.mT, row, out=result)
+        torch.mv(w.mT, row.contiguous(), out=result)
 
 
 def onednn_form(x: Tensor, w: Tensor, out: Tensor, work: Workspace) -> None:
@@ -121,7 +121,7 @@ COLUMN_MAJOR: dict[str, Table] = {
 # rows, as rows 375 | 705, one by vector 309; layers take 10 to 20 % less up to 32 rows an expert, 5 to 10 % at 128 and
 # 256. Stored [in, out] 930 | 1273 at 8 | 128, as rows 573 | 812. With avx512_bf16 or avx512_fp16 alone always slower.
 AMX: Table = ((1, vector_form), (ANY, turned_form))
-PLAIN: Table = ((ANY, rows_form),)  # float64, and 16-bit with other instructions: best at every size
+PLAIN: Table = ((ANY, rows_form),)  # float64, small float32, other 16-bit with instructions
 
 
 def widening(elements: int, inner: Form) -> Form:

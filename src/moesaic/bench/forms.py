@@ -83,11 +83,11 @@ def time_forms(dtype: torch.dtype, row_counts: tuple[int, ...] = ROWS) -> list[F
 
 
 def engine_run(x: Tensor) -> Callable[[Tensor], Tensor]:
-    """What the cpu engine does with the rows x [m, IN] of one expert, as a function of its w [IN, OUT]: into rows, as
-    the forms beside it, where AMX would leave columns."""
-    multiply, out = Multiply(x.dtype), x.new_empty(len(x), OUT, dtype=gemm.matmul_dtype(x.dtype))
+    """What the cpu engine does with the rows x [m, IN] of one expert, as a function of its w [IN, OUT]; row-major
+    as from the forms beside it, where AMX leaves it column-major."""
+    multiply = Multiply(x.dtype)
     (batch,) = batches([len(x)], torch.arange(len(x)))
-    return lambda w: multiply(batch, x, w[None], "engine", out)
+    return lambda w: multiply(batch, x, w[None], "engine").contiguous()
 
 
 def engine_form(x: Tensor, w: Tensor) -> str:

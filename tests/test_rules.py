@@ -13,7 +13,7 @@ from oracles import densify, pick, route_one
 from moesaic.config import MoEConfig
 from moesaic.families import CONVENTIONS
 from moesaic.layer.balance import expert_load
-from moesaic.rules import few, group_scores, kept_groups, largest, route, select, weigh
+from moesaic.rules import few, group_scores, kept_groups, largest, route, select, sum_of_best, weigh
 from moesaic.types import check_routing
 
 
@@ -105,6 +105,18 @@ def test_a_row_is_selected_for_the_same_alone_and_among_many(case, group_score, 
     assert torch.equal(select(many(choice), config)[-len(choice) :], select(choice, config))
     if config.n_group > 1:
         assert torch.equal(group_scores(many(choice), config)[-len(choice) :], group_scores(choice, config))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_the_best_of_a_group_are_added_once_each(dtype, count):
+    """Equal ones too, infinite ones, and a NaN, which is the best."""
+    special = torch.tensor([-torch.inf, torch.inf, torch.nan, 0.0, -0.0, 1.5, 1.5, -3.0, -torch.inf], dtype=dtype)
+    values = special[torch.randint(len(special), (2000, 3, 6))]
+    values[:500] = torch.randn(500, 3, 6).to(dtype)
+    values[500:1000] = values[500:1000].nan_to_num(nan=0.25)
+    expected = sum(values.sort(dim=-1, descending=True).values[..., :count].unbind(-1))
+    torch.testing.assert_close(sum_of_best(values, count), expected, rtol=0, atol=0, equal_nan=True)
 
 
 def test_experts_masked_out_by_a_bias_do_not_open_other_groups():

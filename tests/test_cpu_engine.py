@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import moesaic as ms
-from moesaic.engine import batches, gemm, multiply, outer, processor
+from moesaic.engine import batches, gemm, memory, multiply, outer, processor
 from moesaic.engine import cpu as engine
 from moesaic.engine.cpu import cpu
 from moesaic.engine.grouped import grouped
@@ -129,7 +129,7 @@ def test_widening_by_parts_computes_the_same(monkeypatch, habit, rows, transpose
     for elements in (1500, 5000, gemm.ANY):  # 8 parts of uneven width, 2, and the whole
         for form in (gemm.widening(elements, inner), gemm.widening_inputs(elements, inner)):
             out = torch.full((rows, 301), math.nan)
-            form(x, w, out, gemm.Workspace())
+            form(x, w, out, memory.Workspace())
             torch.testing.assert_close(out.double(), x.double() @ w.double(), rtol=1e-5, atol=2e-4)
 
 
@@ -152,7 +152,7 @@ def test_a_gradient_in_parts_is_the_whole_gradient(
     monkeypatch.setattr(outer, "SMALL", 0)
     g, x, before = torch.randn(rows, 53), torch.randn(rows, 40), torch.randn(53, 40).to(dtype)
     out = before.clone() if accumulate else torch.full_like(before, math.nan)
-    outer.add_outer(out, g, x, gemm.Workspace(), accumulate=accumulate)
+    outer.add_outer(out, g, x, memory.Workspace(), accumulate=accumulate)
     exact = g.double().T @ x.double() + (before.double() if accumulate else 0)
     torch.testing.assert_close(out.double(), exact, rtol=1e-5 if dtype == torch.float32 else 8e-3, atol=1e-4)
 
@@ -181,9 +181,9 @@ def test_new_pages_of_a_gradient_are_written_by_one_thread_each(with_threads, ro
     outer.outer_by_rows(torch.empty(512, 2048), g, x, beta=0.0)  # the threads begin
     writers = set()
     for half in (slice(0, 256), slice(256, 512)):
-        memory = mmap.mmap(-1, 512 * 2048 * 4)
-        memory.madvise(mmap.MADV_NOHUGEPAGE)
-        out = torch.frombuffer(memory, dtype=torch.float32).view(512, 2048)
+        area = mmap.mmap(-1, 512 * 2048 * 4)
+        area.madvise(mmap.MADV_NOHUGEPAGE)
+        out = torch.frombuffer(area, dtype=torch.float32).view(512, 2048)
         out.numpy()[256 - half.start : 512 - half.start] = 0  # the other half's pages are there
         before = faults()
         outer.outer_by_rows(out, g, x, beta=0.0)
@@ -196,20 +196,20 @@ def test_new_pages_of_a_gradient_are_written_by_one_thread_each(with_threads, ro
 
 
 @pytest.mark.parametrize("permuted", [False, True])
-@pytest.mark.parametrize(("rows", "dtype"), [(15, torch.float32), (16, torch.float32), (16, torch.bfloat16)], ids=str)
+@pytest.mark.parametrize(("rows", "dtype"), [(3, torch.float32), (4, torch.float32), (4, torch.bfloat16)], ids=str)
 def test_pages_of_a_gradient_are_asked_for_in_one_go_where_experts_have_many_rows(monkeypatch, rows, dtype, permuted):
     empty_like = torch.empty_like
-    monkeypatch.setattr(engine, "SERIAL", 1)
+    monkeypatch.setattr(memory, "SERIAL", 1)
     monkeypatch.setattr(torch, "empty_like", lambda *args, **kw: empty_like(*args, **kw).fill_(math.nan))
     weight = torch.zeros(3, 70, 50, dtype=dtype)
-    gradient = engine._gradient_like(weight.mT if permuted else weight, torch.tensor([rows - 1, rows, rows + 1]))
+    gradient = memory.new_gradient(weight.mT if permuted else weight, 3 * rows)
     begins = torch.zeros(weight.numel(), dtype=torch.bool)
-    begins[:: mmap.PAGESIZE // 4] = rows == 16 and dtype == torch.float32
-    memory = (gradient.mT if permuted else gradient).flatten()
-    assert torch.equal(memory == 0, begins)
-    assert memory[~begins].isnan().all()
-    monkeypatch.setattr(engine, "SERIAL", weight.nbytes)
-    assert engine._gradient_like(weight, torch.tensor([rows] * 3)).isnan().all(), "too few for all threads"
+    begins[:: mmap.PAGESIZE // 4] = rows == 4 and dtype == torch.float32
+    as_it_lies = (gradient.mT if permuted else gradient).flatten()
+    assert torch.equal(as_it_lies == 0, begins)
+    assert as_it_lies[~begins].isnan().all()
+    monkeypatch.setattr(memory, "SERIAL", weight.nbytes)
+    assert memory.new_gradient(weight, 3 * rows).isnan().all(), "too few for all threads"
 
 
 def faults() -> dict[str, int]:
@@ -233,7 +233,7 @@ def test_every_form_of_matmul_computes_the_same(monkeypatch, kind, habit, rows):
     if kind == "transposed":
         w = w.mT.contiguous().mT
     out = torch.full((rows, 300), math.nan)
-    gemm.form_for(gemm.table_for(x.dtype, w.mT), rows)(x, w.mT, out, gemm.Workspace())
+    gemm.form_for(gemm.table_for(x.dtype, w.mT), rows)(x, w.mT, out, memory.Workspace())
     torch.testing.assert_close(out.double(), x.double() @ w.double().mT, rtol=1e-5, atol=2e-4)
 
 
@@ -606,6 +606,16 @@ def accumulated(prepare, steps=2, dtype=torch.float32, **options):
 
 def test_an_existing_gradient_is_added_to_in_place():
     assert accumulated(lambda _: None)
+
+
+def test_a_gradient_added_to_in_place_is_not_what_a_graph_has_saved():
+    x, ids, weights, experts = problem(30, 16, 8)
+    cpu(x, ids, weights, experts, ExpertSpec()).sum().backward()
+    saved = [w.grad * nn.Parameter(torch.ones(())) for w in experts[:2]]
+    cpu(x, ids, weights, experts, ExpertSpec()).sum().backward()
+    for product in saved:
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            product.sum().backward()
 
 
 def test_a_gradient_hook_is_called_with_the_whole_gradient():

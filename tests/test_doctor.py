@@ -11,7 +11,7 @@ from moesaic.bench.forms import FormTimes, engine_form, time_forms
 from moesaic.cli import main
 from moesaic.cli.doctor_table import WORDS
 from moesaic.cli.examine import SWITCH_ON, held_back, transformers_seam, try_engine, wrong
-from moesaic.engine import gemm
+from moesaic.engine import gemm, memory
 from moesaic.engine.select import ENGINES, best_engine
 
 
@@ -182,7 +182,7 @@ def test_every_form_computes_the_same(rows):
     w, x = torch.randn(700, 64, dtype=torch.bfloat16).mT, torch.randn(rows, 64)
     for label, form in {**forms.OWN, **forms.wide_forms()}.items():
         out = torch.full((rows, 700), torch.nan)
-        form(x, w if label in forms.wide_forms() else w.float(), out, gemm.Workspace())
+        form(x, w if label in forms.wide_forms() else w.float(), out, memory.Workspace())
         torch.testing.assert_close(out.double(), x.double() @ w.double(), rtol=0, atol=1e-4)
 
 

@@ -5,6 +5,7 @@ import os
 import pytest
 import torch
 from test_cpu_engine import problem
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
@@ -183,6 +184,23 @@ def test_inference_that_nobody_watches_leaves_the_operator_out(monkeypatch, n_to
     assert out.device.type == "cpu"
     assert calls == ([] if through_operator else [{"keep": "nothing", "batch_invariant": False}])
     torch.testing.assert_close(out.detach(), expected.detach())
+
+
+@pytest.mark.parametrize("n_tokens", [1, 9])
+def test_kernels_keep_no_book_of_views_and_what_they_give_is_a_tensor_like_any(monkeypatch, n_tokens):
+    x, ids, weights, experts = problem(n_tokens)
+    views, activate, back = [], ExpertSpec.activate, ExpertSpec.activate_backward
+    monkeypatch.setattr(ExpertSpec, "activate", lambda *a: views.append(a[1][:1]._is_view()) or activate(*a))
+    monkeypatch.setattr(ExpertSpec, "activate_backward", lambda *a: views.append(a[1][:1]._is_view()) or back(*a))
+    with torch.no_grad():
+        inferred = cpu(x, ids, weights, experts, ExpertSpec())
+    out = cpu(x, ids, weights, experts, ExpertSpec())
+    out.square().sum().backward()
+    assert views == [False] * 3, "forward twice, backward"
+    scale = nn.Parameter(torch.ones(()))
+    (inferred * scale).sum().backward()  # saved, which a tensor of inference mode cannot be
+    torch.testing.assert_close(scale.grad, inferred.sum())
+    assert out[:1]._is_view()
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")

@@ -138,7 +138,7 @@ def interpreted_operator() -> Iterator[None]:
             warnings.simplefilter("ignore")
             library.impl("experts", made.experts, "CPU", allow_override=True)
             library.impl("experts_backward", made.experts_backward, "CPU", allow_override=True)
-        FORWARD["cpu"], ACCUMULATING["cpu"] = experts.forward, made.accumulating
+        FORWARD["cpu"], ACCUMULATING["cpu"] = made.forward, made.accumulating
         try:
             yield
         finally:

@@ -15,7 +15,7 @@ from moesaic.bench.ceiling import best_seconds, l3_bytes
 from moesaic.bench.machine import available_bytes
 from moesaic.engine import gemm
 from moesaic.engine.batches import batches
-from moesaic.engine.gemm import Workspace
+from moesaic.engine.memory import Workspace
 from moesaic.engine.multiply import Multiply
 
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)  # tokens of one expert

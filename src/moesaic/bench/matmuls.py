@@ -16,6 +16,7 @@ from torch import Tensor
 
 from moesaic.bench.ceiling import can_run, onednn_linear
 from moesaic.bench.problem import Problem
+from moesaic.engine.memory import new_gradient
 from moesaic.engine.outer import ALIASED, PADDING, outer_by_rows
 
 BLOCKS = (1 << 19, 1 << 20)  # elements of a weight widened at a time: 2 MB of float32 fit one core's own cache
@@ -202,7 +203,8 @@ class Matmuls:
 
     def _grad(self, name: str) -> Tensor:
         if not self.adds:
-            return torch.empty_like(self.stored[name])  # a new one, as everybody's: page faults are part of the mode
+            # a new one, as everybody's: page faults are part of the mode
+            return new_gradient(self.stored[name], sum(n for _, n in self.loads))
         parameter = getattr(self.problem.experts, name)
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)

@@ -1,6 +1,8 @@
 """The sorted assignments in batches: what the CPU engine computes at a time."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -22,37 +24,43 @@ class Piece(NamedTuple):
     last: bool
 
 
-class Batch(NamedTuple):
+@dataclass(frozen=True)
+class Batch:
     """Neighbouring pieces that are computed together.
 
     rows: [n] the token of each row.  here: where these rows lie among the sorted assignments.
     """
 
-    pieces: list[Piece]
+    pieces: Sequence[Piece]
     rows: Tensor
     here: slice
+
+    @cached_property
+    def sizes(self) -> list[int]:
+        return [piece.stop - piece.start for piece in self.pieces]
+
+    @cached_property
+    def span(self) -> slice:
+        """Every expert from the first piece's to the last's."""
+        return slice(self.pieces[0].expert, self.pieces[-1].expert + 1)
+
+    @cached_property
+    def offsets(self) -> Int[Tensor, " e"]:
+        """Where the rows of every expert in the span end, the first beginning at 0."""
+        counts = [0] * (self.span.stop - self.span.start)
+        for piece, size in zip(self.pieces, self.sizes, strict=True):
+            counts[piece.expert - self.span.start] += size
+        return torch.tensor(list(accumulate(counts)), dtype=torch.int32)
 
     def expert_of_row(self) -> Int[Tensor, " n"]:
         experts = torch.tensor([piece.expert for piece in self.pieces])
         return experts.repeat_interleave(torch.tensor(self.sizes))
 
-    @property
-    def sizes(self) -> list[int]:
-        return [piece.stop - piece.start for piece in self.pieces]
-
-
-def span_of(pieces: Sequence[Piece]) -> slice:
-    """Every expert from the first of neighbouring pieces to the last."""
-    return slice(pieces[0].expert, pieces[-1].expert + 1)
-
-
-def offsets_of(pieces: Sequence[Piece]) -> Int[Tensor, " e"]:
-    """Where the rows of every expert in their span end, the first piece beginning at 0."""
-    span = span_of(pieces)
-    counts = [0] * (span.stop - span.start)
-    for piece in pieces:
-        counts[piece.expert - span.start] += piece.stop - piece.start
-    return torch.tensor(list(accumulate(counts)), dtype=torch.int32)
+    def run(self, first: int, stop: int) -> "Batch":
+        """Some of the pieces, from number `first` on."""
+        pieces = self.pieces[first:stop]
+        here, begin = slice(pieces[0].start, pieces[-1].stop), self.here.start
+        return Batch(pieces, self.rows[here.start - begin : here.stop - begin], here)
 
 
 def batches(counts: list[int], token_of: Tensor, piece_rows: int = PIECE_ROWS) -> Iterator[Batch]:

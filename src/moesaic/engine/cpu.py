@@ -7,8 +7,6 @@ are added one after another, so every sum has one order and results repeat bit f
 Kept for the backward: the tokens, the up projection's output H and the order of assignments; nothing else.
 """
 
-import mmap
-
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
@@ -17,6 +15,7 @@ from torch import Tensor
 from moesaic.engine.batches import PIECE_ROWS, Batch, batches
 from moesaic.engine.checks import check_ids
 from moesaic.engine.gemm import INVARIANT_ROWS, matmul_dtype
+from moesaic.engine.memory import SERIAL, new_gradient
 from moesaic.engine.multiply import Multiply
 from moesaic.engine.one_token import one_token
 from moesaic.engine.op import Gradients, Keep, register_kernels, run_experts
@@ -24,13 +23,6 @@ from moesaic.engine.plan import group_by_expert, no_plan
 from moesaic.engine.spec import ExpertSpec
 from moesaic.types import ExpertWeights
 
-SERIAL = 32768  # elements up to which torch runs an elementwise operation in one thread
-# Rows an expert on average from which the pages of a new float32 gradient are asked for in one go: one by one, between
-# matmuls, they cost up to twice as much. Seconds of whole steps, medians of 5 to 13 in turn, in good and bad hours of
-# an Intel Xeon: dsv3-quarter T=2048 2.26 | 2.33 | 2.80 -> 2.14 | 2.05 | 2.19, T=512 1.32 | 1.60 -> 1.33 | 1.32,
-# qwen3-30b T=2048 2.67 -> 2.47, T=512 1.28 | 1.34 -> 1.29 | 1.22. With fewer rows, and in bfloat16, 0 to 5 % more.
-# Only where the pages are enough for torch to take them in all its threads.
-MANY_ROWS = 16
 VECTORS = 64  # elements: a multiple of what torch's vectorised loops take at a time, on every CPU
 
 
@@ -231,16 +223,8 @@ def _narrowed(gradient: Tensor | None, of: Tensor | None) -> Tensor | None:
 
 
 def _gradient_like(weight: Tensor, counts: Tensor) -> Tensor:
-    """Memory for a gradient. Experts without a token are zeroed here; the others will be written whole.
-
-    New pages are most of the time of 256 small experts. Asking for huge ones (madvise) hands out 1.9 GB in 0.14 instead
-    of 0.55 s where the system has them at hand and in 2 to 3 s where it has to find them: whole steps took 3.7 instead
-    of 3.1 and 3.6 instead of 1.6 s (medians of 7, interleaved), so that is left to the system.
-    """
-    gradient = torch.empty_like(weight)
-    pages, many_rows = -(-gradient.nbytes // mmap.PAGESIZE), int(counts.sum()) >= MANY_ROWS * len(counts)
-    if many_rows and gradient.dtype == torch.float32 and pages >= SERIAL * torch.get_num_threads():
-        gradient.as_strided((pages,), (mmap.PAGESIZE // gradient.itemsize,)).zero_()
+    """Memory for a gradient. Experts without a token are zeroed here; the others will be written whole."""
+    gradient = new_gradient(weight, int(counts.sum()))
     for expert in (counts == 0).nonzero().flatten().tolist():
         gradient[expert].zero_()
     return gradient

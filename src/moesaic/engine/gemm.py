@@ -9,12 +9,12 @@ and machine alone.
 """
 
 from collections.abc import Callable
-from functools import cache
 from itertools import takewhile
 
 import torch
 from torch import Tensor
 
+from moesaic.engine.memory import Workspace
 from moesaic.engine.processor import has_amx, has_instructions, machine
 
 SMALL = 1 << 17  # elements of a weight: below, oneDNN's 20 µs a call are as much as the matmul (384 x 384: 30 | 15 MKL)
@@ -23,34 +23,6 @@ SMALL = 1 << 17  # elements of a weight: below, oneDNN's 20 µs a call are as mu
 BLOCK = 1 << 19
 INVARIANT_ROWS = 32  # rows of every matmul in batch-invariant mode
 ANY = 1 << 62
-
-
-class Workspace:
-    """Scratch memory that all experts of one call use in turn: fresh pages would cost more than what they hold."""
-
-    def __init__(self) -> None:
-        self._buffers: dict[str, Tensor] = {}
-        keep_freed_memory()
-
-    def take(self, name: str, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-        """An uninitialised [rows, columns] matrix; its memory is handed out again when `name` is taken again."""
-        size = rows * columns
-        buffer = self._buffers.get(name)
-        if buffer is None or buffer.numel() < size or buffer.dtype != dtype:
-            buffer = self._buffers[name] = torch.empty(size, dtype=dtype)
-        return buffer[:size].view(rows, columns)
-
-
-@cache
-def keep_freed_memory() -> None:
-    """Lets glibc keep what is freed for the next who asks, as it does in any process that has freed a tensor of 31 MiB.
-
-    Until then it gives back everything larger than the largest tensor freed so far, or twice that at the end of the
-    heap: a 2 MB result of oneDNN then comes in new pages every time, 1700 instead of 220 µs for a gradient of 1024 x
-    1792. This one costs nothing, as its pages are never touched. (mallopt(3), M_MMAP_THRESHOLD; the most it learns from
-    is 32 MiB.)
-    """
-    torch.empty(31 << 20, dtype=torch.uint8)
 
 
 # A form writes x [m, a] @ w [a, b] into out [m, b]. W, as weights are stored, is w.T: [b, a].
@@ -261,10 +233,13 @@ def looped_rows(table: Table) -> int:
     return max((rows for rows, _ in leading), default=0)
 
 
-def part_of(stack: Tensor) -> int:
-    """How many columns of each w [a, b] of a stack make a block, in steps of 16 numbers."""
-    step = step_of(stack.shape[2], stack.shape[1] * stack.shape[2], BLOCK)
-    return -(-step // 16) * 16
+def part_of(stack: Tensor, table: Table, rows: float) -> int:
+    """How many columns of each w [a, b] of a stack torch's loop over experts takes at a time, for so many rows on
+    average: all of them, or blocks in steps of 16 numbers."""
+    columns = stack.shape[2]
+    if rows <= table[0][0]:
+        return columns
+    return -(-step_of(columns, stack.shape[1] * columns, BLOCK) // 16) * 16
 
 
 def converted(w: Tensor, dtype: torch.dtype, work: Workspace) -> Tensor:

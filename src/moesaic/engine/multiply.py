@@ -1,6 +1,5 @@
 """The matmuls of a batch: every expert's rows through its matrix, each in the form that `gemm` has for it."""
 
-from collections.abc import Sequence
 from itertools import groupby
 
 import torch
@@ -8,13 +7,12 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from moesaic.engine.batches import Batch, Piece, offsets_of, span_of
+from moesaic.engine.batches import Batch
 from moesaic.engine.gemm import (
     AMX,
     ANY,
     INVARIANT,
     Table,
-    Workspace,
     form_for,
     looped_rows,
     matmul_dtype,
@@ -23,6 +21,7 @@ from moesaic.engine.gemm import (
     part_of,
     table_for,
 )
+from moesaic.engine.memory import Workspace
 from moesaic.engine.outer import add_outer
 from moesaic.engine.spec import ExpertSpec
 
@@ -73,9 +72,8 @@ class Multiply:
             columns[:, :rows] = x.mT
             x = columns.mT
         x = x.to(self._dtype)
-        if grouped_mm_is_better(batch.pieces, stack, ANY):
-            weights, offsets = stack[span_of(batch.pieces)], offsets_of(batch.pieces)
-            product = F.grouped_mm(weights.mT, x.mT, offs=offsets).mT[:rows]
+        if grouped_mm_is_better(batch, stack, ANY):
+            product = F.grouped_mm(stack[batch.span].mT, x.mT, offs=batch.offsets).mT[:rows]
         else:
             product = self._work.take(name, stack.shape[2], distance, self._dtype)[:, :rows].mT
             parts = zip(batch.pieces, x[:rows].split(batch.sizes), product.split(batch.sizes), strict=True)
@@ -90,22 +88,37 @@ class Multiply:
         sizes, looped, most = batch.sizes, looped_rows(table), most_rows(table)
         # A batch of few rows on average is looped over whole: its larger experts cost less there than a loop that they
         # break (2 to 5 % of a float32 layer under Zipf routing). A table of few rows has forms of its own for them.
-        if not over and (most == ANY or max(sizes) <= looped) and grouped_mm_is_better(batch.pieces, stack, looped):
-            result = _grouped(batch.pieces, x, stack, table)
+        if not over and (most == ANY or max(sizes) <= looped) and grouped_mm_is_better(batch, stack, looped):
+            return self._looped(batch, x, stack, table, name, out)
+        if out is None:
+            out = self._work.take(name, len(x), stack.shape[2], x.dtype)
+        numbers = range(len(sizes))
+        for (wanted, is_looped), group in groupby(numbers, lambda i: (over < sizes[i] <= most, sizes[i] <= looped)):
+            if not wanted:
+                continue
+            first, *others = group
+            run = batch.run(first, first + 1 + len(others))
+            here = slice(run.here.start - batch.here.start, run.here.stop - batch.here.start)
+            if is_looped and grouped_mm_is_better(run, stack, looped):
+                self._looped(run, x[here], stack, table, name, out[here])
+                continue
+            parts = zip(run.pieces, x[here].split(run.sizes), out[here].split(run.sizes), strict=True)
+            for piece, rows, result in parts:
+                form_for(table, len(rows))(rows, stack[piece.expert], result, self._work)
+        return out
+
+    def _looped(
+        self, batch: Batch, x: Tensor, stack: Tensor, table: Table, name: str, out: Tensor | None = None
+    ) -> Tensor:
+        """By torch's own loop over the experts, in parts of the weights where that is faster."""
+        weights, step = stack[batch.span], part_of(stack, table, len(x) / len(batch.pieces))
+        if step >= stack.shape[2]:
+            result = F.grouped_mm(x, weights, offs=batch.offsets)
             return result if out is None else out.copy_(result)
         if out is None:
             out = self._work.take(name, len(x), stack.shape[2], x.dtype)
-        sized = zip(batch.pieces, sizes, strict=True)
-        for (wanted, is_looped), run in groupby(sized, lambda part: (over < part[1] <= most, part[1] <= looped)):
-            if not wanted:
-                continue
-            pieces, some = zip(*run, strict=True)
-            here = slice(pieces[0].start - batch.here.start, pieces[-1].stop - batch.here.start)
-            if is_looped and grouped_mm_is_better(pieces, stack, looped):
-                out[here] = _grouped(pieces, x[here], stack, table)
-                continue
-            for piece, size, rows, result in zip(pieces, some, x[here].split(some), out[here].split(some), strict=True):
-                form_for(table, size)(rows, stack[piece.expert], result, self._work)
+        for some, result in zip(weights.split(step, 2), out.split(step, 1), strict=True):
+            result.copy_(F.grouped_mm(x, some, offs=batch.offsets))
         return out
 
     def outer(
@@ -131,25 +144,17 @@ class Multiply:
                 into.copy_(total)
 
 
-def grouped_mm_is_better(pieces: Sequence[Piece], stack: Tensor, average: int) -> bool:
+def grouped_mm_is_better(batch: Batch, stack: Tensor, average: int) -> bool:
     """Whether torch's own loop serves for neighbouring experts of no more than `average` rows on average: without
     Python between them a matmul of a few rows takes 12 to 15 µs less, 3 to 11 %. An empty expert costs it one, and
     rows that are no multiples of 16 bytes are an error, on the CPU too."""
-    if not stack.numel() or stack.dtype.itemsize > 4 or stack.data_ptr() % 16 or len(pieces) < RUN:
+    pieces, span = batch.pieces, batch.span
+    if len(pieces) < RUN or batch.here.stop - batch.here.start > average * len(pieces):
         return False
-    if sum(piece.stop - piece.start for piece in pieces) > average * len(pieces):
+    if span.stop - span.start > 4 * len(pieces):
+        return False
+    if not stack.numel() or stack.dtype.itemsize > 4 or stack.data_ptr() % 16:
         return False
     strides, unit = sorted(stack.stride()), 16 // stack.dtype.itemsize
     whole = not any(size % unit for size in (*stack.shape[1:], *strides[1:]))
-    even = whole and strides[0] == 1 and 1 in stack.stride()[1:]
-    span = span_of(pieces)
-    return even and span.stop - span.start <= 4 * len(pieces)
-
-
-def _grouped(pieces: Sequence[Piece], x: Tensor, stack: Tensor, table: Table) -> Tensor:
-    """By parts of the weights where there are more rows on average than the plain call is best for."""
-    weights, offsets = stack[span_of(pieces)], offsets_of(pieces)
-    if len(x) <= table[0][0] * len(pieces):
-        return F.grouped_mm(x, weights, offs=offsets)
-    step = part_of(weights)
-    return torch.cat([F.grouped_mm(x, some, offs=offsets) for some in weights.split(step, dim=2)], dim=1)
+    return whole and strides[0] == 1 and 1 in stack.stride()[1:]

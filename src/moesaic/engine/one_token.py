@@ -10,7 +10,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from moesaic.engine.checks import check_ids
-from moesaic.engine.gemm import Workspace, form_for, matmul_dtype, narrow_table, table_for
+from moesaic.engine.gemm import form_for, matmul_dtype, narrow_table, table_for
+from moesaic.engine.memory import Workspace
 from moesaic.engine.spec import ExpertSpec
 from moesaic.types import ExpertWeights
 

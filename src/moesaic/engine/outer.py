@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moesaic.engine.gemm import SMALL, Workspace
+from moesaic.engine.gemm import SMALL
+from moesaic.engine.memory import Workspace
 from moesaic.engine.processor import machine
 
 # Elements of a product, for each thread, that stay in the cache until they are rounded or added: 4 MB of float32 for

@@ -269,14 +269,15 @@ def test_experts_of_few_and_of_many_rows_in_one_batch(monkeypatch, habit, dtype,
         pytest.param([2, 1, 0, 3, 4], [10], id="as W is"),
         pytest.param([2, 1, 0, 3, 12], [18, 18], id="in blocks"),
         pytest.param([4, 2, 14, 20], [40, 40], id="in blocks, as many as may be on average"),
-        pytest.param([5, 2, 14, 20], [], id="one more on average, and runs too short"),
+        pytest.param([5, 2, 14, 20], [], id="one more on average, and too few"),
         pytest.param([21, 1, 0, 3, 2, 2, 9, 1, 1, 1, 70, 0, 1, 2, 3, 0, 1], [118, 118], id="with two that are larger"),
-        pytest.param([61, 1, 0, 3, 2, 2, 9, 1, 1, 1, 70, 0, 1, 2, 3, 0, 1], [20, 7], id="before and after larger ones"),
-        pytest.param([90, 10, 10, 10, 10, 90], [40, 40], id="a run of as many as may be"),
-        pytest.param([90, 8, 8, 11, 8, 8, 90], [], id="a run that one row more breaks"),
+        pytest.param([61, 1, 0, 3, 2, 2, 9, 1, 1, 1, 70, 0, 1, 2, 3, 0, 1], [27], id="before and after larger ones"),
+        pytest.param([90, 10, 10, 10, 10, 90], [40, 40], id="four of as many as may be"),
+        pytest.param([90, 8, 8, 11, 8, 8, 90], [32, 32], id="four that one of a row more lies between"),
+        pytest.param([90, 8, 8, 11, 8, 90], [], id="three are too few"),
     ],
 )
-def test_neighbouring_experts_of_few_rows_go_through_torch_s_own_loop(monkeypatch, transposed, given, sizes, looped):
+def test_experts_of_few_rows_go_through_torch_s_own_loop(monkeypatch, transposed, given, sizes, looped):
     """Experts of many rows, and of none, may lie between them, before and after."""
     if not torch.backends.mkldnn.is_available():
         pytest.skip("this build of torch has no oneDNN")
@@ -299,21 +300,33 @@ def test_neighbouring_experts_of_few_rows_go_through_torch_s_own_loop(monkeypatc
     assert calls == ([len(x)] if transposed else looped), "stored [in, out], any number of rows will do"
 
 
-def test_the_loop_leaves_larger_experts_to_a_table_that_has_another_form_for_them(monkeypatch):
-    """AMD multiplies 4 rows of 16-bit weights one by one, half the time of the call that the loop would make."""
-    monkeypatch.setattr(gemm, "machine", lambda: "amd")
+@pytest.mark.parametrize(
+    ("habit", "sizes", "looped"),
+    [
+        # AMD multiplies 4 rows of 16-bit weights one by one, half the time of the call that the loop would make
+        pytest.param("amd", [1, 2, 1, 1, 4, 2], [7], id="another form for larger ones"),
+        pytest.param("intel", [1, 2, 1, 1, 5, 2], [12], id="three rows more, not worth leaving the loop"),
+        pytest.param("intel", [1, 2, 1, 1, 6, 2], [7], id="four"),
+        pytest.param("intel", [2, 3, 2, 2], [], id="too many on average, and three are too few"),
+    ],
+)
+def test_the_loop_in_16_bits_leaves_out_experts_of_more_rows(monkeypatch, habit, sizes, looped):
+    monkeypatch.setattr(gemm, "machine", lambda: habit)
     monkeypatch.setattr(gemm, "has_instructions", lambda _: False)
-    sizes, calls = [1, 2, 1, 1, 4, 2], []
+    calls = []
     grouped_mm = multiply.F.grouped_mm
     monkeypatch.setattr(
         multiply.F, "grouped_mm", lambda x, *args, **kw: calls.append(len(x)) or grouped_mm(x, *args, **kw)
     )
     (batch,) = batches.batches(sizes, torch.arange(sum(sizes)))
     x, stack = torch.randn(sum(sizes), 40).bfloat16(), torch.randn(len(sizes), 24, 40).bfloat16().mT
-    got = multiply.Multiply(torch.bfloat16)(batch, x, stack, "out")
     exact = torch.einsum("na,nab->nb", x.double(), stack[batch.expert_of_row()].double())
-    torch.testing.assert_close(got.double(), exact, rtol=1e-2, atol=1e-2)
-    assert calls == [5]
+    for out in (None, torch.full((len(x), 24), math.nan)):
+        calls.clear()
+        got = multiply.Multiply(torch.bfloat16)(batch, x, stack, "out", out)
+        assert out is None or got is out
+        torch.testing.assert_close(got.double(), exact, rtol=1e-2, atol=1e-2)
+        assert calls == looped
 
 
 def test_the_tables_of_forms_reach_every_number_of_rows():

@@ -25,42 +25,61 @@ class Piece(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Loads:
+    """Rows that lie sorted by expert: `sizes[i]` of `experts[i]`, experts ascending."""
+
+    experts: Sequence[int]
+    sizes: Sequence[int]
+
+    @cached_property
+    def average(self) -> float:
+        return sum(self.sizes) / len(self.sizes)
+
+    @cached_property
+    def span(self) -> slice:
+        """Every expert from the first to the last."""
+        return slice(self.experts[0], self.experts[-1] + 1)
+
+    @cached_property
+    def offsets(self) -> Int[Tensor, " e"]:
+        """Where the rows of every expert in the span end, the first beginning at 0."""
+        counts = [0] * (self.span.stop - self.span.start)
+        for expert, size in zip(self.experts, self.sizes, strict=True):
+            counts[expert - self.span.start] += size
+        return torch.tensor(list(accumulate(counts)), dtype=torch.int32)
+
+    def up_to(self, most: int) -> tuple["Loads", Int[Tensor, " m"]]:
+        """The experts of at most so many rows, and which rows are theirs."""
+        chosen = [load for load in self.places() if len(load[1]) <= most]
+        rows = torch.tensor([row for _, place in chosen for row in place])
+        return Loads([expert for expert, _ in chosen], [len(place) for _, place in chosen]), rows
+
+    def places(self, over: int = 0) -> Iterator[tuple[int, range]]:
+        """The experts of more than `over` rows, each with its rows."""
+        stop = 0
+        for expert, size in zip(self.experts, self.sizes, strict=True):
+            start, stop = stop, stop + size
+            if size > over:
+                yield expert, range(start, stop)
+
+
+@dataclass(frozen=True)
 class Batch:
     """Neighbouring pieces that are computed together.
 
     rows: [n] the token of each row.  here: where these rows lie among the sorted assignments.
     """
 
-    pieces: Sequence[Piece]
+    pieces: list[Piece]
     rows: Tensor
     here: slice
 
     @cached_property
-    def sizes(self) -> list[int]:
-        return [piece.stop - piece.start for piece in self.pieces]
-
-    @cached_property
-    def span(self) -> slice:
-        """Every expert from the first piece's to the last's."""
-        return slice(self.pieces[0].expert, self.pieces[-1].expert + 1)
-
-    @cached_property
-    def offsets(self) -> Int[Tensor, " e"]:
-        """Where the rows of every expert in the span end, the first beginning at 0."""
-        counts = [0] * (self.span.stop - self.span.start)
-        for piece, size in zip(self.pieces, self.sizes, strict=True):
-            counts[piece.expert - self.span.start] += size
-        return torch.tensor(list(accumulate(counts)), dtype=torch.int32)
+    def loads(self) -> Loads:
+        return Loads([piece.expert for piece in self.pieces], [piece.stop - piece.start for piece in self.pieces])
 
     def expert_of_row(self) -> Int[Tensor, " n"]:
-        experts = torch.tensor([piece.expert for piece in self.pieces])
-        return experts.repeat_interleave(torch.tensor(self.sizes))
-
-    def run(self, first: int, stop: int) -> "Batch":
-        """Some of the pieces, from number `first` on."""
-        pieces = self.pieces[first:stop]
-        here, begin = slice(pieces[0].start, pieces[-1].stop), self.here.start
-        return Batch(pieces, self.rows[here.start - begin : here.stop - begin], here)
+        return torch.tensor(self.loads.experts).repeat_interleave(torch.tensor(self.loads.sizes))
 
 
 def batches(counts: list[int], token_of: Tensor, piece_rows: int = PIECE_ROWS) -> Iterator[Batch]:

@@ -1,13 +1,11 @@
 """The matmuls of a batch: every expert's rows through its matrix, each in the form that `gemm` has for it."""
 
-from itertools import groupby
-
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from moesaic.engine.batches import Batch
+from moesaic.engine.batches import Batch, Loads
 from moesaic.engine.gemm import (
     AMX,
     ANY,
@@ -25,7 +23,7 @@ from moesaic.engine.memory import Workspace
 from moesaic.engine.outer import add_outer
 from moesaic.engine.spec import ExpertSpec
 
-RUN = 4  # neighbouring experts of few rows that are worth a call of torch's own loop
+RUN = 4  # experts of few rows that are worth a call of torch's own loop; rows of others that are not worth leaving it
 
 
 class Multiply:
@@ -45,23 +43,36 @@ class Multiply:
         """x_e @ stack[e] for every expert e of the batch, in the dtype of matrices; into `out` or into scratch called
         `name`, column-major where AMX multiplies. Where weights are widened for that, experts of few rows are
         multiplied in their own dtype."""
+        loads, few, table = batch.loads, narrow_table(stack, self._own), table_for(self._dtype, stack)
         if self._batch_invariant:
-            return self._product(batch, x.to(self._dtype), stack, INVARIANT, name, out)
-        few, sizes = narrow_table(stack, self._own), batch.sizes
-        table = table_for(self._dtype, stack)
+            return self._product(loads, x.to(self._dtype), stack, INVARIANT, name, out)
         if table is AMX:
-            return self._turned(batch, x, stack, name, out)
-        if min(sizes) > most_rows(few):
-            return self._product(batch, x.to(self._dtype), stack, table, name, out)
-        narrow = self._product(batch, x.to(stack.dtype), stack, few, "narrow")
-        if max(sizes) <= most_rows(few):
-            return narrow.to(self._dtype) if out is None else out.copy_(narrow)
+            return self._turned(loads, x, stack, name, out)
+        most, looped = most_rows(few), looped_rows(few)
+        if min(loads.sizes) > most:
+            return self._product(loads, x.to(self._dtype), stack, table, name, out)
+        more = sum(size - most for size in loads.sizes if size > most)
+        if looped == most and more < RUN and grouped_mm_is_better(loads, stack, looped):
+            narrow = self._looped(loads, x.to(stack.dtype), stack, few, "narrow")
+        elif not more:
+            narrow = self._product(loads, x.to(stack.dtype), stack, few, "narrow")
+        else:
+            return self._mixed(loads, x, stack, few, table, name, out)
+        return narrow.to(self._dtype) if out is None else out.copy_(narrow)
+
+    def _mixed(
+        self, loads: Loads, x: Tensor, stack: Tensor, few: Table, table: Table, name: str, out: Tensor | None
+    ) -> Tensor:
+        """The experts of few rows by one table, the others one by one by the other."""
         if out is None:
             out = self._work.take(name, len(x), stack.shape[2], self._dtype)
-        out.copy_(narrow)
-        return self._product(batch, x.to(self._dtype), stack, table, name, out, over=most_rows(few))
+        small, rows = loads.up_to(most_rows(few))
+        narrow = self._product(small, x.index_select(0, rows).to(stack.dtype), stack, few, "narrow")
+        out.index_copy_(0, rows, narrow.to(self._dtype))
+        self._each(loads, x, stack, table, out, over=most_rows(few))
+        return out
 
-    def _turned(self, batch: Batch, x: Tensor, stack: Tensor, name: str, out: Tensor | None) -> Tensor:
+    def _turned(self, loads: Loads, x: Tensor, stack: Tensor, name: str, out: Tensor | None) -> Tensor:
         """The product as `W @ x.T` leaves it, column-major; an x that is column-major too is copied as it lies, with
         an odd multiple of 16 bytes from feature to feature. torch's loop over experts wants multiples, and even ones
         meet in the cache: 512 x 2048 become row-major in 1000 µs at 1024 bytes and in 330 at 1040.
@@ -72,54 +83,53 @@ class Multiply:
             columns[:, :rows] = x.mT
             x = columns.mT
         x = x.to(self._dtype)
-        if grouped_mm_is_better(batch, stack, ANY):
-            product = F.grouped_mm(stack[batch.span].mT, x.mT, offs=batch.offsets).mT[:rows]
+        if grouped_mm_is_better(loads, stack, ANY):
+            product = F.grouped_mm(stack[loads.span].mT, x.mT, offs=loads.offsets).mT[:rows]
         else:
             product = self._work.take(name, stack.shape[2], distance, self._dtype)[:, :rows].mT
-            parts = zip(batch.pieces, x[:rows].split(batch.sizes), product.split(batch.sizes), strict=True)
-            for piece, some, result in parts:
-                form_for(AMX, len(some))(some, stack[piece.expert], result, self._work)
+            self._each(loads, x[:rows], stack, AMX, product)
         return product if out is None else out.copy_(product)
 
     def _product(
-        self, batch: Batch, x: Tensor, stack: Tensor, table: Table, name: str, out: Tensor | None = None, over: int = 0
+        self, loads: Loads, x: Tensor, stack: Tensor, table: Table, name: str, out: Tensor | None = None
     ) -> Tensor:
-        """The experts of more than `over` rows that the table has forms for; the others' rows are left as they are."""
-        sizes, looped, most = batch.sizes, looped_rows(table), most_rows(table)
-        # A batch of few rows on average is looped over whole: its larger experts cost less there than a loop that they
-        # break (2 to 5 % of a float32 layer under Zipf routing). A table of few rows has forms of its own for them.
-        if not over and (most == ANY or max(sizes) <= looped) and grouped_mm_is_better(batch, stack, looped):
-            return self._looped(batch, x, stack, table, name, out)
+        """By a table that has a form for every expert: torch's loop over them all, or over those of few rows and one by
+        one over the others."""
+        looped = looped_rows(table)
+        # Of few rows on average all are looped over: larger ones cost less there than by themselves (2 to 5 % of a
+        # float32 layer under Zipf routing). A table of few rows has forms of its own for them.
+        if (most_rows(table) == ANY or max(loads.sizes) <= looped) and grouped_mm_is_better(loads, stack, looped):
+            return self._looped(loads, x, stack, table, name, out)
         if out is None:
             out = self._work.take(name, len(x), stack.shape[2], x.dtype)
-        numbers = range(len(sizes))
-        for (wanted, is_looped), group in groupby(numbers, lambda i: (over < sizes[i] <= most, sizes[i] <= looped)):
-            if not wanted:
-                continue
-            first, *others = group
-            run = batch.run(first, first + 1 + len(others))
-            here = slice(run.here.start - batch.here.start, run.here.stop - batch.here.start)
-            if is_looped and grouped_mm_is_better(run, stack, looped):
-                self._looped(run, x[here], stack, table, name, out[here])
-                continue
-            parts = zip(run.pieces, x[here].split(run.sizes), out[here].split(run.sizes), strict=True)
-            for piece, rows, result in parts:
-                form_for(table, len(rows))(rows, stack[piece.expert], result, self._work)
+        if sum(size <= looped for size in loads.sizes) >= RUN:
+            small, rows = loads.up_to(looped)
+            if grouped_mm_is_better(small, stack, looped):
+                out.index_copy_(0, rows, self._looped(small, x.index_select(0, rows), stack, table, "looped"))
+                self._each(loads, x, stack, table, out, over=looped)
+                return out
+        self._each(loads, x, stack, table, out)
         return out
 
     def _looped(
-        self, batch: Batch, x: Tensor, stack: Tensor, table: Table, name: str, out: Tensor | None = None
+        self, loads: Loads, x: Tensor, stack: Tensor, table: Table, name: str, out: Tensor | None = None
     ) -> Tensor:
         """By torch's own loop over the experts, in parts of the weights where that is faster."""
-        weights, step = stack[batch.span], part_of(stack, table, len(x) / len(batch.pieces))
+        weights, step = stack[loads.span], part_of(stack, table, loads.average)
         if step >= stack.shape[2]:
-            result = F.grouped_mm(x, weights, offs=batch.offsets)
+            result = F.grouped_mm(x, weights, offs=loads.offsets)
             return result if out is None else out.copy_(result)
         if out is None:
             out = self._work.take(name, len(x), stack.shape[2], x.dtype)
         for some, result in zip(weights.split(step, 2), out.split(step, 1), strict=True):
-            result.copy_(F.grouped_mm(x, some, offs=batch.offsets))
+            result.copy_(F.grouped_mm(x, some, offs=loads.offsets))
         return out
+
+    def _each(self, loads: Loads, x: Tensor, stack: Tensor, table: Table, out: Tensor, over: int = 0) -> None:
+        """One by one the experts of more than `over` rows, in the dtype of `out`."""
+        for expert, place in loads.places(over):
+            rows, result = x[place.start : place.stop].to(out.dtype), out[place.start : place.stop]
+            form_for(table, len(place))(rows, stack[expert], result, self._work)
 
     def outer(
         self, batch: Batch, gradient: Tensor, g: Tensor, x: Tensor, spec: ExpertSpec, name: str, *, accumulate: bool
@@ -129,7 +139,7 @@ class Multiply:
         An expert in several pieces is summed in scratch called `name`, in float32, before it reaches a 16-bit gradient.
         """
         left, right = (x, g) if spec.transposed else (g, x)
-        sizes = batch.sizes
+        sizes = batch.loads.sizes
         parts = zip(batch.pieces, left.split_with_sizes(sizes), right.split_with_sizes(sizes), strict=True)
         for piece, a, b in parts:
             into = gradient[piece.expert]
@@ -144,14 +154,13 @@ class Multiply:
                 into.copy_(total)
 
 
-def grouped_mm_is_better(batch: Batch, stack: Tensor, average: int) -> bool:
-    """Whether torch's own loop serves for neighbouring experts of no more than `average` rows on average: without
-    Python between them a matmul of a few rows takes 12 to 15 µs less, 3 to 11 %. An empty expert costs it one, and
-    rows that are no multiples of 16 bytes are an error, on the CPU too."""
-    pieces, span = batch.pieces, batch.span
-    if len(pieces) < RUN or batch.here.stop - batch.here.start > average * len(pieces):
+def grouped_mm_is_better(loads: Loads, stack: Tensor, average: int) -> bool:
+    """Whether torch's own loop serves for experts of no more than `average` rows on average: without Python between
+    them a matmul of a few rows takes 12 to 15 µs less, 3 to 11 %. An empty expert costs it one, and rows that are no
+    multiples of 16 bytes are an error, on the CPU too."""
+    if len(loads.sizes) < RUN or loads.average > average:
         return False
-    if span.stop - span.start > 4 * len(pieces):
+    if loads.span.stop - loads.span.start > 4 * len(loads.experts):
         return False
     if not stack.numel() or stack.dtype.itemsize > 4 or stack.data_ptr() % 16:
         return False

@@ -220,7 +220,7 @@ def faults() -> dict[str, int]:
 
 @pytest.mark.parametrize("kind", ["float32", "bfloat16 widened", "transposed"])
 @pytest.mark.parametrize("habit", ["intel", "amd", "other"])
-@pytest.mark.parametrize("rows", [1, 2, 3, 4, 8, 9, 10, 11, 12, 13, 16, 17, 48, 49, 63, 64, 100])
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 8, 9, 10, 11, 12, 13, 16, 17, 48, 49, 63, 64, 100, 320, 321])
 def test_every_form_of_matmul_computes_the_same(monkeypatch, kind, habit, rows):
     if habit != "other" and not torch.backends.mkldnn.is_available():
         pytest.skip("this build of torch has no oneDNN")

@@ -2,7 +2,7 @@
 
 What decides is measured (`moesaic doctor --measure` does it again): MKL streams a weight matrix at full bandwidth only
 for a few rows and packs it above that, twice the cost, unless it is small; `W @ x.T` stays flat up to 48 rows where
-`x @ W.T` climbs, and is the best with AMX; oneDNN is the best for more rows of float32, and on AMD for all,
+`x @ W.T` climbs, and is the best with AMX; oneDNN is the best for some hundred rows of float32, and on AMD for all,
 where MKL leaves the AVX-512 units idle; a 16-bit matmul that the CPU has no instructions for runs several times slower
 than widening the weights to float32 first. The forms differ in the last bit, so the choice hangs on sizes, alignment
 and machine alone.
@@ -74,11 +74,13 @@ Table = tuple[tuple[int, Form], ...]  # (up to so many rows of x, the form to ta
 # Intel Xeon, AVX-512:   rows 440 | 460 | 830 | 1080 | 1240 at 1 | 3 | 4 | 8 | 12 rows, blocks 670 | 760 | 850 from 4,
 #                        columns 860 | 900 | 890 | 860 | 980 at 4 | 8 | 12 | 16 | 32; at 128 rows 2870 | 2970; oneDNN,
 #                        called alone, is between the best of these and 15 % slower, but whole layers are 6 to 12 %
-#                        faster with it (qwen3-30b and olmoe T=512, dsv3-quarter T=1024 and 2048)
+#                        faster with it (qwen3-30b and olmoe T=512, dsv3-quarter T=1024 and 2048); from 320 rows on its
+#                        result, copied, costs more than it saves: T=2048 under Zipf routing, olmoe 743 | 707 ms,
+#                        qwen3-30b 589 | 569, dsv3-quarter 465 | 460, and the same with 500
 # AMD EPYC, AVX-512:     rows 885 | 1840 | 1730 | 5415 at 1 | 2 | 16 | 128 rows, columns 960 | 910 | 1180 | 5510,
 #                        oneDNN 440-600 | 780 | 1070 | 5230, and at 1024 rows 196 GF/s against MKL's 131
 ROW_MAJOR: dict[str, Table] = {
-    "intel": ((3, rows_form), (10, blocks_form), (ANY, onednn_form)),
+    "intel": ((3, rows_form), (10, blocks_form), (320, onednn_form), (ANY, rows_form)),
     "amd": ((ANY, onednn_form),),
     "other": ((ANY, rows_form),),
 }

@@ -212,6 +212,33 @@ def test_pages_of_a_gradient_are_asked_for_in_one_go_where_experts_have_many_row
     assert memory.new_gradient(weight, 3 * rows).isnan().all(), "too few for all threads"
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("transposed", [False, True])
+def test_experts_in_pieces_may_be_looped_over(monkeypatch, transposed, dtype):
+    """A batch-invariant forward that is computed again leaves the backward pieces of 32 rows, several of an expert."""
+    monkeypatch.setattr(gemm, "machine", lambda: "intel")
+    monkeypatch.setattr(gemm, "has_instructions", lambda _: False)
+    monkeypatch.setattr(gemm, "SMALL", 0)
+    monkeypatch.setattr(engine, "new_gradient", lambda w, rows: rows_given.append(rows) or torch.full_like(w, math.nan))
+    rows_given, looped, real = [], [], multiply.Multiply._looped
+    monkeypatch.setattr(
+        multiply.Multiply, "_looped", lambda self, loads, *a, **kw: looped.append(loads) or real(self, loads, *a, **kw)
+    )
+    x, ids, weights, experts = problem(200, dtype=dtype)
+    if transposed:
+        experts = ExpertWeights(*(nn.Parameter(w.detach().mT.contiguous()) for w in experts[:2]))
+    spec, leaves = ExpertSpec(transposed=transposed), leaves_of(x, weights, experts)
+    out = cpu(x, ids, weights, experts, spec, batch_invariant=True, recompute=True)
+    got = torch.autograd.grad(out.square().sum(), leaves)
+    exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    out = reference(exact[0], ids, exact[1], ExpertWeights(*exact[2:]), spec)
+    for ours, theirs in zip(got, torch.autograd.grad(out.square().sum(), exact), strict=True):
+        assert float((ours - theirs).norm() / theirs.norm()) < (1e-5 if dtype == torch.float32 else 2e-2)
+    assert rows_given == [600, 600]
+    pieces = [loads for loads in looped if len(set(loads.experts)) < len(loads.experts)]
+    assert bool(pieces) == (dtype == torch.float32 and not transposed), "W itself takes any number of rows"
+
+
 def faults() -> dict[str, int]:
     """Page faults of every thread of this process until now."""
     stats = {path.name: (path / "stat").read_text() for path in Path("/proc/self/task").iterdir()}
@@ -273,7 +300,7 @@ def test_experts_of_few_and_of_many_rows_in_one_batch(monkeypatch, habit, dtype,
         pytest.param([21, 1, 0, 3, 2, 2, 9, 1, 1, 1, 70, 0, 1, 2, 3, 0, 1], [118, 118], id="with two that are larger"),
         pytest.param([61, 1, 0, 3, 2, 2, 9, 1, 1, 1, 70, 0, 1, 2, 3, 0, 1], [27], id="before and after larger ones"),
         pytest.param([90, 10, 10, 10, 10, 90], [40, 40], id="four of as many as may be"),
-        pytest.param([90, 8, 8, 11, 8, 8, 90], [32, 32], id="four that one of a row more lies between"),
+        pytest.param([90, 8, 8, 11, 8, 8, 90], [32, 32], id="four, with one of 11 rows between them"),
         pytest.param([90, 8, 8, 11, 8, 90], [], id="three are too few"),
     ],
 )
@@ -293,8 +320,11 @@ def test_experts_of_few_rows_go_through_torch_s_own_loop(monkeypatch, transposed
     (batch,) = batches.batches(sizes, torch.arange(sum(sizes)))
     x, stack = torch.randn(sum(sizes), 40), torch.randn(len(sizes), 40, 24)
     stack = stack if transposed else stack.mT.contiguous().mT
-    out = torch.full((len(x), 24), math.nan) if given else None
-    got = multiply.Multiply(torch.float32)(batch, x, stack, "out", out)
+    around = torch.full((len(x) + 5, 24), math.nan)
+    got = multiply.Multiply(torch.float32)(batch, x, stack, "out", around[3:-2] if given else None)
+    assert around[:3].isnan().all()
+    assert around[-2:].isnan().all()
+    assert not given or torch.equal(got, around[3:-2])
     exact = torch.einsum("na,nab->nb", x.double(), stack[batch.expert_of_row()].double())
     torch.testing.assert_close(got.double(), exact, rtol=1e-5, atol=1e-4)
     assert calls == ([len(x)] if transposed else looped), "stored [in, out], any number of rows will do"
@@ -321,12 +351,20 @@ def test_the_loop_in_16_bits_leaves_out_experts_of_more_rows(monkeypatch, habit,
     (batch,) = batches.batches(sizes, torch.arange(sum(sizes)))
     x, stack = torch.randn(sum(sizes), 40).bfloat16(), torch.randn(len(sizes), 24, 40).bfloat16().mT
     exact = torch.einsum("na,nab->nb", x.double(), stack[batch.expert_of_row()].double())
-    for out in (None, torch.full((len(x), 24), math.nan)):
+    around = torch.full((len(x) + 5, 24), math.nan)
+    for out in (None, around[3:-2]):
         calls.clear()
         got = multiply.Multiply(torch.bfloat16)(batch, x, stack, "out", out)
         assert out is None or got is out
+        assert around[:3].isnan().all()
+        assert around[-2:].isnan().all()
         torch.testing.assert_close(got.double(), exact, rtol=1e-2, atol=1e-2)
         assert calls == looped
+
+
+def test_a_hot_expert_of_float32_goes_to_mkl_on_intel():
+    assert gemm.form_for(gemm.ROW_MAJOR["intel"], 320) is gemm.onednn_form
+    assert gemm.form_for(gemm.ROW_MAJOR["intel"], 321) is gemm.rows_form
 
 
 def test_the_tables_of_forms_reach_every_number_of_rows():

@@ -97,7 +97,7 @@ def test_every_kind_of_expert_is_as_near_to_float64_as_without(monkeypatch, vari
         errors.append([float((a - b).detach().norm() / b.detach().norm()) for a, b in zip(got, truth, strict=True)])
     for with_amx, without in zip(*errors, strict=True):
         assert with_amx <= max(1.1 * without, 4e-3)  # a unit in the last place is 4e-3 to 8e-3
-    assert (3 in calls) == (looped and len(ids.unique()) >= multiply.RUN)
+    assert (3 in calls) == (looped and len(ids.unique()) >= multiply.LOOPED)
 
 
 @pytest.mark.parametrize("wanted", ["all", "down"])

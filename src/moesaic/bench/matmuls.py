@@ -17,6 +17,7 @@ from torch import Tensor
 from moesaic.bench.ceiling import can_run, onednn_linear
 from moesaic.bench.problem import Problem
 from moesaic.engine.memory import new_gradient
+from moesaic.engine.op import below_autograd
 from moesaic.engine.outer import ALIASED, PADDING, outer_by_rows
 
 BLOCKS = (1 << 19, 1 << 20)  # elements of a weight widened at a time: 2 MB of float32 fit one core's own cache
@@ -187,7 +188,7 @@ class Matmuls:
             for name in (("down", "up") if problem.cell.trains else ())
         }
 
-    @torch.no_grad()
+    @below_autograd
     def __call__(self) -> list[Tensor]:
         """The gradients, fresh or added to; nothing where the cell does not train."""
         for multiply in self._forward:
@@ -203,7 +204,7 @@ class Matmuls:
 
     def _grad(self, name: str) -> Tensor:
         if not self.adds:
-            # a new one, as everybody's: page faults are part of the mode
+            # a new one, as everybody's, its pages asked for as ours: page faults are part of the mode
             return new_gradient(self.stored[name], sum(n for _, n in self.loads))
         parameter = getattr(self.problem.experts, name)
         if parameter.grad is None:
@@ -225,7 +226,7 @@ class Matmuls:
         wide = torch.randn(n, size)
         return Rows(wide.to(self.dtype), wide)
 
-    @torch.no_grad()
+    @below_autograd
     def _choose_all(self) -> None:
         for _, n in self.loads:
             if ("up", bucket(n)) in self.chosen:

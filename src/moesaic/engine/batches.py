@@ -1,7 +1,7 @@
 """The sorted assignments in batches: what the CPU engine computes at a time."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
 from typing import NamedTuple
@@ -24,12 +24,14 @@ class Piece(NamedTuple):
     last: bool
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Loads:
-    """Rows that lie sorted by expert: `sizes[i]` of `experts[i]`, experts ascending."""
+    """Rows that lie sorted by expert: `sizes[i]` of `experts[i]`, ascending. An expert cut into pieces comes several
+    times, and counts as several."""
 
     experts: Sequence[int]
     sizes: Sequence[int]
+    _smaller: dict[int, tuple["Loads", Tensor]] = field(default_factory=dict, repr=False)
 
     @cached_property
     def average(self) -> float:
@@ -49,10 +51,13 @@ class Loads:
         return torch.tensor(list(accumulate(counts)), dtype=torch.int32)
 
     def up_to(self, most: int) -> tuple["Loads", Int[Tensor, " m"]]:
-        """The experts of at most so many rows, and which rows are theirs."""
-        chosen = [load for load in self.places() if len(load[1]) <= most]
-        rows = torch.tensor([row for _, place in chosen for row in place])
-        return Loads([expert for expert, _ in chosen], [len(place) for _, place in chosen]), rows
+        """The experts of at most so many rows, and which rows are theirs; worked out once."""
+        if most not in self._smaller:
+            chosen = [(expert, place) for expert, place in self.places() if len(place) <= most]
+            rows = torch.tensor([row for _, place in chosen for row in place], dtype=torch.int64)
+            loads = Loads([expert for expert, _ in chosen], [len(place) for _, place in chosen])
+            self._smaller[most] = loads, rows
+        return self._smaller[most]
 
     def places(self, over: int = 0) -> Iterator[tuple[int, range]]:
         """The experts of more than `over` rows, each with its rows."""
@@ -63,7 +68,7 @@ class Loads:
                 yield expert, range(start, stop)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Batch:
     """Neighbouring pieces that are computed together.
 

@@ -74,9 +74,10 @@ Table = tuple[tuple[int, Form], ...]  # (up to so many rows of x, the form to ta
 # Intel Xeon, AVX-512:   rows 440 | 460 | 830 | 1080 | 1240 at 1 | 3 | 4 | 8 | 12 rows, blocks 670 | 760 | 850 from 4,
 #                        columns 860 | 900 | 890 | 860 | 980 at 4 | 8 | 12 | 16 | 32; at 128 rows 2870 | 2970; oneDNN,
 #                        called alone, is between the best of these and 15 % slower, but whole layers are 6 to 12 %
-#                        faster with it (qwen3-30b and olmoe T=512, dsv3-quarter T=1024 and 2048); from 320 rows on its
-#                        result, copied, costs more than it saves: T=2048 under Zipf routing, olmoe 743 | 707 ms,
-#                        qwen3-30b 589 | 569, dsv3-quarter 465 | 460, and the same with 500
+#                        faster with it (qwen3-30b and olmoe T=512, dsv3-quarter T=1024 and 2048, balanced: 64 rows an
+#                        expert); over 320 rows its result, which is copied, costs more than it saves: Zipf T=2048, for
+#                        all rows | up to 500 | 320 | 224, olmoe 743 | 713 | 707 | 696 ms, qwen3-30b 589 | 569 | 569 |
+#                        571; balanced olmoe, 256 rows an expert, 684 | 685 | 690 | 707
 # AMD EPYC, AVX-512:     rows 885 | 1840 | 1730 | 5415 at 1 | 2 | 16 | 128 rows, columns 960 | 910 | 1180 | 5510,
 #                        oneDNN 440-600 | 780 | 1070 | 5230, and at 1024 rows 196 GF/s against MKL's 131
 ROW_MAJOR: dict[str, Table] = {

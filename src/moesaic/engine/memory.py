@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 
 SERIAL = 32768  # elements up to which torch runs an elementwise operation in one thread
-# Rows an expert on average from which the pages of a new float32 gradient are asked for in one go: one by one, between
-# matmuls, they cost up to twice as much. Seconds of whole steps, medians of 5 to 20 in turn, in good and bad hours of
-# an Intel Xeon: dsv3-quarter T=2048 2.26 | 2.33 | 2.80 -> 2.14 | 2.05 | 2.19, T=512 1.32 | 1.60 -> 1.33 | 1.32, T=128
-# 1.09 | 1.18 | 1.54 -> 1.11 | 1.08 | 1.25, qwen3-30b T=2048 2.67 -> 2.47, T=512 1.28 | 1.34 -> 1.29 | 1.22, T=128
-# 1.02 -> 1.04, T=64 0.84 -> 0.88. In bfloat16 0 to 5 % more. Only where the pages are enough for torch to take them in
-# all its threads.
+# Rows an expert on average from which the pages of a new float32 gradient are asked for in one go. One by one, between
+# matmuls, they cost as much in a good hour and up to twice that in a bad one, when a virtual machine gets them from its
+# host. Seconds of whole steps, one by one -> in one go, medians of 5 to 20 in turn, in several hours of an Intel Xeon:
+# dsv3-quarter T=2048 2.26 | 2.33 | 2.80 -> 2.14 | 2.05 | 2.19, T=512 1.32 | 1.60 -> 1.33 | 1.32, T=128 (4 rows) 1.09 |
+# 1.18 | 1.54 -> 1.11 | 1.08 | 1.25; qwen3-30b T=2048 2.67 -> 2.47, T=512 1.28 | 1.34 -> 1.29 | 1.22, but T=128 1.02 ->
+# 1.04, T=64 (4 rows) 0.84 -> 0.88. In bfloat16 0 to 5 % more. Only where there are pages for all of torch's threads.
 MANY_ROWS = 4
 
 

@@ -23,7 +23,10 @@ from moesaic.engine.memory import Workspace
 from moesaic.engine.outer import add_outer
 from moesaic.engine.spec import ExpertSpec
 
-RUN = 4  # experts of few rows that are worth a call of torch's own loop; rows of others that are not worth leaving it
+LOOPED = 4  # experts of few rows that are worth a call of torch's own loop
+# Rows too many that do not yet leave a loop in 16 bits: leaving it takes 450 µs a product, each row there 110 to 200
+# more than in the form it should have. dsv3-quarter T=16, one expert of 3 rows among 100: 48.9 -> 47.0 ms.
+STRAYS = 3
 
 
 class Multiply:
@@ -42,20 +45,18 @@ class Multiply:
     ) -> Float[Tensor, "n b"]:
         """x_e @ stack[e] for every expert e of the batch, in the dtype of matrices; into `out` or into scratch called
         `name`, column-major where AMX multiplies. Where weights are widened for that, experts of few rows are
-        multiplied in their own dtype."""
-        loads, few, table = batch.loads, narrow_table(stack, self._own), table_for(self._dtype, stack)
+        multiplied in their own dtype, and a few rows too many with them."""
         if self._batch_invariant:
-            return self._product(loads, x.to(self._dtype), stack, INVARIANT, name, out)
+            return self._product(batch.loads, x.to(self._dtype), stack, INVARIANT, name, out)
+        loads, table, few = batch.loads, table_for(self._dtype, stack), narrow_table(stack, self._own)
         if table is AMX:
             return self._turned(loads, x, stack, name, out)
-        most, looped = most_rows(few), looped_rows(few)
-        if min(loads.sizes) > most:
+        if min(loads.sizes) > most_rows(few):
             return self._product(loads, x.to(self._dtype), stack, table, name, out)
-        more = sum(size - most for size in loads.sizes if size > most)
-        if looped == most and more < RUN and grouped_mm_is_better(loads, stack, looped):
-            narrow = self._looped(loads, x.to(stack.dtype), stack, few, "narrow")
-        elif not more:
+        if max(loads.sizes) <= most_rows(few):
             narrow = self._product(loads, x.to(stack.dtype), stack, few, "narrow")
+        elif strays_stay(loads, stack, few):
+            narrow = self._looped(loads, x.to(stack.dtype), stack, few, "narrow")
         else:
             return self._mixed(loads, x, stack, few, table, name, out)
         return narrow.to(self._dtype) if out is None else out.copy_(narrow)
@@ -83,7 +84,7 @@ class Multiply:
             columns[:, :rows] = x.mT
             x = columns.mT
         x = x.to(self._dtype)
-        if grouped_mm_is_better(loads, stack, ANY):
+        if loop_takes(stack) and loop_is_better(loads, ANY):
             product = F.grouped_mm(stack[loads.span].mT, x.mT, offs=loads.offsets).mT[:rows]
         else:
             product = self._work.take(name, stack.shape[2], distance, self._dtype)[:, :rows].mT
@@ -95,16 +96,16 @@ class Multiply:
     ) -> Tensor:
         """By a table that has a form for every expert: torch's loop over them all, or over those of few rows and one by
         one over the others."""
-        looped = looped_rows(table)
+        looped, most, can_loop = looped_rows(table), max(loads.sizes), loop_takes(stack)
         # Of few rows on average all are looped over: larger ones cost less there than by themselves (2 to 5 % of a
-        # float32 layer under Zipf routing). A table of few rows has forms of its own for them.
-        if (most_rows(table) == ANY or max(loads.sizes) <= looped) and grouped_mm_is_better(loads, stack, looped):
+        # float32 layer under Zipf routing). A table that ends somewhere has a better form for its larger ones.
+        if can_loop and (most_rows(table) == ANY or most <= looped) and loop_is_better(loads, looped):
             return self._looped(loads, x, stack, table, name, out)
         if out is None:
             out = self._work.take(name, len(x), stack.shape[2], x.dtype)
-        if sum(size <= looped for size in loads.sizes) >= RUN:
+        if can_loop and most > looped:
             small, rows = loads.up_to(looped)
-            if grouped_mm_is_better(small, stack, looped):
+            if loop_is_better(small, looped):
                 out.index_copy_(0, rows, self._looped(small, x.index_select(0, rows), stack, table, "looped"))
                 self._each(loads, x, stack, table, out, over=looped)
                 return out
@@ -154,16 +155,25 @@ class Multiply:
                 into.copy_(total)
 
 
-def grouped_mm_is_better(loads: Loads, stack: Tensor, average: int) -> bool:
-    """Whether torch's own loop serves for experts of no more than `average` rows on average: without Python between
-    them a matmul of a few rows takes 12 to 15 µs less, 3 to 11 %. An empty expert costs it one, and rows that are no
-    multiples of 16 bytes are an error, on the CPU too."""
-    if len(loads.sizes) < RUN or loads.average > average:
-        return False
-    if loads.span.stop - loads.span.start > 4 * len(loads.experts):
-        return False
+def loop_takes(stack: Tensor) -> bool:
+    """Whether torch's own loop over experts can: rows of other than whole 16 bytes are an error, on the CPU too."""
     if not stack.numel() or stack.dtype.itemsize > 4 or stack.data_ptr() % 16:
         return False
     strides, unit = sorted(stack.stride()), 16 // stack.dtype.itemsize
     whole = not any(size % unit for size in (*stack.shape[1:], *strides[1:]))
     return whole and strides[0] == 1 and 1 in stack.stride()[1:]
+
+
+def loop_is_better(loads: Loads, average: int) -> bool:
+    """Whether it is worth it for experts of no more than `average` rows on average: without Python between them a
+    matmul of a few rows takes 12 to 15 µs less, 3 to 11 %; an expert without rows costs it one."""
+    enough = len(loads.experts) >= LOOPED and loads.average <= average
+    return enough and loads.span.stop - loads.span.start <= 4 * len(loads.experts)
+
+
+def strays_stay(loads: Loads, stack: Tensor, few: Table) -> bool:
+    """Whether a batch goes through the loop of a table that its larger experts have too many rows for; not where the
+    table itself has a better form than the loop's for those."""
+    most = looped_rows(few)
+    strays = sum(size - most for size in loads.sizes if size > most)
+    return most == most_rows(few) and strays <= STRAYS and loop_takes(stack) and loop_is_better(loads, most)

@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple, NoReturn
 import torch
 from torch import Tensor, nn
 
+from moesaic.engine.accumulation import accumulation_targets
 from moesaic.engine.checks import check_dtypes, check_ids, check_inputs
 from moesaic.engine.grouped import grouped
 from moesaic.engine.spec import ExpertSpec
@@ -178,13 +179,13 @@ def _backward(ctx: Any, grad_out: Tensor | None, *_: Any) -> tuple:
     else:
         args = (grad_out, tokens, weights, up, down, up_bias, down_bias, hidden, assignments, counts)
         rules = (*ctx.spec.fields, ctx.batch_invariant)
-        into = accumulation_targets(ctx, grad_out, up, down)
+        into = accumulation_targets(ctx, grad_out, up, down) if grad_out.device.type in ACCUMULATING else (None, None)
         if into == (None, None):
             returned = torch.ops.moesaic.experts_backward(*args, *rules, wanted)
         else:
+            torch.autograd.graph.increment_version([target for target in into if target is not None])
             with _ADDING:
                 returned = ACCUMULATING[grad_out.device.type](*args, *rules, wanted, *into)
-            torch.autograd.graph.increment_version(target for target in into if target is not None)
             wanted = [w and target is None for w, target in zip(wanted, (None, None, *into, None, None), strict=True)]
         grads = [g if want else None for g, want in zip(returned, wanted, strict=True)]
     return (grads[0], None, *grads[1:], *rest)
@@ -222,7 +223,7 @@ def kernels(forward: Callable[..., Any], backward: Callable[..., Gradients]) -> 
     backward(grad_out, tokens, weights, experts, hidden, assignments, counts, spec, wanted, up_into=None,
     down_into=None, *, batch_invariant) -> Gradients; with `..._into` a matrix's gradient is added to that tensor.
     """
-    forward, backward = _below_autograd(forward), _below_autograd(backward)
+    forward, backward = below_autograd(forward), below_autograd(backward)
 
     def experts(tokens: Tensor, expert_ids: Tensor, weights: Tensor, *rest: Any) -> Any:
         matrices, fields, (keep, batch_invariant) = ExpertWeights(*rest[:4]), rest[4:-2], rest[-2:]
@@ -249,11 +250,12 @@ def register_kernels(device_type: str, forward: Callable[..., Any], backward: Ca
     FORWARD[device_type], ACCUMULATING[device_type] = made.forward, made.accumulating
 
 
-def _below_autograd(kernel: Callable[..., Any]) -> Callable[..., Any]:
-    """`kernel` as torch runs its own: nobody keeps book of views and versions that do not leave it.
+def below_autograd(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """`kernel` as torch runs its own: nobody keeps book of views and versions inside it.
 
-    On the CPU that is 3 to 5 % of a decoded token, 1 to 4 % of up to 128 (qwen3-30b and dsv3-quarter, both dtypes).
-    What a kernel writes in place and did not make needs `increment_version`.
+    On the CPU that is 3 to 6 % of a decoded token, 1 to 4 % of up to 128, 4 to 6 % of a training step (qwen3-30b and
+    dsv3-quarter, both dtypes). What a kernel writes in place and did not make needs `increment_version`, and what it
+    returns must not share memory with what it was given.
     """
 
     @wraps(kernel)
@@ -267,42 +269,6 @@ def _below_autograd(kernel: Callable[..., Any]) -> Callable[..., Any]:
 _ADDING = threading.Lock()  # two backwards in two threads may share weights, as AccumulateGrad's own lock allows
 FORWARD: dict[str, Callable[..., Any]] = {}  # device type -> the forward of its `Kernels`
 ACCUMULATING: dict[str, Any] = {}  # device type -> backward kernel that can add into gradients that exist
-
-
-def accumulation_targets(ctx: Any, grad_out: Tensor, *weights: Tensor) -> tuple[Tensor | None, ...]:
-    """For each weight its `.grad`, where adding to it now is what autograd would do later; else None.
-
-    That is so for a leaf with a dense gradient of its dtype and no hooks, whose AccumulateGrad node this very backward
-    is going to run: node and weight are checked by identity. Adding saves a gradient-sized tensor of zeros and three
-    passes over it. Prehooks put on that node itself cannot be seen from here: they get None. On a GPU it is so on the
-    default stream only: autograd orders its own additions between streams, not ours.
-    """
-    nobody = (None,) * len(weights)
-    if type(grad_out) is not Tensor or grad_out.device.type not in ACCUMULATING or torch.is_anomaly_enabled():
-        return nobody
-    device = grad_out.device
-    if grad_out.is_cuda and torch.cuda.current_stream(device) != torch.cuda.default_stream(device):
-        return nobody
-    leaves = {id(node.variable): node for node, _ in ctx.next_functions if _is_accumulate_grad(node)}
-    try:
-        return tuple(_target(weight, leaves.get(id(weight))) for weight in weights)
-    except RuntimeError:  # inside torch.autograd.grad, which collects gradients instead of storing them
-        return nobody
-
-
-def _is_accumulate_grad(node: Any) -> bool:
-    return node is not None and node.name() == "torch::autograd::AccumulateGrad"
-
-
-def _target(weight: Tensor, node: Any) -> Tensor | None:
-    if node is None or not torch._C._will_engine_execute_node(node):
-        return None
-    grad = weight.grad
-    if weight._backward_hooks or getattr(weight, "_post_accumulate_grad_hooks", None) or grad is None:
-        return None
-    plain = type(grad) is Tensor and grad.layout is torch.strided and not grad.requires_grad
-    same = grad.dtype == weight.dtype and grad.device == weight.device and grad.stride() == weight.stride()
-    return grad if plain and same else None
 
 
 torch.library.register_fake("moesaic::experts", _fake_experts)

@@ -1,0 +1,42 @@
+"""Where a backward may add to gradients that exist, instead of handing autograd new ones to add."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def accumulation_targets(ctx: Any, grad_out: Tensor, *weights: Tensor) -> tuple[Tensor | None, ...]:
+    """For each weight its `.grad`, where adding to it now is what autograd would do later; else None.
+
+    That is so for a leaf with a dense gradient of its dtype and no hooks, whose AccumulateGrad node this very backward
+    is going to run: node and weight are checked by identity. Adding saves a gradient-sized tensor of zeros and three
+    passes over it. Prehooks put on that node itself cannot be seen from here: they get None. On a GPU it is so on the
+    default stream only: autograd orders its own additions between streams, not ours.
+    """
+    nobody = (None,) * len(weights)
+    if type(grad_out) is not Tensor or torch.is_anomaly_enabled():
+        return nobody
+    device = grad_out.device
+    if grad_out.is_cuda and torch.cuda.current_stream(device) != torch.cuda.default_stream(device):
+        return nobody
+    leaves = {id(node.variable): node for node, _ in ctx.next_functions if _is_accumulate_grad(node)}
+    try:
+        return tuple(_target(weight, leaves.get(id(weight))) for weight in weights)
+    except RuntimeError:  # inside torch.autograd.grad, which collects gradients instead of storing them
+        return nobody
+
+
+def _is_accumulate_grad(node: Any) -> bool:
+    return node is not None and node.name() == "torch::autograd::AccumulateGrad"
+
+
+def _target(weight: Tensor, node: Any) -> Tensor | None:
+    if node is None or not torch._C._will_engine_execute_node(node):
+        return None
+    grad = weight.grad
+    if weight._backward_hooks or getattr(weight, "_post_accumulate_grad_hooks", None) or grad is None:
+        return None
+    plain = type(grad) is Tensor and grad.layout is torch.strided and not grad.requires_grad
+    same = grad.dtype == weight.dtype and grad.device == weight.device and grad.stride() == weight.stride()
+    return grad if plain and same else None

@@ -103,7 +103,7 @@ class Multiply:
             return self._looped(loads, x, stack, table, name, out)
         if out is None:
             out = self._work.take(name, len(x), stack.shape[2], x.dtype)
-        if can_loop and most > looped:
+        if can_loop and 0 < looped < most:
             small, rows = loads.up_to(looped)
             if loop_is_better(small, looped):
                 out.index_copy_(0, rows, self._looped(small, x.index_select(0, rows), stack, table, "looped"))

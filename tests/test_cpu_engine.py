@@ -4,6 +4,7 @@ import gc
 import math
 import mmap
 import weakref
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from moesaic.engine.reference import reference
 from moesaic.engine.spec import ExpertSpec
 from moesaic.types import ExpertWeights
 
+HUGE_PAGES = "/sys/kernel/mm/transparent_hugepage/enabled"
 SIZES = [(1, 64, 32), (3, 33, 17), (40, 64, 32), (200, 48, 24)]  # tokens, D, I
 
 
@@ -196,20 +198,62 @@ def test_new_pages_of_a_gradient_are_written_by_one_thread_each(with_threads, ro
 
 
 @pytest.mark.parametrize("permuted", [False, True])
-@pytest.mark.parametrize(("rows", "dtype"), [(3, torch.float32), (4, torch.float32), (4, torch.bfloat16)], ids=str)
-def test_pages_of_a_gradient_are_asked_for_in_one_go_where_experts_have_many_rows(monkeypatch, rows, dtype, permuted):
-    empty_like = torch.empty_like
-    monkeypatch.setattr(memory, "SERIAL", 1)
-    monkeypatch.setattr(torch, "empty_like", lambda *args, **kw: empty_like(*args, **kw).fill_(math.nan))
-    weight = torch.zeros(3, 70, 50, dtype=dtype)
-    gradient = memory.new_gradient(weight.mT if permuted else weight, 3 * rows)
-    begins = torch.zeros(weight.numel(), dtype=torch.bool)
-    begins[:: mmap.PAGESIZE // 4] = rows == 4 and dtype == torch.float32
-    as_it_lies = (gradient.mT if permuted else gradient).flatten()
-    assert torch.equal(as_it_lies == 0, begins)
-    assert as_it_lies[~begins].isnan().all()
-    monkeypatch.setattr(memory, "SERIAL", weight.nbytes)
-    assert memory.new_gradient(weight, 3 * rows).isnan().all(), "too few for all threads"
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_large_gradient_comes_with_its_pages(dtype, permuted):
+    if not can_populate():
+        pytest.skip("the system hands out no pages in one go")
+    weight = torch.empty(memory.LARGE // dtype.itemsize // 64 + 1, 8, 8, dtype=dtype)
+    weight = weight.mT if permuted else weight
+    assert page_faults_of_writing(memory.new_gradient(weight)) < 100
+    assert page_faults_of_writing(torch.empty_like(weight)) > 1000 or Path(HUGE_PAGES).read_text().startswith(
+        "[always]"
+    )
+
+
+def test_only_pages_that_are_wholly_the_gradients_are_asked_for(monkeypatch):
+    asked, page = [], mmap.PAGESIZE
+    monkeypatch.setattr(memory, "_madvise", lambda: lambda *args: asked.append(args) or 0)
+    memory.new_gradient(torch.empty(memory.LARGE - 1, dtype=torch.uint8))
+    assert not asked, "too small to be worth it"
+    weight = torch.empty(memory.LARGE + 3 * page, dtype=torch.uint8)
+    gradient = memory.new_gradient(weight)
+    probe, *parts = sorted(asked, key=lambda args: args[:2])
+    assert all(advice == memory.POPULATE for *_, advice in asked)
+    assert probe[:2] == (parts[0][0], page)
+    assert 0 <= parts[0][0] - gradient.data_ptr() < page
+    assert 0 <= gradient.data_ptr() + gradient.nbytes - sum(parts[-1][:2]) < page
+    for (start, size, _), (after, *_) in pairwise(parts):
+        assert start + size == after
+        assert size == memory.PART
+
+
+@pytest.mark.parametrize("why", ["another system", "an old kernel", "no more threads"])
+def test_where_pages_cannot_be_asked_for_they_come_when_they_are_written(monkeypatch, why):
+    calls = []
+
+    def refuse(*args):
+        calls.append(args)
+        return -1
+
+    def no_thread(*_):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(memory, "LARGE", 0)
+    if why == "another system":
+        memory._madvise.cache_clear()
+        monkeypatch.setattr(memory.sys, "platform", "darwin")
+    elif why == "an old kernel":
+        monkeypatch.setattr(memory, "_madvise", lambda: refuse)
+    else:
+        monkeypatch.setattr(memory, "_madvise", lambda: lambda *_: 0)
+        monkeypatch.setattr("threading.Thread.start", no_thread)
+    weight = torch.zeros(3, 1 << 10, 1 << 10)
+    try:
+        assert memory.new_gradient(weight).shape == weight.shape
+    finally:
+        if why == "another system":
+            memory._madvise.cache_clear()
+    assert len(calls) == (why == "an old kernel"), "asked again and again"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -219,8 +263,8 @@ def test_experts_in_pieces_may_be_looped_over(monkeypatch, transposed, dtype):
     monkeypatch.setattr(gemm, "machine", lambda: "intel")
     monkeypatch.setattr(gemm, "has_instructions", lambda _: False)
     monkeypatch.setattr(gemm, "SMALL", 0)
-    monkeypatch.setattr(engine, "new_gradient", lambda w, rows: rows_given.append(rows) or torch.full_like(w, math.nan))
-    rows_given, looped, real = [], [], multiply.Multiply._looped
+    monkeypatch.setattr(engine, "new_gradient", lambda w: torch.full_like(w, math.nan))
+    looped, real = [], multiply.Multiply._looped
     monkeypatch.setattr(
         multiply.Multiply, "_looped", lambda self, loads, *a, **kw: looped.append(loads) or real(self, loads, *a, **kw)
     )
@@ -234,9 +278,20 @@ def test_experts_in_pieces_may_be_looped_over(monkeypatch, transposed, dtype):
     out = reference(exact[0], ids, exact[1], ExpertWeights(*exact[2:]), spec)
     for ours, theirs in zip(got, torch.autograd.grad(out.square().sum(), exact), strict=True):
         assert float((ours - theirs).norm() / theirs.norm()) < (1e-5 if dtype == torch.float32 else 2e-2)
-    assert rows_given == [600, 600]
     pieces = [loads for loads in looped if len(set(loads.experts)) < len(loads.experts)]
     assert bool(pieces) == (dtype == torch.float32 and not transposed), "W itself takes any number of rows"
+
+
+def can_populate() -> bool:
+    area, madvise = torch.empty(1 << 20), memory._madvise()
+    start = -(-area.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+    return madvise is not None and madvise(start, mmap.PAGESIZE, memory.POPULATE) == 0
+
+
+def page_faults_of_writing(tensor) -> int:
+    before = sum(faults().values())
+    tensor.zero_()
+    return sum(faults().values()) - before
 
 
 def faults() -> dict[str, int]:
@@ -705,6 +760,15 @@ def test_a_strided_gradient_is_left_to_autograd():
             w.grad = torch.zeros_like(w).mT.contiguous().mT
 
     assert not accumulated(prepare)
+
+
+def test_a_gradient_made_in_inference_mode_is_refused_as_by_torch():
+    x, ids, weights, experts = problem(30, 16, 8)
+    for w in experts[:2]:
+        with torch.inference_mode():
+            w.grad = torch.zeros_like(w)
+    with pytest.raises(RuntimeError, match="Inplace update to inference tensor"):
+        cpu(x, ids, weights, experts, ExpertSpec()).sum().backward()
 
 
 def test_weights_that_are_no_leaves_get_their_gradient_through_autograd():

@@ -18,7 +18,7 @@ from moesaic.engine.batches import batches
 from moesaic.engine.memory import Workspace
 from moesaic.engine.multiply import Multiply
 
-ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)  # tokens of one expert
+ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)  # tokens of one expert
 OUT, IN = 1536, 2048  # the up projection of one Qwen3-30B-A3B expert
 SQUARE = 1024
 FEW = 16  # more rows are never best one by one

@@ -37,6 +37,6 @@ def _target(weight: Tensor, node: Any) -> Tensor | None:
     grad = weight.grad
     if weight._backward_hooks or getattr(weight, "_post_accumulate_grad_hooks", None) or grad is None:
         return None
-    plain = type(grad) is Tensor and grad.layout is torch.strided and not grad.requires_grad
+    plain = type(grad) is Tensor and grad.layout is torch.strided and not (grad.requires_grad or grad.is_inference())
     same = grad.dtype == weight.dtype and grad.device == weight.device and grad.stride() == weight.stride()
     return grad if plain and same else None

@@ -15,7 +15,7 @@ from torch import Tensor
 from moesaic.engine.batches import PIECE_ROWS, Batch, batches
 from moesaic.engine.checks import check_ids
 from moesaic.engine.gemm import INVARIANT_ROWS, matmul_dtype
-from moesaic.engine.memory import SERIAL, new_gradient
+from moesaic.engine.memory import new_gradient
 from moesaic.engine.multiply import Multiply
 from moesaic.engine.one_token import one_token
 from moesaic.engine.op import Gradients, Keep, register_kernels, run_experts
@@ -23,6 +23,7 @@ from moesaic.engine.plan import group_by_expert, no_plan
 from moesaic.engine.spec import ExpertSpec
 from moesaic.types import ExpertWeights
 
+SERIAL = 32768  # elements up to which torch runs an elementwise operation in one thread
 VECTORS = 64  # elements: a multiple of what torch's vectorised loops take at a time, on every CPU
 
 
@@ -224,7 +225,7 @@ def _narrowed(gradient: Tensor | None, of: Tensor | None) -> Tensor | None:
 
 def _gradient_like(weight: Tensor, counts: Tensor) -> Tensor:
     """Memory for a gradient. Experts without a token are zeroed here; the others will be written whole."""
-    gradient = new_gradient(weight, int(counts.sum()))
+    gradient = new_gradient(weight)
     for expert in (counts == 0).nonzero().flatten().tolist():
         gradient[expert].zero_()
     return gradient

@@ -1,19 +1,22 @@
 """Memory of the CPU engine: scratch that is used in turn, and the pages of a new gradient."""
 
+import ctypes
 import mmap
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import cache
 
 import torch
 from torch import Tensor
 
-SERIAL = 32768  # elements up to which torch runs an elementwise operation in one thread
-# Rows an expert on average from which the pages of a new float32 gradient are asked for in one go. One by one, between
-# matmuls, they cost as much in a good hour and up to twice that in a bad one, when a virtual machine gets them from its
-# host. Seconds of whole steps, one by one -> in one go, medians of 5 to 20 in turn, in several hours of an Intel Xeon:
-# dsv3-quarter T=2048 2.26 | 2.33 | 2.80 -> 2.14 | 2.05 | 2.19, T=512 1.32 | 1.60 -> 1.33 | 1.32, T=128 (4 rows) 1.09 |
-# 1.18 | 1.54 -> 1.11 | 1.08 | 1.25; qwen3-30b T=2048 2.67 -> 2.47, T=512 1.28 | 1.34 -> 1.29 | 1.22, but T=128 1.02 ->
-# 1.04, T=64 (4 rows) 0.84 -> 0.88. In bfloat16 0 to 5 % more. Only where there are pages for all of torch's threads.
-MANY_ROWS = 4
+POPULATE = 23  # MADV_POPULATE_WRITE of madvise(2), Linux 5.14
+PART = 16 << 20  # bytes of new memory that a thread asks for at a time
+# From so many bytes on it pays to ask: starting threads while torch's own still spin costs 3 ms. Steps of 16
+# tokens where up has 64, 128, 256, 512 MB (4 to 32 experts of 2048 x 1024): float32 42 -> 47, 82 -> 85, 151 -> 147, 275
+# -> 251 ms; bfloat16, up to 256 MB, 80 -> 85, 142 -> 141, 258 -> 248.
+LARGE = 128 << 20
 
 
 class Workspace:
@@ -44,15 +47,43 @@ def keep_freed_memory() -> None:
     torch.empty(31 << 20, dtype=torch.uint8)
 
 
-def new_gradient(weight: Tensor, rows: int) -> Tensor:
-    """Uninitialised memory for the gradient of all experts' `weight`, to which so many rows contribute.
+def new_gradient(weight: Tensor) -> Tensor:
+    """Uninitialised memory for the gradient of all experts' `weight`, its pages there already.
 
-    New pages are most of the time of 256 small experts. Asking for huge ones (madvise) hands out 1.9 GB in 0.14 instead
-    of 0.55 s where the system has them at hand and in 2 to 3 s where it has to find them: whole steps took 3.7 instead
-    of 3.1 and 3.6 instead of 1.6 s (medians of 7, interleaved), so that is left to the system.
+    New pages are most of the time of small experts. Asked for in one go they cost two thirds of what they cost one by
+    one, at the first write, between matmuls (1.9 GB in 2 threads: 0.23 | 0.35 s, Intel Xeon). Seconds of whole steps
+    with it | without, float32, medians of 7 to 30 in turn: dsv3-quarter T=128, 512 0.88 | 0.99, 1.16 | 1.33; qwen3-30b
+    T=1, 16, 128, 512 0.48 | 0.50, 0.59 | 0.65, 0.81 | 0.88, 1.09 | 1.20; olmoe alike; in bfloat16 2 to 9 % less. Huge
+    pages (madvise) are handed out faster still where the system has them at hand, and in 2 to 3 s where it has to find
+    them, so that is left to the system.
     """
     gradient = torch.empty_like(weight)
-    pages, many_rows = -(-gradient.nbytes // mmap.PAGESIZE), rows >= MANY_ROWS * len(weight)
-    if many_rows and gradient.dtype == torch.float32 and pages >= SERIAL * torch.get_num_threads():
-        gradient.as_strided((pages,), (mmap.PAGESIZE // gradient.itemsize,)).zero_()
+    if gradient.nbytes >= LARGE:
+        populate(gradient)
     return gradient
+
+
+def populate(memory: Tensor) -> None:
+    """Asks the system for all pages of new memory in one go, in as many threads as torch has; where it cannot do that,
+    they come one by one when they are written.
+
+    In parts, as a thread that waits for pages holds a lock that others need in order to start.
+    """
+    madvise = _madvise()
+    page = mmap.PAGESIZE
+    start, stop = -(-memory.data_ptr() // page) * page, (memory.data_ptr() + memory.nbytes) // page * page
+    parts = range(start, stop, PART)
+    if madvise is None or not parts or madvise(start, page, POPULATE):
+        return
+    with suppress(RuntimeError), ThreadPoolExecutor(torch.get_num_threads()) as pool:  # no more threads to be had
+        pool.map(lambda part: madvise(part, min(PART, stop - part), POPULATE), parts)
+
+
+@cache
+def _madvise() -> Callable[[int, int, int], int] | None:
+    """The C library's, on Linux: Python's own reaches only what `mmap` made."""
+    if sys.platform != "linux":
+        return None
+    function = ctypes.CDLL(None).madvise
+    function.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    return function

@@ -5,6 +5,7 @@ import os
 import signal
 import tempfile
 import zlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -35,6 +36,13 @@ settings.load_profile("moesaic")
 @pytest.fixture(autouse=True)
 def _seed_from_test_id(request: pytest.FixtureRequest) -> None:
     torch.manual_seed(zlib.crc32(request.node.nodeid.encode()))
+
+
+@pytest.fixture
+def with_threads() -> Iterator[Callable[[int], None]]:
+    """Sets the number of torch's threads until the end of the test."""
+    yield torch.set_num_threads
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(params=["amx", "native", "none"])

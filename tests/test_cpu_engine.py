@@ -2,10 +2,7 @@
 
 import gc
 import math
-import mmap
 import weakref
-from itertools import pairwise
-from pathlib import Path
 
 import pytest
 import torch
@@ -23,7 +20,6 @@ from moesaic.engine.reference import reference
 from moesaic.engine.spec import ExpertSpec
 from moesaic.types import ExpertWeights
 
-HUGE_PAGES = "/sys/kernel/mm/transparent_hugepage/enabled"
 SIZES = [(1, 64, 32), (3, 33, 17), (40, 64, 32), (200, 48, 24)]  # tokens, D, I
 
 
@@ -42,12 +38,6 @@ def problem(tokens=20, d=16, width=8, n_experts=6, k=3, dtype=torch.float32, ske
 
 def leaves_of(x, weights, experts):
     return [x, weights, *(w for w in experts if w is not None)]
-
-
-@pytest.fixture
-def with_threads():
-    yield torch.set_num_threads
-    torch.set_num_threads(1)
 
 
 # -- exactness ---------------------------------------------------------------------------------------------------------
@@ -144,7 +134,7 @@ def test_widening_by_parts_computes_the_same(monkeypatch, habit, rows, transpose
 def test_a_gradient_in_parts_is_the_whole_gradient(
     monkeypatch, with_threads, habit, dtype, accumulate, aliased, rows, threads
 ):
-    if habit != "other" and not torch.backends.mkldnn.is_available():
+    if not torch.backends.mkldnn.is_available():
         pytest.skip("this build of torch has no oneDNN")
     with_threads(threads)
     monkeypatch.setattr(outer, "machine", lambda: habit)
@@ -174,88 +164,6 @@ def test_a_gradient_in_16_bits_is_rounded_once(monkeypatch, rows):
     assert max(calls) <= outer.CHUNK, "in float32 it is in chunks"
 
 
-@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="who takes a page fault is told by Linux alone")
-@pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="another BLAS than MKL may share rows out")
-@pytest.mark.parametrize("rows", [1, 8])
-def test_new_pages_of_a_gradient_are_written_by_one_thread_each(with_threads, rows):
-    with_threads(2)
-    g, x, pages = torch.randn(rows, 512), torch.randn(rows, 2048), 512 * 2048 * 4 // mmap.PAGESIZE
-    outer.outer_by_rows(torch.empty(512, 2048), g, x, beta=0.0)  # the threads begin
-    writers = set()
-    for half in (slice(0, 256), slice(256, 512)):
-        area = mmap.mmap(-1, 512 * 2048 * 4)
-        area.madvise(mmap.MADV_NOHUGEPAGE)
-        out = torch.frombuffer(area, dtype=torch.float32).view(512, 2048)
-        out.numpy()[256 - half.start : 512 - half.start] = 0  # the other half's pages are there
-        before = faults()
-        outer.outer_by_rows(out, g, x, beta=0.0)
-        taken = {thread: count - before.get(thread, 0) for thread, count in faults().items()}
-        writer = max(taken, key=taken.__getitem__)
-        assert taken.pop(writer) >= 0.9 * pages / 2
-        assert sum(taken.values()) <= 0.1 * pages / 2
-        writers.add(writer)
-    assert len(writers) == 2
-
-
-@pytest.mark.parametrize("permuted", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_large_gradient_comes_with_its_pages(dtype, permuted):
-    if not can_populate():
-        pytest.skip("the system hands out no pages in one go")
-    weight = torch.empty(memory.LARGE // dtype.itemsize // 64 + 1, 8, 8, dtype=dtype)
-    weight = weight.mT if permuted else weight
-    assert page_faults_of_writing(memory.new_gradient(weight)) < 100
-    assert page_faults_of_writing(torch.empty_like(weight)) > 1000 or Path(HUGE_PAGES).read_text().startswith(
-        "[always]"
-    )
-
-
-def test_only_pages_that_are_wholly_the_gradients_are_asked_for(monkeypatch):
-    asked, page = [], mmap.PAGESIZE
-    monkeypatch.setattr(memory, "_madvise", lambda: lambda *args: asked.append(args) or 0)
-    memory.new_gradient(torch.empty(memory.LARGE - 1, dtype=torch.uint8))
-    assert not asked, "too small to be worth it"
-    weight = torch.empty(memory.LARGE + 3 * page, dtype=torch.uint8)
-    gradient = memory.new_gradient(weight)
-    probe, *parts = sorted(asked, key=lambda args: args[:2])
-    assert all(advice == memory.POPULATE for *_, advice in asked)
-    assert probe[:2] == (parts[0][0], page)
-    assert 0 <= parts[0][0] - gradient.data_ptr() < page
-    assert 0 <= gradient.data_ptr() + gradient.nbytes - sum(parts[-1][:2]) < page
-    for (start, size, _), (after, *_) in pairwise(parts):
-        assert start + size == after
-        assert size == memory.PART
-
-
-@pytest.mark.parametrize("why", ["another system", "an old kernel", "no more threads"])
-def test_where_pages_cannot_be_asked_for_they_come_when_they_are_written(monkeypatch, why):
-    calls = []
-
-    def refuse(*args):
-        calls.append(args)
-        return -1
-
-    def no_thread(*_):
-        raise RuntimeError("can't start new thread")
-
-    monkeypatch.setattr(memory, "LARGE", 0)
-    if why == "another system":
-        memory._madvise.cache_clear()
-        monkeypatch.setattr(memory.sys, "platform", "darwin")
-    elif why == "an old kernel":
-        monkeypatch.setattr(memory, "_madvise", lambda: refuse)
-    else:
-        monkeypatch.setattr(memory, "_madvise", lambda: lambda *_: 0)
-        monkeypatch.setattr("threading.Thread.start", no_thread)
-    weight = torch.zeros(3, 1 << 10, 1 << 10)
-    try:
-        assert memory.new_gradient(weight).shape == weight.shape
-    finally:
-        if why == "another system":
-            memory._madvise.cache_clear()
-    assert len(calls) == (why == "an old kernel"), "asked again and again"
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("transposed", [False, True])
 def test_experts_in_pieces_may_be_looped_over(monkeypatch, transposed, dtype):
@@ -263,8 +171,8 @@ def test_experts_in_pieces_may_be_looped_over(monkeypatch, transposed, dtype):
     monkeypatch.setattr(gemm, "machine", lambda: "intel")
     monkeypatch.setattr(gemm, "has_instructions", lambda _: False)
     monkeypatch.setattr(gemm, "SMALL", 0)
-    monkeypatch.setattr(engine, "new_gradient", lambda w: torch.full_like(w, math.nan))
-    looped, real = [], multiply.Multiply._looped
+    monkeypatch.setattr(engine, "new_gradient", lambda w: new.append(w) or torch.full_like(w, math.nan))
+    new, looped, real = [], [], multiply.Multiply._looped
     monkeypatch.setattr(
         multiply.Multiply, "_looped", lambda self, loads, *a, **kw: looped.append(loads) or real(self, loads, *a, **kw)
     )
@@ -278,26 +186,9 @@ def test_experts_in_pieces_may_be_looped_over(monkeypatch, transposed, dtype):
     out = reference(exact[0], ids, exact[1], ExpertWeights(*exact[2:]), spec)
     for ours, theirs in zip(got, torch.autograd.grad(out.square().sum(), exact), strict=True):
         assert float((ours - theirs).norm() / theirs.norm()) < (1e-5 if dtype == torch.float32 else 2e-2)
+    assert len(new) == 2
     pieces = [loads for loads in looped if len(set(loads.experts)) < len(loads.experts)]
     assert bool(pieces) == (dtype == torch.float32 and not transposed), "W itself takes any number of rows"
-
-
-def can_populate() -> bool:
-    area, madvise = torch.empty(1 << 20), memory._madvise()
-    start = -(-area.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
-    return madvise is not None and madvise(start, mmap.PAGESIZE, memory.POPULATE) == 0
-
-
-def page_faults_of_writing(tensor) -> int:
-    before = sum(faults().values())
-    tensor.zero_()
-    return sum(faults().values()) - before
-
-
-def faults() -> dict[str, int]:
-    """Page faults of every thread of this process until now."""
-    stats = {path.name: (path / "stat").read_text() for path in Path("/proc/self/task").iterdir()}
-    return {thread: int(stat.rpartition(")")[2].split()[7]) for thread, stat in stats.items()}
 
 
 @pytest.mark.parametrize("kind", ["float32", "bfloat16 widened", "transposed"])

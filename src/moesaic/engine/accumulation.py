@@ -9,10 +9,11 @@ from torch import Tensor
 def accumulation_targets(ctx: Any, grad_out: Tensor, *weights: Tensor) -> tuple[Tensor | None, ...]:
     """For each weight its `.grad`, where adding to it now is what autograd would do later; else None.
 
-    That is so for a leaf with a dense gradient of its dtype and no hooks, whose AccumulateGrad node this very backward
-    is going to run: node and weight are checked by identity. Adding saves a gradient-sized tensor of zeros and three
-    passes over it. Prehooks put on that node itself cannot be seen from here: they get None. On a GPU it is so on the
-    default stream only: autograd orders its own additions between streams, not ours.
+    That is so for a leaf with a dense gradient of its dtype, not made in inference mode, and no hooks, whose
+    AccumulateGrad node this very backward is going to run: node and weight are checked by identity. Adding saves a
+    gradient-sized tensor of zeros and three passes over it. Prehooks put on that node itself cannot be seen from here:
+    they get None. On a GPU it is so on the default stream only: autograd orders its own additions between streams, not
+    ours.
     """
     nobody = (None,) * len(weights)
     if type(grad_out) is not Tensor or torch.is_anomaly_enabled():

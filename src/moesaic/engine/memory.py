@@ -2,6 +2,7 @@
 
 import ctypes
 import mmap
+import os
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -12,11 +13,13 @@ import torch
 from torch import Tensor
 
 POPULATE = 23  # MADV_POPULATE_WRITE of madvise(2), Linux 5.14
-PART = 16 << 20  # bytes of new memory that a thread asks for at a time
-# From so many bytes on it pays to ask: starting threads while torch's own still spin costs 3 ms. Steps of 16
-# tokens where up has 64, 128, 256, 512 MB (4 to 32 experts of 2048 x 1024): float32 42 -> 47, 82 -> 85, 151 -> 147, 275
-# -> 251 ms; bfloat16, up to 256 MB, 80 -> 85, 142 -> 141, 258 -> 248.
-LARGE = 128 << 20
+PORTION = 16 << 20  # bytes of new memory that a thread asks for at a time
+# From so many bytes on it pays to ask: starting threads while torch's own still spin costs 3 ms. Steps of 16 tokens
+# where up has 64, 128, 256, 512 MB (4 to 32 experts of 2048 x 1024): float32 42 -> 47, 82 -> 85, 151 -> 147, 275 -> 251
+# ms; bfloat16, up to 256 MB, 80 -> 85, 142 -> 141, 258 -> 248.
+LARGE = 256 << 20
+# Measured with 2 threads. Each start waits for the portions that others ask for, 4 ms, so many would gain nothing.
+MOST_THREADS = 8
 
 
 class Workspace:
@@ -48,7 +51,7 @@ def keep_freed_memory() -> None:
 
 
 def new_gradient(weight: Tensor) -> Tensor:
-    """Uninitialised memory for the gradient of all experts' `weight`, its pages there already.
+    """Uninitialised memory for the gradient of all experts' `weight`; a large one has its pages already (`populate`).
 
     New pages are most of the time of small experts. Asked for in one go they cost two thirds of what they cost one by
     one, at the first write, between matmuls (1.9 GB in 2 threads: 0.23 | 0.35 s, Intel Xeon). Seconds of whole steps
@@ -63,20 +66,22 @@ def new_gradient(weight: Tensor) -> Tensor:
     return gradient
 
 
-def populate(memory: Tensor) -> None:
-    """Asks the system for all pages of new memory in one go, in as many threads as torch has; where it cannot do that,
-    they come one by one when they are written.
+def populate(tensor: Tensor) -> None:
+    """Asks the system for all pages of new memory in one go, in as many threads as torch has.
 
-    In parts, as a thread that waits for pages holds a lock that others need in order to start.
+    In portions, as a thread that waits for pages holds a lock that others need in order to start. Where it cannot be
+    done, or not in as many threads, pages come as they always do, when they are written: on other systems and older
+    kernels, and where this thread is bound to some of the CPUs, as new ones would be too.
     """
-    madvise = _madvise()
-    page = mmap.PAGESIZE
-    start, stop = -(-memory.data_ptr() // page) * page, (memory.data_ptr() + memory.nbytes) // page * page
-    parts = range(start, stop, PART)
-    if madvise is None or not parts or madvise(start, page, POPULATE):
+    madvise, threads, page = _madvise(), torch.get_num_threads(), mmap.PAGESIZE
+    if madvise is None or threads > min(MOST_THREADS, len(os.sched_getaffinity(0))):
         return
-    with suppress(RuntimeError), ThreadPoolExecutor(torch.get_num_threads()) as pool:  # no more threads to be had
-        pool.map(lambda part: madvise(part, min(PART, stop - part), POPULATE), parts)
+    start, stop = -(-tensor.data_ptr() // page) * page, (tensor.data_ptr() + tensor.nbytes) // page * page
+    portions = range(start, stop, PORTION)
+    if not portions or madvise(start, page, POPULATE):
+        return
+    with suppress(RuntimeError), ThreadPoolExecutor(threads) as pool:  # no more threads to be had
+        pool.map(lambda at: madvise(at, min(PORTION, stop - at), POPULATE), portions)
 
 
 @cache

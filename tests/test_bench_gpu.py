@@ -1,6 +1,7 @@
 """benchmarks/gpu.py without a GPU: its smoke run, what it refuses, and the arithmetic behind its numbers."""
 
 import json
+import math
 import runpy
 import sys
 from pathlib import Path
@@ -11,14 +12,28 @@ import torch
 pytest.importorskip("triton")
 
 from bench_problems import problem_of
+from cases import v3
 
 from moesaic.bench.campaign import Journal
 from moesaic.bench.ceiling import Ceiling, least_seconds
 from moesaic.bench.gate import truth_of as oracle_truth
 from moesaic.bench.gpu import campaign as campaign_room
 from moesaic.bench.gpu import run as run_room
+from moesaic.bench.gpu import special
 from moesaic.bench.gpu.campaign import GpuCampaign, measured_in, open_journal
-from moesaic.bench.gpu.cells import FORWARD, LADDER, LADDER_TOKENS, OURS, STEP, TITAN, GpuCell, cells, smoke_cells
+from moesaic.bench.gpu.cells import (
+    ADDING,
+    FORWARD,
+    LADDER,
+    LADDER_TOKENS,
+    LIGER,
+    OURS,
+    STEP,
+    TITAN,
+    GpuCell,
+    cells,
+    smoke_cells,
+)
 from moesaic.bench.gpu.clock import Clock
 from moesaic.bench.gpu.contenders import CONTENDERS
 from moesaic.bench.gpu.judge import DeviceLost, judge
@@ -30,6 +45,7 @@ from moesaic.bench.problem import Problem
 from moesaic.bench.runner import Row
 from moesaic.bench.shapes import SHAPES
 from moesaic.engine.spec import ExpertSpec
+from moesaic.layer.moe import DeepseekV3MoE
 from moesaic.types import ExpertWeights
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "gpu.py"
@@ -119,6 +135,51 @@ def test_a_lost_device_ends_the_run_with_its_cell_in_the_journal(monkeypatch):
     assert [result.cell for result in measured_in(journal)] == [SOME[0]]
 
 
+@pytest.mark.parametrize("error", [math.nan, math.inf])
+def test_a_result_that_is_no_number_is_a_row_of_the_journal(monkeypatch, tmp_path, error):
+    """A missing gradient, or 16 bits that were too few: JSON has neither."""
+
+    def measure(_self, cell):
+        return Measured(cell, [Row(OURS, "ours", note="wrong", errors={"out": error, "up": 1e-6}), Row(TITAN, "peer")])
+
+    monkeypatch.setattr(GpuCampaign, "_run", measure)
+    assert campaign_of(Journal(tmp_path / "journal.jsonl")).run(SOME) == []
+    lines = [json.loads(line) for line in (tmp_path / "journal.jsonl").read_text().splitlines()]
+    found = measured_in(Journal(lines=lines))
+    assert [result.cell for result in found] == list(SOME)
+    assert found[0].row(OURS).errors == {"out": math.inf, "up": 1e-6}
+
+
+def test_gradients_are_added_to_in_cells_that_say_so():
+    for mode, times in ((STEP, 1), (ADDING, 3)):
+        problem = problem_of("tiny", mode=mode)
+        call = CONTENDERS["ours: grouped"].build(problem)
+        entrant = run_room._entrant(problem, "ours", {"ours": call})
+        entrant.prepare()
+        entrant.run()
+        once = problem.experts.up.grad.clone()
+        for _ in range(2):
+            entrant.prepare()
+            entrant.run()
+        torch.testing.assert_close(problem.experts.up.grad, times * once)
+
+
+def test_a_gradient_that_is_added_to_is_read_as_well():
+    fresh, adding = (dict(enumerate(kernels_of(ladder_problem(mode)))) for mode in (STEP, ADDING))
+    weights = 2 * 128 * 3 * 2048 * 768
+    moved = [sum(phase.bytes for _, phase in kernels.values()) for kernels in (fresh, adding)]
+    assert moved[1] - moved[0] == weights
+
+
+@pytest.mark.compile
+def test_whether_a_layer_compiles_is_found_out():
+    layer = DeepseekV3MoE(v3(8, 2, 1, 2, hidden_size=32, moe_intermediate_size=16), engine="cpu")
+    x = torch.randn(5, 32)
+    assert special._compile_forward(layer, x) == "yes"
+    assert special._compile_step(layer, x) == "yes"
+    assert special._same(torch.ones(3), 1.1 * torch.ones(3)) == "differs by 9.1e-02"
+
+
 def test_no_cell_is_begun_when_the_time_is_up():
     campaign = campaign_of(Journal())
     campaign.seconds = 1.0
@@ -130,7 +191,9 @@ def test_cells_are_told_apart_and_the_ladder_comes_first():
     found = list(cells())
     assert len({cell.key for cell in found}) == len(found)
     assert (found[0].shape, found[0].tokens, found[0].mode) == (LADDER, LADDER_TOKENS, FORWARD)
-    assert {name for cell in found for name in cell.who} <= CONTENDERS.keys()
+    assert {name for cell in found for name in cell.who} <= CONTENDERS.keys() | {special.COMPILED_RULES}
+    assert all(cell.who == (OURS, LIGER) for cell in found if LIGER in cell.who)
+    assert {cell.shape for cell in found} >= {name for name in SHAPES if name.startswith("sonic-")}
     assert GpuCell.of(json.loads(json.dumps(found[0].__dict__))) == found[0]
 
 
@@ -253,3 +316,16 @@ def test_targets_are_met_missed_or_not_measured():
     assert words["held for backward / (X + H + metadata)"] == "met"
     assert words["peak / (X + H + A + Y)"] == "missed"
     assert words["least speed over torch's grouped_mm"] == "met"
+
+
+@pytest.mark.parametrize(("eager", "graph", "word"), [(1.0, 9.0, "missed"), (9.0, 1.0, "met"), (9.0, None, "missed")])
+def test_a_decode_cell_is_judged_by_the_faster_way_of_each(eager, graph, word):
+    decode = Measured(GpuCell("decode", LADDER, 1))
+    decode.rows = [
+        Row(OURS, "ours", median_ms=10.0),
+        Row(f"{OURS} (graph)", "ours", median_ms=graph and 3.0),
+        Row(TITAN, "peer", median_ms=eager, note=""),
+        Row(f"{TITAN} (graph)", "peer", note="no graph: it waits"),
+    ]
+    words = {verdict.what: verdict.word for verdict in verdicts([decode])}
+    assert words["least speed over torch's grouped_mm"] == word

@@ -1,5 +1,7 @@
 """The GPU engine as a whole: through the operator and autograd, against the reference engine in float64."""
 
+import weakref
+
 import pytest
 import torch
 
@@ -55,7 +57,7 @@ def expected(p):
 
 def without_absent(p, grads):
     """The reference multiplies a sentinel's weight by nothing: its gradient is 0, not NaN."""
-    grads[1] = grads[1].masked_fill((p.expert_ids >= len(p.experts.up)).cpu(), 0.0)
+    grads[1] = grads[1].masked_fill((p.expert_ids >= len(p.experts.up)).to(grads[1].device), 0.0)
     return grads
 
 
@@ -196,6 +198,41 @@ def test_in_the_invariant_mode_h_is_computed_again_with_the_bits_it_had(monkeypa
     assert torch.equal(kept, recomputed)
     assert all(map(torch.equal, *grads))
     assert forwards != tiles().up, "or the test could not fail"
+
+
+@pytest.mark.parametrize("spec", ["silu", "gpt-oss"])
+def test_the_tokens_gradients_in_two_halves_are_those_in_one(monkeypatch, spec):
+    p = problem(spec, "sentinels", d=64)
+    whole, halves = leaves_of(p), leaves_of(p)
+    run(p, whole).backward(p.grad)
+    widths, real = [], engine.combine
+    monkeypatch.setattr(engine, "HALVED", 1)
+    monkeypatch.setattr(engine, "combine", lambda rows, *args: widths.append(rows.shape[1]) or real(rows, *args))
+    run(p, halves).backward(p.grad)
+    assert widths[-2:] == [32, 32]
+    assert torch.equal(halves[0].grad, whole[0].grad)
+
+
+def test_an_h_that_was_computed_again_is_given_back_before_the_gradients_of_the_tokens(monkeypatch):
+    p, seen = problem("silu"), []
+    real_up, real_matmul = engine.up, engine.matmul
+
+    def up(*args, **options):
+        projected = real_up(*args, **options)
+        seen.append(weakref.ref(projected.hidden))
+        return projected
+
+    def matmul(*args):
+        assert [ref() for ref in seen] == [None]
+        return real_matmul(*args)
+
+    given = forward(p.tokens, p.expert_ids, p.weights, p.experts, p.spec, keep="order", batch_invariant=False)
+    monkeypatch.setattr(engine, "up", up)
+    monkeypatch.setattr(engine, "matmul", matmul)
+    backward(
+        p.grad, p.tokens, p.weights, p.experts, *given[1:], p.spec, Gradients(True, True, True, True, False, False)
+    )
+    assert len(seen) == 1
 
 
 def test_a_nan_stays_in_its_token():

@@ -11,6 +11,7 @@ import torch
 pytest.importorskip("triton")
 
 from moesaic.bench import tune as room
+from moesaic.bench.gpu.judge import DeviceLost
 from moesaic.bench.tune import WALKERS, Tuning, as_file, neighbours, read_before
 from moesaic.cli import main
 from moesaic.engine.triton import blocks as table
@@ -96,6 +97,18 @@ def test_what_is_hardly_faster_wrong_or_failing_is_not_taken(monkeypatch):
     notes = {trial.note.partition(":")[0] for trial in tuning.trials}
     assert notes == {"", "RuntimeError", "wrong"}
     assert tuning.gain(16, own) == 1
+
+
+@no_gpu
+def test_a_lost_device_ends_the_search(monkeypatch):
+    def fail(_op, _blocks):
+        raise RuntimeError("an illegal memory access was encountered")
+
+    def lost():
+        raise DeviceLost("an illegal memory access was encountered")
+
+    with pytest.raises(DeviceLost):
+        searched(fail, monkeypatch, check=lost)
 
 
 @no_gpu

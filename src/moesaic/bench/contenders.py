@@ -121,8 +121,9 @@ class ThreeGroupedMM:
 
     def __call__(self, tokens: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         k = ids.shape[-1]
-        order = ids.flatten().argsort(stable=True)
-        ends = ids.flatten().bincount(minlength=self.n_experts).cumsum(0).to(torch.int32)
+        sorted_ids, order = ids.flatten().sort(stable=True)
+        experts = torch.arange(self.n_experts, device=ids.device)
+        ends = torch.searchsorted(sorted_ids, experts, right=True, out_int32=True)  # bincount would wait for a GPU
         rows = tokens[order // k]
         gate, up = (F.grouped_mm(rows, weight.mT, offs=ends) for weight in self.leaves)
         out = F.grouped_mm(F.silu(gate) * up, self.down.mT, offs=ends)

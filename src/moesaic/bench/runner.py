@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from itertools import chain
 from typing import Any, TypeVar
 
@@ -71,6 +71,16 @@ class Row:
         self.rounds, self.runs_ms = measured.rounds, [1e3 * value for value in seconds]
         return measured.median
 
+    def to_dict(self) -> dict[str, Any]:
+        """JSON has no infinity: null is the error of a gradient that is missing or not a number."""
+        errors = {what: error if math.isfinite(error) else None for what, error in self.errors.items()}
+        return {**asdict(self), "errors": errors}
+
+    @classmethod
+    def of(cls, line: dict[str, Any]) -> "Row":
+        errors = {what: math.inf if error is None else error for what, error in line["errors"].items()}
+        return cls(**{**line, "errors": errors})
+
 
 @dataclass
 class Result:
@@ -85,15 +95,13 @@ class Result:
 
     def to_dict(self) -> dict[str, Any]:
         ceiling = None if self.ceiling is None else self.ceiling._asdict()
-        line: dict[str, Any] = {"kind": "cell", "key": self.cell.key, **asdict(self), "ceiling": ceiling}
-        for row in line["rows"]:  # JSON has no infinity: null is a gradient that is missing or not a number
-            row["errors"] = {what: error if math.isfinite(error) else None for what, error in row["errors"].items()}
-        return line
+        rows = [row.to_dict() for row in self.rows]
+        return {"kind": "cell", "key": self.cell.key, **asdict(self), "rows": rows, "ceiling": ceiling}
 
     @classmethod
     def of(cls, line: dict[str, Any]) -> "Result":
         ceiling = None if line["ceiling"] is None else Ceiling(**line["ceiling"])
-        rows = [replace(Row(**row), errors=_read_errors(row["errors"])) for row in line["rows"]]
+        rows = [Row.of(row) for row in line["rows"]]
         return cls(Cell.of(line["cell"]), rows, line["skipped"], line["least_ms"], ceiling, line["seconds"])
 
     def row(self, name: str) -> Row | None:
@@ -102,10 +110,6 @@ class Result:
     @property
     def ours(self) -> Row | None:
         return next((row for row in self.rows if row.kind == "ours"), None)
-
-
-def _read_errors(errors: dict[str, float | None]) -> dict[str, float]:
-    return {what: math.inf if error is None else error for what, error in errors.items()}
 
 
 def needed_bytes(cell: Cell) -> int:

@@ -42,7 +42,10 @@ SHAPES = {
     "gpt-oss-20b": Shape("gpt-oss", "gpt_oss", 2880, 2880, 32, 4),
     # the sizes that SonicMoE is measured with (arXiv 2512.14080, figure 14)
     "sonic-1.4b-n256": Shape("qwen3-moe", "qwen3_moe", 768, 256, 128, 8),
+    "sonic-1.4b-n512": Shape("qwen3-moe", "qwen3_moe", 768, 512, 64, 4),
+    "sonic-1.4b-n1024": Shape("qwen3-moe", "qwen3_moe", 768, 1024, 32, 2),
     "sonic-7b-n256": Shape("qwen3-moe", "qwen3_moe", 1536, 256, 128, 8),
+    "sonic-7b-n512": Shape("qwen3-moe", "qwen3_moe", 1536, 512, 64, 4),
     "sonic-7b-n1024": Shape("qwen3-moe", "qwen3_moe", 1536, 1024, 32, 2),
     "sonic-30b-n256": Shape("qwen3-moe", "qwen3_moe", 4096, 256, 256, 16),
     "sonic-30b-n512": Shape("qwen3-moe", "qwen3_moe", 4096, 512, 128, 8),

@@ -59,6 +59,7 @@ class Tuning:
     capability: tuple[int, int] = (9, 0)
     seconds: float = float("inf")
     report: Callable[[Trial], object] = lambda _trial: None
+    check: Callable[[], object] = lambda: None  # after a failure: raises where the device takes nothing any more
     trials: list[Trial] = field(default_factory=list)
     _end: float = float("inf")
 
@@ -128,6 +129,7 @@ class Tuning:
                 note = f"wrong: differs from the table's tiles by {error:.1e}"
         except Exception as error:  # too much shared memory, too many registers: a candidate, no more
             note = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+            self.check()
         trial = Trial(self.dtype, most, op, blocks, seconds, note)
         self.trials.append(trial)
         self.report(trial)

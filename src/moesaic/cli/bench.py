@@ -3,6 +3,7 @@
 import json
 import shlex
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -108,6 +109,7 @@ def _tune(shape: str, dtypes: tuple[str, ...], seconds: float, out: Path | None)
     import torch
 
     from moesaic.bench.gpu.clock import CudaClock
+    from moesaic.bench.gpu.judge import DeviceLost, check_device
     from moesaic.bench.tune import Trial, Tuning, as_file, by_events, read_before
     from moesaic.engine.triton.tuned import tuned_path
 
@@ -119,11 +121,17 @@ def _tune(shape: str, dtypes: tuple[str, ...], seconds: float, out: Path | None)
         said = trial.note or f"{1e6 * (trial.seconds or 0):.1f} us"
         print(f"{trial.dtype} {trial.op} {tuple(trial.blocks)}: {said}", file=sys.stderr)
 
-    timer, capability = by_events(CudaClock()), torch.cuda.get_device_capability()
+    clock, capability = CudaClock(), torch.cuda.get_device_capability()
+    share, timer, check = seconds / len(dtypes), by_events(clock), partial(check_device, clock)
     tunings, found = [], []
     for name in dtypes:
-        tunings.append(Tuning(shape, name, timer, capability=capability, seconds=seconds / len(dtypes), report=report))
-        found.append(tunings[-1].run())
+        tunings.append(Tuning(shape, name, timer, capability=capability, seconds=share, report=report, check=check))
+        try:
+            found.append(tunings[-1].run())
+        except DeviceLost as error:
+            raise ValueError(
+                f"the device was lost ({error}) at the tiles tried last: nothing is kept of {name}"
+            ) from None
         path.write_text(json.dumps(as_file(device, tunings, found, read_before(path))), encoding="utf-8")
     for tuning, chosen in zip(tunings, found, strict=True):
         for most, tiles in chosen.items():

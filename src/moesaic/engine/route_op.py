@@ -109,8 +109,9 @@ def serves(logits: Tensor, bias: Tensor | None, config: MoEConfig, replay: Tenso
     return (
         not gpu.why_not("cuda")
         and (widened or logits.dtype == torch.float32)
-        and (bias is None or bias.dtype != torch.float64)
+        and (bias is None or (bias.dtype != torch.float64 and bias.device == logits.device))
         and (replay is None or replay.shape == (logits.shape[0], config.num_experts_per_tok))
+        and (replay is None or replay.device == logits.device)
         and config.topk_method not in ("balanced", "unknown")
         and type(logits) is Tensor
         and (torch.compiler.is_compiling() or not _transformed())

@@ -13,10 +13,14 @@ EAGER, BATCHED_MM, GROUPED_MM = "transformers eager", "transformers batched_mm",
 TITAN, LIGER = "torchtitan-style", "liger"
 TORCH = (TITAN, GROUPED_MM)  # what torch's own grouped_mm gives, the measure of errors and of speed
 FAST = (OURS, *TORCH)  # cells that only ask whether we are below
-EVERYBODY = (OURS, GROUPED, EAGER, GROUPED_MM, BATCHED_MM, TITAN, LIGER)
+EVERYBODY = (OURS, GROUPED, EAGER, GROUPED_MM, BATCHED_MM, TITAN)
+# in cells of its own: it searches for tiles at its first call of every size, and a run that ends there loses the cell
+BESIDE_LIGER = (OURS, LIGER)
+COMPILED_RULES = "rules.route compiled"
 
-# experts: T tokens at a time.  decode: graph replay on weights that are in no cache.  router: the routing kernel alone.
-# memory: bytes held and at the peak.  kernels: the time of each kernel.  capture: what a layer can be put into.
+# experts: T tokens at a time.  decode: graph replay on weights that are in no cache.  router: the routing kernel and
+# the rules in torch, compiled where `who` asks.  memory: bytes held and at the peak.  kernels: the time of each
+# kernel.  capture: what a layer can be put into.
 Kind = Literal["experts", "decode", "router", "memory", "kernels", "capture"]
 
 
@@ -34,7 +38,8 @@ class GpuCell:
 
     @property
     def key(self) -> str:
-        return f"{self.kind} {self.shape} T={self.tokens} {self.dtype} {self.mode} {self.routing}"
+        words = [self.kind, self.shape, f"T={self.tokens}", self.dtype, self.mode, self.routing]
+        return " ".join([*words, "beside Liger"] if LIGER in self.who else words)
 
     @property
     def problem_cell(self) -> Cell:
@@ -45,10 +50,10 @@ class GpuCell:
         return dataclasses.replace(cls(**fields), who=tuple(fields["who"]))
 
 
-FORWARD, TRAIN_FORWARD, STEP = "forward", "train-forward", "fwd+bwd-fresh"
+FORWARD, TRAIN_FORWARD, STEP, ADDING = "forward", "train-forward", "fwd+bwd-fresh", "fwd+bwd-accumulate"
 SONIC = (
     "sonic-30b-n512", "sonic-120b-n1024", "sonic-7b-n256", "sonic-1.4b-n256", "sonic-30b-n1024", "sonic-120b-n2048",
-    "sonic-7b-n1024", "sonic-30b-n256", "sonic-120b-n512",
+    "sonic-7b-n1024", "sonic-30b-n256", "sonic-120b-n512", "sonic-7b-n512", "sonic-1.4b-n512", "sonic-1.4b-n1024",
 )  # fmt: skip
 SONIC_TOKENS = {"1.4b": 40960, "7b": 24576, "30b": 32768, "120b": 32768}
 
@@ -60,20 +65,32 @@ def cells() -> Iterator[GpuCell]:
         yield GpuCell("experts", LADDER, LADDER_TOKENS, mode=mode, who=EVERYBODY)
     yield GpuCell("kernels", LADDER, LADDER_TOKENS, mode=STEP, who=(OURS,))
     for tokens in (1, 16):
-        yield GpuCell("decode", LADDER, tokens, who=(OURS, GROUPED_MM, BATCHED_MM, TITAN, LIGER))
-    for tokens in (1, 16, 128, 4096):
+        yield GpuCell("decode", LADDER, tokens, who=(OURS, GROUPED_MM, BATCHED_MM, TITAN))
+    for tokens in (1, 16, 128):
         yield GpuCell("router", "deepseek-v3", tokens, "float32", who=())
     for mode in (FORWARD, STEP, TRAIN_FORWARD):
         for tokens in (128, 512, 2048, 4096, 8192, 16384):
-            who = (*FAST, LIGER, INVARIANT) if mode == FORWARD else (*FAST, LIGER)
-            yield GpuCell("experts", LADDER, tokens, mode=mode, who=who)
+            yield GpuCell("experts", LADDER, tokens, mode=mode, who=(*FAST, INVARIANT) if mode == FORWARD else FAST)
     for tokens in (128, 2048):
         yield GpuCell("kernels", LADDER, tokens, mode=STEP, who=(OURS,))
-    yield GpuCell("memory", LADDER, LADDER_TOKENS, mode=STEP, who=(OURS, GROUPED_MM, TITAN, LIGER))
+    yield GpuCell("memory", LADDER, LADDER_TOKENS, mode=STEP, who=(OURS, GROUPED_MM, TITAN))
+    yield from _beside_liger()
+    yield GpuCell("router", "deepseek-v3", 4096, "float32", who=(COMPILED_RULES,))
+    yield GpuCell("experts", LADDER, LADDER_TOKENS, mode=ADDING)
     yield from _other_shapes()
     yield from _other_numbers()
     yield GpuCell("memory", "sonic-30b-n512", 32768, mode=STEP, who=(OURS, GROUPED_MM, TITAN))
     yield GpuCell("capture", LADDER, 64, who=())
+
+
+def _beside_liger() -> Iterator[GpuCell]:
+    for mode in (FORWARD, STEP, TRAIN_FORWARD):
+        yield GpuCell("experts", LADDER, LADDER_TOKENS, mode=mode, who=BESIDE_LIGER)
+    yield GpuCell("memory", LADDER, LADDER_TOKENS, mode=STEP, who=BESIDE_LIGER)
+    for tokens in (1, 16):
+        yield GpuCell("decode", LADDER, tokens, who=BESIDE_LIGER)
+    for mode in (FORWARD, STEP):
+        yield GpuCell("experts", LADDER, 4096, mode=mode, who=BESIDE_LIGER)
 
 
 def _other_shapes() -> Iterator[GpuCell]:
@@ -103,6 +120,7 @@ def smoke_cells() -> Iterator[GpuCell]:
     """Every kind once, small enough for the interpreter."""
     yield GpuCell("experts", "nano", 5, "float32", FORWARD, who=EVERYBODY)
     yield GpuCell("experts", "nano", 5, "float32", STEP, "zipf", who=(*FAST, INVARIANT))
+    yield GpuCell("experts", "nano", 3, "float32", ADDING, who=BESIDE_LIGER)
     # not bfloat16: the interpreter cuts its bits off where a GPU rounds
     yield GpuCell("experts", "nano-gpt-oss", 3, "float16", TRAIN_FORWARD, "all-to-k", who=(OURS, EAGER, TITAN))
     yield GpuCell("decode", "nano", 1, "float32", who=(OURS, BATCHED_MM, TITAN))

@@ -10,6 +10,7 @@ import torch
 from moesaic.bench.timing import Entrant, without_collections
 
 FLUSH = 256 << 20  # bytes written before a run, several times any L2 cache
+BUSY = 2_000_000  # cycles of the device, a millisecond, in which Python launches a forward and a backward
 Seconds = Callable[[], float]  # waits for the run that it belongs to
 
 
@@ -46,8 +47,8 @@ class Clock:
 
 
 class CudaClock(Clock):
-    """CUDA events. What comes before a run keeps the device busy while Python launches, as triton's do_bench does: a
-    call is not charged for Python as long as that is shorter than writing FLUSH bytes (some 100 us)."""
+    """CUDA events. What comes before a run keeps the device busy while Python launches: a call is not charged for
+    Python as long as that is shorter than writing FLUSH bytes (some 100 us) and waiting for BUSY cycles."""
 
     device = "cuda"
     is_cuda = True
@@ -69,6 +70,7 @@ class CudaClock(Clock):
 
     def flush(self) -> None:
         self._flush.zero_()
+        torch.cuda._sleep(BUSY)
 
     def wait(self) -> None:
         torch.cuda.synchronize()

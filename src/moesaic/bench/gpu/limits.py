@@ -48,7 +48,8 @@ def measure_bandwidth(clock: Clock) -> Bandwidth:
 
 def kernels_of(problem: Problem) -> list[tuple[str, Phase]]:
     """(name, least work and bytes) of every kernel, in order. Weights of active experts are read once a kernel, rows
-    are written once and read once; a fresh gradient of a matrix is written whole."""
+    are written once and read once; a fresh gradient of a matrix is written whole, one that is added to read and written
+    where experts are active."""
     up, down = problem.experts.up, problem.experts.down
     item, assignments = up.element_size(), problem.expert_ids.numel()
     active = sum(count > 0 for count in problem.counts)
@@ -57,6 +58,7 @@ def kernels_of(problem: Problem) -> list[tuple[str, Phase]]:
     x = item * problem.tokens.numel()
     h, a, y = (item * assignments * width for width in (ups // d, downs // d, d))
     keeps = problem.cell.mode != "forward"
+    grads = 2 * active if problem.cell.mode == "fwd+bwd-accumulate" else len(up)
     up_flops, down_flops, sum_flops = (2.0 * assignments * n for n in (ups, downs, d))
     forward = [
         ("_up", Phase(up_flops, item * active * ups + x + a + (h if keeps else 0))),
@@ -68,8 +70,8 @@ def kernels_of(problem: Problem) -> list[tuple[str, Phase]]:
     return [
         *forward,
         ("_d_hidden", Phase(down_flops, item * active * downs + x + 2 * h + a)),
-        ("_outer", Phase(down_flops, item * down.numel() + x + a)),
-        ("_outer", Phase(up_flops, item * up.numel() + x + h)),
+        ("_outer", Phase(down_flops, item * grads * downs + x + a)),
+        ("_outer", Phase(up_flops, item * grads * ups + x + h)),
         ("_matmul", Phase(up_flops, item * active * ups + h + y)),
         ("_combine", Phase(sum_flops, y + x)),
     ]

@@ -51,11 +51,12 @@ class Measured:
     seconds: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:
-        return {"kind": "cell", "key": self.cell.key, **asdict(self)}
+        rows = [row.to_dict() for row in self.rows]
+        return {"kind": "cell", "key": self.cell.key, **asdict(self), "rows": rows}
 
     @classmethod
     def of(cls, line: dict[str, Any]) -> "Measured":
-        rows = [Row(**row) for row in line["rows"]]
+        rows = [Row.of(row) for row in line["rows"]]
         return cls(GpuCell.of(line["cell"]), rows, line["facts"], line["note"], line["least_ms"], line["seconds"])
 
     def row(self, name: str) -> Row | None:
@@ -79,10 +80,12 @@ def run_experts(cell: GpuCell, experts: ExpertWeights, bench: Bench) -> Measured
 
 
 def _entrant(problem: Problem, name: str, calls: Mapping[str, Call]) -> Entrant:
+    keeps = problem.cell.mode == "fwd+bwd-accumulate"
+
     def run() -> Tensor:
         return run_once(problem, calls[name])
 
-    return Entrant(name, lambda: forget_gradients(problem, *calls.values(), weights_too=True), run)
+    return Entrant(name, lambda: forget_gradients(problem, *calls.values(), weights_too=not keeps), run)
 
 
 def timed(entrants: Sequence[Entrant], once: dict[str, float], bench: Bench) -> dict[str, list[float]]:

@@ -9,17 +9,23 @@ from moesaic.engine.triton.layout import Layout
 
 
 def combine(
-    rows: Float[Tensor, "S n"], weights: Float[Tensor, "T K"] | None, k: int, layout: Layout
+    rows: Float[Tensor, "S n"],
+    weights: Float[Tensor, "T K"] | None,
+    k: int,
+    layout: Layout,
+    out: Float[Tensor, "T n"] | None = None,
 ) -> Float[Tensor, "T n"]:
-    """sum over k of weights[t, k] * rows[row of (t, k)], in float32; without weights the plain sum."""
+    """sum over k of weights[t, k] * rows[row of (t, k)], in float32; without weights the plain sum. `out`, which may be
+    some columns of a tensor, is written where it is given."""
     n_tokens, width = len(rows) // k, rows.shape[1]
-    out = rows.new_empty(n_tokens, width)
+    out = rows.new_empty(n_tokens, width) if out is None else out
     block = min(1024, triton.next_power_of_2(width))
     _combine[(n_tokens, triton.cdiv(width, block))](
         rows,
         weights,
         layout.row_of,
         out,
+        out.stride(0),
         width,
         K=k,
         COLUMNS=block,
@@ -34,6 +40,7 @@ def _combine(
     weights,
     row_of,
     out,
+    out_line,
     width,
     K: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -50,4 +57,4 @@ def _combine(
         if weights is not None:
             value *= tl.load(weights + assignment, mask=present, other=0.0).to(tl.float32)
         total += value
-    tl.store(out + token * width + column, total.to(out.dtype.element_ty), mask=inside)
+    tl.store(out + token * out_line + column, total.to(out.dtype.element_ty), mask=inside)

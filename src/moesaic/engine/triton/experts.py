@@ -17,7 +17,7 @@ from moesaic.engine.triton.combine import combine
 from moesaic.engine.triton.d_hidden import d_hidden
 from moesaic.engine.triton.d_weights import d_weights
 from moesaic.engine.triton.few import down_and_combine
-from moesaic.engine.triton.layout import layout, unsorted
+from moesaic.engine.triton.layout import Layout, layout, unsorted
 from moesaic.engine.triton.matmul import matmul
 from moesaic.engine.triton.outer import outer
 from moesaic.engine.triton.plan import group_by_expert
@@ -25,6 +25,7 @@ from moesaic.engine.triton.sum_rows import sum_rows
 from moesaic.engine.triton.up import up
 from moesaic.types import ExpertWeights
 
+HALVED = 1 << 25  # numbers; 64 MB in 16 bits
 EXPERTS_PER_ASSIGNMENT = 4  # and more: every assignment is a tile of its own, nothing is sorted (vLLM's rule)
 
 
@@ -94,6 +95,7 @@ def backward(
         hidden = up(tokens, k, rows, experts, spec, tiles.up, keep_hidden=True, keep_activated=False).hidden
     parts = (wanted.tokens or wanted.up or wanted.up_bias, wanted.down, wanted.weights)
     inner = d_hidden(grad_out, hidden, weights, rows, experts, spec, tiles.d_hidden, wanted=parts)
+    del hidden  # memory for what follows, if nobody else holds it
 
     def d_matrix(weight: Tensor, into: Tensor | None, out: Tensor, from_: Tensor, by_token: Tensor) -> Tensor | None:
         """The gradient of a matrix that took rows `from_` to rows whose gradient is `out`."""
@@ -117,10 +119,22 @@ def backward(
     if wanted.up_bias and experts.up_bias is not None:
         d_up_bias = sum_rows(d_projected, None, rows, experts.up_bias)
     if wanted.tokens:
-        back = experts.up.mT if spec.transposed else experts.up  # [E, U, D]
-        d_rows = matmul(d_projected, back, None, rows, tiles.matmul)
-        d_tokens = combine(d_rows, None, k, rows)
+        d_tokens = _d_tokens(d_projected, experts.up.mT if spec.transposed else experts.up, k, rows, tiles)
     return Gradients(d_tokens, d_scales, d_up, d_down, d_up_bias, d_down_bias)
+
+
+def _d_tokens(
+    d_projected: Float[Tensor, "S U"], back: Float[Tensor, "E U D"], k: int, rows: Layout, tiles: Tiles
+) -> Float[Tensor, "T D"]:
+    """The rows' gradients through the up projection, added up by token: in two halves where they are large, for H and
+    its gradient are both there and more than half of them would be more than the forward has at its peak."""
+    width = back.shape[2]
+    out = d_projected.new_empty(len(d_projected) // k, width)
+    halves = len(d_projected) * width >= HALVED and width % (2 * tiles.matmul.columns) == 0
+    step = width // 2 if halves else width
+    for columns, some in zip(back.split(step, 2), out.split(step, 1), strict=True):
+        combine(matmul(d_projected, columns, None, rows, tiles.matmul), None, k, rows, some)
+    return out
 
 
 def _tiles(n_assignments: int, tokens: Tensor, experts: ExpertWeights, *, batch_invariant: bool = False) -> Tiles:

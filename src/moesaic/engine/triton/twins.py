@@ -61,10 +61,14 @@ def matmul(
 
 
 def combine(
-    rows: Float[Tensor, "S n"], weights: Float[Tensor, "T K"] | None, k: int, layout: Layout
+    rows: Float[Tensor, "S n"],
+    weights: Float[Tensor, "T K"] | None,
+    k: int,
+    layout: Layout,
+    out: Float[Tensor, "T n"] | None = None,
 ) -> Float[Tensor, "T n"]:
     assert layout.row_of is not None
-    out = rows.new_zeros(len(rows) // k, rows.shape[1])
+    out = rows.new_zeros(len(rows) // k, rows.shape[1]) if out is None else out.zero_()
     for assignment, row in enumerate(layout.row_of.tolist()):
         if row >= 0:
             token, slot = divmod(assignment, k)

@@ -31,3 +31,33 @@ def configs(draw: st.DrawFn, **fields) -> MoEConfig:
     kept = draw(st.integers(1, groups))
     k = draw(st.integers(1, min(8, kept * per_group)))
     return v3(groups * per_group, groups, kept, k, **fields)
+
+
+# ways to choose, and to score and weigh, each a change of V3's
+METHODS = {
+    "noaux_tc": {},
+    "noaux_tc by the best": {"group_score": "max"},
+    "noaux_tc by K/M": {"group_score": "k_over_m_sum"},
+    "group_limited_greedy": {"topk_method": "group_limited_greedy"},
+    "greedy": {"topk_method": "greedy"},
+}
+RULES = {
+    "V3": {},
+    "not normalised": {"norm_topk_prob": False},
+    "without eps": {"norm_eps": 0.0},
+    "with a large eps": {"norm_eps": 0.25},
+    "without scale": {"routed_scaling_factor": 1.0},
+    "zero mask": {"group_mask": "zero"},
+    "softmax": {"scoring_func": "softmax"},
+    "softmax, not normalised": {"scoring_func": "softmax", "norm_topk_prob": False},
+    "softmax after": {"scoring_func": "softmax", "score_after_topk": True, "norm_topk_prob": False},
+    "softmax after, normalised": {"scoring_func": "softmax", "score_after_topk": True},
+    "sigmoid after": {"score_after_topk": True},
+    "sigmoid after, not normalised": {"score_after_topk": True, "norm_topk_prob": False},
+    "sqrtsoftplus": {"scoring_func": "sqrtsoftplus"},
+    "sqrtsoftplus after, not normalised": {
+        "scoring_func": "sqrtsoftplus",
+        "score_after_topk": True,
+        "norm_topk_prob": False,
+    },
+}

@@ -45,6 +45,10 @@ def slow(*case):
         slow(90, "bfloat16", "deepseek-v3"),
         slow(90, "bfloat16", "mixtral"),
         slow(90, "float16", "ladder"),
+        slow(90, "bfloat16", "tanh"),
+        slow(90, "bfloat16", "gelu"),
+        slow(90, "bfloat16", "relu"),
+        slow(90, "bfloat16", "relu2"),
         slow(90, "float32", "ladder"),
         slow(80, "float32", "ladder"),
         slow(86, "bfloat16", "ladder"),
@@ -69,6 +73,15 @@ def test_kernels_assemble_for(capability, dtype, layer):
             assert kernel["HGMMA"] or kernel["HMMA"], f"{kernel} leaves the tensor cores idle"
             if kernel["tokens"] == 32768:
                 assert kernel["HGMMA"], f"{kernel} leaves the fast half of the tensor cores idle"
+
+
+@pytest.mark.slow
+def test_every_gate_assembles():
+    made = compiled(90, "float32", "every gate", 128)
+    assert {kernel["kernel"] for kernel in made} == {"_route", "_route_backward"}
+    assert len(made) > 100
+    for kernel in made:
+        assert kernel["stack"] == 0, f"{kernel} spills"
 
 
 @pytest.mark.slow

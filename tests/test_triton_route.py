@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cases import GRID, configs, v3
+from cases import GRID, METHODS, RULES, configs, v3
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
@@ -21,34 +21,6 @@ from moesaic.types import Routing, check_routing
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, where the interpreter meets inf and NaN
-
-METHODS = {
-    "noaux_tc": {},
-    "noaux_tc by the best": {"group_score": "max"},
-    "noaux_tc by K/M": {"group_score": "k_over_m_sum"},
-    "group_limited_greedy": {"topk_method": "group_limited_greedy"},
-    "greedy": {"topk_method": "greedy"},
-}
-RULES = {
-    "V3": {},
-    "not normalised": {"norm_topk_prob": False},
-    "without eps": {"norm_eps": 0.0},
-    "with a large eps": {"norm_eps": 0.25},
-    "without scale": {"routed_scaling_factor": 1.0},
-    "zero mask": {"group_mask": "zero"},
-    "softmax": {"scoring_func": "softmax"},
-    "softmax, not normalised": {"scoring_func": "softmax", "norm_topk_prob": False},
-    "softmax after": {"scoring_func": "softmax", "score_after_topk": True, "norm_topk_prob": False},
-    "softmax after, normalised": {"scoring_func": "softmax", "score_after_topk": True},
-    "sigmoid after": {"score_after_topk": True},
-    "sigmoid after, not normalised": {"score_after_topk": True, "norm_topk_prob": False},
-    "sqrtsoftplus": {"scoring_func": "sqrtsoftplus"},
-    "sqrtsoftplus after, not normalised": {
-        "scoring_func": "sqrtsoftplus",
-        "score_after_topk": True,
-        "norm_topk_prob": False,
-    },
-}
 
 
 def draw(config: MoEConfig, n_tokens: int = 3) -> tuple[Tensor, Tensor]:

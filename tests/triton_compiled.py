@@ -11,11 +11,13 @@ import re
 import subprocess
 import sys
 import tempfile
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import triton
+from cases import METHODS, RULES
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
@@ -42,6 +44,11 @@ LAYERS = {
     "odd": Layer(5, 37, 21, 3, ("gelu", False, None, 1.0, 0.0, False, False), biases=True),
     "odd-gated": Layer(5, 37, 21, 3),
     "single": Layer(1, 1, 1, 1),
+    # the activations that the others leave out
+    "tanh": Layer(8, 256, 128, 2, ("gelu_pytorch_tanh", True, None, 1.0, 0.0, False, False), biases=True),
+    "gelu": Layer(8, 256, 128, 2, ("gelu", True, None, 1.0, 0.0, False, True)),
+    "relu": Layer(8, 256, 128, 2, ("relu", True, None, 1.0, 0.0, True, False)),
+    "relu2": Layer(8, 256, 128, 2, ("relu2", False, None, 1.0, 0.0, False, False)),
 }
 
 
@@ -126,24 +133,33 @@ def launch_everything(capability: int, dtype: torch.dtype, layer: Layer, n_token
     experts.backward(out, tokens, weights, matrices, hidden, *order, spec, wanted, matrices.up, matrices.down)
 
 
-def launch_routing(n_tokens: int) -> None:
+def launch_routing(n_tokens: int, **changes) -> None:
+    """DeepSeek-V3's gate, or a change of it: with a bias, without, and replayed."""
     from moesaic.config import MoEConfig
     from moesaic.engine.route_op import RouteSpec
     from moesaic.engine.triton import route
 
-    gate = MoEConfig.preset("deepseek-v3")
+    gate = MoEConfig.preset("deepseek-v3", **changes)
     rules = RouteSpec.of(gate)
     logits = torch.empty(n_tokens, gate.n_routed_experts, device="meta")
-    weights, ids = route.forward(logits, logits.new_empty(gate.n_routed_experts), None, rules)
+    bias = logits.new_empty(gate.n_routed_experts)
+    weights, ids = route.forward(logits, bias, None, rules)
     route.backward(weights, logits, ids, rules)
+    if changes:
+        route.forward(logits, None, None, rules)
+        route.forward(logits, bias, ids, rules)
 
 
 def main(capability: int, dtype: str, layer: str, *tokens: int) -> None:
     made = compile_for(capability)
     for n in tokens:
         before = set(made)
-        launch_everything(capability, getattr(torch, dtype), LAYERS[layer], n)
-        launch_routing(n)
+        if layer == "every gate":
+            for method, rule in product(METHODS.values(), RULES.values()):
+                launch_routing(n, **{"topk_group": 4, **method, **rule})
+        else:
+            launch_everything(capability, getattr(torch, dtype), LAYERS[layer], n)
+            launch_routing(n)
         for key in [key for key in made if key not in before]:
             sys.stdout.write(json.dumps({"kernel": key[0], "tokens": n, **needs(made[key])}) + "\n")
 

@@ -123,9 +123,13 @@ def test_matmul_under_any_routing(routing):
 @pytest.mark.parametrize(("allowed", "dtype", "taken"), [
     ("ieee", torch.float32, "ieee"), ("tf32", torch.float32, "tf32"), ("tf32", torch.float16, "ieee"),
 ])  # fmt: skip
-def test_float32_is_multiplied_as_such_unless_torch_was_told_otherwise(monkeypatch, allowed, dtype, taken):
-    monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", allowed)
-    assert product(BLOCKS, dtype, torch.empty(5, 16, 16, dtype=dtype), 16)["TILE"].precision == taken
+def test_float32_is_multiplied_as_such_unless_torch_was_told_otherwise(allowed, dtype, taken):
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = allowed
+    try:
+        assert product(BLOCKS, dtype, torch.empty(5, 16, 16, dtype=dtype), 16)["TILE"].precision == taken
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
 
 
 @pytest.mark.parametrize("group", [1, 2, 3, 8])

@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import chain
 from typing import Any, TypeVar
 
@@ -79,7 +79,7 @@ class Row:
     @classmethod
     def of(cls, line: dict[str, Any]) -> "Row":
         errors = {what: math.inf if error is None else error for what, error in line["errors"].items()}
-        return cls(**{**line, "errors": errors})
+        return replace(cls(**line), errors=errors)
 
 
 @dataclass

@@ -16,6 +16,7 @@ import shlex
 import sys
 import tempfile
 from collections.abc import Iterable
+from importlib.util import find_spec
 from pathlib import Path
 
 
@@ -61,7 +62,8 @@ def measure(options: argparse.Namespace) -> int:
     machine = gpu_machine(clock, smoke=options.smoke, command=command(), named_commit=options.commit)
     journal = open_journal(out, machine)
     rounds = options.rounds or (1 if options.smoke else None)
-    wanted = [cell for cell in (smoke_cells() if options.smoke else cells()) if options.only in cell.key]
+    every = smoke_cells() if options.smoke else cells(liger=find_spec("liger_kernel") is not None)
+    wanted = [cell for cell in every if options.only in cell.key]
     if not wanted:
         raise ValueError(f"--only {options.only!r} names no cell")
     campaign = GpuCampaign(journal, clock, 60 * options.minutes, rounds)

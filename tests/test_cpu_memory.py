@@ -41,17 +41,11 @@ def faults_of_writing(tensor) -> int:
 
 @pytest.fixture
 def asked(monkeypatch):
-    """What would be asked of the system: (address, bytes, advice), and by which thread."""
-    calls, threads = [], set()
-
-    def madvise(*args):
-        calls.append(args)
-        threads.add(threading.get_ident())
-        return 0
-
-    monkeypatch.setattr(memory, "_madvise", lambda: madvise)
+    """What would be asked of the system: (address, bytes, advice)."""
+    calls = []
+    monkeypatch.setattr(memory, "_madvise", lambda: lambda *args: calls.append(args) or 0)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)))
-    return calls, threads
+    return calls
 
 
 @pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="another BLAS than MKL may share rows out")
@@ -104,38 +98,54 @@ def test_the_pages_of_large_gradients_are_asked_for(monkeypatch, dtype, permuted
 
 def test_every_whole_page_is_asked_for_once_and_none_of_anybody_else(with_threads, asked):
     with_threads(2)
-    calls, threads = asked
     tensor = torch.empty(5 * memory.PORTION + 3 * PAGE, dtype=torch.uint8)[17:-23]
     memory.populate(tensor)
-    first, *portions = sorted(calls)
-    assert {advice for *_, advice in calls} == {memory.POPULATE}
+    first, *portions = sorted(asked)
+    assert {advice for *_, advice in asked} == {memory.POPULATE}
     assert first[:2] == (portions[0][0], PAGE), "whether it can be done is tried on one page"
     assert 0 <= portions[0][0] - tensor.data_ptr() < PAGE
     assert 0 <= tensor.data_ptr() + tensor.nbytes - sum(portions[-1][:2]) < PAGE
     for (start, size, _), (after, *_) in pairwise(portions):
         assert start + size == after
         assert size == memory.PORTION
-    assert len(threads - {threading.get_ident()}) <= 2
+
+
+@pytest.mark.parametrize("threads", [2, 3])
+def test_as_many_threads_ask_as_torch_has(with_threads, monkeypatch, threads):
+    """Each waits until all the others ask as well."""
+    with_threads(threads)
+    together, met = threading.Barrier(threads), []
+
+    def madvise(_start, size, _advice):
+        if size > PAGE:
+            together.wait(timeout=20)
+            met.append(threading.get_ident())
+        return 0
+
+    monkeypatch.setattr(memory, "_madvise", lambda: madvise)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)))
+    memory.populate(new_pages(threads * memory.PORTION))
+    assert len(set(met)) == threads
 
 
 @pytest.mark.parametrize("n_bytes", [0, 1, PAGE - 1])
 def test_memory_without_a_whole_page_of_its_own_is_left_alone(asked, n_bytes):
     memory.populate(torch.empty(3 * PAGE, dtype=torch.uint8)[:n_bytes])
-    assert not asked[0]
+    assert not asked
 
 
 def test_not_where_this_thread_is_bound_to_fewer_cpus_or_torch_has_many_threads(with_threads, monkeypatch, asked):
-    tensor, calls = torch.empty(1 << 20), asked[0]
+    tensor = torch.empty(1 << 20)
     with_threads(2)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3})
     memory.populate(tensor)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)))
     monkeypatch.setattr(torch, "get_num_threads", lambda: memory.MOST_THREADS + 1)
     memory.populate(tensor)
-    assert not calls
+    assert not asked
     monkeypatch.setattr(torch, "get_num_threads", lambda: memory.MOST_THREADS)
     memory.populate(tensor)
-    assert calls
+    assert asked
 
 
 def test_other_systems_have_no_such_advice(monkeypatch):
@@ -159,4 +169,4 @@ def test_where_no_thread_can_be_started_pages_come_when_they_are_written(monkeyp
 
     monkeypatch.setattr("threading.Thread.start", no_thread)
     memory.populate(torch.empty(1 << 20))
-    assert len(asked[0]) == 1
+    assert len(asked) == 1

@@ -164,6 +164,10 @@ def test_combine(routing, weighted, width):
     weights = p.weights if weighted else None
     expected = twins.combine(*of_double(rows, weights), p.k, layout)
     close(combine(rows, weights, p.k, layout), expected)
+    wider = torch.full((len(p.tokens), width + 3), 7.0, device=DEVICE)
+    combine(rows, weights, p.k, layout, wider[:, 2:-1])
+    close(wider[:, 2:-1], twins.combine(*of_double(rows, weights), p.k, layout, torch.empty_like(expected)))
+    assert (wider[:, [0, 1, -1]] == 7.0).all()
 
 
 @every_spec

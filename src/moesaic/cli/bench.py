@@ -130,7 +130,8 @@ def _tune(shape: str, dtypes: tuple[str, ...], seconds: float, out: Path | None)
             found.append(tunings[-1].run())
         except DeviceLost as error:
             raise ValueError(
-                f"the device was lost ({error}) at the tiles tried last: nothing is kept of {name}"
+                f"the device was lost ({error}) at the tiles of the last line above: please report them; run again for "
+                f"another --dtype than {name}, of which nothing is kept"
             ) from None
         path.write_text(json.dumps(as_file(device, tunings, found, read_before(path))), encoding="utf-8")
     for tuning, chosen in zip(tunings, found, strict=True):

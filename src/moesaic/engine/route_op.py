@@ -110,12 +110,15 @@ def serves(logits: Tensor, bias: Tensor | None, config: MoEConfig, replay: Tenso
         not gpu.why_not("cuda")
         and (widened or logits.dtype == torch.float32)
         and (bias is None or (bias.dtype != torch.float64 and bias.device == logits.device))
-        and (replay is None or replay.shape == (logits.shape[0], config.num_experts_per_tok))
-        and (replay is None or replay.device == logits.device)
+        and (replay is None or _fits(replay, logits, config.num_experts_per_tok))
         and config.topk_method not in ("balanced", "unknown")
         and type(logits) is Tensor
         and (torch.compiler.is_compiling() or not _transformed())
     )
+
+
+def _fits(replay: Tensor, logits: Tensor, k: int) -> bool:
+    return replay.shape == (logits.shape[0], k) and replay.device == logits.device
 
 
 def _transformed() -> bool:

@@ -15,7 +15,7 @@ TORCH = (TITAN, GROUPED_MM)  # what torch's own grouped_mm gives, the measure of
 FAST = (OURS, *TORCH)  # cells that only ask whether we are below
 EVERYBODY = (OURS, GROUPED, EAGER, GROUPED_MM, BATCHED_MM, TITAN)
 # in cells of its own: it searches for tiles at its first call of every size, and a run that ends there loses the cell
-BESIDE_LIGER = (OURS, LIGER)
+BESIDE_LIGER = (OURS, TITAN, LIGER)
 COMPILED_RULES = "rules.route compiled"
 
 # experts: T tokens at a time.  decode: graph replay on weights that are in no cache.  router: the routing kernel and
@@ -58,8 +58,8 @@ SONIC = (
 SONIC_TOKENS = {"1.4b": 40960, "7b": 24576, "30b": 32768, "120b": 32768}
 
 
-def cells() -> Iterator[GpuCell]:
-    """All of a real run."""
+def cells(*, liger: bool) -> Iterator[GpuCell]:
+    """All of a real run, those beside Liger where it is installed."""
     yield GpuCell("experts", LADDER, LADDER_TOKENS, mode=FORWARD, who=(*EVERYBODY, INVARIANT))
     for mode in (STEP, TRAIN_FORWARD):
         yield GpuCell("experts", LADDER, LADDER_TOKENS, mode=mode, who=EVERYBODY)
@@ -74,7 +74,8 @@ def cells() -> Iterator[GpuCell]:
     for tokens in (128, 2048):
         yield GpuCell("kernels", LADDER, tokens, mode=STEP, who=(OURS,))
     yield GpuCell("memory", LADDER, LADDER_TOKENS, mode=STEP, who=(OURS, GROUPED_MM, TITAN))
-    yield from _beside_liger()
+    if liger:
+        yield from _beside_liger()
     yield GpuCell("router", "deepseek-v3", 4096, "float32", who=(COMPILED_RULES,))
     yield GpuCell("experts", LADDER, LADDER_TOKENS, mode=ADDING)
     yield from _other_shapes()

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from moesaic.bench.contenders import Call, Contender
 from moesaic.bench.gate import Truth, errors_of
@@ -69,6 +70,15 @@ def check_device(clock: Clock) -> None:
 
 def _try(problem: Problem, truth: Truth, contender: Contender, row: Row, clock: Clock) -> tuple[Call, float]:
     """Build, run (the first time compiles), ours once more on poisoned memory, then compare."""
+    passes = 2 if problem.cell.mode == "fwd+bwd-accumulate" else 1
+
+    def run() -> Tensor:
+        """The last of `passes` runs, gradients added up."""
+        for _ in range(passes - 1):
+            run_once(problem, call)
+            forget_gradients(problem, call, weights_too=False)
+        return run_once(problem, call)
+
     start = time.perf_counter()
     call = contender.build(problem)
     forget_gradients(problem, call, weights_too=True)
@@ -78,17 +88,18 @@ def _try(problem: Problem, truth: Truth, contender: Contender, row: Row, clock: 
     forget_gradients(problem, call, weights_too=True)
     if contender.kind != "peer":
         with poisoned():
-            out = run_once(problem, call)
-        errors = errors_of(problem, truth, out, grads_of=problem.expert_grads, distance=relative_error)
+            out = run()
+        grads_of = problem.expert_grads
+        errors = errors_of(problem, truth, out, passes=passes, grads_of=grads_of, distance=relative_error)
         if any(math.isnan(error) for error in errors.values()):
             raise ValueError("an element of the result is never written")
         forget_gradients(problem, call, weights_too=True)
     start = time.perf_counter()
-    out = run_once(problem, call)
+    out = run()
     clock.wait()
-    seconds = time.perf_counter() - start
+    seconds = (time.perf_counter() - start) / passes
     grads_of = getattr(call, "expert_grads", problem.expert_grads)
-    row.errors = errors_of(problem, truth, out, grads_of=grads_of, distance=relative_error)
+    row.errors = errors_of(problem, truth, out, passes=passes, grads_of=grads_of, distance=relative_error)
     forget_gradients(problem, call, weights_too=True)
     return call, seconds
 

@@ -25,7 +25,8 @@ from moesaic.engine.triton.sum_rows import sum_rows
 from moesaic.engine.triton.up import up
 from moesaic.types import ExpertWeights
 
-HALVED = 1 << 25  # numbers; 64 MB in 16 bits
+# Numbers of a [T*K, D] from which it is made in two parts: 64 MB in 16 bits; with less, memory is not what matters.
+HALVED = 1 << 25
 EXPERTS_PER_ASSIGNMENT = 4  # and more: every assignment is a tile of its own, nothing is sorted (vLLM's rule)
 
 
@@ -126,12 +127,14 @@ def backward(
 def _d_tokens(
     d_projected: Float[Tensor, "S U"], back: Float[Tensor, "E U D"], k: int, rows: Layout, tiles: Tiles
 ) -> Float[Tensor, "T D"]:
-    """The rows' gradients through the up projection, added up by token: in two halves where they are large, for H and
-    its gradient are both there and more than half of them would be more than the forward has at its peak."""
-    width = back.shape[2]
+    """The rows' gradients through the up projection, added up by token.
+
+    In two parts, by columns, where they are large: H and its gradient are there as well, and with all of [T*K, D] they
+    would be more than the forward has at its peak (2.95 instead of 2.4 GB for 32768 tokens of Qwen3-30B-A3B).
+    """
+    width, tile = back.shape[2], tiles.matmul.columns
     out = d_projected.new_empty(len(d_projected) // k, width)
-    halves = len(d_projected) * width >= HALVED and width % (2 * tiles.matmul.columns) == 0
-    step = width // 2 if halves else width
+    step = -(-width // (2 * tile)) * tile if len(d_projected) * width >= HALVED else width
     for columns, some in zip(back.split(step, 2), out.split(step, 1), strict=True):
         combine(matmul(d_projected, columns, None, rows, tiles.matmul), None, k, rows, some)
     return out

@@ -25,7 +25,7 @@ from moesaic.engine.triton.sum_rows import sum_rows
 from moesaic.engine.triton.up import up
 from moesaic.types import ExpertWeights
 
-# Numbers of a [T*K, D] from which it is made in two parts: 64 MB in 16 bits; with less, memory is not what matters.
+# Numbers of a [T*K, D] from which it is made in two halves: 64 MB in 16 bits; with less, memory is not what matters.
 HALVED = 1 << 25
 EXPERTS_PER_ASSIGNMENT = 4  # and more: every assignment is a tile of its own, nothing is sorted (vLLM's rule)
 
@@ -129,12 +129,14 @@ def _d_tokens(
 ) -> Float[Tensor, "T D"]:
     """The rows' gradients through the up projection, added up by token.
 
-    In two parts, by columns, where they are large: H and its gradient are there as well, and with all of [T*K, D] they
-    would be more than the forward has at its peak (2.95 instead of 2.4 GB for 32768 tokens of Qwen3-30B-A3B).
+    In two halves, by columns, where they are large: H and its gradient are there as well, and with all of [T*K, D] they
+    would be more than the forward has at its peak (2.95 instead of 2.4 GB for 32768 tokens of Qwen3-30B-A3B). Only
+    where the same kernel serves a half and the whole, so that none is compiled because a batch is larger.
     """
-    width, tile = back.shape[2], tiles.matmul.columns
+    width = back.shape[2]
     out = d_projected.new_empty(len(d_projected) // k, width)
-    step = -(-width // (2 * tile)) * tile if len(d_projected) * width >= HALVED else width
+    halves = len(d_projected) * width >= HALVED and width % (2 * tiles.matmul.columns) == 0
+    step = width // 2 if halves else width
     for columns, some in zip(back.split(step, 2), out.split(step, 1), strict=True):
         combine(matmul(d_projected, columns, None, rows, tiles.matmul), None, k, rows, some)
     return out

@@ -81,11 +81,17 @@ def measure(options: argparse.Namespace) -> int:
 
 
 def any_wrong(journal) -> bool:
-    """Ours in a cell that was measured."""
+    """Ours, in one of its ways, in a cell that was measured; or a graph that does not hold our layer."""
     from moesaic.bench.gpu.campaign import measured_in
+    from moesaic.bench.gpu.cells import INVARIANT
 
-    rows = [row for result in measured_in(journal) for row in result.rows]
-    return any(row.kind == "ours" and row.note.startswith(("wrong", "failed")) for row in rows)
+    for result in measured_in(journal):
+        ours = [row.note for row in result.rows if row.kind == "ours" or row.name == INVARIANT]
+        if any(note.startswith(("wrong", "failed", "no graph")) for note in ours):
+            return True
+        if result.cell.kind == "capture" and any(said != "yes" for said in result.facts.values()):
+            return True
+    return False
 
 
 def write(out: Path, journal, left_out: Iterable) -> None:
@@ -119,7 +125,8 @@ def command() -> str:
     for word in words:
         name, _, value = word.partition("=")
         if name in ("--out", "--minutes", "--commit"):
-            value or next(words, "")
+            if not value:
+                next(words, "")
         else:
             kept.append(word)
     return shlex.join(kept)

@@ -1,8 +1,16 @@
-"""Routing configs and inputs that tests share."""
+"""Routing configs, inputs and circumstances that tests share."""
 
+import math
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
 from hypothesis import strategies as st
+from torch import nn
 
 from moesaic.config import MoEConfig
+from moesaic.types import ExpertWeights
 
 # E, G, M, K: the article's, odd sizes, one group, every group kept, one expert per token
 GRID = [
@@ -61,3 +69,32 @@ RULES = {
         "norm_topk_prob": False,
     },
 }
+
+
+def problem(tokens=20, d=16, width=8, n_experts=6, k=3, dtype=torch.float32, skew=None):
+    """(x, ids, weights, experts) with leaves that want gradients; `skew` sends that share of slots to expert 2."""
+    x = torch.randn(tokens, d, dtype=dtype, requires_grad=True)
+    ids = torch.stack([torch.randperm(n_experts)[:k] for _ in range(tokens)])
+    if skew is not None:
+        ids = torch.full((tokens, k), n_experts)
+        ids[: math.ceil(tokens * skew), 0] = 2
+    weights = torch.rand(tokens, k, dtype=dtype, requires_grad=True)
+    up = nn.Parameter(torch.randn(n_experts, 2 * width, d, dtype=dtype) / d**0.5)
+    down = nn.Parameter(torch.randn(n_experts, d, width, dtype=dtype) / width**0.5)
+    return x, ids, weights, ExpertWeights(up, down)
+
+
+def leaves_of(x, weights, experts):
+    return [x, weights, *(w for w in experts if w is not None)]
+
+
+@contextmanager
+def no_waiting() -> Iterator[None]:
+    """Raises where anything waits for the GPU."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Synchronization debug mode is a prototype feature")
+        try:
+            torch.cuda.set_sync_debug_mode("error")
+            yield
+        finally:
+            torch.cuda.set_sync_debug_mode("default")

@@ -33,6 +33,15 @@ settings.register_profile("moesaic", deadline=None, derandomize=True, max_exampl
 settings.load_profile("moesaic")
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Where there is a GPU the kernels' own tests run on it, so `-m gpu` means them too."""
+    if torch.cuda.is_available():
+        for item in items:
+            if item.path.name.startswith(("test_triton_", "test_route_op")):
+                item.add_marker(pytest.mark.gpu)
+
+
 @pytest.fixture(autouse=True)
 def _seed_from_test_id(request: pytest.FixtureRequest) -> None:
     torch.manual_seed(zlib.crc32(request.node.nodeid.encode()))

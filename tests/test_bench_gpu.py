@@ -25,6 +25,8 @@ from moesaic.bench.gpu.campaign import GpuCampaign, measured_in, open_journal
 from moesaic.bench.gpu.cells import (
     ADDING,
     FORWARD,
+    GROUPED,
+    INVARIANT,
     LADDER,
     LADDER_TOKENS,
     LIGER,
@@ -104,6 +106,25 @@ def test_a_journal_of_other_code_or_another_gpu_is_refused(tmp_path):
     assert open_journal(tmp_path, {**machine, "date": "later"}).machine == machine
     with pytest.raises(ValueError, match="measured with sources=b, here it is c: give another --out"):
         open_journal(tmp_path, {**machine, "sources": "c"})
+
+
+@pytest.mark.parametrize(
+    ("kind", "rows", "facts", "bad"),
+    [
+        ("experts", [Row(OURS, "ours"), Row(TITAN, "peer", note="wrong")], {}, False),
+        ("experts", [Row(OURS, "ours", note="wrong")], {}, True),
+        ("experts", [Row(OURS, "ours"), Row(INVARIANT, "variant", note="failed: illegal access")], {}, True),
+        ("experts", [Row(OURS, "ours"), Row(GROUPED, "variant", note="failed: out of memory")], {}, False),
+        ("decode", [Row(f"{OURS} (graph)", "ours", note="no graph: not permitted")], {}, True),
+        ("capture", [], {"CUDA graph": "yes", "compile forward": "yes"}, False),
+        ("capture", [], {"CUDA graph": "replay gives other numbers", "compile forward": "yes"}, True),
+    ],
+)
+def test_it_ends_in_1_where_ours_is_wrong_in_any_way(tmp_path, kind, rows, facts, bad):
+    machine = {"kind": "machine", "device": "H100", "versions": {}, "commit": "a", "sources": "b", "smoke": False}
+    journal = open_journal(tmp_path, machine)
+    journal.add(Measured(GpuCell(kind, "nano", 2), rows, facts).to_dict())
+    assert runpy.run_path(str(SCRIPT))["any_wrong"](journal) == bad
 
 
 SOME = (GpuCell("experts", "nano", 2), GpuCell("experts", "nano", 3))

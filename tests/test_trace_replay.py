@@ -446,7 +446,8 @@ def test_a_record_of_ids_alone_and_one_read_from_a_file_are_enough(tmp_path):
             assert torch.equal(model(input_ids=ids).logits, expected)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("family", ["deepseek_v3", "mixtral"])
 def test_on_a_gpu_an_unchanged_model_gives_the_recorded_logits_too(family):
     model, ids = tiny(family).cuda(), token_ids().cuda()

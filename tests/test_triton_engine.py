@@ -13,6 +13,7 @@ from moesaic.engine import op, select
 from moesaic.engine import triton as room
 from moesaic.engine.op import Gradients, run_experts
 from moesaic.engine.reference import reference
+from moesaic.engine.spec import ExpertSpec
 from moesaic.engine.triton import experts as engine
 from moesaic.engine.triton.blocks import INTERPRETED
 from moesaic.engine.triton.experts import backward, forward
@@ -169,8 +170,25 @@ def test_the_invariant_mode_takes_the_same_tiles_for_every_number_of_tokens(monk
 
     matrices = ExpertWeights(torch.empty(128, 2, 1, dtype=torch.bfloat16), torch.empty(128, 1, 1))
     sizes = (8, 1024, 262144)
-    assert len({engine._tiles(n, OnGpu(), matrices, batch_invariant=True) for n in sizes}) == 1
-    assert len({engine._tiles(n, OnGpu(), matrices) for n in sizes}) > 1, "or the test could not fail"
+    assert len({engine._tiles(n, OnGpu(), matrices, ExpertSpec(), batch_invariant=True) for n in sizes}) == 1
+    assert len({engine._tiles(n, OnGpu(), matrices, ExpertSpec()) for n in sizes}) > 1, "or the test could not fail"
+
+
+@pytest.mark.parametrize(("capability", "widest"), [((9, 0), 256), ((10, 0), 128), ((10, 3), 128), ((12, 0), 256)])
+def test_no_matmul_is_wider_than_was_looked_at(monkeypatch, capability, widest):
+    monkeypatch.setattr(engine, "capability_of", lambda _device: capability)
+
+    class OnGpu:
+        is_cuda, dtype, device = True, torch.bfloat16, None
+
+    matrices = ExpertWeights(torch.empty(32, 2, 1, dtype=torch.bfloat16), torch.empty(32, 1, 1))
+    for interleaved in (False, True):
+        across = []
+        for n in (4, 512, 2048, 4096, 65536):
+            tiles = engine._tiles(n, OnGpu(), matrices, ExpertSpec(interleaved=interleaved))
+            across += [blocks.columns for blocks in tiles] + [tiles.up.columns * (2 if interleaved else 1)]
+        assert max(across) <= widest
+        assert max(across) >= 128, "narrower than it need be"
 
 
 def test_in_the_invariant_mode_h_is_computed_again_with_the_bits_it_had(monkeypatch):

@@ -294,6 +294,21 @@ def test_zero_tokens_route_to_nothing():
 
 
 @pytest.mark.parametrize("rule", ["V3", "softmax", "softmax after"])
+def test_an_id_to_replay_beyond_32_bits_is_nobody_s(rule):
+    """In 32 bits it would be the expert 1, 0 or 3."""
+    config = v3(8, 1, 1, 4, **RULES[rule])
+    logits, _ = draw(config, 2)
+    replay = torch.tensor([[3, 2**32 + 1, 5, 0], [-(2**32), 2, 2**35 + 3, 7]], device=DEVICE)
+    there = torch.where((replay >= 0) & (replay < 8), replay, 8)
+    routing, expected = route(logits, None, config, replay=replay), rules.route(logits, None, config, replay=there)
+    assert torch.equal(routing.expert_ids, replay)
+    assert_same(routing._replace(expert_ids=there), expected)
+    grad = torch.randn(2, 4, device=DEVICE)
+    ours = backward(grad, logits, replay, RouteSpec.of(config))
+    torch.testing.assert_close(ours.double(), expected_gradient(grad, logits, there, config), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("rule", ["V3", "softmax", "softmax after"])
 def test_a_replay_may_be_of_32_bits_and_name_an_expert_twice(rule):
     config = v3(16, 4, 2, 4, **RULES[rule])
     logits, _ = draw(config, 2)

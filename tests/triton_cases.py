@@ -82,6 +82,10 @@ def problem(
     return Problem(torch.randn(t, d, device=DEVICE), ids, weights, experts, spec, torch.randn(t, o, device=DEVICE))
 
 
+def rows_like(p: Problem, width: int) -> Tensor:
+    return torch.randn(p.expert_ids.numel(), width, device=DEVICE)
+
+
 def choose(routing: str, t: int, e: int, k: int) -> Tensor:
     if routing == "one-expert":
         ids = torch.full((t, k), e)

@@ -156,7 +156,7 @@ class Work:
         """What the op gives: up both outputs, matmul the way forth and the way back, outer both matrices."""
         from moesaic.engine.triton.d_hidden import d_hidden
         from moesaic.engine.triton.matmul import matmul
-        from moesaic.engine.triton.outer import outer
+        from moesaic.engine.triton.outer import d_matrix
         from moesaic.engine.triton.up import up
 
         p = self._problem
@@ -171,15 +171,12 @@ class Work:
         if op == "d_hidden":
             found = d_hidden(grad, self._hidden, weights, rows, p.experts, spec, blocks, wanted=(True, True, True))
             return [found.d_hidden, found.scaled, found.partials.sum(0)]
-        found = []
-        for weight, out, from_, gathered in (
-            (p.experts.down, grad, self._activated, grad),
-            (p.experts.up, self._hidden, p.tokens, p.tokens),
-        ):
-            left, right = (from_, out) if spec.transposed else (out, from_)  # as the engine's backward does
-            gather = "left" if left is gathered else "right"
-            found.append(outer(left, right, torch.empty_like(weight), rows, blocks, gather=gather))
-        return found
+        d_down, d_up = (torch.empty_like(weight) for weight in (p.experts.down, p.experts.up))
+        how = {"layout": rows, "blocks": blocks, "transposed": spec.transposed}
+        return [
+            d_matrix(grad, self._activated, d_down, by_token="out_grad", **how),
+            d_matrix(self._hidden, p.tokens, d_up, by_token="rows", **how),
+        ]
 
     def error(self, op: str, blocks: Blocks) -> float:
         """|found - expected| / |expected| of its worst output, expected by the table's own tiles; NaN where one is."""

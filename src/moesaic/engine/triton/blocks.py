@@ -102,6 +102,7 @@ SHARED_MEMORY = {(8, 0): 166912, (8, 7): 166912, (9, 0): 232448, (10, 0): 232448
 LEAST_SHARED_MEMORY = 101376  # every other GPU since Ampere
 WARPGROUPS = (9, 10)  # the major capabilities whose matmuls take 64 rows and more from shared memory
 MATRICES = {"up": 2}  # tiles of weights at a time; 1 unless named
+WIDEST = {10: 128}  # columns of a matmul: 256 were wrong on sm_100 with some Tritons (marin#7484), nobody looked here
 
 
 def tiles_for(
@@ -168,8 +169,7 @@ def fitted(op: str, blocks: Blocks, itemsizes: tuple[int, int], capability: tupl
     waits in registers; two less in `outer`, whose row numbers have to be there before the rows.
     """
     memory = SHARED_MEMORY.get(capability, LEAST_SHARED_MEMORY)
-    if capability[0] == 10:  # 256 columns were wrong on sm_100 with some Tritons (marin#7484), and nobody looked here
-        blocks = blocks._replace(columns=min(blocks.columns, 128))
+    blocks = blocks._replace(columns=min(blocks.columns, WIDEST.get(capability[0], blocks.columns)))
     outside = 2 if op == "outer" else 0 if capability[0] in WARPGROUPS and blocks.rows >= 64 else 1
     of_rows, of_weights = (itemsizes[0], itemsizes[0]) if op == "outer" else itemsizes
     while True:
@@ -178,6 +178,12 @@ def fitted(op: str, blocks: Blocks, itemsizes: tuple[int, int], capability: tupl
         if stages >= 3 or blocks.depth <= 32:
             return blocks._replace(stages=max(stages, 1))
         blocks = blocks._replace(depth=blocks.depth // 2)
+
+
+def interleaved(tiles: Tiles, capability: tuple[int, int]) -> Tiles:
+    """`tiles` for experts whose gate and up alternate: both are one matmul, of twice the columns, in `up`."""
+    columns = min(tiles.up.columns, WIDEST.get(capability[0], 2 * tiles.up.columns) // 2)
+    return tiles._replace(up=tiles.up._replace(columns=columns))
 
 
 @cache

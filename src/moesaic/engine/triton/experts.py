@@ -12,14 +12,14 @@ from torch import Tensor
 from moesaic.engine.op import Gradients, Keep
 from moesaic.engine.plan import Plan, no_plan
 from moesaic.engine.spec import ExpertSpec
-from moesaic.engine.triton.blocks import INTERPRETED, INVARIANT_ROWS, Tiles, capability_of, tiles_for
+from moesaic.engine.triton.blocks import INTERPRETED, INVARIANT_ROWS, Tiles, capability_of, interleaved, tiles_for
 from moesaic.engine.triton.combine import combine
 from moesaic.engine.triton.d_hidden import d_hidden
 from moesaic.engine.triton.d_weights import d_weights
 from moesaic.engine.triton.few import down_and_combine
 from moesaic.engine.triton.layout import Layout, layout, unsorted
 from moesaic.engine.triton.matmul import matmul
-from moesaic.engine.triton.outer import outer
+from moesaic.engine.triton.outer import d_matrix
 from moesaic.engine.triton.plan import group_by_expert
 from moesaic.engine.triton.sum_rows import sum_rows
 from moesaic.engine.triton.up import up
@@ -51,7 +51,7 @@ def forward(
     tokens, weights = tokens.contiguous(), weights.contiguous()
     if n == 0 or n_experts == 0:
         return _nothing(tokens, n, experts, spec, keep)
-    tiles = _tiles(n, tokens, experts, batch_invariant=batch_invariant)
+    tiles = _tiles(n, tokens, experts, spec, batch_invariant=batch_invariant)
     down = experts.down if spec.transposed else experts.down.mT  # [E, I, O]
     if keep == "nothing" and n * EXPERTS_PER_ASSIGNMENT <= n_experts and not batch_invariant:
         rows = unsorted(expert_ids)
@@ -90,7 +90,7 @@ def backward(
     if n == 0 or n_experts == 0:
         return _no_gradients(tokens, weights, experts, wanted, up_into, down_into)
     grad_out, tokens, weights = grad_out.contiguous(), tokens.contiguous(), weights.contiguous()
-    tiles = _tiles(n, tokens, experts, batch_invariant=batch_invariant)
+    tiles = _tiles(n, tokens, experts, spec, batch_invariant=batch_invariant)
     rows = layout(Plan(assignments, counts), k, tiles.up.rows)
     if not hidden.numel():
         hidden = up(tokens, k, rows, experts, spec, tiles.up, keep_hidden=True, keep_activated=False).hidden
@@ -98,25 +98,23 @@ def backward(
     inner = d_hidden(grad_out, hidden, weights, rows, experts, spec, tiles.d_hidden, wanted=parts)
     del hidden  # memory for what follows, if nobody else holds it
 
-    def d_matrix(weight: Tensor, into: Tensor | None, out: Tensor, from_: Tensor, by_token: Tensor) -> Tensor | None:
-        """The gradient of a matrix that took rows `from_` to rows whose gradient is `out`."""
-        left, right = (from_, out) if spec.transposed else (out, from_)
+    def gradient(weight: Tensor, into: Tensor | None, out_grad: Tensor, of: Tensor, by_token: str) -> Tensor | None:
         grad = torch.empty_like(weight) if into is None else into
-        gather = "left" if left is by_token else "right"
-        outer(left, right, grad, rows, tiles.outer, gather=gather, accumulate=into is not None)
+        how = {"by_token": by_token, "transposed": spec.transposed, "accumulate": into is not None}
+        d_matrix(out_grad, of, grad, rows, tiles.outer, **how)
         return grad if into is None else None
 
     d_tokens = d_scales = d_up = d_down = d_up_bias = d_down_bias = None
     if wanted.weights:
         d_scales = d_weights(inner.partials, rows, weights)
     if wanted.down:
-        d_down = d_matrix(experts.down, down_into, grad_out, inner.scaled, by_token=grad_out)
+        d_down = gradient(experts.down, down_into, grad_out, inner.scaled, by_token="out_grad")
     if wanted.down_bias and experts.down_bias is not None:
         d_down_bias = sum_rows(grad_out, weights, rows, experts.down_bias)
     d_projected = inner.d_hidden
     del inner  # memory for what follows
     if wanted.up:
-        d_up = d_matrix(experts.up, up_into, d_projected, tokens, by_token=tokens)
+        d_up = gradient(experts.up, up_into, d_projected, tokens, by_token="rows")
     if wanted.up_bias and experts.up_bias is not None:
         d_up_bias = sum_rows(d_projected, None, rows, experts.up_bias)
     if wanted.tokens:
@@ -142,11 +140,15 @@ def _d_tokens(
     return out
 
 
-def _tiles(n_assignments: int, tokens: Tensor, experts: ExpertWeights, *, batch_invariant: bool = False) -> Tiles:
+def _tiles(
+    n_assignments: int, tokens: Tensor, experts: ExpertWeights, spec: ExpertSpec, *, batch_invariant: bool = False
+) -> Tiles:
     if not tokens.is_cuda:
         return INTERPRETED
     rows_per_expert = INVARIANT_ROWS if batch_invariant else -(-n_assignments // len(experts.up))
-    return tiles_for(rows_per_expert, tokens.dtype, capability_of(tokens.device), experts.up.dtype)
+    capability = capability_of(tokens.device)
+    tiles = tiles_for(rows_per_expert, tokens.dtype, capability, experts.up.dtype)
+    return interleaved(tiles, capability) if spec.interleaved else tiles
 
 
 def _nothing(

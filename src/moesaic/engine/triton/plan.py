@@ -71,7 +71,7 @@ def _count(ids, by_block, n, num_experts, blocks, BLOCK: tl.constexpr, BINS: tl.
     block = tl.program_id(0)
     found = _load_ids(ids, block * BLOCK + tl.arange(0, BLOCK), n, num_experts)
     bins = tl.arange(0, BINS)
-    tl.store(by_block + bins * blocks + block, tl.histogram(found, BINS), mask=bins <= num_experts)
+    tl.store(by_block + bins.to(tl.int64) * blocks + block, tl.histogram(found, BINS), mask=bins <= num_experts)
 
 
 @triton.jit(do_not_specialize=["n", "blocks"])
@@ -85,12 +85,12 @@ def _scatter(
     others = _load_ids(ids, block * BLOCK + tl.arange(0, BLOCK), n, num_experts)
     earlier = (found[:, None] == others[None, :]) & (here[:, None] > here[None, :])
     rank = tl.sum(earlier.to(tl.int32), axis=1)
-    cell = found * blocks + block
+    cell = found.to(tl.int64) * blocks + block
     inside = assignment < n
     first = tl.load(ends + cell, mask=inside, other=0) - tl.load(by_block + cell, mask=inside, other=0)
     tl.store(assignments + first + rank, assignment.to(tl.int64), mask=inside)
     if block == 0:
-        experts = tl.arange(0, EXPERTS)
+        experts = tl.arange(0, EXPERTS).to(tl.int64)
         known = experts < num_experts
         last = tl.load(ends + experts * blocks + blocks - 1, mask=known, other=0)
         before = tl.load(ends + experts * blocks - 1, mask=known & (experts > 0), other=0)

@@ -14,7 +14,7 @@ from torch import Tensor
 from moesaic.config import MoEConfig
 from moesaic.engine.route_op import RouteSpec
 from moesaic.engine.triton.route_backward import backward
-from moesaic.engine.triton.weigh import score_of, softmax_terms, warps, weigh, weighing
+from moesaic.engine.triton.weigh import nobody_beyond, score_of, softmax_terms, warps, weigh, weighing
 from moesaic.types import Routing
 
 __all__ = ["backward", "forward", "route"]
@@ -114,13 +114,15 @@ def _route(
             inside = _best_groups(key, group, member, GROUPS, KEPT, COUNTED)
             key = tl.where(inside[:, None] | ~real, key, 0 if ZERO_MASK else TAKEN)
         chosen = _best(key, expert, slot, EXPERTS, K)
+        asked = chosen.to(tl.int64)
     else:
-        chosen = tl.load(replay + token * K + slot, mask=slot < K, other=EXPERTS).to(tl.int32)
-    present = (chosen >= 0) & (chosen < EXPERTS)
+        asked = tl.load(replay + token * K + slot, mask=slot < K, other=EXPERTS).to(tl.int64)
+        chosen = nobody_beyond(asked, EXPERTS)
+    present = chosen < EXPERTS
     _x, score, divisor = weigh(row, column_stride, chosen, present, slot, highest, total, eps, K, SCORING, AFTER, NORM)
     place = token * K + slot
     tl.store(weights + place, tl.div_rn(score, divisor) * scale, mask=slot < K)
-    tl.store(expert_ids + place, chosen.to(tl.int64), mask=slot < K)
+    tl.store(expert_ids + place, asked, mask=slot < K)
 
 
 @triton.jit

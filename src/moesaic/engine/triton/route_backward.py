@@ -7,7 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from moesaic.engine.route_op import RouteSpec
-from moesaic.engine.triton.weigh import score_of, softmax_terms, warps, weigh, weighing
+from moesaic.engine.triton.weigh import nobody_beyond, score_of, softmax_terms, warps, weigh, weighing
 
 
 def backward(
@@ -56,14 +56,14 @@ def _route_backward(
     row = logits + token * row_stride
     slot = tl.arange(0, SLOTS)
     expert = tl.arange(0, PADDED_EXPERTS)
-    chosen = tl.load(expert_ids + token * K + slot, mask=slot < K, other=EXPERTS).to(tl.int32)
+    chosen = nobody_beyond(tl.load(expert_ids + token * K + slot, mask=slot < K, other=EXPERTS), EXPERTS)
     grad = tl.load(grad_weights + token * K + slot, mask=slot < K, other=0.0).to(tl.float32)
     everyone = tl.load(row + expert.to(tl.int64) * column_stride, mask=expert < EXPERTS, other=-float("inf"))
     everyone = everyone.to(tl.float32)
     highest, total = 0.0, 1.0
     if SCORING == "softmax" and not AFTER:
         highest, total = softmax_terms(everyone)
-    present = (chosen >= 0) & (chosen < EXPERTS)
+    present = chosen < EXPERTS
     x, score, divisor = weigh(row, column_stride, chosen, present, slot, highest, total, eps, K, SCORING, AFTER, NORM)
     grad = tl.where(present, grad * scale, 0.0)  # of the shares, then of the scores; what the absent get lands nowhere
     if NORM:

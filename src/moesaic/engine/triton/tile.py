@@ -43,11 +43,11 @@ def product(blocks: Blocks, dtype: torch.dtype, matrix: Tensor, width: int) -> d
 
 
 def compiled(
-    blocks: Blocks, dtype: torch.dtype, matrix: Tensor, even: bool, even_depth: bool = False, wrapped: bool = False
+    blocks: Blocks, dtype: torch.dtype, matrix: Tensor, whole: bool, even_depth: bool = False, wrapped: bool = False
 ) -> dict[str, Any]:
     """How a kernel over tiles of these blocks is compiled, for a `matrix` of every expert."""
     cut = (blocks.rows, blocks.columns, blocks.depth, blocks.group)
-    tile = Tile(*cut, precision(dtype), offsets(matrix), even, even_depth, wrapped)
+    tile = Tile(*cut, precision(dtype), offsets(matrix), whole, even_depth, wrapped)
     return {"TILE": tile, "num_warps": blocks.warps, "num_stages": blocks.stages}
 
 

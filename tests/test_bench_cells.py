@@ -10,6 +10,7 @@ import pytest
 import torch
 from bench_problems import CEILING, TIMED, problem_of
 
+from moesaic.bench import runner
 from moesaic.bench.contenders import PEERS, Contender, our_engine
 from moesaic.bench.gate import errors_of, is_right, truth_of
 from moesaic.bench.problem import make_experts
@@ -105,6 +106,8 @@ def test_a_cell_too_large_for_the_machine_says_so(monkeypatch):
     monkeypatch.setattr("moesaic.bench.runner.available_bytes", lambda: 8 << 30)
     assert does_not_fit(cell) == "needs about 12 GiB, 8 GiB are free"
     assert not does_not_fit(cell, held=6 << 30)
+    monkeypatch.setattr(runner, "l3_bytes", lambda: 3 << 30)
+    assert does_not_fit(replace(cell, cache="cold")) == "needs about 18 GiB, 8 GiB are free"
     assert not does_not_fit(replace(cell, mode="forward"))
 
 

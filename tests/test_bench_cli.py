@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from bench_problems import CEILING
 
+from moesaic.bench import memory
 from moesaic.bench.campaign import Campaign
 from moesaic.bench.machine import TUNING
 from moesaic.bench.runner import Result
@@ -119,6 +120,13 @@ def test_a_peer_from_a_file_is_measured_and_a_wrong_engine_ends_in_1(run):
     code, out, _ = run(*ONE_CELL, "--peers", "mine.py", "--rounds", "1")
     assert code == 1
     assert re.search(r"24 float32 forward balanced, \d+ threads?, bad +wrong", out)
+
+
+def test_an_engine_whose_process_dies_ends_in_1(run, monkeypatch):
+    monkeypatch.setattr(memory, "_in_a_process", lambda _: None)
+    code, out, _ = run("--shape", "tiny", "--tokens", "8", "--mode", "memory", "--dtype", "float32", "--peers", "none")
+    assert code == 1
+    assert "failed: its process died" in out
 
 
 def test_packed_weights_and_the_time_they_took_are_in_the_report(run):

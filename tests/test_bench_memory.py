@@ -61,7 +61,7 @@ def test_a_wrong_or_dead_contender_has_no_memory(monkeypatch):
     monkeypatch.setattr(memory, "_in_a_process", lambda request: found[request.contender])
     result = run_memory_cell(Cell("tiny", 8, "float32", "memory"), ["grouped"], ["eager"])
     assert [(row.name, row.note, row.extra_bytes) for row in result.rows] == [
-        ("transformers eager", "its process died: out of memory?", None),
+        ("transformers eager", "failed: its process died, perhaps out of memory", None),
         ("ours: grouped", "wrong", None),
     ]
 

@@ -14,7 +14,7 @@ from moesaic.bench.contenders import PEERS
 from moesaic.bench.machine import cache_bytes
 from moesaic.bench.matmuls import GRADS, OWN, WIDE, Matmuls, _grad_in_parts, bucket, fastest, forms_for
 from moesaic.bench.routing import DRAWS
-from moesaic.bench.runner import _before, _bound, _entrant, run_once
+from moesaic.bench.runner import _prepare, entrants_of, flush_bytes, run_once
 from moesaic.bench.shapes import SHAPES, Cell
 from moesaic.bench.timing import FEW, Entrant, interleave, plan_rounds, spread
 
@@ -74,7 +74,7 @@ def test_a_cold_run_comes_after_a_read_of_twice_the_cache_and_a_warm_one_after_i
     problem, read, calls = problem_of(cache=cache), [], []
     monkeypatch.setattr("moesaic.bench.runner.l3_bytes", lambda: 1000)
     monkeypatch.setattr(torch.Tensor, "sum", lambda x, *_: read.append(x.nbytes) or x)
-    _before(problem, lambda: calls.append("run"), [])()
+    _prepare(problem, lambda: calls.append("run"), [], torch.ones(flush_bytes(problem.cell) // 4))
     assert read == ([2000] if cache == "cold" else [])
     assert calls == (["run"] if cache == "warm" else [])
 
@@ -84,7 +84,7 @@ def test_nobody_starts_beside_the_gradients_of_another_unless_they_accumulate(mo
     problem = problem_of(mode=mode)
     eager, titan = (PEERS[name].build(problem) for name in ("eager", "torchtitan"))
     run_once(problem, titan)
-    for entrant in (_entrant(problem, "eager", {"eager": eager, "titan": titan}), _bound(problem, [eager, titan])):
+    for entrant in entrants_of(problem, {"eager": eager, "titan": titan}):
         entrant.prepare()
         assert (problem.experts.down.grad is not None) == kept
         assert problem.tokens.grad is None

@@ -8,9 +8,9 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from moesaic.bench.problem import Problem
+from moesaic.engine.gemm import onednn_linear
 
 SQUARE = 2048
 STREAM = 256 << 20  # bytes, or eight times the cache
@@ -58,7 +58,7 @@ def phases_of(problem: Problem) -> list[Phase]:
     ]
     if not problem.cell.trains:
         return phases
-    accumulates = problem.cell.mode == "fwd+bwd-accumulate"
+    accumulates = problem.cell.accumulates
     grad = {name: item * (2 * active if accumulates else n_experts) * size for name, size in sizes.items()}
     return [
         *phases,
@@ -116,11 +116,6 @@ def can_run(form: Callable[[], object]) -> bool:
     except (RuntimeError, AttributeError, NotImplementedError):
         return False
     return True
-
-
-def onednn_linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x @ weight.T by oneDNN, which torch's own linear leaves to MKL for float32."""
-    return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
 
 
 def l3_bytes() -> int:

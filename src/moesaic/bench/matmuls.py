@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moesaic.bench.ceiling import can_run, onednn_linear
+from moesaic.bench.ceiling import can_run
 from moesaic.bench.problem import Problem
+from moesaic.engine.gemm import onednn_linear
 from moesaic.engine.memory import new_gradient
 from moesaic.engine.op import below_autograd
 from moesaic.engine.outer import ALIASED, PADDING, outer_by_rows
@@ -179,7 +180,7 @@ class Matmuls:
         self.scratch = Scratch(
             torch.empty(most * widest, dtype=self.dtype), torch.empty(most * widest), torch.empty(largest)
         )
-        self.adds = problem.cell.mode == "fwd+bwd-accumulate"
+        self.adds = problem.cell.accumulates
         self.chosen: dict[tuple[str, int], str] = {}
         self._choose_all()
         self._forward = [self._multiply(name, e, n, backward=False) for e, n in self.loads for name in ("up", "down")]

@@ -17,7 +17,7 @@ import torch
 from moesaic.bench.contenders import Call, Contender, our_engines, peers_named
 from moesaic.bench.gate import errors_of, is_right, truth_of
 from moesaic.bench.problem import Problem, make_experts, make_problem
-from moesaic.bench.runner import EAGER, Result, Row, compare, failed, forget_gradients, run_once
+from moesaic.bench.runner import EAGER, FAILED, Result, Row, compare, failed, forget_gradients, run_once
 from moesaic.bench.shapes import Cell
 
 STATUS, CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
@@ -57,7 +57,7 @@ def run_memory_cell(cell: Cell, engines: Sequence[str], peers: Sequence[str]) ->
             row.note = failed(error)
             continue
         if found is None:
-            row.note = "its process died: out of memory?"
+            row.note = f"{FAILED} its process died, perhaps out of memory"
             continue
         extra, row.errors = found
         if not is_right(row.errors, None if contender.name == EAGER else eager, cell.dtype):

@@ -4,10 +4,12 @@ import math
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from itertools import chain
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 from moesaic.bench.ceiling import Ceiling, l3_bytes, least_seconds, phases_of, work_of
 from moesaic.bench.contenders import PEERS, Call, Contender
@@ -118,7 +120,12 @@ def needed_bytes(cell: Cell) -> int:
     weights = item * shape.num_parameters
     activations = 4 * cell.tokens * shape.k * (6 * shape.hidden_size + 8 * shape.width)
     copies = 5 if cell.trains else 1
-    return copies * weights + activations
+    return copies * weights + activations + flush_bytes(cell)
+
+
+def flush_bytes(cell: Cell) -> int:
+    """What is read before a run that is to find nothing in the cache: twice what that holds."""
+    return 2 * l3_bytes() if cell.cache == "cold" else 0
 
 
 def does_not_fit(cell: Cell, held: int = 0) -> str:
@@ -152,10 +159,9 @@ def run_cell(
     judged = _judge(problem, truths[case], contenders)
     rows = [row for row, _, _ in judged]
     calls = {row.name: call for row, call, _ in judged if call is not None}
-    entrants = [_entrant(problem, name, calls) for name in calls]
+    entrants = entrants_of(problem, calls)
     once = {row.name: seconds for row, call, seconds in judged if call is not None}
     rows.append(Row(GEMM_ONLY, "bound"))
-    entrants.append(_bound(problem, calls.values()))
     once[GEMM_ONLY] = _timed(entrants[-1].run)[1]
     not_peers = [row.name for row in rows if row.kind != "peer"]
     planned = dict.fromkeys(once, rounds) if exact else plan_rounds(once, rounds, never_few=not_peers)
@@ -207,7 +213,7 @@ def _try(problem: Problem, truth: Truth, call: Call) -> tuple[dict[str, float], 
     """Errors of a contender, and the seconds of its last run."""
     forget_gradients(problem, call, weights_too=True)
     out, seconds = _timed(lambda: run_once(problem, call))
-    accumulates = problem.cell.mode == "fwd+bwd-accumulate"
+    accumulates = problem.cell.accumulates
     if accumulates or seconds < QUICK:  # the first run of a quick one is mostly its start
         forget_gradients(problem, call, weights_too=not accumulates)
         out, seconds = _timed(lambda: run_once(problem, call))
@@ -223,7 +229,7 @@ def _timed(run: Callable[[], T]) -> tuple[T, float]:
     return result, time.perf_counter() - start
 
 
-def run_once(problem: Problem, call: Call) -> torch.Tensor:
+def run_once(problem: Problem, call: Call) -> Tensor:
     """The timed region: a forward, and a backward where the cell trains."""
     with torch.set_grad_enabled(problem.cell.mode != "forward"):
         out = call(problem.tokens, problem.expert_ids, problem.weights)
@@ -232,37 +238,28 @@ def run_once(problem: Problem, call: Call) -> torch.Tensor:
     return out
 
 
-def _entrant(problem: Problem, name: str, calls: Mapping[str, Call]) -> Entrant:
-    def run() -> torch.Tensor:
-        return run_once(problem, calls[name])
-
-    return Entrant(name, _before(problem, run, calls.values()), run)
-
-
-def _bound(problem: Problem, calls: Collection[Call]) -> Entrant:
-    run = Matmuls(problem)
-    return Entrant(GEMM_ONLY, _before(problem, run, calls), run)
+def entrants_of(problem: Problem, calls: Mapping[str, Call]) -> list[Entrant]:
+    """Who is timed: the `calls`, and last the matmuls alone."""
+    flush = torch.ones(flush_bytes(problem.cell) // 4)
+    runs: dict[str, Callable[[], object]] = {name: partial(run_once, problem, call) for name, call in calls.items()}
+    runs[GEMM_ONLY] = Matmuls(problem)
+    return [Entrant(name, partial(_prepare, problem, run, calls.values(), flush), run) for name, run in runs.items()]
 
 
-def _before(problem: Problem, run: Callable[[], object], calls: Collection[Call]) -> Callable[[], None]:
-    """What comes before the clock: the same call for a warm cache, a read of something else for a cold one.
+def _prepare(problem: Problem, run: Callable[[], object], calls: Collection[Call], flush: Tensor) -> None:
+    """What comes before the clock: the same call for a warm cache, a read of `flush` for a cold one.
 
     Nobody starts beside the gradients of another of the `calls`: fresh ones are given back first, so that all take the
     pages that were just freed. A virtual machine may have to get older ones from its host: dsv3-quarter T=512 took 2.3
     to 5.8 instead of 1.3 s.
     """
-    keeps, cache = problem.cell.mode == "fwd+bwd-accumulate", problem.cell.cache
-    other = torch.ones(l3_bytes() // 2 if cache == "cold" else 0)  # float32: twice the cache
-
-    def prepare() -> None:
-        forget_gradients(problem, *calls, weights_too=not keeps)
-        if cache == "warm":
-            run()
-            forget_gradients(problem, *calls, weights_too=not keeps)
-        elif cache == "cold":
-            other.sum()
-
-    return prepare
+    weights_too, cache = not problem.cell.accumulates, problem.cell.cache
+    forget_gradients(problem, *calls, weights_too=weights_too)
+    if cache == "warm":
+        run()
+        forget_gradients(problem, *calls, weights_too=weights_too)
+    elif cache == "cold":
+        flush.sum()
 
 
 def forget_gradients(problem: Problem, *calls: Call, weights_too: bool) -> None:

@@ -89,6 +89,11 @@ class Cell:
     def trains(self) -> bool:
         return self.mode in TRAINING
 
+    @property
+    def accumulates(self) -> bool:
+        """Whether gradients are added to those of the run before."""
+        return self.mode == "fwd+bwd-accumulate"
+
     @classmethod
     def of(cls, fields: dict) -> "Cell":
         return cls(**{field.name: fields[field.name] for field in dataclasses.fields(cls)})

@@ -22,7 +22,7 @@ def bench(
         str | None,
         typer.Option(
             help="Shapes, with commas: qwen3-30b, olmoe and dsv3-quarter unless given; dsv3-64-half, dsv3-ep4, "
-            "mixtral-half, mixtral, gpt-oss-20b."
+            "mixtral-half, mixtral, gpt-oss-20b, and twelve that SonicMoE is measured with, such as sonic-30b-n512."
         ),
     ] = None,
     tokens: Annotated[
@@ -43,7 +43,8 @@ def bench(
         str, typer.Option(help="Whom to compare with: names, none, or .py files that define PEERS.")
     ] = "eager,batched_mm,grouped_mm,torchtitan",
     rounds: Annotated[
-        int | None, typer.Option(min=1, help="Rounds of a cell; unless given 10, fewer where they take minutes.")
+        int | None,
+        typer.Option(min=1, help="Rounds of a cell; unless given 10, up to 50 of short ones, fewer of long ones."),
     ] = None,
     budget: Annotated[float | None, typer.Option(min=0, help="Minutes after which no cell is begun.")] = None,
     out: Annotated[

@@ -70,7 +70,7 @@ def check_device(clock: Clock) -> None:
 
 def _try(problem: Problem, truth: Truth, contender: Contender, row: Row, clock: Clock) -> tuple[Call, float]:
     """Build, run (the first time compiles), ours once more on poisoned memory, then compare."""
-    passes = 2 if problem.cell.mode == "fwd+bwd-accumulate" else 1
+    passes = 2 if problem.cell.accumulates else 1
 
     def run() -> Tensor:
         """The last of `passes` runs, gradients added up."""

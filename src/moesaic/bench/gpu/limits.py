@@ -58,7 +58,7 @@ def kernels_of(problem: Problem) -> list[tuple[str, Phase]]:
     x = item * problem.tokens.numel()
     h, a, y = (item * assignments * width for width in (ups // d, downs // d, d))
     keeps = problem.cell.mode != "forward"
-    grads = 2 * active if problem.cell.mode == "fwd+bwd-accumulate" else len(up)
+    grads = 2 * active if problem.cell.accumulates else len(up)
     up_flops, down_flops, sum_flops = (2.0 * assignments * n for n in (ups, downs, d))
     forward = [
         ("_up", Phase(up_flops, item * active * ups + x + a + (h if keeps else 0))),

@@ -80,7 +80,7 @@ def run_experts(cell: GpuCell, experts: ExpertWeights, bench: Bench) -> Measured
 
 
 def _entrant(problem: Problem, name: str, calls: Mapping[str, Call]) -> Entrant:
-    keeps = problem.cell.mode == "fwd+bwd-accumulate"
+    keeps = problem.cell.accumulates
 
     def run() -> Tensor:
         return run_once(problem, calls[name])

@@ -5,7 +5,7 @@ import math
 import pytest
 import test_engines
 import torch
-from test_cpu_engine import leaves_of, problem
+from cases import leaves_of, problem
 from test_engines import VARIANTS, E, K, weights_like
 from torch import nn
 

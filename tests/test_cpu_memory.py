@@ -1,16 +1,22 @@
 """The CPU engine's memory: who takes the pages of a new gradient, and when."""
 
+import io
 import mmap
 import os
 import threading
 from contextlib import suppress
+from copy import deepcopy
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
+from cases import problem
+from torch import nn
 
 from moesaic.engine import memory, outer
+from moesaic.engine.cpu import cpu
+from moesaic.engine.spec import ExpertSpec
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="Linux alone tells who takes page faults")
 
@@ -94,6 +100,54 @@ def test_the_pages_of_large_gradients_are_asked_for(monkeypatch, dtype, permuted
         gradient = memory.new_gradient(weight)
         assert (gradient.shape, gradient.stride(), gradient.dtype) == (weight.shape, weight.stride(), dtype)
         assert bool(given) == large
+
+
+@pytest.mark.parametrize("large", [False, True])
+@pytest.mark.parametrize("permuted", [False, True])
+def test_experts_without_rows_have_zeros_in_a_new_gradient(monkeypatch, large, permuted):
+    monkeypatch.setattr(memory, "LARGE", 0 if large else 1 << 30)
+    for _ in range(3):
+        torch.full((6, 32, 64), torch.nan)  # what is freed here comes again
+        weight = torch.empty(6, 64, 32).mT if permuted else torch.empty(6, 32, 64)
+        gradient = memory.new_gradient(weight, [1, 4])
+        assert not gradient[[1, 4]].count_nonzero()
+        gradient.fill_(torch.nan)
+
+
+def test_a_large_gradient_behaves_as_any_other(monkeypatch):
+    """An optimiser, a norm, a copy, a file, another process; and its memory is given back."""
+    monkeypatch.setattr(memory, "LARGE", 1 << 16)
+    x, ids, weights, experts = problem(5, 256, 64)
+    ids = ids.clamp(max=3)
+    cpu(x, ids, weights, experts, ExpertSpec()).square().sum().backward()
+    pages = [w.grad for w in experts[:2]]
+    assert not any(grad.untyped_storage().resizable() for grad in pages), "pages of the system's own"
+    small = [nn.Parameter(w.detach().clone()) for w in experts[:2]]
+    for parameter, grad in zip(small, pages, strict=True):
+        parameter.grad = grad.clone()
+        assert torch.equal(deepcopy(grad), grad)
+        assert not grad[4:].any()
+    torch.save(pages, file := io.BytesIO())
+    file.seek(0)
+    assert all(map(torch.equal, torch.load(file), pages))
+    for parameters in (experts[:2], small):
+        torch.nn.utils.clip_grad_norm_(parameters, 1e-3)
+        torch.optim.AdamW(parameters).step()
+    assert all(map(torch.equal, experts[:2], small))
+    pages[0].share_memory_()
+    assert torch.equal(pages[0], small[0].grad)
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")
+def test_a_large_gradient_is_not_shared_with_a_process_that_is_forked(monkeypatch):
+    monkeypatch.setattr(memory, "LARGE", 0)
+    gradient = memory.new_gradient(torch.empty(2, 64, 64))
+    child = os.fork()
+    if child == 0:
+        gradient.numpy()[:] = 1
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert not gradient.any()
 
 
 def test_every_whole_page_is_asked_for_once_and_none_of_anybody_else(with_threads, asked):

@@ -4,7 +4,7 @@ import os
 
 import pytest
 import torch
-from test_cpu_engine import problem
+from cases import problem
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
@@ -56,6 +56,19 @@ def test_the_layer_compiles_whole_forward_and_backward(dtype, options):
         torch.testing.assert_close(ours, eager, rtol=tolerance, atol=tolerance * float(eager.abs().max()))
     with torch.no_grad():
         torch.testing.assert_close(compiled(x), out, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.compile
+def test_a_graph_returns_the_gradients_of_weights_and_autograd_adds_them(monkeypatch):
+    module, x = layer(), torch.randn(9, 32)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    _, once = gradients(module, compiled, x)
+    monkeypatch.setitem(op.ACCUMULATING, "cpu", lambda *_: pytest.fail("a graph's backward added in place"))
+    _, twice = gradients(module, compiled, x, steps=2)
+    for two, one in zip(twice, once, strict=True):
+        torch.testing.assert_close(two, 2 * one)
+    with pytest.raises(pytest.fail.Exception, match="added in place"):
+        gradients(module, module, x, steps=2)
 
 
 @pytest.mark.compile

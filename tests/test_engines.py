@@ -183,6 +183,54 @@ def test_strided_inputs_compute_as_their_copies(name):
 
 
 @pytest.mark.parametrize("name", HERE)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_strided_inputs_have_the_gradients_of_their_copies(name, dtype):
+    experts, ids = weights_like(dtype), ids_of("sentinels", 8)
+    upstream = torch.randn(2 * OUT, 8).to(dtype)[::2].T
+
+    def gradients(x, weights):
+        x, weights = x.requires_grad_(), weights.requires_grad_()
+        out = HERE[name](x, ids, weights, experts, ExpertSpec())
+        return torch.autograd.grad(out, [x, weights, experts.up, experts.down], upstream)
+
+    x, weights = torch.randn(D, 8).to(dtype).T, torch.rand(K, 8).to(dtype).T
+    for strided, copied in zip(gradients(x, weights), gradients(x.contiguous(), weights.contiguous()), strict=True):
+        assert torch.equal(strided, copied)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("tokens", [0, 5])
+def test_where_nobody_is_chosen_every_gradient_is_zero(dtype, tokens):
+    """In the engine with a backward of its own; the others' results then depend on nothing."""
+    experts = weights_like(dtype, bias=True)
+    x, weights = torch.randn(tokens, D).to(dtype).requires_grad_(), torch.rand(tokens, K).to(dtype).requires_grad_()
+    out = HERE["cpu"](x, ids_of("nobody", tokens), weights, experts, ExpertSpec())
+    leaves = [x, weights, *experts]
+    for grad, leaf in zip(torch.autograd.grad(out, leaves, torch.ones_like(out)), leaves, strict=True):
+        assert (grad.shape, grad.dtype, int(grad.count_nonzero())) == (leaf.shape, dtype, 0)
+
+
+@pytest.mark.parametrize("name", HERE)
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda given: given.update(ids=given["ids"] * 0 - 1),
+            f"expert_ids reach from -1 to -1: there are {E}",
+        ),
+        (lambda given: given.update(ids=given["ids"] * 0 + E + 1), f"expert_ids reach from {E + 1} to {E + 1}"),
+        (lambda given: given.update(x=given["x"][:, 1:]), rf"tokens have width {D - 1}, up .* takes {D}"),
+        (lambda given: given.update(ids=given["ids"].float()), "expert_ids are torch.float32: give int64"),
+    ],
+)
+def test_every_engine_names_what_does_not_fit(name, change, message):
+    given = {"x": torch.randn(3, D), "ids": ids_of("an empty expert", 3), "weights": torch.rand(3, K)}
+    change(given)
+    with pytest.raises(ValueError, match=message):
+        HERE[name](*given.values(), weights_like(torch.float32), ExpertSpec())
+
+
+@pytest.mark.parametrize("name", HERE)
 def test_int32_ids_compute_as_int64(name):
     experts, ids = weights_like(torch.float64), ids_of("sentinels", 8)
     x, weights = torch.randn(8, D, dtype=torch.float64), torch.rand(8, K, dtype=torch.float64)

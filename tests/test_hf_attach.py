@@ -221,6 +221,15 @@ def test_where_transformers_refuses_to_switch_nothing_is_changed(monkeypatch):
     assert model.config._experts_implementation == "eager"
 
 
+def test_where_an_added_bias_cannot_be_read_nothing_is_switched(tmp_path):
+    model = eager(loud("qwen3_moe"))
+    model.config.moesaic_added_bias, model.config._name_or_path = True, str(tmp_path)
+    with pytest.raises(ValueError, match="no checkpoint with e_score_correction_bias"):
+        ms.attach(model)
+    assert not any("_moesaic" in vars(experts) for experts in experts_of(model))
+    assert model.config._experts_implementation == "eager"
+
+
 def test_by_name_alone_a_refusal_comes_with_the_first_forward():
     model = loud("qwen3_moe")
     model.set_experts_implementation("moesaic")

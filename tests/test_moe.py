@@ -123,6 +123,9 @@ def test_layer_loads_the_per_expert_spelling_and_stays_strict():
         DeepseekV3MoE(ours.config).load_state_dict(missing)
     with pytest.raises(RuntimeError, match=r"Unexpected key.*experts\.0\.down_proj"):
         DeepseekV3MoE(ours.config).load_state_dict(apart | theirs.state_dict())
+    both = apart | {"experts.down_proj": torch.zeros_like(ours.experts.down_proj)}
+    with pytest.raises(RuntimeError, match=r"(?s)Missing key.*gate_up_proj.*Unexpected key.*experts\.0\.down_proj"):
+        DeepseekV3MoE(ours.config).load_state_dict(both)
     with pytest.raises(RuntimeError, match=r"Unexpected key.*experts\.99\.up_proj\.weight"):
         DeepseekV3MoE(ours.config).load_state_dict(apart | {"experts.99.up_proj.weight": torch.zeros(24, 32)})
 

@@ -1,9 +1,28 @@
-"""Where a backward may add to gradients that exist, instead of handing autograd new ones to add."""
+"""What autograd is going to do with the gradients of a backward: whether it collects them at all, and where they may be
+added to ones that exist, instead of handing it new ones to add."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+
+def collected(ctx: Any, given: Sequence[Tensor | None]) -> list[bool]:
+    """For each tensor that an operator was given whether this very backward collects its gradient.
+
+    Forward knows what may be asked for, `ctx.needs_input_grad`; `backward(inputs=...)` and `torch.autograd.grad` then
+    ask for less, as for the tokens alone, and the gradients of weights are most of a backward's time and memory.
+    """
+    edges = iter(ctx.next_functions)  # one for each that is a tensor
+    return [tensor is not None and _will_run(next(edges)[0]) for tensor in given]
+
+
+def _will_run(node: Any) -> bool:
+    try:
+        return node is not None and torch._C._will_engine_execute_node(node)
+    except RuntimeError:  # a leaf that `torch.autograd.grad` asks for, or nobody to say so
+        return True
 
 
 def accumulation_targets(ctx: Any, grad_out: Tensor, *weights: Tensor) -> tuple[Tensor | None, ...]:

@@ -41,8 +41,16 @@ def check_dtypes(tokens: Tensor, experts: ExpertWeights) -> None:
             raise ValueError(f"tokens are {tokens.dtype}, {name} is {tensor.dtype}: cast one, or use torch.autocast")
 
 
-def check_ids(lowest: int, highest: int, n_experts: int) -> None:
-    """Raise ValueError for ids that name no expert; E itself means "no expert" and is lawful."""
+def check_ids(expert_ids: Tensor, n_experts: int) -> None:
+    """Raise ValueError for ids that name no expert; E itself means "no expert" and is lawful. Reads them, so on a GPU
+    it waits."""
+    if expert_ids.numel():
+        lowest, highest = torch.aminmax(expert_ids)
+        check_range(int(lowest), int(highest), n_experts)
+
+
+def check_range(lowest: int, highest: int, n_experts: int) -> None:
+    """`check_ids`, of the lowest and the highest."""
     if lowest < 0 or highest > n_experts:
         raise ValueError(
             f"expert_ids reach from {lowest} to {highest}: there are {n_experts} experts, 0 to {n_experts - 1}, "

@@ -42,28 +42,26 @@ def forward(
     if len(tokens) == 1 and keep == "nothing" and not batch_invariant:
         out = one_token(tokens, expert_ids, weights, experts, spec)
         return out, tokens.new_empty(0), *no_plan(expert_ids, len(experts.up))
-    if expert_ids.numel():
-        lowest, highest = torch.aminmax(expert_ids)
-        check_ids(int(lowest), int(highest), len(experts.up))
+    check_ids(expert_ids, len(experts.up))
     plan = group_by_expert(expert_ids, len(experts.up))
     dtype, wide = matmul_dtype(tokens.dtype), torch.promote_types(tokens.dtype, torch.float32)
     up, down = spec.as_in_out(experts)
     out = torch.zeros(len(tokens), down.shape[2], dtype=wide)
     save_hidden = keep == "hidden"
+    straight = save_hidden and dtype == tokens.dtype and (dtype == wide or experts.up_bias is None)
     hidden = tokens.new_empty((len(plan.assignments), up.shape[2]) if save_hidden else 0)
     scales = weights.flatten()[plan.assignments].to(wide)[:, None]
     multiply = Multiply(tokens.dtype, batch_invariant=batch_invariant)
     cut = INVARIANT_ROWS if batch_invariant else PIECE_ROWS
     for batch in batches(plan.counts.tolist(), plan.assignments // expert_ids.shape[1], cut):
         x = tokens.index_select(0, batch.rows)
-        projected = hidden[batch.here] if save_hidden and dtype == tokens.dtype else None
-        projected = multiply(batch, x, up, "projected", projected)
+        projected = multiply(batch, x, up, "projected", hidden[batch.here] if straight else None).to(wide)
         _add_bias(projected, experts.up_bias, batch)
-        if save_hidden and dtype != tokens.dtype:
+        if save_hidden and not straight:
             hidden[batch.here] = projected
         scale = scales[batch.here]
         activate = _activate_by_row if batch_invariant else ExpertSpec.activate
-        activated = activate(spec, projected.to(wide)).mul_(scale)
+        activated = activate(spec, projected).mul_(scale)
         expert_out = _row_major(multiply(batch, activated, down, "expert out"), wide)
         _add_bias(expert_out, experts.down_bias, batch, scale)
         out.index_add_(0, batch.rows, expert_out)
@@ -107,7 +105,10 @@ def backward(
             projected = hidden[batch.here]
         else:
             projected = again(batch, x, up, "projected")
-            _add_bias(projected, experts.up_bias, batch)
+            if experts.up_bias is not None:
+                projected = projected.to(wide)
+                _add_bias(projected, experts.up_bias, batch)
+                projected = projected.to(dtype)  # rounded as it is where it is kept
         projected = _row_major(projected, wide)
         if beyond_down:
             d_activated = _row_major(multiply(batch, g, down.mT, "d_activated"), wide)
@@ -140,13 +141,15 @@ def _to_fill(
     up_into: Tensor | None,
     down_into: Tensor | None,
 ) -> Gradients:
-    """What the backward writes or adds to. Sums over several experts or rows are float32, or wider where tokens are."""
+    """What the backward writes or adds to. Sums over several experts or rows are float32, or wider where tokens are;
+    of a matrix the experts with rows will be written whole."""
     wide = torch.promote_types(tokens.dtype, torch.float32)
+    without = (counts == 0).nonzero().flatten().tolist()
     return Gradients(
         tokens=torch.zeros(tokens.shape, dtype=wide) if wanted.tokens else None,
         weights=torch.zeros(weights.numel(), dtype=wide) if wanted.weights else None,
-        up=up_into if up_into is not None else _gradient_like(experts.up, counts) if wanted.up else None,
-        down=down_into if down_into is not None else _gradient_like(experts.down, counts) if wanted.down else None,
+        up=up_into if up_into is not None else new_gradient(experts.up, without) if wanted.up else None,
+        down=down_into if down_into is not None else new_gradient(experts.down, without) if wanted.down else None,
         up_bias=_zeros_like(experts.up_bias, wide) if wanted.up_bias else None,
         down_bias=_zeros_like(experts.down_bias, wide) if wanted.down_bias else None,
     )
@@ -221,14 +224,6 @@ def _zeros_like(bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 
 def _narrowed(gradient: Tensor | None, of: Tensor | None) -> Tensor | None:
     return None if gradient is None or of is None else gradient.to(of.dtype)
-
-
-def _gradient_like(weight: Tensor, counts: Tensor) -> Tensor:
-    """Memory for a gradient. Experts without a token are zeroed here; the others will be written whole."""
-    gradient = new_gradient(weight)
-    for expert in (counts == 0).nonzero().flatten().tolist():
-        gradient[expert].zero_()
-    return gradient
 
 
 def cpu(

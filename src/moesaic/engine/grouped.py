@@ -4,6 +4,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from moesaic.engine.checks import check_ids, check_inputs
 from moesaic.engine.plan import group_by_expert
 from moesaic.engine.spec import ExpertSpec
 from moesaic.types import ExpertWeights
@@ -19,9 +20,13 @@ def grouped(
     """The same sum as the reference, expert by expert; no [T*K, D] tensor is made.
 
     Deterministic: a token meets an expert at most once, so no two rows of one `index_add` fall on the same row. The
-    sum runs in the wider of float32 and the tokens' dtype. Reads the counts on the host: one synchronisation a call.
+    sum runs in the wider of float32 and the tokens' dtype. Reads ids and counts on the host, so on a GPU it waits.
+
+    Raises ValueError for inputs that do not fit together and ids that name no expert.
     """
+    check_inputs(tokens, expert_ids, weights, experts, spec)
     n_experts, k = len(experts.up), expert_ids.shape[-1]
+    check_ids(expert_ids, n_experts)
     plan = group_by_expert(expert_ids, n_experts)
     # unbind, not indexing: the backward of weights[e] would fill a zero tensor as large as all experts, E times over
     up, down = experts.up.unbind(), experts.down.unbind()

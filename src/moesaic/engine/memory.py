@@ -4,7 +4,7 @@ import ctypes
 import mmap
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import cache
@@ -50,19 +50,26 @@ def keep_freed_memory() -> None:
     torch.empty(31 << 20, dtype=torch.uint8)
 
 
-def new_gradient(weight: Tensor) -> Tensor:
-    """Uninitialised memory for the gradient of all experts' `weight`; a large one has its pages already (`populate`).
+def new_gradient(weight: Tensor, without: Iterable[int] = ()) -> Tensor:
+    """Memory for the gradient of all experts' `weight`: zeros for those `without` rows, nothing yet for the others.
 
-    New pages are most of the time of small experts. Asked for in one go they cost two thirds of what they cost one by
-    one, at the first write, between matmuls (1.9 GB in 2 threads: 0.23 | 0.35 s, Intel Xeon). Seconds of whole steps
-    with it | without, float32, medians of 7 to 30 in turn: dsv3-quarter T=128, 512 0.88 | 0.99, 1.16 | 1.33; qwen3-30b
-    T=1, 16, 128, 512 0.48 | 0.50, 0.59 | 0.65, 0.81 | 0.88, 1.09 | 1.20; olmoe alike; in bfloat16 2 to 9 % less. Huge
-    pages (madvise) are handed out faster still where the system has them at hand, and in 2 to 3 s where it has to find
-    them, so that is left to the system.
+    Where it is large new pages are most of the time of small experts, so they are taken from the system directly, which
+    hands them out full of zeros, and in one go (`populate`): that takes two thirds of what they cost one by one, at the
+    first write, between matmuls (1.9 GB in 2 threads: 0.23 | 0.35 s, Intel Xeon). Seconds of whole steps with it |
+    without, float32, medians of 7 to 30 in turn: dsv3-quarter T=128, 512 0.88 | 0.99, 1.16 | 1.33; qwen3-30b T=1, 16,
+    128, 512 0.48 | 0.50, 0.59 | 0.65, 0.81 | 0.88, 1.09 | 1.20; olmoe alike; in bfloat16 2 to 9 % less. Huge pages
+    (madvise) are handed out faster still where the system has them at hand, and in 2 to 3 s where it has to find them,
+    so that is left to the system.
     """
-    gradient = torch.empty_like(weight)
-    if gradient.nbytes >= LARGE:
-        populate(gradient)
+    if weight.nbytes < LARGE or sys.platform != "linux":
+        gradient = torch.empty_like(weight)
+        for expert in without:
+            gradient[expert].zero_()
+        return gradient
+    pages = mmap.mmap(-1, weight.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # until the tensor is freed
+    layout = torch.empty_like(weight, device="meta")
+    gradient = torch.frombuffer(pages, dtype=weight.dtype).as_strided(layout.shape, layout.stride())
+    populate(gradient)
     return gradient
 
 

@@ -12,9 +12,10 @@ from typing import Any, Literal, NamedTuple, NoReturn
 import torch
 from torch import Tensor, nn
 
-from moesaic.engine.accumulation import accumulation_targets
-from moesaic.engine.checks import check_dtypes, check_ids, check_inputs
+from moesaic.engine.accumulation import accumulation_targets, collected
+from moesaic.engine.checks import check_dtypes, check_inputs
 from moesaic.engine.grouped import grouped
+from moesaic.engine.reference import reference
 from moesaic.engine.spec import ExpertSpec
 from moesaic.types import ExpertWeights
 
@@ -74,9 +75,8 @@ def run_experts(
     # rows are gathered, so a column-major x would be copied row by row; and inductor lays its gradient out as x
     tokens, weights = tokens.contiguous(), weights.contiguous()
     if _needs_plain_torch():
-        if expert_ids.numel() and device_type == "cpu":
-            check_ids(int(expert_ids.min()), int(expert_ids.max()), len(experts.up))
-        return grouped(tokens, expert_ids, weights, experts, spec).to(dtype)
+        plain = reference if batch_invariant else grouped
+        return plain(tokens, expert_ids, weights, experts, spec).to(dtype)
     differentiable = (tokens, weights, *experts)
     needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in differentiable)
     if not needs_grad and device_type in FORWARD and not _is_watched(tokens, expert_ids, weights, *experts):
@@ -126,9 +126,9 @@ def _needs_plain_torch() -> bool:
     return bool(levels) and levels[-1] != vmap
 
 
-def _fake_experts(tokens: Tensor, expert_ids: Tensor, weights: Tensor, up: Tensor, down: Tensor, *rest: Any) -> Any:
+def _fake_experts(tokens: Tensor, expert_ids: Tensor, weights: Tensor, *rest: Any) -> Any:
     del weights
-    _up_bias, _down_bias, *fields, keep, _batch_invariant = rest
+    up, down, _up_bias, _down_bias, *fields, keep, _batch_invariant = rest
     spec, experts = ExpertSpec(*fields), ExpertWeights(up, down)
     n_assignments = expert_ids.numel()
     return (
@@ -141,8 +141,8 @@ def _fake_experts(tokens: Tensor, expert_ids: Tensor, weights: Tensor, up: Tenso
 
 def _fake_backward(grad_out: Tensor, tokens: Tensor, weights: Tensor, *rest: Any) -> list[Tensor]:
     del grad_out
-    experts, wanted = rest[:4], rest[-1]
-    inputs = (tokens, weights, *experts)
+    up, down, up_bias, down_bias, *_, wanted = rest
+    inputs = (tokens, weights, up, down, up_bias, down_bias)
     keeps_layout = (False, False, True, True, False, False)
     return [
         tokens.new_empty(0) if not want else torch.empty_like(t) if keeps else t.new_empty(t.shape)
@@ -168,12 +168,11 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
 
 def _backward(ctx: Any, grad_out: Tensor | None, *_: Any) -> tuple:
     tokens, expert_ids, weights, up, down, up_bias, down_bias, hidden, assignments, counts = ctx.saved_tensors
-    needs = ctx.needs_input_grad
-    rest = (None,) * (len(needs) - 7)
     if grad_out is None:
-        return (None,) * len(needs)
+        return (None,) * len(ctx.needs_input_grad)
     inputs = (tokens, weights, up, down, up_bias, down_bias)
-    wanted = [needs[0], *needs[2:7]]
+    of_tokens, _of_ids, *others = collected(ctx, (tokens, expert_ids, *inputs[1:]))
+    wanted = [of_tokens, *others]
     if torch.is_grad_enabled():  # create_graph: the gradients are to have gradients, so plain torch operations
         grads = _differentiable_backward(grad_out, expert_ids, inputs, wanted, ctx.spec)
     else:
@@ -185,10 +184,10 @@ def _backward(ctx: Any, grad_out: Tensor | None, *_: Any) -> tuple:
         else:
             torch.autograd.graph.increment_version([target for target in into if target is not None])
             with _ADDING:
-                returned = ACCUMULATING[grad_out.device.type](*args, *rules, wanted, *into)
+                returned = ACCUMULATING[grad_out.device.type](*args, *rules, wanted, into)
             wanted = [w and target is None for w, target in zip(wanted, (None, None, *into, None, None), strict=True)]
         grads = [g if want else None for g, want in zip(returned, wanted, strict=True)]
-    return (grads[0], None, *grads[1:], *rest)
+    return (grads[0], None, *grads[1:], *[None] * (len(ctx.needs_input_grad) - 7))
 
 
 def _differentiable_backward(
@@ -226,18 +225,19 @@ def kernels(forward: Callable[..., Any], backward: Callable[..., Gradients]) -> 
     forward, backward = below_autograd(forward), below_autograd(backward)
 
     def experts(tokens: Tensor, expert_ids: Tensor, weights: Tensor, *rest: Any) -> Any:
-        matrices, fields, (keep, batch_invariant) = ExpertWeights(*rest[:4]), rest[4:-2], rest[-2:]
-        spec = ExpertSpec(*fields)
+        up, down, up_bias, down_bias, *fields, keep, batch_invariant = rest
+        matrices, spec = ExpertWeights(up, down, up_bias, down_bias), ExpertSpec(*fields)
         return forward(tokens, expert_ids, weights, matrices, spec, keep=keep, batch_invariant=batch_invariant)
 
     def accumulating(grad_out: Tensor, tokens: Tensor, weights: Tensor, *rest: Any) -> Gradients:
-        matrices, saved, spec = ExpertWeights(*rest[:4]), rest[4:7], ExpertSpec(*rest[7:14])
-        batch_invariant, wanted, *into = rest[14:]
-        args = (grad_out, tokens, weights, matrices, *saved, spec, Gradients(*wanted), *into)
+        up, down, up_bias, down_bias, hidden, assignments, counts, *fields, batch_invariant, wanted, into = rest
+        matrices, spec = ExpertWeights(up, down, up_bias, down_bias), ExpertSpec(*fields)
+        args = (grad_out, tokens, weights, matrices, hidden, assignments, counts, spec, Gradients(*wanted), *into)
         return backward(*args, batch_invariant=batch_invariant)
 
-    def experts_backward(*args: Any) -> list[Tensor]:
-        return [args[1].new_empty(0) if grad is None else grad for grad in accumulating(*args)]
+    def experts_backward(grad_out: Tensor, tokens: Tensor, *rest: Any) -> list[Tensor]:
+        returned = accumulating(grad_out, tokens, *rest, (None, None))
+        return [tokens.new_empty(0) if grad is None else grad for grad in returned]
 
     return Kernels(forward, experts, experts_backward, accumulating)
 
@@ -266,7 +266,9 @@ def below_autograd(kernel: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-_ADDING = threading.Lock()  # two backwards in two threads may share weights, as AccumulateGrad's own lock allows
+# Two backwards in two threads may share weights. Beside an addition of autograd's own, which has another lock, this is
+# as unsafe as torch says that sharing them is.
+_ADDING = threading.Lock()
 FORWARD: dict[str, Callable[..., Any]] = {}  # device type -> the forward of its `Kernels`
 ACCUMULATING: dict[str, Any] = {}  # device type -> backward kernel that can add into gradients that exist
 

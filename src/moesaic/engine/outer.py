@@ -9,14 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moesaic.engine.gemm import SMALL
+from moesaic.engine.gemm import SMALL, onednn_linear
 from moesaic.engine.memory import Workspace
 from moesaic.engine.processor import machine
 
 # Elements of a product, for each thread, that stay in the cache until they are rounded or added: 4 MB of float32 for
 # two threads. On AMD half of that takes 5 to 20 % longer, a quarter 10 to 40 %; on Intel half is 0 to 7 % faster.
 PART = 1 << 19
-BLOCK = 64  # rows of a part, for each thread, are whole multiples of it: 580 instead of 650 µs for 1024 x 1792
+GRAIN = 64  # rows of a part, for each thread, are whole multiples of it: 580 instead of 650 µs for 1024 x 1792
 # A matrix with rows of whole pages, or half ones, has them all in the same few lines of the cache, and one that is
 # written through a few rows of x waits for that: with 16 columns more 729 instead of 1400 µs at 8 rows, 1536 x 2048.
 ALIASED, PADDING = 512, 16
@@ -43,7 +43,7 @@ def add_outer(out: Tensor, g: Tensor, x: Tensor, work: Workspace, *, accumulate:
         if widened:
             scratch[:, :width] = some
         if onednn:
-            product = outer_by_onednn(columns, x)
+            product = onednn_linear(columns.mT, x.mT)
             product = product.add_(scratch) if widened else product
         else:
             outer_by_rows(scratch, columns, x, beta=float(widened))
@@ -58,12 +58,7 @@ def part_rows(out: Tensor) -> int:
     """How many rows of a gradient are multiplied at a time."""
     threads = torch.get_num_threads()
     parts = max(1, out.numel() // (PART * threads))
-    return -(-len(out) // (parts * BLOCK * threads)) * BLOCK * threads
-
-
-def outer_by_onednn(g: Tensor, x: Tensor) -> Tensor:
-    """g.T @ x in memory of its own."""
-    return torch.ops.mkldnn._linear_pointwise(g.mT, x.mT, None, "none", [], "")
+    return -(-len(out) // (parts * GRAIN * threads)) * GRAIN * threads
 
 
 def outer_by_rows(out: Tensor, g: Tensor, x: Tensor, *, beta: float) -> None:

@@ -4,6 +4,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from moesaic.engine.checks import check_ids, check_inputs
 from moesaic.engine.spec import ExpertSpec
 from moesaic.types import ExpertWeights
 
@@ -20,8 +21,12 @@ def reference(
     One token through one expert at a time, so a row's bits do not depend on the rows beside it: a BLAS result depends
     on the number of rows, and on how a row is aligned in memory, hence the copy. The sum runs in the wider of float32
     and the tokens' dtype.
+
+    Raises ValueError for inputs that do not fit together and ids that name no expert.
     """
+    check_inputs(tokens, expert_ids, weights, experts, spec)
     n_experts = len(experts.up)
+    check_ids(expert_ids, n_experts)
     up, down = experts.up.unbind(), experts.down.unbind()
     up_bias = [None] * n_experts if experts.up_bias is None else experts.up_bias.unbind()
     down_bias = [None] * n_experts if experts.down_bias is None else experts.down_bias.unbind()

@@ -23,8 +23,8 @@ def attach(model: M, *, engine: str = "auto", batch_invariant: bool = False, rec
     A selection bias that moesaic added to a family without one and that was saved with the model is read from its
     checkpoint, which plain transformers leaves out.
 
-    Raises ValueError, and switches nothing, where there are no such experts, one of them cannot be served, or
-    transformers does not let the model switch.
+    Raises ValueError, and switches nothing, where there are no such experts, one of them cannot be served, such a bias
+    cannot be read, or transformers does not let the model switch.
     """
     check_engine(engine, batch_invariant=batch_invariant, recompute=recompute)
     ours = [module for module in model.modules() if isinstance(module, Experts)]
@@ -39,6 +39,7 @@ def attach(model: M, *, engine: str = "auto", batch_invariant: bool = False, rec
         except ValueError:
             module.__dict__.pop("_moesaic", None)  # what was read of it before is no longer so
             raise
+    restore_bias(model)
     if theirs and (switch := getattr(model, "set_experts_implementation", None)):
         try:
             switch(NAME)
@@ -51,7 +52,6 @@ def attach(model: M, *, engine: str = "auto", batch_invariant: bool = False, rec
     for module in ours:
         for name, value in options.items():
             setattr(module, name, value)
-    restore_bias(model)
     return model
 
 

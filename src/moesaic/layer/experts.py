@@ -113,7 +113,8 @@ def fuse_experts(state_dict: dict[str, Any], prefix: str, config: MoEConfig) -> 
     kinds = ("weight", "bias") if config.expert_bias else ("weight",)
     wanted = [f"{prefix}{e}.{n}.{k}" for n in names for k in kinds for e in range(config.n_routed_experts)]
     up_name = prefix + ("gate_up_proj" if config.gated else "up_proj")
-    if up_name in state_dict or not all(key in state_dict for key in wanted):
+    fused_names = [name + suffix for name in (up_name, f"{prefix}down_proj") for suffix in ("", "_bias")]
+    if any(name in state_dict for name in fused_names) or not all(key in state_dict for key in wanted):
         return
     for kind in kinds:
         stacks = {

@@ -1,0 +1,351 @@
+"""The backward of the CPU engine: what it computes, what it leaves, how it adds to gradients that exist."""
+
+import pytest
+import torch
+from cases import leaves_of, problem
+from test_engines import VARIANTS, K, ids_of, weights_like
+from torch import nn
+
+import moesaic as ms
+from moesaic.engine import batches, multiply, op
+from moesaic.engine.cpu import cpu
+from moesaic.engine.grouped import grouped
+from moesaic.engine.reference import reference
+from moesaic.engine.spec import ExpertSpec
+from moesaic.types import ExpertWeights
+
+
+@pytest.mark.parametrize("variant", ["swiglu", "gpt-oss"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_recomputing_gives_the_same_gradients(variant, dtype, instructions):
+    spec, layout = VARIANTS[variant]
+    experts = ExpertWeights(*(None if w is None else nn.Parameter(w) for w in weights_like(dtype, **layout)))
+    ids = ids_of("an empty expert", 60)
+    weights = torch.rand(60, K).to(dtype).requires_grad_()
+    x = torch.randn(60, experts.up.shape[1 if spec.transposed else 2]).to(dtype).requires_grad_()
+    upstream = torch.randn_like(cpu(x, ids, weights, experts, spec))
+    kept, again = (
+        torch.autograd.grad(
+            cpu(x, ids, weights, experts, spec, recompute=recompute), leaves_of(x, weights, experts), upstream
+        )
+        for recompute in (False, True)
+    )
+    for a, b in zip(kept, again, strict=True):
+        if dtype == torch.float32 or instructions != "none":
+            assert torch.equal(a, b)
+        else:  # what is kept is rounded to bfloat16, what is computed again is not, and may lie beyond a clamp's edge
+            assert (a - b).norm() < 0.1 * b.norm()
+
+
+@pytest.mark.parametrize("frozen", ["x", "weights", "up", "down", "up and down", "x and weights and up"])
+def test_what_is_frozen_gets_no_gradient_and_costs_no_matmul(monkeypatch, frozen):
+    x, ids, weights, experts = problem(40, 32, 16)
+    named = {"x": x, "weights": weights, "up": experts.up, "down": experts.down}
+    expected = dict(zip(named, torch.autograd.grad(
+        cpu(x, ids, weights, experts, ExpertSpec()).square().sum(), list(named.values())), strict=True))  # fmt: skip
+    outer_products, through = [], []
+    real, real_backward = multiply.add_outer, ExpertSpec.activate_backward
+    monkeypatch.setattr(ExpertSpec, "activate_backward", lambda *a: (through.append(a), real_backward(*a))[1])
+    monkeypatch.setattr(multiply, "add_outer", lambda out, *a, **k: (outer_products.append(out), real(out, *a, **k)))
+    for name in frozen.split(" and "):
+        named[name].requires_grad_(False)
+    cpu(x, ids, weights, experts, ExpertSpec()).square().sum().backward()
+    for name, tensor in named.items():
+        if tensor.requires_grad:
+            torch.testing.assert_close(tensor.grad, expected[name])
+        else:
+            assert tensor.grad is None
+    assert bool(through) == any(named[name].requires_grad for name in ("x", "weights", "up"))
+    trained = sum(named[name].requires_grad for name in ("up", "down"))
+    assert len(outer_products) == trained * len(ids.unique())
+
+
+def accumulated(prepare, steps=2, dtype=torch.float32, **options):
+    """Gradients of up and down after `steps` backwards of the engine and of the reference, and whether `.grad` was
+    added to by the engine itself. `prepare(experts)` may put hooks or strange gradients there."""
+    torch.manual_seed(0)
+    x, ids, weights, experts = problem(30, 16, 8, dtype=dtype)
+    plain = ExpertWeights(*(nn.Parameter(w.detach().clone()) for w in experts[:2]))
+    finish = prepare(experts) or (lambda: None)
+    own = []
+    real = multiply.add_outer
+
+    def spy(out, *args, accumulate, **kwargs):
+        own.append(any(w.grad is not None and out.untyped_storage().data_ptr() == w.grad.untyped_storage().data_ptr()
+                       for w in experts[:2]))  # fmt: skip
+        return real(out, *args, accumulate=accumulate, **kwargs)
+
+    multiply.add_outer = spy
+    try:
+        for step in range(steps):
+            cpu(x, ids, weights, experts, ExpertSpec(), **options).square().sum().backward()
+            reference(x.detach(), ids, weights.detach(), plain, ExpertSpec()).square().sum().backward()
+            if step == 0:
+                own.clear()
+    finally:
+        multiply.add_outer = real
+        finish()
+    for ours, theirs in zip(experts[:2], plain[:2], strict=True):
+        loose = 1 if dtype == torch.float32 else 500
+        torch.testing.assert_close(
+            ours.grad, theirs.grad, rtol=loose * 1e-4, atol=loose * 1e-5 * float(theirs.grad.abs().max())
+        )
+    return all(own)
+
+
+def test_an_existing_gradient_is_added_to_in_place():
+    assert accumulated(lambda _: None)
+
+
+def test_a_gradient_added_to_in_place_is_not_what_a_graph_has_saved():
+    x, ids, weights, experts = problem(30, 16, 8)
+    cpu(x, ids, weights, experts, ExpertSpec()).sum().backward()
+    saved = [w.grad * nn.Parameter(torch.ones(())) for w in experts[:2]]
+    cpu(x, ids, weights, experts, ExpertSpec()).sum().backward()
+    for product in saved:
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            product.sum().backward()
+
+
+def test_a_gradient_hook_is_called_with_the_whole_gradient():
+    seen = []
+
+    def prepare(experts):
+        experts.up.register_hook(lambda grad: seen.append(grad.clone()))
+        experts.down.register_hook(lambda grad: seen.append(grad.clone()))
+
+    assert not accumulated(prepare)
+    assert len(seen) == 4
+    torch.testing.assert_close(seen[0].norm(), seen[2].norm())
+
+
+def test_a_post_accumulate_hook_is_called():
+    seen = []
+
+    def prepare(experts):
+        for w in experts[:2]:
+            w.register_post_accumulate_grad_hook(lambda p: seen.append(p.grad.clone()))
+
+    assert not accumulated(prepare)
+    assert len(seen) == 4
+
+
+@pytest.mark.filterwarnings("ignore:Anomaly Detection")
+def test_anomaly_mode_sees_every_gradient():
+    with torch.autograd.set_detect_anomaly(True):
+        assert not accumulated(lambda _: None)
+
+
+@pytest.mark.filterwarnings("ignore:grad and param do not obey the gradient layout")
+def test_a_strided_gradient_is_left_to_autograd():
+    def prepare(experts):
+        for w in experts[:2]:
+            w.grad = torch.zeros_like(w).mT.contiguous().mT
+
+    assert not accumulated(prepare)
+
+
+def test_a_gradient_made_in_inference_mode_is_refused_as_by_torch():
+    x, ids, weights, experts = problem(30, 16, 8)
+    for w in experts[:2]:
+        with torch.inference_mode():
+            w.grad = torch.zeros_like(w)
+    with pytest.raises(RuntimeError, match="Inplace update to inference tensor"):
+        cpu(x, ids, weights, experts, ExpertSpec()).sum().backward()
+
+
+def test_weights_that_are_no_leaves_get_their_gradient_through_autograd():
+    """LoRA: the expert matrices are computed from others."""
+    x, ids, weights, experts = problem(30, 16, 8)
+    low = nn.Parameter(torch.randn(6, 16, 2) * 0.1)
+    for _ in range(2):
+        up = experts.up + low @ low.mT[..., :16]
+        cpu(x, ids, weights, ExpertWeights(up, experts.down), ExpertSpec()).square().sum().backward()
+    ours, base = low.grad.clone(), experts.up.grad.clone()
+    low.grad = experts.up.grad = None
+    for _ in range(2):
+        up = experts.up + low @ low.mT[..., :16]
+        reference(x, ids, weights, ExpertWeights(up, experts.down), ExpertSpec()).square().sum().backward()
+    torch.testing.assert_close(ours, low.grad, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(base, experts.up.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_weights_used_twice_in_one_graph_get_both_gradients():
+    x, ids, weights, experts = problem(30, 16, 8)
+    experts.up.grad, experts.down.grad = torch.ones_like(experts.up), torch.ones_like(experts.down)
+
+    def twice(run):
+        return run(run(x, ids, weights, experts, ExpertSpec()), ids, weights, experts, ExpertSpec()).square().sum()
+
+    expected = torch.autograd.grad(twice(reference), experts[:2])
+    twice(cpu).backward()
+    for w, grad in zip(experts[:2], expected, strict=True):
+        torch.testing.assert_close(w.grad - 1, grad, rtol=1e-4, atol=1e-4)
+
+
+def grad_of_tokens(loss, x):
+    (grad,) = torch.autograd.grad(loss, x)
+    return grad
+
+
+def backward_to_tokens(loss, x):
+    loss.backward(inputs=[x])
+    return x.grad
+
+
+def grad_with_a_graph(loss, x):
+    (grad,) = torch.autograd.grad(loss, x, create_graph=True)
+    return grad.detach()
+
+
+@pytest.mark.parametrize("ask", [grad_of_tokens, backward_to_tokens, grad_with_a_graph])
+@pytest.mark.parametrize("adapted", [False, True])
+def test_gradients_that_a_backward_does_not_collect_are_not_computed(monkeypatch, ask, adapted):
+    """Weights may be leaves or, as with LoRA, results; either way only the tokens' gradient is asked for."""
+    x, ids, weights, experts = problem(30, 16, 8)
+    used = ExpertWeights(*(w * 1 for w in experts[:2])) if adapted else experts
+    loss = cpu(x, ids, weights, used, ExpertSpec()).square().sum()
+    loss.backward(retain_graph=True)
+    expected, x.grad = x.grad, None
+    before = [w.grad.clone() for w in experts[:2]]
+    wanted = []
+    real = op._differentiable_backward
+    monkeypatch.setattr(op, "_differentiable_backward", lambda *a: (wanted.extend(a[3]), real(*a))[1])
+    monkeypatch.setattr(multiply, "add_outer", lambda *_, **__: pytest.fail("a product that nobody asked for"))
+    torch.testing.assert_close(ask(loss, x), expected, rtol=1e-4, atol=1e-4)
+    assert wanted == ([True, *[False] * 5] if ask is grad_with_a_graph else [])
+    assert all(torch.equal(w.grad, grad) for w, grad in zip(experts[:2], before, strict=True))
+
+
+@pytest.mark.parametrize("chosen", ["x", "up"])
+def test_backward_to_some_inputs_leaves_other_gradients_alone(chosen):
+    x, ids, weights, experts = problem(30, 16, 8)
+    cpu(x, ids, weights, experts, ExpertSpec()).square().sum().backward()
+    before = {name: t.grad.clone() for name, t in {"x": x, "up": experts.up, "down": experts.down}.items()}
+    loss = cpu(x, ids, weights, experts, ExpertSpec()).square().sum()
+    loss.backward(inputs=[x if chosen == "x" else experts.up])
+    for name, tensor in {"x": x, "up": experts.up, "down": experts.down}.items():
+        torch.testing.assert_close(tensor.grad, before[name] * (2 if name == chosen else 1), rtol=1e-4, atol=1e-5)
+
+
+def test_autograd_grad_leaves_gradients_alone():
+    x, ids, weights, experts = problem(30, 16, 8)
+    cpu(x, ids, weights, experts, ExpertSpec()).square().sum().backward()
+    before = experts.up.grad.clone()
+    (grad,) = torch.autograd.grad(cpu(x, ids, weights, experts, ExpertSpec()).square().sum(), experts.up)
+    assert torch.equal(experts.up.grad, before)
+    torch.testing.assert_close(grad, before)
+
+
+@pytest.mark.parametrize("variant", ["swiglu", "gpt-oss"])
+def test_gradients_of_gradients(variant):
+    spec, layout = VARIANTS[variant]
+    experts, ids = weights_like(torch.float64, **layout), ids_of("sentinels", 4)
+    x = torch.randn(4, 10, dtype=torch.float64, requires_grad=True)
+    weights = torch.rand(4, K, dtype=torch.float64, requires_grad=True)
+    given_weights = [w for w in experts if w is not None]
+
+    def run(x, weights, *given_weights):
+        return cpu(x, ids, weights, ExpertWeights(*given_weights), spec)
+
+    assert torch.autograd.gradgradcheck(run, (x, weights, *given_weights))
+
+
+@pytest.mark.parametrize("leaf", [True, False])
+def test_gradients_with_a_graph_go_through_the_gate_once(leaf):
+    """Routing weights are made from the tokens: their path must not be counted twice."""
+    config = ms.MoEConfig(hidden_size=16, moe_intermediate_size=8, n_routed_experts=6, num_experts_per_tok=2)
+    x = torch.randn(7, 16, dtype=torch.float64, requires_grad=True)
+    found = []
+    for name in ("cpu", "reference"):
+        torch.manual_seed(0)
+        layer = ms.MoE(config, engine=name).double()
+        tokens = x if leaf else 2 * x
+        (first,) = torch.autograd.grad(layer(tokens).square().sum(), tokens, create_graph=True)
+        found.append((first, torch.autograd.grad(first.square().sum(), x)[0]))
+    for ours, true in zip(*found, strict=True):
+        torch.testing.assert_close(ours, true, rtol=1e-10, atol=1e-10)
+
+
+def test_gradients_with_a_graph_of_an_autocast_forward():
+    x, ids, weights, experts = problem(9)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = cpu(x, ids, weights, experts, ExpertSpec()).square().sum()
+    (first,) = torch.autograd.grad(loss, experts.up, create_graph=True)
+    (plain,) = torch.autograd.grad(cpu(x, ids, weights, experts, ExpertSpec()).square().sum(), experts.up)
+    assert float((first - plain).detach().norm() / plain.norm()) < 5e-2
+
+
+@pytest.mark.usefixtures("instructions")
+def test_a_16_bit_gradient_of_a_hot_expert_is_rounded_once():
+    tokens = 32 * batches.PIECE_ROWS
+    x, weights = torch.rand(tokens, 8).bfloat16(), torch.rand(tokens, 1).bfloat16()
+    ids = torch.zeros(tokens, 1, dtype=torch.long)
+    experts = ExpertWeights(*(nn.Parameter(torch.rand(1, *shape).bfloat16()) for shape in ((8, 8), (8, 4))))
+    upstream = torch.rand(tokens, 8).bfloat16()  # of equal rows every product would be rounded to the same side
+    cpu(x, ids, weights, experts, ExpertSpec()).backward(upstream)
+    plain, true = ([nn.Parameter(w.detach().to(dtype)) for w in experts[:2]] for dtype in (x.dtype, torch.float64))
+    grouped(x, ids, weights, ExpertWeights(*plain), ExpertSpec()).backward(upstream)
+    grouped(x.double(), ids, weights.double(), ExpertWeights(*true), ExpertSpec()).backward(upstream.double())
+    for given, straight, exact in zip(experts[:2], plain, true, strict=True):
+        ours, theirs = (float((w.grad.double() - exact.grad).norm() / exact.grad.norm()) for w in (given, straight))
+        assert ours <= 1.2 * theirs + 1e-3
+
+
+@pytest.mark.usefixtures("instructions")
+@pytest.mark.parametrize("how", ["odd stride", "every other", "offset", "expanded"])
+def test_strided_16_bit_weights_compute_as_their_copies(how):
+    x, ids, weights, experts = problem(40, 16, 8, dtype=torch.bfloat16)
+    up = experts.up.detach()
+    strided = {
+        "odd stride": torch.cat([up, up[..., :1]], dim=2)[..., :16],
+        "every other": up.repeat_interleave(2, dim=2)[..., ::2],
+        "offset": torch.cat([up[:, :1], up], dim=1)[:, 1:],
+        "expanded": up[:1].expand(6, -1, -1),
+    }[how]
+    out = cpu(x, ids, weights, ExpertWeights(strided, experts.down), ExpertSpec())
+    copy = cpu(x, ids, weights, ExpertWeights(strided.contiguous(), experts.down), ExpertSpec())
+    torch.testing.assert_close(out.float(), copy.float(), rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
+def test_forward_mode_has_its_tangent():
+    x, ids, weights, experts = problem(9, dtype=torch.float64)
+    tangent = torch.randn(9, 16, dtype=torch.float64)
+    frozen = ExpertWeights(*(w.detach() for w in experts[:2]))
+    both = []
+    for engine_of in (cpu, reference):
+        with torch.autograd.forward_ad.dual_level():
+            dual = torch.autograd.forward_ad.make_dual(x.detach(), tangent)
+            out = engine_of(dual, ids, weights.detach(), frozen, ExpertSpec())
+            both.append(torch.autograd.forward_ad.unpack_dual(out).tangent)
+    torch.testing.assert_close(*both)
+
+
+@pytest.mark.filterwarnings("ignore:Using backward.. with create_graph")
+def test_a_gradient_that_was_made_with_a_graph_is_left_to_autograd():
+    x, ids, weights, experts = problem(10, 16, 8, dtype=torch.float64)
+    cpu(x, ids, weights, experts, ExpertSpec()).square().sum().backward(create_graph=True)
+    assert experts.up.grad.requires_grad
+    first = experts.up.grad.detach().clone()
+    cpu(x, ids, weights, experts, ExpertSpec()).square().sum().backward()
+    torch.testing.assert_close(experts.up.grad.detach(), 2 * first)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_hot_expert_in_pieces_is_added_to_gradients_that_exist(dtype):
+    tokens = 2 * batches.PIECE_ROWS + 300
+    x, weights, ids = torch.randn(tokens, 8).to(dtype), torch.rand(tokens, 1).to(dtype), torch.zeros(tokens, 1).long()
+    ids[::3] = 1
+    experts = ExpertWeights(*(nn.Parameter(torch.randn(2, *shape).to(dtype)) for shape in ((8, 8), (8, 4))))
+    true = ExpertWeights(*(nn.Parameter(w.detach().double()) for w in experts[:2]))
+    for times in (1, 2):
+        cpu(x, ids, weights, experts, ExpertSpec()).sum().backward()
+        grouped(x.double(), ids, weights.double(), true, ExpertSpec()).sum().backward()
+        for ours, exact in zip(experts[:2], true[:2], strict=True):
+            error = (ours.grad.double() - exact.grad).norm() / exact.grad.norm()
+            assert error < times * (1e-5 if dtype == torch.float32 else 1e-2)
+
+
+def test_bfloat16_gradients_accumulate_in_place_too():
+    assert accumulated(lambda _: None, dtype=torch.bfloat16)

@@ -1,0 +1,283 @@
+"""The matmuls of the CPU engine: which form is taken for how many rows, and that all compute the same."""
+
+import math
+
+import pytest
+import torch
+from cases import leaves_of, problem
+from torch import nn
+
+from moesaic.engine import batches, gemm, memory, multiply, outer, processor
+from moesaic.engine import cpu as engine
+from moesaic.engine.cpu import cpu
+from moesaic.engine.reference import reference
+from moesaic.engine.spec import ExpertSpec
+from moesaic.types import ExpertWeights
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("habit", ["intel", "amd", "other"])
+@pytest.mark.parametrize("rows", [1, 2, 3, 5, 8, 9, 70])
+def test_widening_by_parts_computes_the_same(monkeypatch, habit, rows, transposed):
+    if habit != "other" and not torch.backends.mkldnn.is_available():
+        pytest.skip("this build of torch has no oneDNN")
+    monkeypatch.setattr(gemm, "machine", lambda: habit)
+    monkeypatch.setattr(gemm, "SMALL", 0)
+    inner = {"intel": gemm.columns_form, "amd": gemm.onednn_form, "other": gemm.rows_form}[habit]
+    x, w = torch.randn(rows, 40), torch.randn(301, 40).bfloat16().mT
+    w = w.contiguous() if transposed else w
+    for elements in (1500, 5000, gemm.ANY):  # 8 parts of uneven width, 2, and the whole
+        for form in (gemm.widening(elements, inner), gemm.widening_inputs(elements, inner)):
+            out = torch.full((rows, 301), math.nan)
+            form(x, w, out, memory.Workspace())
+            torch.testing.assert_close(out.double(), x.double() @ w.double(), rtol=1e-5, atol=2e-4)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("rows", [1, 9, 45, 132, 133])
+@pytest.mark.parametrize("aliased", [20, 512])  # 40 columns are padded, and are not
+@pytest.mark.parametrize("accumulate", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("habit", ["intel", "amd"])
+def test_a_gradient_in_parts_is_the_whole_gradient(
+    monkeypatch, with_threads, habit, dtype, accumulate, aliased, rows, threads
+):
+    if not torch.backends.mkldnn.is_available():
+        pytest.skip("this build of torch has no oneDNN")
+    with_threads(threads)
+    monkeypatch.setattr(outer, "machine", lambda: habit)
+    monkeypatch.setattr(outer, "ALIASED", aliased)
+    monkeypatch.setattr(outer, "PART", 300)
+    monkeypatch.setattr(outer, "GRAIN", 5)
+    monkeypatch.setattr(outer, "SMALL", 0)
+    g, x, before = torch.randn(rows, 53), torch.randn(rows, 40), torch.randn(53, 40).to(dtype)
+    out = before.clone() if accumulate else torch.full_like(before, math.nan)
+    outer.add_outer(out, g, x, memory.Workspace(), accumulate=accumulate)
+    exact = g.double().T @ x.double() + (before.double() if accumulate else 0)
+    torch.testing.assert_close(out.double(), exact, rtol=1e-5 if dtype == torch.float32 else 8e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("rows", [45, 132])
+def test_a_gradient_in_16_bits_is_rounded_once(monkeypatch, rows):
+    """With the instructions a product is rounded as it is written; in chunks it would be as often as there are."""
+    monkeypatch.setattr(outer, "machine", lambda: "intel")
+    monkeypatch.setattr(outer, "SMALL", 0)
+    g, x = torch.randn(rows, 53).bfloat16(), torch.randn(rows, 40).bfloat16()
+    calls, add_product = [], outer._add_product
+    monkeypatch.setattr(outer, "_add_product", lambda *args: calls.append(len(args[1])) or add_product(*args))
+    outer.outer_by_rows(torch.empty(53, 40).bfloat16(), g, x, beta=0.0)
+    assert calls == [rows]
+    calls.clear()
+    outer.outer_by_rows(torch.empty(53, 40), g.float(), x.float(), beta=0.0)
+    assert max(calls) <= outer.CHUNK, "in float32 it is in chunks"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("transposed", [False, True])
+def test_experts_in_pieces_may_be_looped_over(monkeypatch, transposed, dtype):
+    """A batch-invariant forward that is computed again leaves the backward pieces of 32 rows, several of an expert."""
+    monkeypatch.setattr(gemm, "machine", lambda: "intel")
+    monkeypatch.setattr(gemm, "has_instructions", lambda _: False)
+    monkeypatch.setattr(gemm, "SMALL", 0)
+    monkeypatch.setattr(engine, "new_gradient", lambda w, _: new.append(w) or torch.full_like(w, math.nan))
+    new, looped, real = [], [], multiply.Multiply._looped
+    monkeypatch.setattr(
+        multiply.Multiply, "_looped", lambda self, loads, *a, **kw: looped.append(loads) or real(self, loads, *a, **kw)
+    )
+    x, ids, weights, experts = problem(200, dtype=dtype)
+    if transposed:
+        experts = ExpertWeights(*(nn.Parameter(w.detach().mT.contiguous()) for w in experts[:2]))
+    spec, leaves = ExpertSpec(transposed=transposed), leaves_of(x, weights, experts)
+    out = cpu(x, ids, weights, experts, spec, batch_invariant=True, recompute=True)
+    got = torch.autograd.grad(out.square().sum(), leaves)
+    exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    out = reference(exact[0], ids, exact[1], ExpertWeights(*exact[2:]), spec)
+    for ours, theirs in zip(got, torch.autograd.grad(out.square().sum(), exact), strict=True):
+        assert float((ours - theirs).norm() / theirs.norm()) < (1e-5 if dtype == torch.float32 else 2e-2)
+    assert len(new) == 2
+    pieces = [loads for loads in looped if len(set(loads.experts)) < len(loads.experts)]
+    assert bool(pieces) == (dtype == torch.float32 and not transposed), "W itself takes any number of rows"
+
+
+@pytest.mark.parametrize("kind", ["float32", "bfloat16 widened", "transposed"])
+@pytest.mark.parametrize("habit", ["intel", "amd", "other"])
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 8, 9, 10, 11, 12, 13, 16, 17, 48, 49, 63, 64, 100, 320, 321])
+def test_every_form_of_matmul_computes_the_same(monkeypatch, kind, habit, rows):
+    if habit != "other" and not torch.backends.mkldnn.is_available():
+        pytest.skip("this build of torch has no oneDNN")
+    monkeypatch.setattr(gemm, "machine", lambda: habit)
+    monkeypatch.setattr(gemm, "SMALL", 0)
+    monkeypatch.setattr(gemm, "BLOCK", 5000)
+    x, w = torch.randn(rows, 40), torch.randn(300, 40)
+    if kind == "bfloat16 widened":
+        w = w.bfloat16()
+    if kind == "transposed":
+        w = w.mT.contiguous().mT
+    out = torch.full((rows, 300), math.nan)
+    gemm.form_for(gemm.table_for(x.dtype, w.mT), rows)(x, w.mT, out, memory.Workspace())
+    torch.testing.assert_close(out.double(), x.double() @ w.double().mT, rtol=1e-5, atol=2e-4)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("habit", ["intel", "amd", "other"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_experts_of_few_and_of_many_rows_in_one_batch(monkeypatch, habit, dtype, transposed):
+    """On a CPU without the instructions the few are multiplied in 16 bits, the many in float32, none left out."""
+    if habit != "other" and not torch.backends.mkldnn.is_available():
+        pytest.skip("this build of torch has no oneDNN")
+    monkeypatch.setattr(gemm, "machine", lambda: habit)
+    monkeypatch.setattr(gemm, "has_instructions", lambda _: False)
+    for sizes in ([1, 2, 1], [1, 40, 3, 2, 9, 0, 4, 5, 1], [30, 20], [2, 2, 4]):
+        (batch,) = batches.batches(sizes, torch.arange(sum(sizes)))
+        x, stack = torch.randn(sum(sizes), 40), torch.randn(len(sizes), 40, 24).to(dtype)
+        stack = stack if transposed else stack.mT.contiguous().mT
+        got = multiply.Multiply(dtype)(batch, x, stack, "out", torch.full((len(x), 24), math.nan))
+        expert = batch.expert_of_row()
+        narrow = torch.tensor(sizes)[expert] <= gemm.most_rows(gemm.narrow_table(stack, dtype))
+        rows = torch.where(narrow[:, None], x.to(dtype).double(), x.double())
+        exact = torch.einsum("na,nab->nb", rows, stack[expert].double())
+        error = (got.double() - exact).abs()
+        assert (error[~narrow] < 1e-4).all()
+        assert (error[narrow] <= torch.finfo(dtype).eps * exact[narrow].abs() + 1e-3).all(), "rounded once"
+        assert not narrow.any() or error[narrow].max() > 1e-4, "the few rows were not multiplied in 16 bits"
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("given", [False, True], ids=["scratch", "given"])
+@pytest.mark.parametrize(
+    ("sizes", "looped"),
+    [
+        pytest.param([2, 1, 0, 3, 4], [10], id="as W is"),
+        pytest.param([2, 1, 0, 3, 12], [18, 18], id="in blocks"),
+        pytest.param([4, 2, 14, 20], [40, 40], id="in blocks, as many as may be on average"),
+        pytest.param([5, 2, 14, 20], [], id="one more on average, and too few"),
+        pytest.param([21, 1, 0, 3, 2, 2, 9, 1, 1, 1, 70, 0, 1, 2, 3, 0, 1], [118, 118], id="with two that are larger"),
+        pytest.param([61, 1, 0, 3, 2, 2, 9, 1, 1, 1, 70, 0, 1, 2, 3, 0, 1], [27], id="before and after larger ones"),
+        pytest.param([90, 10, 10, 10, 10, 90], [40, 40], id="four of as many as may be"),
+        pytest.param([90, 8, 8, 11, 8, 8, 90], [32, 32], id="four, with one of 11 rows between them"),
+        pytest.param([90, 8, 8, 11, 8, 90], [], id="three are too few"),
+    ],
+)
+def test_experts_of_few_rows_go_through_torch_s_own_loop(monkeypatch, transposed, given, sizes, looped):
+    """Experts of many rows, and of none, may lie between them, before and after."""
+    if not torch.backends.mkldnn.is_available():
+        pytest.skip("this build of torch has no oneDNN")
+    monkeypatch.setattr(gemm, "machine", lambda: "intel")
+    monkeypatch.setattr(gemm, "SMALL", 0)
+    # two parts, of 16 and 8 columns, where there are more than 3 rows on average
+    monkeypatch.setattr(gemm, "BLOCK", 500)
+    calls = []
+    grouped_mm = multiply.F.grouped_mm
+    monkeypatch.setattr(
+        multiply.F, "grouped_mm", lambda x, *args, **kw: calls.append(len(x)) or grouped_mm(x, *args, **kw)
+    )
+    (batch,) = batches.batches(sizes, torch.arange(sum(sizes)))
+    x, stack = torch.randn(sum(sizes), 40), torch.randn(len(sizes), 40, 24)
+    stack = stack if transposed else stack.mT.contiguous().mT
+    around = torch.full((len(x) + 5, 24), math.nan)
+    got = multiply.Multiply(torch.float32)(batch, x, stack, "out", around[3:-2] if given else None)
+    assert around[:3].isnan().all()
+    assert around[-2:].isnan().all()
+    assert not given or torch.equal(got, around[3:-2])
+    exact = torch.einsum("na,nab->nb", x.double(), stack[batch.expert_of_row()].double())
+    torch.testing.assert_close(got.double(), exact, rtol=1e-5, atol=1e-4)
+    assert calls == ([len(x)] if transposed else looped), "stored [in, out], any number of rows will do"
+
+
+@pytest.mark.parametrize(
+    ("habit", "sizes", "looped"),
+    [
+        # AMD multiplies 4 rows of 16-bit weights one by one, half the time of the call that the loop would make
+        pytest.param("amd", [1, 2, 1, 1, 4, 2], [7], id="another form for larger ones"),
+        pytest.param("intel", [1, 2, 1, 1, 5, 2], [12], id="three rows more, not worth leaving the loop"),
+        pytest.param("intel", [1, 2, 1, 1, 6, 2], [7], id="four"),
+        pytest.param("intel", [2, 3, 2, 2], [], id="too many on average, and three are too few"),
+    ],
+)
+def test_the_loop_in_16_bits_leaves_out_experts_of_more_rows(monkeypatch, habit, sizes, looped):
+    monkeypatch.setattr(gemm, "machine", lambda: habit)
+    monkeypatch.setattr(gemm, "has_instructions", lambda _: False)
+    calls = []
+    grouped_mm = multiply.F.grouped_mm
+    monkeypatch.setattr(
+        multiply.F, "grouped_mm", lambda x, *args, **kw: calls.append(len(x)) or grouped_mm(x, *args, **kw)
+    )
+    (batch,) = batches.batches(sizes, torch.arange(sum(sizes)))
+    x, stack = torch.randn(sum(sizes), 40).bfloat16(), torch.randn(len(sizes), 24, 40).bfloat16().mT
+    exact = torch.einsum("na,nab->nb", x.double(), stack[batch.expert_of_row()].double())
+    around = torch.full((len(x) + 5, 24), math.nan)
+    for out in (None, around[3:-2]):
+        calls.clear()
+        got = multiply.Multiply(torch.bfloat16)(batch, x, stack, "out", out)
+        assert out is None or got is out
+        assert around[:3].isnan().all()
+        assert around[-2:].isnan().all()
+        torch.testing.assert_close(got.double(), exact, rtol=1e-2, atol=1e-2)
+        assert calls == looped
+
+
+def test_a_hot_expert_of_float32_goes_to_mkl_on_intel():
+    assert gemm.form_for(gemm.ROW_MAJOR["intel"], 320) is gemm.onednn_form
+    assert gemm.form_for(gemm.ROW_MAJOR["intel"], 321) is gemm.rows_form
+
+
+def test_the_tables_of_forms_reach_every_number_of_rows():
+    whole = (gemm.ROW_MAJOR, gemm.COLUMN_MAJOR, gemm.WIDE, gemm.WIDE_COLUMN_MAJOR)
+    for table in (*(t for tables in whole for t in tables.values()), gemm.PLAIN, gemm.AMX):
+        bounds = [rows for rows, _ in table]
+        assert bounds == sorted(set(bounds))
+        assert bounds[-1] == gemm.ANY
+        forms = [form for _, form in table]
+        assert gemm.blocks_form not in forms or forms.index(gemm.blocks_form) == 1, "what is called whole comes first"
+    for tables in (gemm.NARROW, gemm.NARROW_COLUMN_MAJOR, gemm.NARROW_HALF):
+        for table in tables.values():
+            bounds = [rows for rows, _ in table]
+            assert bounds == sorted(set(bounds))
+            assert not bounds or bounds[-1] < 32
+            assert all(form is not gemm.rows_form for _, form in table[1:]), (
+                "more than the first would be left to the loop over experts"
+            )
+
+
+@pytest.mark.parametrize(
+    ("limit", "bfloat16", "float16"),
+    [
+        ("", True, True),
+        ("ALL", True, True),
+        ("avx512_core_vnni", False, False),
+        ("AVX2", False, False),
+        ("AVX512_CORE_BF16", True, False),
+        ("AVX512_CORE_FP16", True, True),
+        ("AVX10_1_512", True, True),
+        ("AVX512_CORE_AMX", True, True),
+    ],
+)
+def test_instructions_are_there_if_the_cpu_has_them_and_onednn_may_use_them(monkeypatch, limit, bfloat16, float16):
+    has = {"avx512_bf16": True, "avx512_fp16": True}
+    monkeypatch.setattr(processor, "_capabilities", lambda: has)
+    monkeypatch.delenv("DNNL_MAX_CPU_ISA", raising=False)
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
+    if limit:
+        monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
+    for dtype, expected in ((torch.bfloat16, bfloat16), (torch.float16, float16)):
+        assert processor.has_instructions.__wrapped__(dtype) == expected
+    has.clear()
+    assert not processor.has_instructions.__wrapped__(torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "habit"),
+    [
+        ({"cpu_name": "AMD EPYC", "avx512_f": True}, "amd"),
+        ({"cpu_name": "AMD Ryzen 5 3600"}, "other"),
+        ({"cpu_name": "Intel(R) Xeon(R) Processor", "avx512_f": True}, "intel"),
+        ({"cpu_name": "Intel(R) Core(TM) i7-8700"}, "other"),
+        ({"cpu_name": "Neoverse-V2"}, "other"),
+        ({}, "other"),
+    ],
+)
+def test_whose_habits_are_expected(monkeypatch, capabilities, habit):
+    monkeypatch.setattr(processor, "_capabilities", lambda: capabilities)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
+    assert processor.machine.__wrapped__() == habit

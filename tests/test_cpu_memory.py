@@ -4,6 +4,7 @@ import io
 import mmap
 import os
 import threading
+import weakref
 from contextlib import suppress
 from copy import deepcopy
 from itertools import pairwise
@@ -115,13 +116,16 @@ def test_experts_without_rows_have_zeros_in_a_new_gradient(monkeypatch, large, p
 
 
 def test_a_large_gradient_behaves_as_any_other(monkeypatch):
-    """An optimiser, a norm, a copy, a file, another process; and its memory is given back."""
+    """For an optimiser, a norm, a copy, a file, other processes; and its pages are given back."""
     monkeypatch.setattr(memory, "LARGE", 1 << 16)
+    held, real = [], memory._pages
+    monkeypatch.setattr(memory, "_pages", lambda n: held.append(weakref.ref(area := real(n))) or area)
     x, ids, weights, experts = problem(5, 256, 64)
     ids = ids.clamp(max=3)
     cpu(x, ids, weights, experts, ExpertSpec()).square().sum().backward()
     pages = [w.grad for w in experts[:2]]
-    assert not any(grad.untyped_storage().resizable() for grad in pages), "pages of the system's own"
+    assert len(held) == 2
+    assert all(area() is not None for area in held)
     small = [nn.Parameter(w.detach().clone()) for w in experts[:2]]
     for parameter, grad in zip(small, pages, strict=True):
         parameter.grad = grad.clone()
@@ -136,6 +140,23 @@ def test_a_large_gradient_behaves_as_any_other(monkeypatch):
     assert all(map(torch.equal, experts[:2], small))
     pages[0].share_memory_()
     assert torch.equal(pages[0], small[0].grad)
+    for w in experts[:2]:
+        w.grad = None
+    del grad
+    pages.clear()
+    assert all(area() is None for area in held)
+
+
+def test_where_there_are_no_pages_torch_says_so(monkeypatch):
+    monkeypatch.setattr(memory, "LARGE", 0)
+
+    def full(*_, **__):
+        raise OSError(12, "Cannot allocate memory")
+
+    monkeypatch.setattr(memory.mmap, "mmap", full)
+    assert not memory.new_gradient(torch.empty(2, 64, 64), [0, 1]).any()
+    with pytest.raises(RuntimeError, match="allocate memory"):
+        memory.new_gradient(torch.empty(1).expand(1 << 50))
 
 
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")
@@ -144,8 +165,10 @@ def test_a_large_gradient_is_not_shared_with_a_process_that_is_forked(monkeypatc
     gradient = memory.new_gradient(torch.empty(2, 64, 64))
     child = os.fork()
     if child == 0:
-        gradient.numpy()[:] = 1
-        os._exit(0)
+        try:
+            gradient.numpy()[:] = 1
+        finally:
+            os._exit(0)
     os.waitpid(child, 0)
     assert not gradient.any()
 

@@ -56,6 +56,7 @@ def slow(*case):
         slow(86, "bfloat16", "autocast"),
         slow(89, "bfloat16", "ladder"),
         slow(100, "bfloat16", "ladder"),
+        slow(100, "bfloat16", "gpt-oss"),
         slow(120, "bfloat16", "ladder"),
     ],
 )

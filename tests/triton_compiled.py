@@ -106,7 +106,7 @@ def launch_everything(capability: int, dtype: torch.dtype, layer: Layer, n_token
     from moesaic.engine.op import Gradients
     from moesaic.engine.spec import ExpertSpec
     from moesaic.engine.triton import experts
-    from moesaic.engine.triton.blocks import tiles_for
+    from moesaic.engine.triton.blocks import interleaved, tiles_for
     from moesaic.types import ExpertWeights
 
     weight_dtype = getattr(torch, layer.weights) if layer.weights else dtype
@@ -114,9 +114,13 @@ def launch_everything(capability: int, dtype: torch.dtype, layer: Layer, n_token
     def tensor(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    experts._tiles = lambda n, tokens, matrices, **_: tiles_for(
-        -(-n // len(matrices.up)), tokens.dtype, divmod(capability, 10), matrices.up.dtype
-    )
+    there = divmod(capability, 10)
+
+    def tiles_there(n, tokens, matrices, spec, **_):
+        tiles = tiles_for(-(-n // len(matrices.up)), tokens.dtype, there, matrices.up.dtype)
+        return interleaved(tiles, there) if spec.interleaved else tiles
+
+    experts._tiles = tiles_there
     spec, (e, d, i, k) = ExpertSpec(*layer.spec), layer[:4]
     u = 2 * i if spec.gated else i
     shapes = ((e, d, u), (e, i, d)) if spec.transposed else ((e, u, d), (e, d, i))

@@ -22,7 +22,7 @@ from moesaic.bench.gpu.truth import BOUNDS
 from moesaic.bench.problem import Problem, make_experts, make_problem
 from moesaic.bench.shapes import SHAPES, Cell
 from moesaic.bench.timing import spread
-from moesaic.engine.triton.blocks import Blocks, Tiles, built_in
+from moesaic.engine.triton.blocks import Blocks, Tiles, built_in, interleaved
 from moesaic.types import ExpertWeights
 
 WALKERS = ("up", "matmul", "d_hidden")
@@ -68,7 +68,7 @@ class Tuning:
         experts, start, found = make_experts(self.shape, self.dtype, self.device), time.perf_counter(), {}
         for number, most in enumerate(rows, start=1):
             self._end = start + self.seconds * number / len(rows)
-            own = built_in(ROWS[most], getattr(torch, self.dtype), self.capability)
+            own = self._own(most)
             work = Work(self._problem(ROWS[most], experts), own)
             found[most] = self._tiles(most, own, work)
             del work
@@ -76,9 +76,14 @@ class Tuning:
 
     def gain(self, most: int, tiles: Tiles) -> float:
         """How many times faster than the table's own a whole set of tiles is: the time of all ops added up."""
-        own = built_in(ROWS[most], getattr(torch, self.dtype), self.capability)
+        own = self._own(most)
         before, after = (sum(_seconds(self._known(most, op, getattr(t, op))) for op in OPS) for t in (own, tiles))
         return before / after if tiles != own and after < float("inf") else 1.0
+
+    def _own(self, most: int) -> Tiles:
+        """The table's, as the engine takes them for these experts."""
+        tiles = built_in(ROWS[most], getattr(torch, self.dtype), self.capability)
+        return interleaved(tiles, self.capability) if SHAPES[self.shape].config().interleaved else tiles
 
     def _problem(self, rows: int, experts: ExpertWeights) -> Problem:
         shape = SHAPES[self.shape]
@@ -175,7 +180,7 @@ class Work:
         how = {"layout": rows, "blocks": blocks, "transposed": spec.transposed}
         return [
             d_matrix(grad, self._activated, d_down, by_token="out_grad", **how),
-            d_matrix(self._hidden, p.tokens, d_up, by_token="rows", **how),
+            d_matrix(self._hidden, p.tokens, d_up, by_token="inputs", **how),
         ]
 
     def error(self, op: str, blocks: Blocks) -> float:

@@ -45,11 +45,11 @@ def check_ids(expert_ids: Tensor, n_experts: int) -> None:
     """Raise ValueError for ids that name no expert; E itself means "no expert" and is lawful. Reads them, so on a GPU
     it waits."""
     if expert_ids.numel():
-        lowest, highest = torch.aminmax(expert_ids)
-        check_range(int(lowest), int(highest), n_experts)
+        lowest, highest = torch.stack(torch.aminmax(expert_ids)).tolist()
+        check_id_range(lowest, highest, n_experts)
 
 
-def check_range(lowest: int, highest: int, n_experts: int) -> None:
+def check_id_range(lowest: int, highest: int, n_experts: int) -> None:
     """`check_ids`, of the lowest and the highest."""
     if lowest < 0 or highest > n_experts:
         raise ValueError(

@@ -55,8 +55,8 @@ def forward(
     cut = INVARIANT_ROWS if batch_invariant else PIECE_ROWS
     for batch in batches(plan.counts.tolist(), plan.assignments // expert_ids.shape[1], cut):
         x = tokens.index_select(0, batch.rows)
-        projected = multiply(batch, x, up, "projected", hidden[batch.here] if straight else None).to(wide)
-        _add_bias(projected, experts.up_bias, batch)
+        projected = multiply(batch, x, up, "projected", hidden[batch.here] if straight else None)
+        projected = _biased(projected, experts.up_bias, batch, wide)
         if save_hidden and not straight:
             hidden[batch.here] = projected
         scale = scales[batch.here]
@@ -104,11 +104,8 @@ def backward(
         if hidden.numel():
             projected = hidden[batch.here]
         else:
-            projected = again(batch, x, up, "projected")
-            if experts.up_bias is not None:
-                projected = projected.to(wide)
-                _add_bias(projected, experts.up_bias, batch)
-                projected = projected.to(dtype)  # rounded as it is where it is kept
+            projected = _biased(again(batch, x, up, "projected"), experts.up_bias, batch, wide)
+            projected = projected.to(tokens.dtype)  # rounded as it is where it is kept
         projected = _row_major(projected, wide)
         if beyond_down:
             d_activated = _row_major(multiply(batch, g, down.mT, "d_activated"), wide)
@@ -186,6 +183,16 @@ def _weight_gradient(
     if experts.down_bias is not None:
         d_scale += (experts.down_bias[batch.expert_of_row()] * g).sum(dim=1, dtype=d_scale.dtype)
     return d_scale
+
+
+def _biased(
+    product: Float[Tensor, "n b"], bias: Tensor | None, batch: Batch, wide: torch.dtype
+) -> Float[Tensor, "n b"]:
+    """product + bias in the wider dtype: rounded to 16 bits in between it would be half as exact. In place where the
+    dtype stays."""
+    if bias is None:
+        return product.to(wide)
+    return _row_major(product, wide).add_(bias[batch.expert_of_row()])
 
 
 def _add_bias(rows: Float[Tensor, "n b"], bias: Tensor | None, batch: Batch, scale: Tensor | None = None) -> None:

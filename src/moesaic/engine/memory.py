@@ -61,16 +61,26 @@ def new_gradient(weight: Tensor, without: Iterable[int] = ()) -> Tensor:
     (madvise) are handed out faster still where the system has them at hand, and in 2 to 3 s where it has to find them,
     so that is left to the system.
     """
-    if weight.nbytes < LARGE or sys.platform != "linux":
+    pages = _pages(weight.nbytes) if weight.nbytes >= LARGE else None
+    if pages is None:
         gradient = torch.empty_like(weight)
         for expert in without:
             gradient[expert].zero_()
         return gradient
-    pages = mmap.mmap(-1, weight.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # until the tensor is freed
     layout = torch.empty_like(weight, device="meta")
     gradient = torch.frombuffer(pages, dtype=weight.dtype).as_strided(layout.shape, layout.stride())
     populate(gradient)
     return gradient
+
+
+def _pages(n_bytes: int) -> mmap.mmap | None:
+    """New pages of this process alone, which go back to the system with the last tensor on them; None where there are
+    none to be had, and torch has its own way to say so."""
+    if sys.platform != "linux":
+        return None
+    with suppress(OSError):
+        return mmap.mmap(-1, n_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return None
 
 
 def populate(tensor: Tensor) -> None:

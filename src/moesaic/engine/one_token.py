@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from moesaic.engine.checks import check_range
+from moesaic.engine.checks import check_id_range
 from moesaic.engine.gemm import form_for, matmul_dtype, narrow_table, table_for
 from moesaic.engine.memory import Workspace
 from moesaic.engine.spec import ExpertSpec
@@ -25,7 +25,7 @@ def one_token(
 ) -> Float[Tensor, "1 O"]:
     """The weighted sum of the token's experts, ascending as everywhere; ids that are E are skipped."""
     n_experts, ids = len(experts.up), expert_ids[0].tolist()
-    check_range(min(ids, default=0), max(ids, default=0), n_experts)
+    check_id_range(min(ids, default=0), max(ids, default=0), n_experts)
     slots = sorted((slot for slot, expert in enumerate(ids) if expert < n_experts), key=ids.__getitem__)
     chosen, wide = [ids[slot] for slot in slots], torch.promote_types(token.dtype, torch.float32)
     up, down = spec.as_in_out(experts)

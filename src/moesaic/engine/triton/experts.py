@@ -114,7 +114,7 @@ def backward(
     d_projected = inner.d_hidden
     del inner  # memory for what follows
     if wanted.up:
-        d_up = gradient(experts.up, up_into, d_projected, tokens, by_token="rows")
+        d_up = gradient(experts.up, up_into, d_projected, tokens, by_token="inputs")
     if wanted.up_bias and experts.up_bias is not None:
         d_up_bias = sum_rows(d_projected, None, rows, experts.up_bias)
     if wanted.tokens:
@@ -148,7 +148,7 @@ def _tiles(
     rows_per_expert = INVARIANT_ROWS if batch_invariant else -(-n_assignments // len(experts.up))
     capability = capability_of(tokens.device)
     tiles = tiles_for(rows_per_expert, tokens.dtype, capability, experts.up.dtype)
-    return interleaved(tiles, capability) if spec.interleaved else tiles
+    return interleaved(tiles, capability) if spec.gated and spec.interleaved else tiles
 
 
 def _nothing(

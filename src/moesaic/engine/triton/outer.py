@@ -44,7 +44,7 @@ def outer(
 
 def d_matrix(
     out_grad: Float[Tensor, "o b"],
-    rows: Float[Tensor, "i a"],
+    inputs: Float[Tensor, "i a"],
     grad: Float[Tensor, "E ..."],
     layout: Layout,
     blocks: Blocks,
@@ -53,15 +53,15 @@ def d_matrix(
     transposed: bool,
     accumulate: bool = False,
 ) -> Tensor:
-    """The gradient `grad` of matrices that took `rows` to rows whose gradient is `out_grad`, in the matrices' layout.
+    """The gradient `grad` of matrices that took `inputs` to rows whose gradient is `out_grad`, in the matrices' layout.
 
-    by_token: "out_grad" or "rows", whichever lies by token.
+    by_token: "out_grad" or "inputs", whichever lies by token.
     """
     if transposed:  # [E, in, out]
-        gather = "left" if by_token == "rows" else "right"
-        return outer(rows, out_grad, grad, layout, blocks, gather=gather, accumulate=accumulate)
-    gather = "right" if by_token == "rows" else "left"
-    return outer(out_grad, rows, grad, layout, blocks, gather=gather, accumulate=accumulate)
+        gather = "left" if by_token == "inputs" else "right"
+        return outer(inputs, out_grad, grad, layout, blocks, gather=gather, accumulate=accumulate)
+    gather = "right" if by_token == "inputs" else "left"
+    return outer(out_grad, inputs, grad, layout, blocks, gather=gather, accumulate=accumulate)
 
 
 @triton.jit

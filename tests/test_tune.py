@@ -207,3 +207,9 @@ def test_options_of_bench_before_tune_are_refused(monkeypatch, capsys):
     with pytest.raises(SystemExit, match="2"):
         main()
     assert "--rounds is none of tune's options" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("shape", "columns"), [("gpt-oss-20b", 64), ("qwen3-30b", 128)])
+def test_a_search_on_sm_100_begins_from_the_tiles_that_the_engine_takes(shape, columns):
+    tuning = Tuning(shape, "bfloat16", lambda *_: 1.0, capability=(10, 0))
+    assert max(tuning._own(most).up.columns for most in room.ROWS) == columns

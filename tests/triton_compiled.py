@@ -106,7 +106,7 @@ def launch_everything(capability: int, dtype: torch.dtype, layer: Layer, n_token
     from moesaic.engine.op import Gradients
     from moesaic.engine.spec import ExpertSpec
     from moesaic.engine.triton import experts
-    from moesaic.engine.triton.blocks import interleaved, tiles_for
+    from moesaic.engine.triton.blocks import suited, tiles_for
     from moesaic.types import ExpertWeights
 
     weight_dtype = getattr(torch, layer.weights) if layer.weights else dtype
@@ -117,8 +117,7 @@ def launch_everything(capability: int, dtype: torch.dtype, layer: Layer, n_token
     there = divmod(capability, 10)
 
     def tiles_there(n, tokens, matrices, spec, **_):
-        tiles = tiles_for(-(-n // len(matrices.up)), tokens.dtype, there, matrices.up.dtype)
-        return interleaved(tiles, there) if spec.interleaved else tiles
+        return suited(tiles_for(-(-n // len(matrices.up)), tokens.dtype, there, matrices.up.dtype), spec, there)
 
     experts._tiles = tiles_there
     spec, (e, d, i, k) = ExpertSpec(*layer.spec), layer[:4]

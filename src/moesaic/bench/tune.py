@@ -22,7 +22,8 @@ from moesaic.bench.gpu.truth import BOUNDS
 from moesaic.bench.problem import Problem, make_experts, make_problem
 from moesaic.bench.shapes import SHAPES, Cell
 from moesaic.bench.timing import spread
-from moesaic.engine.triton.blocks import Blocks, Tiles, built_in, interleaved
+from moesaic.engine.spec import ExpertSpec
+from moesaic.engine.triton.blocks import Blocks, Tiles, built_in, suited
 from moesaic.types import ExpertWeights
 
 WALKERS = ("up", "matmul", "d_hidden")
@@ -83,7 +84,7 @@ class Tuning:
     def _own(self, most: int) -> Tiles:
         """The table's, as the engine takes them for these experts."""
         tiles = built_in(ROWS[most], getattr(torch, self.dtype), self.capability)
-        return interleaved(tiles, self.capability) if SHAPES[self.shape].config().interleaved else tiles
+        return suited(tiles, ExpertSpec.of(SHAPES[self.shape].config()), self.capability)
 
     def _problem(self, rows: int, experts: ExpertWeights) -> Problem:
         shape = SHAPES[self.shape]

@@ -63,7 +63,8 @@ def forward(
         activate = _activate_by_row if batch_invariant else ExpertSpec.activate
         activated = activate(spec, projected).mul_(scale)
         expert_out = _row_major(multiply(batch, activated, down, "expert out"), wide)
-        _add_bias(expert_out, experts.down_bias, batch, scale)
+        if experts.down_bias is not None:
+            expert_out += experts.down_bias[batch.expert_of_row()] * scale
         out.index_add_(0, batch.rows, expert_out)
     return out.to(tokens.dtype), hidden, plan.assignments, plan.counts
 
@@ -193,12 +194,6 @@ def _biased(
     if bias is None:
         return product.to(wide)
     return _row_major(product, wide).add_(bias[batch.expert_of_row()])
-
-
-def _add_bias(rows: Float[Tensor, "n b"], bias: Tensor | None, batch: Batch, scale: Tensor | None = None) -> None:
-    if bias is not None:
-        chosen = bias[batch.expert_of_row()]
-        rows += chosen if scale is None else chosen * scale
 
 
 def _row_major(product: Tensor, dtype: torch.dtype) -> Tensor:

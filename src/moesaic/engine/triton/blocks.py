@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 import torch
 
+from moesaic.engine.spec import ExpertSpec
+
 
 class Blocks(NamedTuple):
     """A program's share of a matmul: `rows` x `columns` of the result, `depth` of the sum at a time.
@@ -180,8 +182,10 @@ def fitted(op: str, blocks: Blocks, itemsizes: tuple[int, int], capability: tupl
         blocks = blocks._replace(depth=blocks.depth // 2)
 
 
-def interleaved(tiles: Tiles, capability: tuple[int, int]) -> Tiles:
-    """`tiles` for experts whose gate and up alternate: both are one matmul, of twice the columns, in `up`."""
+def suited(tiles: Tiles, spec: ExpertSpec, capability: tuple[int, int]) -> Tiles:
+    """`tiles` as these experts can have them: where gate and up alternate, both are one matmul of twice the columns."""
+    if not (spec.gated and spec.interleaved):
+        return tiles
     columns = min(tiles.up.columns, WIDEST.get(capability[0], 2 * tiles.up.columns) // 2)
     return tiles._replace(up=tiles.up._replace(columns=columns))
 

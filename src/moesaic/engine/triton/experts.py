@@ -12,7 +12,7 @@ from torch import Tensor
 from moesaic.engine.op import Gradients, Keep
 from moesaic.engine.plan import Plan, no_plan
 from moesaic.engine.spec import ExpertSpec
-from moesaic.engine.triton.blocks import INTERPRETED, INVARIANT_ROWS, Tiles, capability_of, interleaved, tiles_for
+from moesaic.engine.triton.blocks import INTERPRETED, INVARIANT_ROWS, Tiles, capability_of, suited, tiles_for
 from moesaic.engine.triton.combine import combine
 from moesaic.engine.triton.d_hidden import d_hidden
 from moesaic.engine.triton.d_weights import d_weights
@@ -147,8 +147,7 @@ def _tiles(
         return INTERPRETED
     rows_per_expert = INVARIANT_ROWS if batch_invariant else -(-n_assignments // len(experts.up))
     capability = capability_of(tokens.device)
-    tiles = tiles_for(rows_per_expert, tokens.dtype, capability, experts.up.dtype)
-    return interleaved(tiles, capability) if spec.gated and spec.interleaved else tiles
+    return suited(tiles_for(rows_per_expert, tokens.dtype, capability, experts.up.dtype), spec, capability)
 
 
 def _nothing(

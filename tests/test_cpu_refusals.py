@@ -77,6 +77,17 @@ def test_an_unknown_activation_is_refused():
         ExpertSpec(activation="swish")
 
 
+@pytest.mark.parametrize("ignored", [{"limit": 7.0}, {"up_offset": 1.0}, {"interleaved": True}])
+def test_what_experts_without_a_gate_cannot_do_is_refused(ignored):
+    with pytest.raises(ValueError, match="are for gated experts"):
+        ExpertSpec(gated=False, **ignored)
+
+
+def test_a_slope_of_another_activation_than_silu_is_refused():
+    with pytest.raises(ValueError, match=r"alpha=1\.702 is the slope of SiLU"):
+        ExpertSpec("gelu", alpha=1.702)
+
+
 def test_a_bias_of_the_wrong_size_is_named():
     x, ids, weights, experts = problem(5)
     with pytest.raises(ValueError, match=r"down_bias is \(6, 15\): give \[6, 16\]"):

@@ -59,9 +59,10 @@ def test_every_kind_of_expert_computes_it(variant, dtype):
     assert torch.equal(got, cpu(x, ids, weights, experts, spec))
 
 
-@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8], ids=str)
-def test_it_takes_every_dtype_of_ids(dtype):
-    experts, ids, x, weights = weights_like(torch.float32), ids_of("sentinels", 1), torch.randn(1, D), torch.rand(1, K)
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.int16, torch.uint8], ids=str)
+@pytest.mark.parametrize("n", [1, 9])
+def test_it_takes_every_dtype_of_ids(dtype, n):
+    experts, ids, x, weights = weights_like(torch.float32), ids_of("sentinels", n), torch.randn(n, D), torch.rand(n, K)
     got = cpu(x, ids.to(dtype), weights, experts, ExpertSpec())
     assert torch.equal(got, cpu(x, ids, weights, experts, ExpertSpec()))
 

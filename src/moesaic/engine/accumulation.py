@@ -28,11 +28,11 @@ def _will_run(node: Any) -> bool:
 def accumulation_targets(ctx: Any, grad_out: Tensor, *weights: Tensor) -> tuple[Tensor | None, ...]:
     """For each weight its `.grad`, where adding to it now is what autograd would do later; else None.
 
-    That is so for a leaf with a dense gradient of its dtype, not made in inference mode, and no hooks, whose
-    AccumulateGrad node this very backward is going to run: node and weight are checked by identity. Adding saves a
-    gradient-sized tensor of zeros and three passes over it. Prehooks put on that node itself cannot be seen from here:
-    they get None. On a GPU it is so on the default stream only: autograd orders its own additions between streams, not
-    ours.
+    That is so for a leaf, not frozen since, with a dense gradient of its dtype, not made in inference mode and not the
+    other weight's too, and no hooks, whose AccumulateGrad node this very backward is going to run: node and weight are
+    checked by identity. Adding saves a gradient-sized tensor of zeros and three passes over it. Prehooks put on that
+    node itself cannot be seen from here: they get None. On a GPU it is so on the default stream only: autograd orders
+    its own additions between streams, not ours.
     """
     nobody = (None,) * len(weights)
     if type(grad_out) is not Tensor or torch.is_anomaly_enabled():
@@ -42,9 +42,11 @@ def accumulation_targets(ctx: Any, grad_out: Tensor, *weights: Tensor) -> tuple[
         return nobody
     leaves = {id(node.variable): node for node, _ in ctx.next_functions if _is_accumulate_grad(node)}
     try:
-        return tuple(_target(weight, leaves.get(id(weight))) for weight in weights)
+        targets = tuple(_target(weight, leaves.get(id(weight))) for weight in weights)
     except RuntimeError:  # inside torch.autograd.grad, which collects gradients instead of storing them
         return nobody
+    added_to = [id(target) for target in targets if target is not None]
+    return targets if len(set(added_to)) == len(added_to) else nobody
 
 
 def _is_accumulate_grad(node: Any) -> bool:
@@ -52,7 +54,7 @@ def _is_accumulate_grad(node: Any) -> bool:
 
 
 def _target(weight: Tensor, node: Any) -> Tensor | None:
-    if node is None or not torch._C._will_engine_execute_node(node):
+    if node is None or not weight.requires_grad or not torch._C._will_engine_execute_node(node):
         return None
     grad = weight.grad
     if weight._backward_hooks or getattr(weight, "_post_accumulate_grad_hooks", None) or grad is None:

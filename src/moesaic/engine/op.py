@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from moesaic.engine.accumulation import accumulation_targets, collected
 from moesaic.engine.checks import check_dtypes, check_inputs
@@ -77,14 +78,33 @@ def run_experts(
     if _needs_plain_torch():
         plain = reference if batch_invariant else grouped
         return plain(tokens, expert_ids, weights, experts, spec).to(dtype)
-    differentiable = (tokens, weights, *experts)
-    needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in differentiable)
+    grad_mode = torch.is_grad_enabled()
+    needs_hidden = grad_mode and any(_trains(t) for t in (tokens, weights, experts.up, experts.down, experts.up_bias))
+    needs_grad = needs_hidden or (grad_mode and _trains(experts.down_bias))
     if not needs_grad and device_type in FORWARD and not _is_watched(tokens, expert_ids, weights, *experts):
         given = (tokens, expert_ids, weights, experts, spec)
         return FORWARD[device_type](*given, keep="nothing", batch_invariant=batch_invariant)[0]
-    keep = "nothing" if not needs_grad else "order" if recompute else "hidden"
-    out, *_ = torch.ops.moesaic.experts(tokens, expert_ids, weights, *experts, *spec.fields, keep, batch_invariant)
+    keep = "nothing" if not needs_grad else "hidden" if needs_hidden and not recompute else "order"
+    try:
+        out, *_ = torch.ops.moesaic.experts(tokens, expert_ids, weights, *experts, *spec.fields, keep, batch_invariant)
+    except (RuntimeError, TypeError) as error:
+        _refuse_subclasses(error, tokens=tokens, expert_ids=expert_ids, weights=weights, **experts._asdict())
+        raise
     return out.to(dtype)
+
+
+def _trains(tensor: Tensor | None) -> bool:
+    return tensor is not None and tensor.requires_grad
+
+
+def _refuse_subclasses(error: Exception, **given: Tensor | None) -> None:
+    """Raise ValueError for the first tensor of a kind that runs operators in its own way, and fails to run ours."""
+    for name, tensor in given.items():
+        if tensor is not None and is_traceable_wrapper_subclass(tensor):
+            raise ValueError(
+                f"{name}: the operator of the experts cannot run on a {type(tensor).__name__} ({error}). "
+                "Give a plain tensor, as FSDP does while a layer runs"
+            ) from error
 
 
 def _is_watched(tokens: Tensor, *others: Tensor | None) -> bool:
@@ -200,6 +220,8 @@ def _differentiable_backward(
     experts = ExpertWeights(*matrices)
     with torch.autocast(tokens.device.type, enabled=False):
         out = grouped(tokens, expert_ids, weights, experts, spec)
+    if not out.requires_grad:  # nobody is chosen
+        return [torch.zeros_like(t) if want else None for t, want in zip(views, wanted, strict=True)]
     chosen = [t for t, want in zip(views, wanted, strict=True) if want]
     grads = iter(torch.autograd.grad(out, chosen, grad_out, create_graph=True, allow_unused=True))
     return [next(grads) if want else None for want in wanted]

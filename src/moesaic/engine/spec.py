@@ -40,6 +40,10 @@ class ExpertSpec:
     def __post_init__(self) -> None:
         if self.activation not in ACTIVATIONS:
             raise ValueError(f"activation={self.activation!r} is unknown: use one of {', '.join(ACTIVATIONS)}")
+        if not self.gated and (self.limit is not None or self.up_offset or self.interleaved):
+            raise ValueError("limit, up_offset and interleaved are for gated experts: use gated=True or leave them")
+        if self.alpha != 1.0 and self.activation != "silu":
+            raise ValueError(f"alpha={self.alpha} is the slope of SiLU: use activation='silu' or leave it")
 
     @classmethod
     def of(cls, config: MoEConfig) -> "ExpertSpec":

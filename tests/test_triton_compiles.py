@@ -51,6 +51,8 @@ def slow(*case):
         slow(90, "bfloat16", "relu2"),
         slow(90, "float32", "ladder"),
         slow(80, "float32", "ladder"),
+        slow(90, "float32", "tf32"),
+        slow(80, "float32", "tf32"),
         slow(86, "bfloat16", "ladder"),
         slow(86, "bfloat16", "gpt-oss"),
         slow(86, "bfloat16", "autocast"),
@@ -70,6 +72,10 @@ def test_kernels_assemble_for(capability, dtype, layer):
         if kernel["kernel"] in MATMULS:
             assert kernel["LDGSTS"], f"{kernel} does not load ahead"
             assert kernel["LDG\\.E\\.U16"] <= 2, f"{kernel} loads single numbers"  # biases are
+        if kernel["kernel"] == "_down_and_combine" and layer != "gpt-oss":  # whose columns lie side by side
+            assert not kernel["barriers"], f"{kernel} waits for one expert before it asks for the next one's weights"
+        if layer == "tf32" and kernel["kernel"] in MATMULS:
+            assert kernel["HGMMA"] or kernel["HMMA"], f"{kernel} multiplies without tensor cores"
         if kernel["kernel"] in MATMULS and capability == 90 and dtype != "float32":
             assert kernel["HGMMA"] or kernel["HMMA"], f"{kernel} leaves the tensor cores idle"
             if kernel["tokens"] == 32768:
@@ -92,9 +98,10 @@ def test_widths_of_any_kind_assemble(layer):
     check_shared_memory(90, compiled(90, "bfloat16", layer, 1, 40, 512))
 
 
-def test_other_numbers_of_tokens_need_no_other_kernels():
-    made = compiled(90, "bfloat16", "ladder", 2049, 2050, 2056, 2064, 2176)
-    assert {kernel["tokens"] for kernel in made} == {2049}
+@pytest.mark.parametrize("tokens", [(9, 10, 16, 17, 100, 255), (2049, 2050, 2056, 2064, 2176)], ids=["few", "many"])
+def test_other_numbers_of_tokens_need_no_other_kernels(tokens):
+    made = compiled(90, "bfloat16", "ladder", *tokens)
+    assert {kernel["tokens"] for kernel in made} == {tokens[0]}
 
 
 def check_shared_memory(capability: int, made: list[dict]) -> None:

@@ -82,15 +82,31 @@ def test_unsorted_rows_of_a_few_tokens(spec):
     close(got, twins.down_and_combine(theirs, p.expert_ids, *args))
 
 
-@pytest.mark.parametrize("most_depth", [16, 1024], ids=["in-steps", "at-once"])
+@pytest.mark.parametrize("deepest", [16, 1024], ids=["in-steps", "at-once"])
+@pytest.mark.parametrize("deep", [True, False], ids=["deep", "broad"])
 @pytest.mark.parametrize("size", [(37, 21), (32, 16), (33, 48)], ids=str)
-def test_down_and_combine(monkeypatch, most_depth, size):
-    monkeypatch.setattr(few, "MOST_DEPTH", most_depth)
+def test_down_and_combine(monkeypatch, deepest, deep, size):
+    monkeypatch.setattr(few, "DEEP" if deep else "BROAD", (8, deepest))
     width, depth = size
     p = problem(t=3)
     matrix, rows = torch.randn(5, depth, width, device=DEVICE), rows_like(p, depth)
+    stored = matrix.mT.contiguous().mT if deep else matrix
     expected = twins.down_and_combine(rows.double(), p.expert_ids, p.weights.double(), matrix.double(), None)
-    close(down_and_combine(rows, p.expert_ids, p.weights, matrix, None), expected)
+    close(down_and_combine(rows, p.expert_ids, p.weights, stored, None), expected)
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_nobody_s_share_is_zero_whatever_lies_there(biased):
+    """Not the row is read, which nobody wrote, nor the first expert instead."""
+    ids = torch.tensor([[3, 1], [3, 2]], device=DEVICE)  # 3: no expert
+    rows = torch.randn(4, 16, device=DEVICE)
+    matrix, bias = torch.randn(3, 16, 32, device=DEVICE), torch.randn(3, 32, device=DEVICE)
+    weights = torch.rand(2, 2, device=DEVICE)
+    expected = weights[:, 1, None] * (torch.einsum("ti,tio->to", rows[1::2], matrix[ids[:, 1]]) + biased * bias[1:])
+    for unread in (rows[::2], weights[:, 0], matrix[0], bias[0]):
+        unread.fill_(torch.nan)
+    for stored in (matrix, matrix.mT.contiguous().mT):
+        close(down_and_combine(rows, ids, weights, stored, bias if biased else None), expected)
 
 
 @pytest.mark.parametrize("size", SIZES)

@@ -40,6 +40,7 @@ LAYERS = {
     "deepseek-v3": Layer(256, 7168, 2048, 8),
     "mixtral": Layer(8, 4096, 14336, 2),
     "gpt-oss": Layer(32, 2880, 2880, 4, ("silu", True, 7.0, 1.702, 1.0, True, True), biases=True),
+    "tf32": Layer(128, 2048, 768, 8),  # in float32, as torch is told by set_float32_matmul_precision("high")
     "autocast": Layer(32, 1024, 512, 6, weights="float32"),
     "odd": Layer(5, 37, 21, 3, ("gelu", False, None, 1.0, 0.0, False, False), biases=True),
     "odd-gated": Layer(5, 37, 21, 3),
@@ -83,7 +84,8 @@ def compile_for(capability: int) -> dict[tuple[str, str], object]:
 
 
 def needs(kernel) -> dict[str, int]:
-    """Registers, bytes of stack (what spilled) and of shared memory, and how often some instructions occur."""
+    """Registers, bytes of stack (what spilled) and of shared memory, how often some instructions occur, and how many
+    barriers lie before the last load from memory."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
@@ -93,7 +95,8 @@ def needs(kernel) -> dict[str, int]:
     count = {
         name: len(re.findall(rf"\b{name}\b", code)) for name in ("HGMMA", "HMMA", "LDGSTS", "FFMA", r"LDG\.E\.U16")
     }
-    return {**found, "shared": kernel.metadata.shared, **count}
+    barriers = code[: code.rfind("LDG.")].count("BAR.SYNC")
+    return {**found, "shared": kernel.metadata.shared, "barriers": barriers, **count}
 
 
 def run(program: str, *args: str) -> str:
@@ -155,6 +158,7 @@ def launch_routing(n_tokens: int, **changes) -> None:
 
 def main(capability: int, dtype: str, layer: str, *tokens: int) -> None:
     made = compile_for(capability)
+    torch.set_float32_matmul_precision("high" if layer == "tf32" else "highest")
     for n in tokens:
         before = set(made)
         if layer == "every gate":

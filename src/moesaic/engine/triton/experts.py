@@ -27,6 +27,7 @@ from moesaic.types import ExpertWeights
 
 # Numbers of a [T*K, D] from which it is made in two halves: 64 MB in 16 bits; with less, memory is not what matters.
 HALVED = 1 << 25
+MOST_ASSIGNMENTS = 2**31 - 2**12
 EXPERTS_PER_ASSIGNMENT = 4  # and more: every assignment is a tile of its own, nothing is sorted (vLLM's rule)
 
 
@@ -43,11 +44,11 @@ def forward(
     """(out [T, O], hidden, assignments [S], counts [E]): the weighted sum of the chosen experts, and what the backward
     needs of it; what it does not need is not computed. Ids that name no expert are skipped: values are not checked.
 
-    Raises ValueError for 2^31 assignments and more, which the kernels count in 32 bits.
+    Raises ValueError for nearly 2^31 assignments, which the kernels count in 32 bits, a block beyond the last too.
     """
     n, k, n_experts = expert_ids.numel(), expert_ids.shape[1], len(experts.up)
-    if n >= 2**31:
-        raise ValueError(f"{n} assignments (tokens x experts per token) are too many: give fewer than 2^31 at a time")
+    if n > MOST_ASSIGNMENTS:
+        raise ValueError(f"{n} assignments (tokens x experts per token) are too many: {MOST_ASSIGNMENTS} at most")
     tokens, weights = tokens.contiguous(), weights.contiguous()
     if n == 0 or n_experts == 0:
         return _nothing(tokens, n, experts, spec, keep)

@@ -1,7 +1,9 @@
 """The second half of a layer for a handful of tokens: down projection, routing weights and sum in one launch.
 
 Decoding waits for weights to stream past. A program has some columns of one token's result and walks over its K experts
-in slot order, so nothing is stored between and no second launch waits for the first.
+in slot order, so nothing is stored between and no second launch waits for the first. Products are added up element by
+element, and across the depth once, at the end: a sum for each expert would be a barrier for each, and no load of the
+next one's weights passes a barrier. Those are asked for before what is there is multiplied.
 """
 
 import triton
@@ -11,7 +13,9 @@ from torch import Tensor
 
 from moesaic.engine.triton.tile import even, load_bias, offsets, strided
 
-COLUMNS, MOST_DEPTH = 16, 1024  # of a program: 32 KiB of weights on their way per expert
+# (columns, depth) of a program of 4 warps: 16 KiB of weights on their way, and the next 16. Where columns lie side by
+# side there are as many as a sector of memory holds; else so much depth that no warp needs what another has loaded.
+DEEP, BROAD = (8, 1024), (16, 512)
 
 
 def down_and_combine(
@@ -24,8 +28,9 @@ def down_and_combine(
     """sum over k of weights[t, k] * (activated[t * K + k] @ matrix[e] + bias[e]), where e is the expert of (t, k)."""
     (n_tokens, k), (n_experts, depth, width) = expert_ids.shape, matrix.shape
     out = activated.new_empty(n_tokens, width)
-    block = min(MOST_DEPTH, triton.next_power_of_2(depth))
-    _down_and_combine[(n_tokens, triton.cdiv(width, COLUMNS))](
+    columns, deepest = BROAD if matrix.stride(2) == 1 else DEEP
+    block = min(deepest, triton.next_power_of_2(depth))
+    _down_and_combine[(n_tokens, triton.cdiv(width, columns))](
         activated,
         expert_ids.contiguous(),
         weights,
@@ -35,12 +40,13 @@ def down_and_combine(
         n_experts,
         depth,
         width,
-        K=k,
+        k,
+        STEPS=triton.cdiv(depth, block),
         OFFSETS=offsets(matrix),
-        EVEN=even(depth, block) and even(width, COLUMNS),
-        COLUMNS=COLUMNS,
+        EVEN=even(depth, block) and even(width, columns),
+        COLUMNS=columns,
         DEPTH=block,
-        num_warps=8,
+        num_warps=max(1, columns * block // 2048),
     )
     return out
 
@@ -56,38 +62,49 @@ def _down_and_combine(
     num_experts,
     depth,
     width,
-    K: tl.constexpr,
+    k,
+    STEPS: tl.constexpr,
     OFFSETS: tl.constexpr,
     EVEN: tl.constexpr,
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
 ):
-    w, w_expert, w_depth, w_column = matrices
-    token = tl.program_id(0).to(tl.int64)
+    first = tl.program_id(0).to(tl.int64) * k
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    inside = column < width
-    steps = tl.arange(0, DEPTH)
+    parts = tl.zeros((COLUMNS, DEPTH), dtype=tl.float32)
     total = tl.zeros((COLUMNS,), dtype=tl.float32)
-    for slot in tl.static_range(K):
-        assignment = token * K + slot
-        expert = tl.load(ids + assignment).to(tl.int64)
-        present = (expert >= 0) & (expert < num_experts)
-        expert = tl.where(present, expert, 0)  # no branch: loads of the next expert may overtake
-        parts = tl.zeros((COLUMNS, DEPTH), dtype=tl.float32)
-        for done in range(0, depth, DEPTH):
-            at = w + expert * w_expert
-            at += column.to(OFFSETS)[:, None] * w_column + (done + steps).to(OFFSETS)[None, :] * w_depth
-            left = done + steps < depth
-            if EVEN:
-                matrix = tl.load(at).to(tl.float32)
-            else:
-                matrix = tl.load(at, mask=inside[:, None] & left[None, :], other=0.0).to(tl.float32)
-            parts += (
-                matrix * tl.load(a + assignment * depth + done + steps, mask=left, other=0.0).to(tl.float32)[None, :]
-            )
-        value = tl.sum(parts, axis=1)
-        if bias is not None:
-            value += load_bias(bias, expert, column, inside)
-        scale = tl.load(weights + assignment).to(tl.float32)
-        total += tl.where(present, scale * value, 0.0)
-    tl.store(out + token * width + column, total.to(out.dtype.element_ty), mask=inside)
+    given = (a, ids, weights, matrices, bias, num_experts, depth, width)
+    matrix, value, of_bias = _fetch(given, first, 0, column, STEPS, OFFSETS, EVEN, DEPTH)
+    for step in range(1, k * STEPS):
+        following = _fetch(given, first, step, column, STEPS, OFFSETS, EVEN, DEPTH)
+        parts += matrix.to(tl.float32) * value
+        total += of_bias
+        matrix, value, of_bias = following
+    total += of_bias + tl.sum(parts + matrix.to(tl.float32) * value, axis=1)
+    tl.store(out + tl.program_id(0).to(tl.int64) * width + column, total.to(out.dtype.element_ty), mask=column < width)
+
+
+@triton.jit
+def _fetch(
+    given, first, step, column, STEPS: tl.constexpr, OFFSETS: tl.constexpr, EVEN: tl.constexpr, DEPTH: tl.constexpr
+):
+    """A part of one expert's columns [COLUMNS, DEPTH], what to multiply it with [1, DEPTH], and with the first part of
+    an expert its weighed bias [COLUMNS]. Of no expert: zeros."""
+    a, ids, weights, matrices, bias, num_experts, depth, width = given
+    w, w_expert, w_depth, w_column = matrices
+    assignment = first + step // STEPS
+    expert = tl.load(ids + assignment).to(tl.int64)
+    present = (expert >= 0) & (expert < num_experts)
+    expert = tl.where(present, expert, 0)
+    scale = tl.where(present, tl.load(weights + assignment).to(tl.float32), 0.0)
+    at_depth = step % STEPS * DEPTH + tl.arange(0, DEPTH)
+    inside, there = column < width, present & (at_depth < depth)
+    at = w + expert * w_expert
+    at += column.to(OFFSETS)[:, None] * w_column + at_depth.to(OFFSETS)[None, :] * w_depth
+    matrix = tl.load(at, mask=present if EVEN else inside[:, None] & there[None, :], other=0.0)
+    value = tl.load(a + assignment * depth + at_depth[None, :], mask=there[None, :], other=0.0).to(tl.float32)
+    of_bias = tl.zeros(column.shape, dtype=tl.float32)
+    if bias is not None:
+        weighed = present & (step % STEPS == 0)
+        of_bias = tl.where(weighed, scale * load_bias(bias, expert, column, inside), 0.0)
+    return matrix, scale * value, of_bias

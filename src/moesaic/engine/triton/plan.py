@@ -9,6 +9,7 @@ from torch import Tensor
 from moesaic.engine.plan import Plan
 
 ONE_LAUNCH = 4096  # assignments up to which every expert looks through all of them
+AT_ONCE = 1024  # so many at a time: one kernel for every number
 BLOCK = 128  # assignments that one program ranks by comparing each with each
 
 
@@ -22,10 +23,7 @@ def group_by_expert(expert_ids: Int[Tensor, "T K"], num_experts: int) -> Plan:
     assignments = torch.empty(n, dtype=torch.int64, device=ids.device)
     counts = torch.empty(num_experts, dtype=torch.int64, device=ids.device)
     if n <= ONE_LAUNCH:
-        size = max(16, triton.next_power_of_2(n))
-        _sort_few[(num_experts + 1,)](
-            ids, assignments, counts, n, num_experts, SIZE=size, num_warps=max(1, min(16, size // 256))
-        )
+        _sort_few[(num_experts + 1,)](ids, assignments, counts, n, num_experts, AT_ONCE, num_warps=4)
         return Plan(assignments, counts)
     blocks = triton.cdiv(n, BLOCK)
     by_block = torch.empty(num_experts + 1, blocks, dtype=torch.int32, device=ids.device)
@@ -57,13 +55,18 @@ def _load_ids(ids, assignment, n, num_experts):
 @triton.jit(do_not_specialize=["n"])
 def _sort_few(ids, assignments, counts, n, num_experts, SIZE: tl.constexpr):
     expert = tl.program_id(0)
-    assignment = tl.arange(0, SIZE)
-    found = _load_ids(ids, assignment, n, num_experts)
-    mine = (found == expert).to(tl.int32)
-    first = tl.sum((found < expert).to(tl.int32), axis=0)
-    tl.store(assignments + first + tl.cumsum(mine, axis=0) - 1, assignment.to(tl.int64), mask=mine != 0)
+    before = tl.zeros((SIZE,), dtype=tl.int32)
+    for done in range(0, n, SIZE):
+        before += (_load_ids(ids, done + tl.arange(0, SIZE), n, num_experts) < expert).to(tl.int32)
+    first = tl.sum(before, axis=0)
+    at = first
+    for done in range(0, n, SIZE):
+        assignment = done + tl.arange(0, SIZE)
+        mine = (_load_ids(ids, assignment, n, num_experts) == expert).to(tl.int32)
+        tl.store(assignments + at + tl.cumsum(mine, axis=0) - 1, assignment.to(tl.int64), mask=mine != 0)
+        at += tl.sum(mine, axis=0)
     if expert < num_experts:
-        tl.store(counts + expert, tl.sum(mine, axis=0).to(tl.int64))
+        tl.store(counts + expert, (at - first).to(tl.int64))
 
 
 @triton.jit(do_not_specialize=["n", "blocks"])

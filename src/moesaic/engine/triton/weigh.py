@@ -3,8 +3,10 @@
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra import libdevice
 
 from moesaic.engine.route_op import RouteSpec
+from moesaic.engine.triton.tile import INTERPRETED
 
 LOWEST = tl.constexpr(float(torch.finfo(torch.float32).min))
 TINY = tl.constexpr(float(torch.finfo(torch.float32).tiny))
@@ -30,15 +32,21 @@ def weighing(spec: RouteSpec) -> dict[str, int | str | bool]:
 def softmax_terms(x):
     """(what to subtract, what to divide by) for the softmax of a whole row."""
     highest = tl.max(x)
-    return highest, tl.sum(tl.exp(x - highest))
+    return highest, tl.sum(_exp(x - highest))
+
+
+@triton.jit
+def _exp(x):
+    """As exact as torch's own: Triton's is two steps faster and some last bits off, enough to change near ties."""
+    return tl.exp(x) if INTERPRETED else libdevice.exp(x)
 
 
 @triton.jit
 def score_of(x, highest, total, SCORING: tl.constexpr):
     if SCORING == "sigmoid":
-        score = tl.sigmoid(x)
+        score = tl.div_rn(1.0, 1.0 + _exp(-x))
     elif SCORING == "softmax":
-        score = tl.exp(x - highest) / total
+        score = tl.div_rn(_exp(x - highest), total)
     else:
         softplus = _softplus(x)
         score = tl.sqrt(tl.where(softplus < TINY, TINY, softplus))  # not tl.maximum, which loses NaN
@@ -48,7 +56,7 @@ def score_of(x, highest, total, SCORING: tl.constexpr):
 @triton.jit
 def _softplus(x):
     """log(1 + exp(x)), exact to the last bits where exp(x) is small: the error of 1 + u cancels (Kahan)."""
-    u = tl.exp(-tl.abs(x))
+    u = _exp(-tl.abs(x))
     w = 1.0 + u
     return tl.where(x > 0.0, x, 0.0) + tl.where(w == 1.0, u, tl.log(w) * u / (w - 1.0))
 

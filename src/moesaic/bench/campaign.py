@@ -23,7 +23,10 @@ from moesaic.types import ExpertWeights
 
 RESULTS = "results.jsonl"
 # of the machine and the run, for two runs to be one table
-SAME = ("cpu", "cores", "isa", "onednn_isa", "environment", "versions", "commit", "engines", "peers", "rounds")
+SAME = (
+    *("cpu", "cores", "isa", "onednn_isa", "environment", "versions", "commit", "sources"),
+    *("engines", "peers", "rounds"),
+)
 
 
 @dataclass

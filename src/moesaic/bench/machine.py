@@ -1,5 +1,6 @@
 """Where and with what numbers were measured: hardware, versions, commit, date."""
 
+import hashlib
 import importlib.metadata
 import os
 import platform
@@ -48,6 +49,7 @@ def machine() -> dict[str, Any]:
         },
         "environment": {name: value for name, value in sorted(os.environ.items()) if name.startswith(TUNING)},
         "commit": commit(),
+        "sources": sources(),
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
     }
 
@@ -105,6 +107,14 @@ def commit() -> str | None:
         ["git", "-C", str(folder), "ls-files", "--error-unmatch", __file__], capture_output=True, check=False
     )
     return described.stdout.strip() or None if described.returncode == tracked.returncode == 0 else None
+
+
+def sources() -> str:
+    """Digest of the engines' files as they are, which may be ahead of the commit."""
+    together = hashlib.sha256()
+    for path in sorted(Path(__file__).parents[1].joinpath("engine").rglob("*.py")):
+        together.update(path.read_bytes())
+    return together.hexdigest()[:12]
 
 
 def _cpu_field(name: str) -> str:

@@ -22,7 +22,7 @@ from moesaic.bench.gpu.judge import check_device
 from moesaic.bench.gpu.limits import Bandwidth, measure_bandwidth, measure_flops
 from moesaic.bench.gpu.run import Bench, Measured, run_decode, run_experts, run_memory
 from moesaic.bench.gpu.special import run_capture, run_kernels, run_router
-from moesaic.bench.machine import commit
+from moesaic.bench.machine import commit, sources
 from moesaic.bench.problem import make_experts
 from moesaic.bench.runner import failed
 from moesaic.engine.triton.tuned import tuned_path
@@ -55,21 +55,12 @@ def gpu_machine(clock: Clock, *, smoke: bool, command: str, named_commit: str | 
         "versions": {"moesaic": __version__, "python": platform.python_version(), "cuda": torch.version.cuda}
         | {name: _version(name) for name in PACKAGES},
         "commit": named_commit or commit(),
-        "sources": digest(),
+        "sources": sources(),
         "tiles": tiles_digest(found["device"]),
         "smoke": smoke,
         "command": command,
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
     }
-
-
-def digest() -> str:
-    """Of the engine's files as they are, which may be ahead of the commit."""
-    folder = Path(__file__).parents[2] / "engine"
-    together = hashlib.sha256()
-    for path in sorted(folder.rglob("*.py")):
-        together.update(path.read_bytes())
-    return together.hexdigest()[:12]
 
 
 def tiles_digest(device: str) -> str:

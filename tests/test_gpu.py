@@ -174,7 +174,7 @@ def test_a_cuda_graph_holds_a_training_step():
 
 
 @pytest.mark.compile
-@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores", "ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores", "ignore:.torch.jit.script:DeprecationWarning")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
 def test_the_layer_compiles_whole(dtype, mode):
@@ -243,7 +243,7 @@ def test_a_cuda_graph_holds_a_hugging_face_model():
 
 
 @pytest.mark.compile
-@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores", "ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores", "ignore:.torch.jit.script:DeprecationWarning")
 def test_a_hugging_face_model_compiles_whole_on_our_kernels():
     pytest.importorskip("triton")
     import moesaic as ms

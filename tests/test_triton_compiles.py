@@ -74,6 +74,9 @@ def test_kernels_assemble_for(capability, dtype, layer):
             assert kernel["LDG\\.E\\.U16"] <= 2, f"{kernel} loads single numbers"  # biases are
         if kernel["kernel"] == "_down_and_combine" and layer != "gpt-oss":  # whose columns lie side by side
             assert not kernel["barriers"], f"{kernel} waits for one expert before it asks for the next one's weights"
+        assert kernel["exact"] or kernel["kernel"] != "_route", f"{kernel} has scores that are not torch's"
+        if kernel["kernel"] == "_down_and_combine" and layer == "ladder":
+            assert kernel["before"] <= 8, f"{kernel} multiplies before it asks for what comes next"
         if layer == "tf32" and kernel["kernel"] in MATMULS:
             assert kernel["HGMMA"] or kernel["HMMA"], f"{kernel} multiplies without tensor cores"
         if kernel["kernel"] in MATMULS and capability == 90 and dtype != "float32":
@@ -89,10 +92,11 @@ def test_every_gate_assembles():
     assert len(made) > 100
     for kernel in made:
         assert kernel["stack"] == 0, f"{kernel} spills"
+        assert kernel["exact"] or kernel["kernel"] != "_route", f"{kernel} has scores that are not torch's"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layer", ["odd", "odd-gated", "single"])
+@pytest.mark.parametrize("layer", ["odd", "odd-gated", "odd-few", "odd-one", "single"])
 def test_widths_of_any_kind_assemble(layer):
     """They are loaded number by number and may spill: slow, but they run."""
     check_shared_memory(90, compiled(90, "bfloat16", layer, 1, 40, 512))

@@ -85,14 +85,15 @@ def test_unsorted_rows_of_a_few_tokens(spec):
 @pytest.mark.parametrize("deepest", [16, 1024], ids=["in-steps", "at-once"])
 @pytest.mark.parametrize("deep", [True, False], ids=["deep", "broad"])
 @pytest.mark.parametrize("size", [(37, 21), (32, 16), (33, 48)], ids=str)
-def test_down_and_combine(monkeypatch, deepest, deep, size):
+@pytest.mark.parametrize("k", [1, 3])
+def test_down_and_combine(monkeypatch, deepest, deep, size, k):
     monkeypatch.setattr(few, "DEEP" if deep else "BROAD", (8, deepest))
     width, depth = size
-    p = problem(t=3)
+    p = problem(t=3, k=k)
     matrix, rows = torch.randn(5, depth, width, device=DEVICE), rows_like(p, depth)
-    stored = matrix.mT.contiguous().mT if deep else matrix
-    expected = twins.down_and_combine(rows.double(), p.expert_ids, p.weights.double(), matrix.double(), None)
-    close(down_and_combine(rows, p.expert_ids, p.weights, stored, None), expected)
+    stored, bias = matrix.mT.contiguous().mT if deep else matrix, torch.randn(5, width, device=DEVICE)
+    expected = twins.down_and_combine(rows.double(), p.expert_ids, p.weights.double(), matrix.double(), bias.double())
+    close(down_and_combine(rows, p.expert_ids, p.weights, stored, bias), expected)
 
 
 @pytest.mark.parametrize("biased", [False, True])

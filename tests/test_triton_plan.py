@@ -16,10 +16,13 @@ from moesaic.engine.triton.plan import group_by_expert
 pytestmark = pytest.mark.usefixtures("poisoned")
 
 
-@pytest.mark.parametrize("few", [0, 4096], ids=["three-launches", "one-launch"])
+@pytest.mark.parametrize(
+    ("few", "at_once"), [(0, 1024), (4096, 1024), (4096, 64)], ids=["three-launches", "one-launch", "in-steps"]
+)
 @pytest.mark.parametrize(("tokens", "k", "experts"), [(1, 1, 1), (1, 8, 64), (40, 3, 5), (130, 2, 3), (97, 4, 300)])
-def test_the_sort_is_the_stable_one(monkeypatch, few, tokens, k, experts):
+def test_the_sort_is_the_stable_one(monkeypatch, few, at_once, tokens, k, experts):
     monkeypatch.setattr(plan, "ONE_LAUNCH", few)
+    monkeypatch.setattr(plan, "AT_ONCE", at_once)
     ids = torch.randint(0, experts + 1, (tokens, k))
     got, expected = group_by_expert(ids.to(DEVICE), experts), twin_of_sort(ids, experts)
     assert torch.equal(got.assignments.cpu(), expected.assignments)

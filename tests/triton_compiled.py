@@ -45,6 +45,9 @@ LAYERS = {
     "odd": Layer(5, 37, 21, 3, ("gelu", False, None, 1.0, 0.0, False, False), biases=True),
     "odd-gated": Layer(5, 37, 21, 3),
     "single": Layer(1, 1, 1, 1),
+    # experts enough for the way without a plan
+    "odd-few": Layer(13, 37, 21, 3, biases=True),
+    "odd-one": Layer(16, 37, 21, 1),
     # the activations that the others leave out
     "tanh": Layer(8, 256, 128, 2, ("gelu_pytorch_tanh", True, None, 1.0, 0.0, False, False), biases=True),
     "gelu": Layer(8, 256, 128, 2, ("gelu", True, None, 1.0, 0.0, False, True)),
@@ -84,8 +87,8 @@ def compile_for(capability: int) -> dict[tuple[str, str], object]:
 
 
 def needs(kernel) -> dict[str, int]:
-    """Registers, bytes of stack (what spilled) and of shared memory, how often some instructions occur, and how many
-    barriers lie before the last load from memory."""
+    """Registers, bytes of stack (what spilled) and of shared memory, how often some instructions occur, what the last
+    load from memory waits for, and whether divisions and exponentials are exact."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
@@ -95,8 +98,24 @@ def needs(kernel) -> dict[str, int]:
     count = {
         name: len(re.findall(rf"\b{name}\b", code)) for name in ("HGMMA", "HMMA", "LDGSTS", "FFMA", r"LDG\.E\.U16")
     }
-    barriers = code[: code.rfind("LDG.")].count("BAR.SYNC")
-    return {**found, "shared": kernel.metadata.shared, "barriers": barriers, **count}
+    exact = not re.search(r"div\.full|ex2\.approx\.f32", kernel.asm["ptx"])  # libdevice's own steps are .ftz
+    return {**found, "shared": kernel.metadata.shared, "exact": exact, **waits(code), **count}
+
+
+def waits(code: str) -> dict[str, int]:
+    """How many barriers and multiplications lie before the last load from memory: in the loop round it, where there is
+    one, barriers behind it too."""
+    lines = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", code)
+    number = {int(address, 16): n for n, (address, _) in enumerate(lines)}
+    last = max((n for n, (_, text) in enumerate(lines) if "LDG." in text), default=0)
+    first, end = 0, last
+    for n, (_, text) in enumerate(lines):
+        jump = re.search(r"\bBRA\b.*?(0x[0-9a-f]+)", text)
+        if jump and number.get(int(jump[1], 16), n) <= last < n:
+            first, end = number[int(jump[1], 16)], n
+            break
+    barriers = sum("BAR.SYNC" in text for _, text in lines[first:end])
+    return {"barriers": barriers, "before": sum("FFMA" in text for _, text in lines[first:last])}
 
 
 def run(program: str, *args: str) -> str:

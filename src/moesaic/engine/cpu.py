@@ -101,7 +101,12 @@ def backward(
     beyond_down = wanted.tokens or wanted.weights or wanted.up or wanted.up_bias
     for batch in batches(counts.tolist(), assignments // weights.shape[1], cut):
         scale = scales[batch.here]
-        g, x = grad_out.index_select(0, batch.rows), tokens.index_select(0, batch.rows).to(dtype)
+        g = grad_out.index_select(0, batch.rows)
+        if into.down_bias is not None:
+            _sum_rows(batch, into.down_bias, g * scale)
+        if not (beyond_down or wanted.down):
+            continue
+        x = tokens.index_select(0, batch.rows).to(dtype)
         if hidden.numel():
             projected = hidden[batch.here]
         else:
@@ -125,8 +130,6 @@ def backward(
         if into.down is not None:
             scaled = activated.mul_(scale).to(dtype)
             multiply.outer(batch, into.down, g.to(dtype), scaled, spec, "down total", accumulate=down_into is not None)
-        if into.down_bias is not None:
-            _sum_rows(batch, into.down_bias, g * scale)
     return _filled(into, tokens, weights, experts, up_into, down_into)
 
 

@@ -78,23 +78,24 @@ def run_experts(
     if _needs_plain_torch():
         plain = reference if batch_invariant else grouped
         return plain(tokens, expert_ids, weights, experts, spec).to(dtype)
-    grad_mode = torch.is_grad_enabled()
-    needs_hidden = grad_mode and any(_trains(t) for t in (tokens, weights, experts.up, experts.down, experts.up_bias))
-    needs_grad = needs_hidden or (grad_mode and _trains(experts.down_bias))
+    needs_hidden = _trains(tokens, weights, experts.up, experts.down, experts.up_bias)
+    needs_grad = needs_hidden or _trains(experts.down_bias)
     if not needs_grad and device_type in FORWARD and not _is_watched(tokens, expert_ids, weights, *experts):
         given = (tokens, expert_ids, weights, experts, spec)
         return FORWARD[device_type](*given, keep="nothing", batch_invariant=batch_invariant)[0]
     keep = "nothing" if not needs_grad else "hidden" if needs_hidden and not recompute else "order"
     try:
         out, *_ = torch.ops.moesaic.experts(tokens, expert_ids, weights, *experts, *spec.fields, keep, batch_invariant)
+    except torch.OutOfMemoryError:
+        raise
     except (RuntimeError, TypeError) as error:
         _refuse_subclasses(error, tokens=tokens, expert_ids=expert_ids, weights=weights, **experts._asdict())
         raise
     return out.to(dtype)
 
 
-def _trains(tensor: Tensor | None) -> bool:
-    return tensor is not None and tensor.requires_grad
+def _trains(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 def _refuse_subclasses(error: Exception, **given: Tensor | None) -> None:
@@ -220,6 +221,7 @@ def _differentiable_backward(
     experts = ExpertWeights(*matrices)
     with torch.autocast(tokens.device.type, enabled=False):
         out = grouped(tokens, expert_ids, weights, experts, spec)
+    wanted = [want and t.requires_grad for t, want in zip(views, wanted, strict=True)]  # less what was frozen since
     if not out.requires_grad:  # nobody is chosen
         return [torch.zeros_like(t) if want else None for t, want in zip(views, wanted, strict=True)]
     chosen = [t for t, want in zip(views, wanted, strict=True) if want]

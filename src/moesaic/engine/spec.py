@@ -40,8 +40,10 @@ class ExpertSpec:
     def __post_init__(self) -> None:
         if self.activation not in ACTIVATIONS:
             raise ValueError(f"activation={self.activation!r} is unknown: use one of {', '.join(ACTIVATIONS)}")
-        if not self.gated and (self.limit is not None or self.up_offset or self.interleaved):
-            raise ValueError("limit, up_offset and interleaved are for gated experts: use gated=True or leave them")
+        if not self.gated:
+            for name, plain in (("limit", None), ("up_offset", 0.0), ("interleaved", False)):
+                if (value := getattr(self, name)) != plain:
+                    raise ValueError(f"{name}={value} is for gated experts: use gated=True or leave it")
         if self.alpha != 1.0 and self.activation != "silu":
             raise ValueError(f"alpha={self.alpha} is the slope of SiLU: use activation='silu' or leave it")
 

@@ -127,20 +127,19 @@ def understand(module: Any) -> ExpertSpec:
 
 def _candidates(module: Any, limits: tuple[float, ...], interleaved: bool) -> Iterator[ExpertSpec]:
     """The likely ones first."""
-    alphas = _numbers(module, "alpha", "swiglu_alpha")
-    if not module.has_gate:
-        yield from (ExpertSpec(activation, gated=False, transposed=module.is_transposed) for activation in ACTIVATIONS)
-        return
-    for activation, limit, offset in product(ACTIVATIONS, (None, *limits), (0.0, 1.0)):
-        for alpha in (1.0, *alphas) if activation == "silu" else (1.0,):
-            yield ExpertSpec(
-                activation=activation,
-                limit=limit,
-                alpha=alpha,
-                up_offset=offset,
-                interleaved=interleaved,
-                transposed=module.is_transposed,
-            )
+    alphas, gated = _numbers(module, "alpha", "swiglu_alpha"), module.has_gate
+    for activation, limit, alpha, offset in product(ACTIVATIONS, (None, *limits), (1.0, *alphas), (0.0, 1.0)):
+        if (alpha != 1.0 and activation != "silu") or (not gated and (limit is not None or offset)):
+            continue
+        yield ExpertSpec(
+            activation=activation,
+            gated=gated,
+            limit=limit,
+            alpha=alpha,
+            up_offset=offset,
+            interleaved=gated and interleaved,
+            transposed=module.is_transposed,
+        )
 
 
 def _numbers(module: Any, *names: str) -> tuple[float, ...]:

@@ -14,7 +14,7 @@ from moesaic.engine.plan import Plan, no_plan
 from moesaic.engine.spec import ExpertSpec
 from moesaic.engine.triton.blocks import INTERPRETED, INVARIANT_ROWS, Tiles, capability_of, suited, tiles_for
 from moesaic.engine.triton.combine import combine
-from moesaic.engine.triton.d_hidden import d_hidden
+from moesaic.engine.triton.d_hidden import HiddenGradients, d_hidden
 from moesaic.engine.triton.d_weights import d_weights
 from moesaic.engine.triton.few import down_and_combine
 from moesaic.engine.triton.layout import Layout, layout, unsorted
@@ -27,7 +27,7 @@ from moesaic.types import ExpertWeights
 
 # Numbers of a [T*K, D] from which it is made in two halves: 64 MB in 16 bits; with less, memory is not what matters.
 HALVED = 1 << 25
-MOST_ASSIGNMENTS = 2**31 - 2**12
+MOST_ASSIGNMENTS = 2**31 - 2**12  # rows are counted in 32 bits, and a block reaches beyond the last one
 EXPERTS_PER_ASSIGNMENT = 4  # and more: every assignment is a tile of its own, nothing is sorted (vLLM's rule)
 
 
@@ -44,7 +44,7 @@ def forward(
     """(out [T, O], hidden, assignments [S], counts [E]): the weighted sum of the chosen experts, and what the backward
     needs of it; what it does not need is not computed. Ids that name no expert are skipped: values are not checked.
 
-    Raises ValueError for nearly 2^31 assignments, which the kernels count in 32 bits, a block beyond the last too.
+    Raises ValueError for more than MOST_ASSIGNMENTS.
     """
     n, k, n_experts = expert_ids.numel(), expert_ids.shape[1], len(experts.up)
     if n > MOST_ASSIGNMENTS:
@@ -93,10 +93,12 @@ def backward(
     grad_out, tokens, weights = grad_out.contiguous(), tokens.contiguous(), weights.contiguous()
     tiles = _tiles(n, tokens, experts, spec, batch_invariant=batch_invariant)
     rows = layout(Plan(assignments, counts), k, tiles.up.rows)
-    if not hidden.numel():
-        hidden = up(tokens, k, rows, experts, spec, tiles.up, keep_hidden=True, keep_activated=False).hidden
     parts = (wanted.tokens or wanted.up or wanted.up_bias, wanted.down, wanted.weights)
-    inner = d_hidden(grad_out, hidden, weights, rows, experts, spec, tiles.d_hidden, wanted=parts)
+    inner = HiddenGradients(None, None, None)
+    if any(parts):
+        if not hidden.numel():
+            hidden = up(tokens, k, rows, experts, spec, tiles.up, keep_hidden=True, keep_activated=False).hidden
+        inner = d_hidden(grad_out, hidden, weights, rows, experts, spec, tiles.d_hidden, wanted=parts)
     del hidden  # memory for what follows, if nobody else holds it
 
     def gradient(weight: Tensor, into: Tensor | None, out_grad: Tensor, of: Tensor, by_token: str) -> Tensor | None:

@@ -1,9 +1,9 @@
 """The second half of a layer for a handful of tokens: down projection, routing weights and sum in one launch.
 
 Decoding waits for weights to stream past. A program has some columns of one token's result and walks over its K experts
-in slot order, so nothing is stored between and no second launch waits for the first. Products are added up element by
-element, and across the depth once, at the end: a sum for each expert would be a barrier for each, and no load of the
-next one's weights passes a barrier. Those are asked for before what is there is multiplied.
+in slot order, so nothing is stored between and no second launch waits for the first. Weights are asked for before those
+that are there are multiplied. Products are added up element by element, and across the depth once, at the end: a sum
+for each expert would be a barrier for each, which no load passes.
 """
 
 import triton
@@ -13,8 +13,8 @@ from torch import Tensor
 
 from moesaic.engine.triton.tile import even, load_bias, offsets, strided
 
-# (columns, depth) of a program of 4 warps: 16 KiB of weights on their way, and the next 16. Where columns lie side by
-# side there are as many as a sector of memory holds; else so much depth that no warp needs what another has loaded.
+# (columns, depth) of a program of 4 warps: up to 16 KiB of weights on their way, and the next 16. Where columns lie side
+# by side there are as many as a sector of memory holds; else so much depth that no warp needs what another has loaded.
 DEEP, BROAD = (8, 1024), (16, 512)
 
 

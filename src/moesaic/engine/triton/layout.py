@@ -96,7 +96,7 @@ def _layout(
     if program == 0:
         tl.store(ends + experts, end, mask=experts < num_experts)
 
-    rows = program * ASSIGNMENTS + tl.arange(0, ASSIGNMENTS)
+    rows = program.to(tl.int64) * ASSIGNMENTS + tl.arange(0, ASSIGNMENTS)  # with many experts, far beyond the last
     assignment = tl.load(assignments + rows, mask=rows < n, other=0)
     tl.store(token_of + rows, assignment.to(tl.int32) // k, mask=rows < n)
     tl.store(row_of + assignment, tl.where(rows < total, rows, -1), mask=rows < n)

@@ -58,7 +58,7 @@ def _softplus(x):
     """log(1 + exp(x)), exact to the last bits where exp(x) is small: the error of 1 + u cancels (Kahan)."""
     u = _exp(-tl.abs(x))
     w = 1.0 + u
-    return tl.where(x > 0.0, x, 0.0) + tl.where(w == 1.0, u, tl.log(w) * u / (w - 1.0))
+    return tl.where(x > 0.0, x, 0.0) + tl.where(w == 1.0, u, tl.div_rn(tl.log(w) * u, w - 1.0))
 
 
 @triton.jit

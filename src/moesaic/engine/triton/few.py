@@ -13,8 +13,8 @@ from torch import Tensor
 
 from moesaic.engine.triton.tile import even, load_bias, offsets, strided
 
-# (columns, depth) of a program of 4 warps: up to 16 KiB of weights on their way, and the next 16. Where columns lie side
-# by side there are as many as a sector of memory holds; else so much depth that no warp needs what another has loaded.
+# (columns, depth) of a program of 4 warps: up to 16 KiB of weights on their way, and the next 16. Columns that lie side
+# by side are as many as a sector of memory holds; else the depth is such that no warp needs what another has loaded.
 DEEP, BROAD = (8, 1024), (16, 512)
 
 

@@ -115,7 +115,7 @@ def tell(out: Path, journal, left_out: list) -> None:
 
     print(f"\n{short(journal)}\n")
     if left_out:
-        print(f"not measured: {len(left_out)} cells; the same command goes on with them")
+        print(f"cells not measured: {len(left_out)}; the same command goes on with them")
     print(f"everybody's numbers: {out / 'report.md'}")
 
 

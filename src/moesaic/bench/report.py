@@ -18,7 +18,7 @@ def markdown(journal: Journal, command: str, left_out: Sequence[Cell] = ()) -> s
     parts = ["# Benchmark of MoE experts", _machine(journal), _ceilings(journal), _verdicts(journal.results)]
     parts += _cells(journal.results)
     if left_out:
-        parts.append(f"Not measured: {len(left_out)} cells; `--resume` goes on with them.")
+        parts.append(f"Cells not measured: {len(left_out)}; `--resume` goes on with them.")
     parts += [_reading(journal.results), f"Reproduce: `{command}`"]
     return "\n\n".join(part for part in parts if part) + "\n"
 

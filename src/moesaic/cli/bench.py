@@ -235,7 +235,7 @@ def _tell(campaign: "Campaign", left_out: "list[Cell]", out: Path | None, *, as_
         return
     print(aligned(summary(journal.results)))
     if left_out:
-        print(f"not measured: {len(left_out)} cells; --resume goes on with them")
+        print(f"cells not measured: {len(left_out)}; --resume goes on with them")
     if out is not None:
         print(f"everybody's numbers: {out / 'report.md'}")
     print(f"reproduce: {command}")

@@ -148,6 +148,7 @@ def test_experts_of_few_and_of_many_rows_in_one_batch(monkeypatch, habit, dtype,
     ("sizes", "looped"),
     [
         pytest.param([2, 1, 0, 3, 4], [10], id="as W is"),
+        pytest.param([1, *[0] * 30, 2, *[0] * 20, 1, *[0] * 10, 1], [5], id="far between"),
         pytest.param([2, 1, 0, 3, 12], [18, 18], id="in blocks"),
         pytest.param([4, 2, 14, 20], [40, 40], id="in blocks, as many as may be on average"),
         pytest.param([5, 2, 14, 20], [], id="one more on average, and too few"),

@@ -76,7 +76,8 @@ def test_kernels_assemble_for(capability, dtype, layer):
             assert not kernel["barriers"], f"{kernel} waits for one expert before it asks for the next one's weights"
         assert kernel["exact"] or kernel["kernel"] != "_route", f"{kernel} has scores that are not torch's"
         if kernel["kernel"] == "_down_and_combine" and layer == "ladder":
-            assert kernel["before"] <= 8, f"{kernel} multiplies before it asks for what comes next"
+            # in the loop are half of all multiplications; the assembler moves some of them between the loads
+            assert kernel["before"] <= kernel["FFMA"] // 4, f"{kernel} multiplies before it asks for what comes next"
         if layer == "tf32" and kernel["kernel"] in MATMULS:
             assert kernel["HGMMA"] or kernel["HMMA"], f"{kernel} multiplies without tensor cores"
         if kernel["kernel"] in MATMULS and capability == 90 and dtype != "float32":

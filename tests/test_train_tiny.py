@@ -161,6 +161,14 @@ def test_ctrl_c_before_the_first_step_or_twice_leaves_a_run_that_can_be_resumed(
     assert train(resume=tmp_path / "0") == train(resume=tmp_path / "1")
 
 
+def test_the_bar_shows_the_time_left_as_soon_as_the_number_of_steps_is_known(capsys):
+    bar = keeping.ProgressBar(disable=False)
+    with bar.shown:
+        bar.shown.refresh()  # while the tokenizer is trained
+        bar.on_train_begin(None, SimpleNamespace(max_steps=3, global_step=0), None)
+    assert "0/3 0:00:00 -:--:--" in capsys.readouterr().err.splitlines()[-1], "done, time gone, time left"
+
+
 @pytest.mark.usefixtures("small_corpus")
 @pytest.mark.parametrize(
     ("most", "reason"),

@@ -60,12 +60,14 @@ class ProgressBar(TrainerCallback):
     """Steps done and time left, on stderr, inside `with bar.shown`: that gives the cursor back after Ctrl-C too."""
 
     def __init__(self, *, disable: bool) -> None:
+        remaining = TimeRemainingColumn()
+        remaining.max_refresh = None  # else it shows what it knew half a second ago: nothing, before the total is known
         columns = (
             TextColumn("training"),
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
-            TimeRemainingColumn(),
+            remaining,
         )
         self.shown = Progress(*columns, console=Console(stderr=True), disable=disable)
         self._task = self.shown.add_task("training", total=None)

@@ -5,11 +5,13 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import pytest
 import torch
 from hypothesis import strategies as st
 from torch import nn
 
 from moesaic.config import MoEConfig
+from moesaic.engine.gemm import onednn_linear
 from moesaic.types import ExpertWeights
 
 # E, G, M, K: the article's, odd sizes, one group, every group kept, one expert per token
@@ -98,3 +100,16 @@ def no_waiting() -> Iterator[None]:
             yield
         finally:
             torch.cuda.set_sync_debug_mode("default")
+
+
+USED_ONEDNN = {"intel": {torch.float32}, "amd": {torch.float32, torch.bfloat16}}  # by `gemm`'s tables
+
+
+def skip_without_onednn(habit: str, dtype: torch.dtype = torch.float32) -> None:
+    """Skips where what `habit` leaves to oneDNN cannot run: not in this build of torch, or not on this CPU, as bfloat16
+    without AVX-512."""
+    for used in {torch.float32, dtype} & USED_ONEDNN.get(habit, set()):
+        try:
+            onednn_linear(torch.ones(2, 16, dtype=used), torch.ones(16, 16, dtype=used))
+        except (AttributeError, RuntimeError):
+            pytest.skip(f"no oneDNN for {used} here")

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cases import leaves_of, problem
+from cases import leaves_of, problem, skip_without_onednn
 from oracles import moe_by_token
 from test_engines import OUT, VARIANTS, K, ids_of, weights_like
 from torch import nn
@@ -36,11 +36,10 @@ def exact(x, ids, weights, experts, spec, upstream):
 
 @pytest.mark.parametrize(("tokens", "d", "width"), SIZES)
 @pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize("habit", ["intel", "amd", "other"])
+@pytest.mark.parametrize("habit", ["intel", "amd", "amd-avx2", "other"])
 def test_float32_equals_the_reference_forward_and_backward(monkeypatch, with_threads, tokens, d, width, threads, habit):
     """Each habit takes its own forms here, as it does for matrices that are not small."""
-    if habit == "amd" and not torch.backends.mkldnn.is_available():
-        pytest.skip("this build of torch has no oneDNN")
+    skip_without_onednn(habit)
     for room in (gemm, outer):
         monkeypatch.setattr(room, "machine", lambda: habit)
         monkeypatch.setattr(room, "SMALL", 0)
@@ -99,13 +98,12 @@ def test_16_bit_experts_of_every_kind_are_no_worse_than_plain_torch(dtype, varia
     assert (errors(cpu, 10, make) <= allowed * errors(reference, 10, make)).all()
 
 
-@pytest.mark.parametrize("habit", ["intel", "amd", "other"])
+@pytest.mark.parametrize("habit", ["intel", "amd", "amd-avx2", "other"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("transposed", [False, True])
 def test_16_bit_without_the_instructions_is_right_under_every_habit(monkeypatch, habit, dtype, transposed):
     """Experts of one to forty rows, forward and backward: narrow and widened matmuls beside each other."""
-    if habit != "other" and not torch.backends.mkldnn.is_available():
-        pytest.skip("this build of torch has no oneDNN")
+    skip_without_onednn(habit, dtype)
     monkeypatch.setattr(gemm, "has_instructions", lambda _: False)
     monkeypatch.setattr(gemm, "machine", lambda: habit)
     monkeypatch.setattr(gemm, "SMALL", 0)

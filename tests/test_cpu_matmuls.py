@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from cases import leaves_of, problem
+from cases import leaves_of, problem, skip_without_onednn
 from torch import nn
 
 from moesaic.engine import batches, gemm, memory, multiply, outer, processor
@@ -14,16 +14,19 @@ from moesaic.engine.reference import reference
 from moesaic.engine.spec import ExpertSpec
 from moesaic.types import ExpertWeights
 
+HABITS = ["intel", "amd", "amd-avx2", "other"]
+
 
 @pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("habit", ["intel", "amd", "other"])
+@pytest.mark.parametrize("habit", HABITS)
 @pytest.mark.parametrize("rows", [1, 2, 3, 5, 8, 9, 70])
 def test_widening_by_parts_computes_the_same(monkeypatch, habit, rows, transposed):
-    if habit != "other" and not torch.backends.mkldnn.is_available():
-        pytest.skip("this build of torch has no oneDNN")
+    skip_without_onednn(habit)
     monkeypatch.setattr(gemm, "machine", lambda: habit)
     monkeypatch.setattr(gemm, "SMALL", 0)
-    inner = {"intel": gemm.columns_form, "amd": gemm.onednn_form, "other": gemm.rows_form}[habit]
+    inner = {
+        "intel": gemm.columns_form, "amd": gemm.onednn_form, "amd-avx2": gemm.slabs_form, "other": gemm.rows_form
+    }[habit]  # fmt: skip
     x, w = torch.randn(rows, 40), torch.randn(301, 40).bfloat16().mT
     w = w.contiguous() if transposed else w
     for elements in (1500, 5000, gemm.ANY):  # 8 parts of uneven width, 2, and the whole
@@ -42,8 +45,7 @@ def test_widening_by_parts_computes_the_same(monkeypatch, habit, rows, transpose
 def test_a_gradient_in_parts_is_the_whole_gradient(
     monkeypatch, with_threads, habit, dtype, accumulate, aliased, rows, threads
 ):
-    if not torch.backends.mkldnn.is_available():
-        pytest.skip("this build of torch has no oneDNN")
+    skip_without_onednn(habit)
     with_threads(threads)
     monkeypatch.setattr(outer, "machine", lambda: habit)
     monkeypatch.setattr(outer, "ALIASED", aliased)
@@ -100,11 +102,10 @@ def test_experts_in_pieces_may_be_looped_over(monkeypatch, transposed, dtype):
 
 
 @pytest.mark.parametrize("kind", ["float32", "bfloat16 widened", "transposed"])
-@pytest.mark.parametrize("habit", ["intel", "amd", "other"])
+@pytest.mark.parametrize("habit", HABITS)
 @pytest.mark.parametrize("rows", [1, 2, 3, 4, 8, 9, 10, 11, 12, 13, 16, 17, 48, 49, 63, 64, 100, 320, 321])
 def test_every_form_of_matmul_computes_the_same(monkeypatch, kind, habit, rows):
-    if habit != "other" and not torch.backends.mkldnn.is_available():
-        pytest.skip("this build of torch has no oneDNN")
+    skip_without_onednn(habit)
     monkeypatch.setattr(gemm, "machine", lambda: habit)
     monkeypatch.setattr(gemm, "SMALL", 0)
     monkeypatch.setattr(gemm, "BLOCK", 5000)
@@ -118,13 +119,39 @@ def test_every_form_of_matmul_computes_the_same(monkeypatch, kind, habit, rows):
     torch.testing.assert_close(out.double(), x.double() @ w.double().mT, rtol=1e-5, atol=2e-4)
 
 
+@pytest.mark.parametrize(
+    ("threads", "inputs", "outputs", "transposed", "slabs"),
+    [
+        pytest.param(2, 64, 256, False, (8, 64, 32), id="four for each thread"),
+        pytest.param(2, 256, 64, True, (8, 32, 64), id="of inputs"),
+        pytest.param(2, 20, 100, False, (2, 20, 48), id="fewer of a smaller one, and four columns left"),
+        pytest.param(2, 100, 20, True, (2, 48, 20), id="four rows left"),
+        pytest.param(3, 64, 256, False, (12, 64, 16), id="64 columns left by three threads"),
+        pytest.param(1, 64, 256, True, (4, 16, 256), id="one thread"),
+        pytest.param(2, 256, 31, False, None, id="too few columns for slabs"),
+        pytest.param(2, 31, 256, True, None, id="too few rows"),
+    ],
+)
+def test_slabs_of_a_matrix_are_the_whole_matrix(monkeypatch, with_threads, threads, inputs, outputs, transposed, slabs):
+    with_threads(threads)
+    monkeypatch.setattr(gemm, "BLOCK", 1000)
+    shapes, bmm = [], torch.bmm
+    monkeypatch.setattr(torch, "bmm", lambda a, b, **kw: shapes.append(tuple(b.shape)) or bmm(a, b, **kw))
+    w = torch.randn(outputs, inputs).mT
+    w = w.contiguous() if transposed else w
+    for rows in (1, 2, 50):
+        x, out = torch.randn(rows, inputs), torch.full((rows, outputs), math.nan)
+        gemm.slabs_form(x, w, out, memory.Workspace())
+        torch.testing.assert_close(out.double(), x.double() @ w.double(), rtol=1e-5, atol=2e-4)
+    assert shapes == ([slabs] * 3 if slabs else [])
+
+
 @pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("habit", ["intel", "amd", "other"])
+@pytest.mark.parametrize("habit", HABITS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_experts_of_few_and_of_many_rows_in_one_batch(monkeypatch, habit, dtype, transposed):
     """On a CPU without the instructions the few are multiplied in 16 bits, the many in float32, none left out."""
-    if habit != "other" and not torch.backends.mkldnn.is_available():
-        pytest.skip("this build of torch has no oneDNN")
+    skip_without_onednn(habit, dtype)
     monkeypatch.setattr(gemm, "machine", lambda: habit)
     monkeypatch.setattr(gemm, "has_instructions", lambda _: False)
     for sizes in ([1, 2, 1], [1, 40, 3, 2, 9, 0, 4, 5, 1], [30, 20], [2, 2, 4]):
@@ -161,8 +188,7 @@ def test_experts_of_few_and_of_many_rows_in_one_batch(monkeypatch, habit, dtype,
 )
 def test_experts_of_few_rows_go_through_torch_s_own_loop(monkeypatch, transposed, given, sizes, looped):
     """Experts of many rows, and of none, may lie between them, before and after."""
-    if not torch.backends.mkldnn.is_available():
-        pytest.skip("this build of torch has no oneDNN")
+    skip_without_onednn("intel")
     monkeypatch.setattr(gemm, "machine", lambda: "intel")
     monkeypatch.setattr(gemm, "SMALL", 0)
     # two parts, of 16 and 8 columns, where there are more than 3 rows on average
@@ -270,15 +296,29 @@ def test_instructions_are_there_if_the_cpu_has_them_and_onednn_may_use_them(monk
     ("capabilities", "habit"),
     [
         ({"cpu_name": "AMD EPYC", "avx512_f": True}, "amd"),
-        ({"cpu_name": "AMD Ryzen 5 3600"}, "other"),
+        ({"cpu_name": "AMD Ryzen 5 3600", "avx2": True}, "amd-avx2"),
+        ({"cpu_name": "AMD Opteron(tm) Processor 6282 SE"}, "other"),
         ({"cpu_name": "Intel(R) Xeon(R) Processor", "avx512_f": True}, "intel"),
-        ({"cpu_name": "Intel(R) Core(TM) i7-8700"}, "other"),
+        ({"cpu_name": "Intel(R) Core(TM) i7-8700", "avx2": True}, "other"),
         ({"cpu_name": "Neoverse-V2"}, "other"),
         ({}, "other"),
     ],
 )
 def test_whose_habits_are_expected(monkeypatch, capabilities, habit):
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
+    monkeypatch.delenv("DNNL_MAX_CPU_ISA", raising=False)
     monkeypatch.setattr(processor, "_capabilities", lambda: capabilities)
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
+    assert processor.machine.__wrapped__() == habit
+
+
+@pytest.mark.parametrize(
+    ("limit", "habit"),
+    [("AVX2", "amd-avx2"), ("AVX2_VNNI_2", "amd-avx2"), ("AVX512_CORE", "amd"), ("AVX10_1_512", "amd")],
+)
+def test_an_amd_whose_onednn_may_not_use_avx512_is_as_one_without(monkeypatch, limit, habit):
+    """Its oneDNN would be no faster than MKL, and refuses bfloat16."""
+    monkeypatch.setattr(processor, "_capabilities", lambda: {"cpu_name": "AMD EPYC", "avx2": True, "avx512_f": True})
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
     assert processor.machine.__wrapped__() == habit

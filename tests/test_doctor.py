@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from cases import skip_without_onednn
 
 from moesaic.bench import forms
 from moesaic.bench.forms import FormTimes, engine_form, time_forms
@@ -198,6 +199,7 @@ def test_the_engine_s_form_is_seen_from_what_it_runs(label, monkeypatch):
     monkeypatch.setattr("moesaic.engine.multiply.table_for", lambda _dtype, _w: ((gemm.ANY, form),))
     assert engine_form(x, w) == label
     if label in forms.OWN:
+        skip_without_onednn("amd" if label == forms.ONEDNN else "other", torch.bfloat16)
         monkeypatch.setattr("moesaic.engine.multiply.narrow_table", lambda _w, _dtype: ((gemm.ANY, form),))
         assert engine_form(x, w.bfloat16()) == label
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from cases import skip_without_onednn
 from oracles import moe_by_token
 from test_engines import DTYPES, VARIANTS, D, E, K, ids_of, weights_like
 
@@ -12,7 +13,7 @@ from moesaic.engine.reference import reference
 from moesaic.engine.spec import ExpertSpec
 from moesaic.types import ExpertWeights
 
-HABITS = ["intel", "amd", "other"]
+HABITS = ["intel", "amd", "amd-avx2", "other"]
 
 
 @pytest.fixture(autouse=True)
@@ -23,10 +24,10 @@ def inference():
 
 @pytest.fixture(params=HABITS)
 def habit(request, monkeypatch):
-    if request.param == "amd" and not torch.backends.mkldnn.is_available():
-        pytest.skip("this build of torch has no oneDNN")
+    skip_without_onednn(request.param)
     monkeypatch.setattr(gemm, "machine", lambda: request.param)
     monkeypatch.setattr(gemm, "SMALL", 0)
+    return request.param
 
 
 @pytest.mark.usefixtures("habit", "instructions")
@@ -79,8 +80,9 @@ def test_no_expert_for_each_token_is_zero():
     assert torch.equal(out, torch.zeros(1, experts.down.shape[1]))
 
 
-@pytest.mark.usefixtures("habit", "instructions")
-def test_autocast_multiplies_in_its_dtype():
+@pytest.mark.usefixtures("instructions")
+def test_autocast_multiplies_in_its_dtype(habit):
+    skip_without_onednn(habit, torch.bfloat16)
     experts, ids, x, weights = (
         weights_like(torch.float32),
         ids_of("an empty expert", 1),

@@ -27,11 +27,13 @@ ENGINE = "engine"
 
 
 # W is the weight as it is stored, [OUT, IN]
-STRAIGHT, PARTS, TURNED, VECTOR, ONEDNN = "x @ W.T", "by parts of W", "W @ x.T", "W @ each x", "oneDNN"
+STRAIGHT, PARTS, SLABS, TURNED = "x @ W.T", "by parts of W", "slabs of W", "W @ x.T"
+VECTOR, ONEDNN = "W @ each x", "oneDNN"
 WHOLE, BLOCKS = "widen W", "widen parts of W"
 OWN = {
     STRAIGHT: gemm.rows_form,
     PARTS: gemm.blocks_form,
+    SLABS: gemm.slabs_form,
     TURNED: gemm.columns_form,
     VECTOR: gemm.vector_form,
     ONEDNN: gemm.onednn_form,
@@ -65,8 +67,8 @@ class FormTimes(NamedTuple):
 
 def wide_forms() -> dict[str, gemm.Form]:
     """Of 16-bit weights for x in float32, which then are multiplied as this machine does it best."""
-    amd = gemm.machine() == "amd"
-    inner, elements = (gemm.onednn_form, 1 << 20) if amd else (gemm.rows_form, gemm.BLOCK)
+    inner = {"amd": gemm.onednn_form, "amd-avx2": gemm.slabs_form}.get(gemm.machine(), gemm.rows_form)
+    elements = 1 << 20 if inner is gemm.onednn_form else gemm.BLOCK
     return {WHOLE: gemm.widening(gemm.ANY, inner), BLOCKS: gemm.widening(elements, inner)}
 
 
@@ -96,13 +98,14 @@ def engine_form(x: Tensor, w: Tensor) -> str:
     with _Matmuls() as seen:
         run(w)
     name, left = seen.calls[0]
+    once = sum(name == other for other, _ in seen.calls) == 1
     if name == "mv":
         return VECTOR
     if left.dtype != w.dtype:
-        return WHOLE if len(seen.calls) == 1 else BLOCKS
-    if name == "_linear_pointwise":
-        return ONEDNN
-    return TURNED if len(left) == w.shape[1] else STRAIGHT if len(seen.calls) == 1 else PARTS
+        return WHOLE if once else BLOCKS
+    if name in ("bmm", "_linear_pointwise"):
+        return SLABS if name == "bmm" else ONEDNN
+    return TURNED if len(left) == w.shape[1] else STRAIGHT if once else PARTS
 
 
 class _Matmuls(TorchDispatchMode):
@@ -115,7 +118,7 @@ class _Matmuls(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         del types
         name = func.overloadpacket.__name__
-        if name in ("mm", "mv", "_linear_pointwise"):
+        if name in ("mm", "bmm", "mv", "_linear_pointwise"):
             self.calls.append((name, args[0]))
         return func(*args, **(kwargs or {}))
 

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from moesaic.bench.ceiling import can_run
 from moesaic.bench.problem import Problem
-from moesaic.engine.gemm import onednn_linear
-from moesaic.engine.memory import new_gradient
+from moesaic.engine.gemm import onednn_linear, slabs_form
+from moesaic.engine.memory import Workspace, new_gradient
 from moesaic.engine.op import below_autograd
 from moesaic.engine.outer import ALIASED, PADDING, outer_by_rows
 
@@ -38,11 +38,12 @@ class Rows(NamedTuple):
 
 
 class Scratch(NamedTuple):
-    """result: of the weights' dtype.  wide_result, wide_weight: float32."""
+    """result: of the weights' dtype.  wide_result, wide_weight: float32.  work: for a form that takes more."""
 
     result: Tensor
     wide_result: Tensor
     wide_weight: Tensor
+    work: Workspace
 
 
 Form = Callable[[Rows, Tensor, Scratch], object]  # rows [n, K] times a weight [K, N]; where the result lies is free
@@ -56,6 +57,13 @@ def _straight(x: Tensor, w: Tensor, result: Tensor) -> Tensor:
 def _turned(x: Tensor, w: Tensor, result: Tensor) -> Tensor:
     n, columns = len(x), w.shape[1]
     return torch.mm(w.T, x.T, out=result[: n * columns].view(columns, n))
+
+
+def _slabs(x: Tensor, w: Tensor, result: Tensor, work: Workspace) -> Tensor:
+    n, columns = len(x), w.shape[1]
+    out = result[: n * columns].view(n, columns)
+    slabs_form(x, w, out, work)
+    return out
 
 
 def _vector(x: Tensor, w: Tensor, result: Tensor) -> Tensor:
@@ -102,12 +110,14 @@ def _blockwise_onednn(rows: Rows, w: Tensor, scratch: Scratch, *, elements: int)
 OWN: dict[str, Form] = {
     "x @ W": lambda rows, w, s: _straight(rows.own, w, s.result),
     "W' @ x'": lambda rows, w, s: _turned(rows.own, w, s.result),
+    "slabs of W": lambda rows, w, s: _slabs(rows.own, w, s.result, s.work),
     "W' @ each x": lambda rows, w, s: _vector(rows.own, w, s.result),
     "oneDNN": lambda rows, w, _s: onednn_linear(rows.own, w.T),
 }
 WIDE: dict[str, Form] = {
     "wide x @ W": lambda rows, w, s: _straight(rows.wide, _widened(w, s.wide_weight), s.wide_result),
     "wide W' @ x'": lambda rows, w, s: _turned(rows.wide, _widened(w, s.wide_weight), s.wide_result),
+    "wide slabs of W": lambda rows, w, s: _slabs(rows.wide, _widened(w, s.wide_weight), s.wide_result, s.work),
     "wide oneDNN": lambda rows, w, s: onednn_linear(rows.wide, _widened(w, s.wide_weight).T),
 }
 for _elements in BLOCKS:
@@ -178,7 +188,7 @@ class Matmuls:
         self.rows = {size: self._draw(most, size) for size in sizes}
         widest, largest = max(sizes), max(len(w) * (w.shape[1] + PADDING) for w in (up[0], down[0]))
         self.scratch = Scratch(
-            torch.empty(most * widest, dtype=self.dtype), torch.empty(most * widest), torch.empty(largest)
+            torch.empty(most * widest, dtype=self.dtype), torch.empty(most * widest), torch.empty(largest), Workspace()
         )
         self.adds = problem.cell.accumulates
         self.chosen: dict[tuple[str, int], str] = {}

@@ -3,9 +3,9 @@
 What decides is measured (`moesaic doctor --measure` does it again): MKL streams a weight matrix at full bandwidth only
 for a few rows and packs it above that, twice the cost, unless it is small; `W @ x.T` stays flat up to 48 rows where
 `x @ W.T` climbs, and is the best with AMX; oneDNN is the best for some hundred rows of float32, and on AMD for all,
-where MKL leaves the AVX-512 units idle; a 16-bit matmul that the CPU has no instructions for runs several times slower
-than widening the weights to float32 first. The forms differ in the last bit, so the choice hangs on sizes, alignment
-and machine alone.
+where MKL leaves the AVX-512 units idle; on an AMD that has none MKL is the best when its threads have slabs of W of
+their own; a 16-bit matmul that the CPU has no instructions for runs several times slower than widening the weights to
+float32 first. The forms differ in the last bit, so the choice hangs on sizes, alignment and machine alone.
 """
 
 from collections.abc import Callable
@@ -21,6 +21,8 @@ SMALL = 1 << 17  # elements of a weight: below, oneDNN's 20 µs a call are as mu
 # Elements of a weight that MKL multiplies as they are for a few rows, where it packs more of them first: 4 rows times
 # 1536 x 2048 in the cache take 120 µs in blocks of 2^19 and 239 in blocks of 2^20.
 BLOCK = 1 << 19
+SLABS = 4  # of W for each thread, at most: more take 5 % less where W has 2^25 elements, and scratch for every one
+UNIT = 16  # rows or columns of a slab are whole multiples of it: 2535 instead of 2718 µs for 64 rows x 2048 x 1408 in 6
 INVARIANT_ROWS = 32  # rows of every matmul in batch-invariant mode
 ANY = 1 << 62
 
@@ -56,6 +58,40 @@ def turned_form(x: Tensor, w: Tensor, out: Tensor, work: Workspace) -> None:
     torch.mm(w.mT, x.mT, out=out.mT)  # out is column-major
 
 
+def slabs_form(x: Tensor, w: Tensor, out: Tensor, work: Workspace) -> None:
+    """A batch of matmuls, each of one thread with memory of W that lies together: some of the outputs for an [out, in],
+    some of the inputs for an [in, out], whose products are added up. What they leave over is a matmul of its own."""
+    threads = torch.get_num_threads()
+    slabs = threads * min(SLABS, -(-w.numel() // (threads * BLOCK)))
+    if w.stride(0) == 1:
+        _slabs_of_outputs(x, w, out, work, slabs)
+    else:
+        _slabs_of_inputs(x, w, out, work, slabs)
+
+
+def _slabs_of_outputs(x: Tensor, w: Tensor, out: Tensor, work: Workspace, slabs: int) -> None:
+    outputs = w.shape[1]
+    step = outputs // slabs // UNIT * UNIT
+    end = slabs * step
+    if end:
+        parts = work.take("slabs", slabs * len(x), step, x.dtype).unflatten(0, (slabs, -1))
+        torch.bmm(x.expand(slabs, -1, -1), w[:, :end].unflatten(1, (slabs, -1)).transpose(0, 1), out=parts)
+        out[:, :end].unflatten(1, (slabs, -1)).copy_(parts.transpose(0, 1))
+    if end < outputs:
+        torch.mm(x, w[:, end:], out=out[:, end:])
+
+
+def _slabs_of_inputs(x: Tensor, w: Tensor, out: Tensor, work: Workspace, slabs: int) -> None:
+    inputs, outputs = w.shape
+    end = inputs // slabs // UNIT * UNIT * slabs
+    if end:
+        parts = work.take("slabs", slabs * len(x), outputs, x.dtype).unflatten(0, (slabs, -1))
+        torch.bmm(x[:, :end].unflatten(1, (slabs, -1)).transpose(0, 1), w[:end].unflatten(0, (slabs, -1)), out=parts)
+        torch.sum(parts, 0, out=out)
+    if end < inputs:
+        torch.addmm(out, x[:, end:], w[end:], beta=float(end > 0), out=out)
+
+
 def vector_form(x: Tensor, w: Tensor, out: Tensor, work: Workspace) -> None:
     del work
     for row, result in zip(x, out, strict=True):
@@ -85,16 +121,24 @@ Table = tuple[tuple[int, Form], ...]  # (up to so many rows of x, the form to ta
 #                        571; balanced olmoe, 256 rows an expert, 684 | 685 | 690 | 707
 # AMD EPYC, AVX-512:     rows 885 | 1840 | 1730 | 5415 at 1 | 2 | 16 | 128 rows, columns 960 | 910 | 1180 | 5510,
 #                        oneDNN 440-600 | 780 | 1070 | 5230, and at 1024 rows 196 GF/s against MKL's 131
+# AMD EPYC, AVX2:        rows 666 | 1236 | 1469 | 1787 | 3395 | 9784 at 1 | 2 | 8 | 16 | 64 | 256 rows, oneDNN 616 |
+#                        906 | 1129 | 1492 | 3135 | 11906, slabs 492 | 606 | 952 | 1223 | 2896 | 9606 (of 2^17 elements
+#                        474 | 646 | 1032 | 1325 | 3016 | 10090, of 2^21 486 | 798 | 992 | 1271 | 2976 | 9310); columns
+#                        lie between them from 4 rows on; 2048 x 768 alike, rows | slabs 426 | 278 at 1, 855 | 651 at 16
 ROW_MAJOR: dict[str, Table] = {
     "intel": ((3, rows_form), (10, blocks_form), (320, onednn_form), (ANY, rows_form)),
     "amd": ((ANY, onednn_form),),
+    "amd-avx2": ((ANY, slabs_form),),
     "other": ((ANY, rows_form),),
 }
-# the same for weights stored [in, out], and for the backward's products with W itself. AMD: rows 905 | 3670 | 6430 at
-# 1 | 8 | 64 rows, oneDNN 1310 | 1490 | 3270
+# the same for weights stored [in, out], and for the backward's products with W itself. AMD with AVX-512: rows 905 |
+# 3670 | 6430 at 1 | 8 | 64 rows, oneDNN 1310 | 1490 | 3270; with AVX2: rows 660 | 1132 | 1761 | 1983 | 4172 | 11033 at
+# 1 | 2 | 8 | 16 | 64 | 256, oneDNN 671 | 841 | 1148 | 1622 | 4424 | 14611, slabs of inputs 394 | 577 | 964 | 1322 |
+# 3092 | 10001, of outputs 759 | 929 | 1056 | 1315 | 3002 | 9739; at 512 rows all but oneDNN 19 ms
 COLUMN_MAJOR: dict[str, Table] = {
     "intel": ((ANY, rows_form),),
     "amd": ((1, rows_form), (ANY, onednn_form)),
+    "amd-avx2": ((256, slabs_form), (ANY, rows_form)),
     "other": ((ANY, rows_form),),
 }
 # bfloat16 with AMX, the same weight, x and out column-major so that nothing is copied: turned 318 | 565 at 1 to 6 | 8
@@ -172,16 +216,19 @@ def invariant_form(x: Tensor, w: Tensor, out: Tensor, work: Workspace) -> None:
 NARROW: dict[str, Table] = {  # in the dtype of W
     "intel": ((2, rows_form),),
     "amd": ((3, rows_form), (4, vector_form)),
+    "amd-avx2": ((2, rows_form),),
     "other": ((1, rows_form),),
 }
 NARROW_COLUMN_MAJOR: dict[str, Table] = {
     "intel": ((3, rows_form),),
     "amd": ((3, rows_form), (8, onednn_form)),
+    "amd-avx2": ((1, vector_form),),
     "other": (),
 }
 NARROW_HALF: dict[str, Table] = {  # AMD: 274 | 616 | 823, widened 700 up
     "intel": ((2, rows_form),),
     "amd": ((2, rows_form),),
+    "amd-avx2": ((3, rows_form),),
     "other": (),
 }
 WIDE: dict[str, Table] = {  # more rows than that, in float32
@@ -191,11 +238,13 @@ WIDE: dict[str, Table] = {  # more rows than that, in float32
         (ANY, widening(ANY, rows_form)),
     ),
     "amd": ((ANY, widening(1 << 20, onednn_form)),),
+    "amd-avx2": ((ANY, widening(ANY, slabs_form)),),
     "other": ((ANY, widening(ANY, rows_form)),),
 }
 WIDE_COLUMN_MAJOR: dict[str, Table] = {
     "intel": ((63, widening_inputs(BLOCK, rows_form)), (ANY, widening(ANY, rows_form))),
     "amd": ((1, widening_inputs(1 << 20, rows_form)), (ANY, widening_inputs(1 << 20, onednn_form))),
+    "amd-avx2": ((256, widening(ANY, slabs_form)), (ANY, widening(ANY, rows_form))),
     "other": ((ANY, widening(ANY, rows_form)),),
 }
 INVARIANT: Table = ((ANY, invariant_form),)
@@ -269,6 +318,7 @@ def explain(dtype: torch.dtype) -> str:
     habits = {
         "intel": "MKL or oneDNN, in the form best for the rows",
         "amd": "oneDNN, faster here than MKL",
+        "amd-avx2": "MKL, each thread on slabs of the weight of its own",
         "other": "the BLAS",
     }
     if dtype == torch.float64:

@@ -26,8 +26,8 @@ from moesaic.engine.spec import ExpertSpec
 LOOPED = 4  # experts of few rows that are worth a call of torch's own loop
 # Experts that it passes for each with rows, at most. Forward, at most 4 | 12 (32 is as good), medians of 30 in turn,
 # Intel Xeon. 4 tokens, 27 of 128 and 32 of 256 experts: qwen3-30b float32 20.5 | 20.2 ms, bfloat16 19.4 | 18.0, with
-# AMX 15.6 | 13.8; dsv3-quarter 15.7 | 15.1, 14.1 | 13.5, 12.0 | 11.0. On 2 tokens 0 to 9 %, on 8 and in training 0 to 3
-# % less.
+# AMX 15.6 | 13.8; dsv3-quarter 15.7 | 15.1, 14.1 | 13.5, 12.0 | 11.0. On 2 tokens 0 to 9 % less, on 8 tokens and in
+# training 0 to 3 %.
 SPARSE = 16
 # Rows too many that do not yet leave a loop in 16 bits: leaving it takes 450 µs a product, each row there 110 to 200
 # more than in the form it should have. dsv3-quarter T=16, one expert of 3 rows among 100: 48.9 -> 47.0 ms.

@@ -33,11 +33,17 @@ def has_amx() -> bool:
 
 @cache
 def machine() -> str:
-    """Whose BLAS habits to expect: "intel" or "amd" with AVX-512, where they were measured, or "other"."""
+    """Whose BLAS habits to expect, where they were measured: "intel" or "amd" (AVX-512), "amd-avx2"; else "other".
+
+    An AMD whose oneDNN may not use AVX-512 counts as one without: there MKL, which never does, is the faster one.
+    """
     if not torch.backends.mkldnn.is_available() or not torch.backends.mkl.is_available():
         return "other"
-    name, measured = str(_capabilities().get("cpu_name", "")).lower(), _capabilities().get("avx512_f", False)
-    return next((maker for maker in ("amd", "intel") if measured and maker in name), "other")
+    has = _capabilities()
+    name, wide = str(has.get("cpu_name", "")).lower(), has.get("avx512_f", False)
+    if "amd" in name and not (wide and _onednn_may_use(("AVX512", "AVX10"))):
+        return "amd-avx2" if has.get("avx2", False) else "other"
+    return next((maker for maker in ("amd", "intel") if wide and maker in name), "other")
 
 
 def _onednn_may_use(words: tuple[str, ...]) -> bool:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from moesaic.config import MoEConfig
-from moesaic.engine.gemm import onednn_linear
+from moesaic.engine.forms import onednn_linear
 from moesaic.types import ExpertWeights
 
 # E, G, M, K: the article's, odd sizes, one group, every group kept, one expert per token

@@ -13,7 +13,7 @@ from test_engines import OUT, VARIANTS, K, ids_of, weights_like
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from moesaic.engine import batches, gemm, outer
+from moesaic.engine import batches, forms, gemm, outer
 from moesaic.engine import cpu as engine
 from moesaic.engine.cpu import cpu
 from moesaic.engine.reference import reference
@@ -42,6 +42,7 @@ def test_float32_equals_the_reference_forward_and_backward(monkeypatch, with_thr
     skip_without_onednn(habit)
     for room in (gemm, outer):
         monkeypatch.setattr(room, "machine", lambda: habit)
+    for room in (forms, outer):
         monkeypatch.setattr(room, "SMALL", 0)
     given = (*problem(tokens, d, width), ExpertSpec(), torch.randn(tokens, d))
     with_threads(threads)
@@ -106,7 +107,7 @@ def test_16_bit_without_the_instructions_is_right_under_every_habit(monkeypatch,
     skip_without_onednn(habit, dtype)
     monkeypatch.setattr(gemm, "has_instructions", lambda _: False)
     monkeypatch.setattr(gemm, "machine", lambda: habit)
-    monkeypatch.setattr(gemm, "SMALL", 0)
+    monkeypatch.setattr(forms, "SMALL", 0)
     x, _, _, experts = problem(63, 32, 16, dtype=dtype)
     ids = torch.repeat_interleave(torch.arange(6), torch.tensor([1, 40, 2, 9, 8, 3]))[:, None]
     weights = torch.rand(63, 1).to(dtype).requires_grad_()
@@ -128,7 +129,7 @@ def test_the_check_sees_the_oracle():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("tokens", [9, 300])
 def test_results_repeat_bit_for_bit(monkeypatch, with_threads, dtype, tokens):
-    monkeypatch.setattr(gemm, "SMALL", 1 << 15)  # between the two weights: one in the forms for large ones
+    monkeypatch.setattr(forms, "SMALL", 1 << 15)  # between the two weights: one in the forms for large ones
     x, ids, weights, experts = problem(tokens, 256, 96, dtype=dtype)
     upstream = torch.randn(tokens, 256).to(dtype)
     runs = []

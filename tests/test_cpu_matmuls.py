@@ -7,7 +7,7 @@ import torch
 from cases import leaves_of, problem, skip_without_onednn
 from torch import nn
 
-from moesaic.engine import batches, gemm, memory, multiply, outer, processor
+from moesaic.engine import batches, forms, gemm, memory, multiply, outer, processor
 from moesaic.engine import cpu as engine
 from moesaic.engine.cpu import cpu
 from moesaic.engine.reference import reference
@@ -23,14 +23,14 @@ HABITS = ["intel", "amd", "amd-avx2", "other"]
 def test_widening_by_parts_computes_the_same(monkeypatch, habit, rows, transposed):
     skip_without_onednn(habit)
     monkeypatch.setattr(gemm, "machine", lambda: habit)
-    monkeypatch.setattr(gemm, "SMALL", 0)
+    monkeypatch.setattr(forms, "SMALL", 0)
     inner = {
-        "intel": gemm.columns_form, "amd": gemm.onednn_form, "amd-avx2": gemm.slabs_form, "other": gemm.rows_form
+        "intel": forms.columns_form, "amd": forms.onednn_form, "amd-avx2": forms.slabs_form, "other": forms.rows_form
     }[habit]  # fmt: skip
     x, w = torch.randn(rows, 40), torch.randn(301, 40).bfloat16().mT
     w = w.contiguous() if transposed else w
-    for elements in (1500, 5000, gemm.ANY):  # 8 parts of uneven width, 2, and the whole
-        for form in (gemm.widening(elements, inner), gemm.widening_inputs(elements, inner)):
+    for elements in (1500, 5000, forms.ANY):  # 8 parts of uneven width, 2, and the whole
+        for form in (forms.widening(elements, inner), forms.widening_inputs(elements, inner)):
             out = torch.full((rows, 301), math.nan)
             form(x, w, out, memory.Workspace())
             torch.testing.assert_close(out.double(), x.double() @ w.double(), rtol=1e-5, atol=2e-4)
@@ -80,7 +80,7 @@ def test_experts_in_pieces_may_be_looped_over(monkeypatch, transposed, dtype):
     """A batch-invariant forward that is computed again leaves the backward pieces of 32 rows, several of an expert."""
     monkeypatch.setattr(gemm, "machine", lambda: "intel")
     monkeypatch.setattr(gemm, "has_instructions", lambda _: False)
-    monkeypatch.setattr(gemm, "SMALL", 0)
+    monkeypatch.setattr(forms, "SMALL", 0)
     monkeypatch.setattr(engine, "new_gradient", lambda w, _: new.append(w) or torch.full_like(w, math.nan))
     new, looped, real = [], [], multiply.Multiply._looped
     monkeypatch.setattr(
@@ -107,8 +107,8 @@ def test_experts_in_pieces_may_be_looped_over(monkeypatch, transposed, dtype):
 def test_every_form_of_matmul_computes_the_same(monkeypatch, kind, habit, rows):
     skip_without_onednn(habit)
     monkeypatch.setattr(gemm, "machine", lambda: habit)
-    monkeypatch.setattr(gemm, "SMALL", 0)
-    monkeypatch.setattr(gemm, "BLOCK", 5000)
+    monkeypatch.setattr(forms, "SMALL", 0)
+    monkeypatch.setattr(forms, "BLOCK", 5000)
     x, w = torch.randn(rows, 40), torch.randn(300, 40)
     if kind == "bfloat16 widened":
         w = w.bfloat16()
@@ -134,14 +134,14 @@ def test_every_form_of_matmul_computes_the_same(monkeypatch, kind, habit, rows):
 )
 def test_slabs_of_a_matrix_are_the_whole_matrix(monkeypatch, with_threads, threads, inputs, outputs, transposed, slabs):
     with_threads(threads)
-    monkeypatch.setattr(gemm, "BLOCK", 1000)
+    monkeypatch.setattr(forms, "BLOCK", 1000)
     shapes, bmm = [], torch.bmm
     monkeypatch.setattr(torch, "bmm", lambda a, b, **kw: shapes.append(tuple(b.shape)) or bmm(a, b, **kw))
     w = torch.randn(outputs, inputs).mT
     w = w.contiguous() if transposed else w
     for rows in (1, 2, 50):
         x, out = torch.randn(rows, inputs), torch.full((rows, outputs), math.nan)
-        gemm.slabs_form(x, w, out, memory.Workspace())
+        forms.slabs_form(x, w, out, memory.Workspace())
         torch.testing.assert_close(out.double(), x.double() @ w.double(), rtol=1e-5, atol=2e-4)
     assert shapes == ([slabs] * 3 if slabs else [])
 
@@ -190,9 +190,9 @@ def test_experts_of_few_rows_go_through_torch_s_own_loop(monkeypatch, transposed
     """Experts of many rows, and of none, may lie between them, before and after."""
     skip_without_onednn("intel")
     monkeypatch.setattr(gemm, "machine", lambda: "intel")
-    monkeypatch.setattr(gemm, "SMALL", 0)
+    monkeypatch.setattr(forms, "SMALL", 0)
     # two parts, of 16 and 8 columns, where there are more than 3 rows on average
-    monkeypatch.setattr(gemm, "BLOCK", 500)
+    monkeypatch.setattr(forms, "BLOCK", 500)
     calls = []
     grouped_mm = multiply.F.grouped_mm
     monkeypatch.setattr(
@@ -244,8 +244,8 @@ def test_the_loop_in_16_bits_leaves_out_experts_of_more_rows(monkeypatch, habit,
 
 
 def test_a_hot_expert_of_float32_goes_to_mkl_on_intel():
-    assert gemm.form_for(gemm.ROW_MAJOR["intel"], 320) is gemm.onednn_form
-    assert gemm.form_for(gemm.ROW_MAJOR["intel"], 321) is gemm.rows_form
+    assert gemm.form_for(gemm.ROW_MAJOR["intel"], 320) is forms.onednn_form
+    assert gemm.form_for(gemm.ROW_MAJOR["intel"], 321) is forms.rows_form
 
 
 def test_the_tables_of_forms_reach_every_number_of_rows():
@@ -253,15 +253,15 @@ def test_the_tables_of_forms_reach_every_number_of_rows():
     for table in (*(t for tables in whole for t in tables.values()), gemm.PLAIN, gemm.AMX):
         bounds = [rows for rows, _ in table]
         assert bounds == sorted(set(bounds))
-        assert bounds[-1] == gemm.ANY
-        forms = [form for _, form in table]
-        assert gemm.blocks_form not in forms or forms.index(gemm.blocks_form) == 1, "what is called whole comes first"
+        assert bounds[-1] == forms.ANY
+        taken = [form for _, form in table]
+        assert forms.blocks_form not in taken or taken.index(forms.blocks_form) == 1, "what is called whole comes first"
     for tables in (gemm.NARROW, gemm.NARROW_COLUMN_MAJOR, gemm.NARROW_HALF):
         for table in tables.values():
             bounds = [rows for rows, _ in table]
             assert bounds == sorted(set(bounds))
             assert not bounds or bounds[-1] < 32
-            assert all(form is not gemm.rows_form for _, form in table[1:]), (
+            assert all(form is not forms.rows_form for _, form in table[1:]), (
                 "more than the first would be left to the loop over experts"
             )
 

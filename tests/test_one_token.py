@@ -7,7 +7,7 @@ from oracles import moe_by_token
 from test_engines import DTYPES, VARIANTS, D, E, K, ids_of, weights_like
 
 from moesaic.engine import cpu as engine
-from moesaic.engine import gemm
+from moesaic.engine import forms, gemm
 from moesaic.engine.cpu import cpu
 from moesaic.engine.reference import reference
 from moesaic.engine.spec import ExpertSpec
@@ -26,7 +26,7 @@ def inference():
 def habit(request, monkeypatch):
     skip_without_onednn(request.param)
     monkeypatch.setattr(gemm, "machine", lambda: request.param)
-    monkeypatch.setattr(gemm, "SMALL", 0)
+    monkeypatch.setattr(forms, "SMALL", 0)
     return request.param
 
 

@@ -13,10 +13,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from moesaic.bench.ceiling import best_seconds, l3_bytes
 from moesaic.bench.machine import available_bytes
-from moesaic.engine import gemm
+from moesaic.engine import forms
 from moesaic.engine.batches import batches
 from moesaic.engine.memory import Workspace
 from moesaic.engine.multiply import Multiply
+from moesaic.engine.processor import machine
 
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)  # tokens of one expert
 OUT, IN = 1536, 2048  # the up projection of one Qwen3-30B-A3B expert
@@ -31,12 +32,12 @@ STRAIGHT, PARTS, SLABS, TURNED = "x @ W.T", "by parts of W", "slabs of W", "W @ 
 VECTOR, ONEDNN = "W @ each x", "oneDNN"
 WHOLE, BLOCKS = "widen W", "widen parts of W"
 OWN = {
-    STRAIGHT: gemm.rows_form,
-    PARTS: gemm.blocks_form,
-    SLABS: gemm.slabs_form,
-    TURNED: gemm.columns_form,
-    VECTOR: gemm.vector_form,
-    ONEDNN: gemm.onednn_form,
+    STRAIGHT: forms.rows_form,
+    PARTS: forms.blocks_form,
+    SLABS: forms.slabs_form,
+    TURNED: forms.columns_form,
+    VECTOR: forms.vector_form,
+    ONEDNN: forms.onednn_form,
 }
 
 
@@ -65,11 +66,11 @@ class FormTimes(NamedTuple):
         return {"dtype": self.dtype, "rows": self.rows, "us": times, "fastest": self.fastest, **engine}
 
 
-def wide_forms() -> dict[str, gemm.Form]:
+def wide_forms() -> dict[str, forms.Form]:
     """Of 16-bit weights for x in float32, which then are multiplied as this machine does it best."""
-    inner = {"amd": gemm.onednn_form, "amd-avx2": gemm.slabs_form}.get(gemm.machine(), gemm.rows_form)
-    elements = 1 << 20 if inner is gemm.onednn_form else gemm.BLOCK
-    return {WHOLE: gemm.widening(gemm.ANY, inner), BLOCKS: gemm.widening(elements, inner)}
+    inner = {"amd": forms.onednn_form, "amd-avx2": forms.slabs_form}.get(machine(), forms.rows_form)
+    elements = 1 << 20 if inner is forms.onednn_form else forms.BLOCK
+    return {WHOLE: forms.widening(forms.ANY, inner), BLOCKS: forms.widening(elements, inner)}
 
 
 def square_flops(dtype: torch.dtype) -> float:
@@ -132,13 +133,13 @@ def _weights(dtype: torch.dtype) -> Tensor:
 
 def _time_rows(rows: int, dtype: torch.dtype, weights: Tensor) -> FormTimes:
     own, work = torch.randn(rows, IN).to(dtype), Workspace()
-    forms: dict[str, tuple[gemm.Form, Tensor]] = {label: (form, own) for label, form in OWN.items()}
+    candidates: dict[str, tuple[forms.Form, Tensor]] = {label: (form, own) for label, form in OWN.items()}
     if rows > FEW:
-        del forms[VECTOR]
+        del candidates[VECTOR]
     if dtype.itemsize < 4:
-        forms |= {label: (form, own.float()) for label, form in wide_forms().items()}
+        candidates |= {label: (form, own.float()) for label, form in wide_forms().items()}
     runs: dict[str, Callable[[Tensor], object]] = {ENGINE: engine_run(own)}
-    for label, (form, x) in forms.items():
+    for label, (form, x) in candidates.items():
         out = x.new_empty(rows, OUT)
         try:
             form(x, weights[-1], out, work)  # the one whose turn comes last

@@ -8,107 +8,29 @@ their own; a 16-bit matmul that the CPU has no instructions for runs several tim
 float32 first. The forms differ in the last bit, so the choice hangs on sizes, alignment and machine alone.
 """
 
-from collections.abc import Callable
 from itertools import takewhile
 
 import torch
 from torch import Tensor
 
-from moesaic.engine.memory import Workspace
+from moesaic.engine import forms
+from moesaic.engine.forms import (
+    ANY,
+    Form,
+    blocks_form,
+    columns_form,
+    invariant_form,
+    onednn_form,
+    rows_form,
+    slabs_form,
+    step_of,
+    turned_form,
+    vector_form,
+    widening,
+    widening_inputs,
+)
 from moesaic.engine.processor import has_amx, has_instructions, machine
 
-SMALL = 1 << 17  # elements of a weight: below, oneDNN's 20 µs a call are as much as the matmul (384 x 384: 30 | 15 MKL)
-# Elements of a weight that MKL multiplies as they are for a few rows, where it packs more of them first: 4 rows times
-# 1536 x 2048 in the cache take 120 µs in blocks of 2^19 and 239 in blocks of 2^20.
-BLOCK = 1 << 19
-SLABS = 4  # of W for each thread, at most: more take 5 % less where W has 2^25 elements, and scratch for every one
-UNIT = 16  # rows or columns of a slab are whole multiples of it: 2535 instead of 2718 µs for 64 rows x 2048 x 1408 in 6
-INVARIANT_ROWS = 32  # rows of every matmul in batch-invariant mode
-ANY = 1 << 62
-
-
-# A form writes x [m, a] @ w [a, b] into out [m, b]. W, as weights are stored, is w.T: [b, a].
-# (w comes transposed because a view costs a microsecond, and an engine can take it of all experts at once.)
-
-
-def rows_form(x: Tensor, w: Tensor, out: Tensor, work: Workspace) -> None:
-    del work
-    torch.mm(x, w, out=out)
-
-
-def blocks_form(x: Tensor, w: Tensor, out: Tensor, work: Workspace) -> None:
-    del work
-    step = step_of(w.shape[1], w.numel(), BLOCK)
-    for columns, result in zip(w.split(step, 1), out.split(step, 1), strict=True):
-        torch.mm(x, columns, out=result)
-
-
-def step_of(length: int, elements: int, at_most: int) -> int:
-    """How far apart to cut `length`, along which a matrix of so many elements is to be in parts of `at_most`."""
-    parts = max(1, -(-elements // at_most))
-    return max(1, -(-length // parts))
-
-
-def columns_form(x: Tensor, w: Tensor, out: Tensor, work: Workspace) -> None:
-    out.copy_(torch.mm(w.mT, x.mT, out=work.take("columns", w.shape[1], len(x), x.dtype)).mT)
-
-
-def turned_form(x: Tensor, w: Tensor, out: Tensor, work: Workspace) -> None:
-    del work
-    torch.mm(w.mT, x.mT, out=out.mT)  # out is column-major
-
-
-def slabs_form(x: Tensor, w: Tensor, out: Tensor, work: Workspace) -> None:
-    """A batch of matmuls, each of one thread with memory of W that lies together: some of the outputs for an [out, in],
-    some of the inputs for an [in, out], whose products are added up. What they leave over is a matmul of its own."""
-    threads = torch.get_num_threads()
-    slabs = threads * min(SLABS, -(-w.numel() // (threads * BLOCK)))
-    if w.stride(0) == 1:
-        _slabs_of_outputs(x, w, out, work, slabs)
-    else:
-        _slabs_of_inputs(x, w, out, work, slabs)
-
-
-def _slabs_of_outputs(x: Tensor, w: Tensor, out: Tensor, work: Workspace, slabs: int) -> None:
-    outputs = w.shape[1]
-    step = outputs // slabs // UNIT * UNIT
-    end = slabs * step
-    if end:
-        parts = work.take("slabs", slabs * len(x), step, x.dtype).unflatten(0, (slabs, -1))
-        torch.bmm(x.expand(slabs, -1, -1), w[:, :end].unflatten(1, (slabs, -1)).transpose(0, 1), out=parts)
-        out[:, :end].unflatten(1, (slabs, -1)).copy_(parts.transpose(0, 1))
-    if end < outputs:
-        torch.mm(x, w[:, end:], out=out[:, end:])
-
-
-def _slabs_of_inputs(x: Tensor, w: Tensor, out: Tensor, work: Workspace, slabs: int) -> None:
-    inputs, outputs = w.shape
-    end = inputs // slabs // UNIT * UNIT * slabs
-    if end:
-        parts = work.take("slabs", slabs * len(x), outputs, x.dtype).unflatten(0, (slabs, -1))
-        torch.bmm(x[:, :end].unflatten(1, (slabs, -1)).transpose(0, 1), w[:end].unflatten(0, (slabs, -1)), out=parts)
-        torch.sum(parts, 0, out=out)
-    if end < inputs:
-        torch.addmm(out, x[:, end:], w[end:], beta=float(end > 0), out=out)
-
-
-def vector_form(x: Tensor, w: Tensor, out: Tensor, work: Workspace) -> None:
-    del work
-    for row, result in zip(x, out, strict=True):
-        torch.mv(w.mT, row.contiguous(), out=result)
-
-
-def onednn_linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x @ weight.T by oneDNN, which torch's own linear leaves to MKL for float32."""
-    return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
-
-
-def onednn_form(x: Tensor, w: Tensor, out: Tensor, work: Workspace) -> None:
-    del work
-    out.copy_(onednn_linear(x, w.mT))
-
-
-Form = Callable[[Tensor, Tensor, Tensor, Workspace], None]
 Table = tuple[tuple[int, Form], ...]  # (up to so many rows of x, the form to take)
 
 # float32, microseconds for a 1536 x 2048 weight from memory, 2 threads, torch 2.13 (MKL 2024.2, oneDNN 3.12).
@@ -146,54 +68,6 @@ COLUMN_MAJOR: dict[str, Table] = {
 # 256. Stored [in, out] 930 | 1273 at 8 | 128, as rows 573 | 812. With avx512_bf16 or avx512_fp16 alone always slower.
 AMX: Table = ((1, vector_form), (ANY, turned_form))
 PLAIN: Table = ((ANY, rows_form),)  # float64, small float32, other 16-bit with instructions
-
-
-def widening(elements: int, inner: Form) -> Form:
-    """The form that widens so many elements of W at a time, and multiplies while they are in the cache."""
-
-    def form(x: Tensor, w: Tensor, out: Tensor, work: Workspace) -> None:
-        inputs, outputs = w.shape
-        step = step_of(outputs, w.numel(), elements)
-        multiply = inner if inputs * step > SMALL else rows_form
-        for columns, result in zip(w.split(step, 1), out.split(step, 1), strict=True):
-            multiply(x, converted(columns, x.dtype, work), result, work)
-
-    return form
-
-
-def widening_inputs(elements: int, inner: Form) -> Form:
-    """The same for a w [in, out] whose rows lie together: parts of the inputs, and their products added up."""
-
-    def form(x: Tensor, w: Tensor, out: Tensor, work: Workspace) -> None:
-        inputs, outputs = w.shape
-        step = step_of(inputs, w.numel(), elements)
-        multiply, result = inner if step * outputs > SMALL else rows_form, out
-        for rows, columns in zip(w.split(step), x.split(step, 1), strict=True):
-            multiply(columns, converted(rows, x.dtype, work), result, work)
-            if result is out:
-                result = work.take("part", len(x), outputs, x.dtype)
-            else:
-                out.add_(result)
-
-    return form
-
-
-def invariant_form(x: Tensor, w: Tensor, out: Tensor, work: Workspace) -> None:
-    """Always one matmul of INVARIANT_ROWS rows at one place in memory: BLAS results hang on both.
-
-    As `W @ x.T`, where the rows lie side by side in vector registers: no row's sum then differs from another's (in 600
-    random shapes; of `x @ W.T` 29 of 300 had rows that did). In float64 neither holds, so there one row at a time.
-    """
-    rows = 1 if x.dtype == torch.float64 else INVARIANT_ROWS
-    w = converted(w, x.dtype, work)
-    padded = work.take("padded", rows, x.shape[1], x.dtype)
-    whole = work.take("invariant", rows, w.shape[1], x.dtype)
-    for some, result in zip(x.split(rows), out.split(rows), strict=True):
-        padded[: len(some)] = some
-        padded[len(some) :] = 0
-        columns_form(padded, w, whole, work)
-        result.copy_(whole[: len(some)])
-
 
 # 16-bit without the instructions. Reading half the bytes wins while a few rows hide how slow the multiplying is.
 # Intel, told to ignore its instructions, bfloat16: as it is 330 | 530 | 770 | 1370 at 1 | 2 | 3 | 8 rows, 22000 at 256,
@@ -233,7 +107,7 @@ NARROW_HALF: dict[str, Table] = {  # AMD: 274 | 616 | 823, widened 700 up
 }
 WIDE: dict[str, Table] = {  # more rows than that, in float32
     "intel": (
-        (12, widening(BLOCK, rows_form)),
+        (12, widening(forms.BLOCK, rows_form)),
         (48, widening(ANY, columns_form)),
         (ANY, widening(ANY, rows_form)),
     ),
@@ -242,7 +116,7 @@ WIDE: dict[str, Table] = {  # more rows than that, in float32
     "other": ((ANY, widening(ANY, rows_form)),),
 }
 WIDE_COLUMN_MAJOR: dict[str, Table] = {
-    "intel": ((63, widening_inputs(BLOCK, rows_form)), (ANY, widening(ANY, rows_form))),
+    "intel": ((63, widening_inputs(forms.BLOCK, rows_form)), (ANY, widening(ANY, rows_form))),
     "amd": ((1, widening_inputs(1 << 20, rows_form)), (ANY, widening_inputs(1 << 20, onednn_form))),
     "amd-avx2": ((256, widening(ANY, slabs_form)), (ANY, widening(ANY, rows_form))),
     "other": ((ANY, widening(ANY, rows_form)),),
@@ -254,7 +128,7 @@ def table_for(dtype: torch.dtype, w: Tensor) -> Table:
     """The forms for x of `dtype` and w [..., a, b], one matrix or all experts'; a w of another dtype is converted."""
     if w.dtype != dtype:
         return (WIDE if _is_row_major(w) else WIDE_COLUMN_MAJOR)[machine()]
-    if dtype == torch.float32 and w.shape[-2] * w.shape[-1] > SMALL:
+    if dtype == torch.float32 and w.shape[-2] * w.shape[-1] > forms.SMALL:
         return (ROW_MAJOR if _is_row_major(w) else COLUMN_MAJOR)[machine()]
     return AMX if dtype == torch.bfloat16 and has_amx() and _is_row_major(w) else PLAIN
 
@@ -296,16 +170,7 @@ def part_of(stack: Tensor, table: Table, rows: float) -> int:
     columns = stack.shape[2]
     if rows <= table[0][0]:
         return columns
-    return -(-step_of(columns, stack.shape[1] * columns, BLOCK) // 16) * 16
-
-
-def converted(w: Tensor, dtype: torch.dtype, work: Workspace) -> Tensor:
-    """`w` itself where it has the dtype, else a copy in scratch, row-major or column-major as w is."""
-    if w.dtype == dtype:
-        return w
-    if w.stride(0) == 1:
-        return work.take("converted", w.shape[1], w.shape[0], dtype).copy_(w.mT).mT
-    return work.take("converted", w.shape[0], w.shape[1], dtype).copy_(w)
+    return -(-step_of(columns, stack.shape[1] * columns, forms.BLOCK) // 16) * 16
 
 
 def matmul_dtype(dtype: torch.dtype) -> torch.dtype:

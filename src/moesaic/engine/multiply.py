@@ -6,9 +6,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from moesaic.engine.batches import Batch, Loads
+from moesaic.engine.forms import ANY
 from moesaic.engine.gemm import (
     AMX,
-    ANY,
     INVARIANT,
     Table,
     form_for,

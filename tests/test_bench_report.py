@@ -4,7 +4,7 @@ from pathlib import Path
 
 from moesaic.bench.campaign import Journal
 from moesaic.bench.ceiling import Ceiling
-from moesaic.bench.report import aligned, markdown, summary
+from moesaic.bench.report import _size, aligned, markdown, summary
 from moesaic.bench.runner import GEMM_ONLY, Result, Row, compare
 from moesaic.bench.shapes import Cell
 from moesaic.bench.targets import FLAGSHIPS, RATIOS, asked_ratio, judge, target_cells
@@ -89,6 +89,11 @@ def test_the_summary_has_a_line_for_each_of_ours():
     assert table[2][1:5] == ["600 MiB", "900 MiB", "grouped_mm", "1.50"]
     lines = aligned(table).splitlines()
     assert lines[1].index("100 ms") + 6 == lines[2].index("600 MiB") + 7, "numbers end in the same column"
+
+
+def test_sizes_are_short_and_never_nothing():
+    sizes = [None, 1 << 19, 3 * MIB, 48 * MIB, 1000 * MIB, 24 << 30]
+    assert [_size(size) for size in sizes] == ["unknown", "0.5 MiB", "3 MiB", "48 MiB", "1000 MiB", "24 GiB"]
 
 
 def test_verdicts_by_hand():

@@ -9,6 +9,7 @@ from cases import skip_without_onednn
 
 from moesaic.bench import forms
 from moesaic.bench.forms import FormTimes, engine_form, time_forms
+from moesaic.bench.machine import onednn_isa
 from moesaic.cli import main
 from moesaic.cli.doctor_table import WORDS
 from moesaic.cli.examine import SWITCH_ON, held_back, transformers_seam, try_engine, wrong
@@ -132,6 +133,11 @@ def test_without_the_seam_the_reason_is_said(monkeypatch):
 )
 def test_a_limit_on_onednn_is_noticed(isa, onednn, expected):
     assert held_back({"isa": isa, "onednn_isa": onednn}) == expected
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this build of torch has no oneDNN")
+def test_what_onednn_uses_is_known_on_a_cpu_without_16_bit_instructions_too():
+    assert onednn_isa() != "unknown"
 
 
 @pytest.fixture

@@ -23,9 +23,9 @@ ISA_FLAGS = (
 TUNING = ("ONEDNN_", "DNNL_", "MKL_", "OMP_", "KMP_", "GOMP_", "ATEN_CPU_")  # variables that change what is fast
 ASK_ONEDNN = """
 import torch
-x = torch.ones(64, 64, dtype=torch.bfloat16)
+x = torch.ones(64, 64)
 with torch.backends.mkldnn.verbose(1):
-    torch.mm(x, x)
+    torch.ops.mkldnn._linear_pointwise(x, x, None, "none", [], "")
 """
 
 

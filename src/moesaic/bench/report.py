@@ -218,4 +218,7 @@ def _error(row: Row) -> str:
 def _size(n_bytes: int | None) -> str:
     if n_bytes is None:
         return "unknown"
-    return f"{n_bytes / 2**30:.0f} GiB" if n_bytes >= 2**30 else f"{n_bytes / 2**20:.0f} MiB"
+    if n_bytes >= 2**30:
+        return f"{n_bytes / 2**30:.0f} GiB"
+    mib = n_bytes / 2**20
+    return f"{mib:.0f} MiB" if mib >= 10 else f"{mib:.2g} MiB"

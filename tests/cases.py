@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from moesaic.config import MoEConfig
-from moesaic.engine.forms import onednn_linear
+from moesaic.engine.matmul_forms import onednn_linear
 from moesaic.types import ExpertWeights
 
 # E, G, M, K: the article's, odd sizes, one group, every group kept, one expert per token
@@ -102,14 +102,19 @@ def no_waiting() -> Iterator[None]:
             torch.cuda.set_sync_debug_mode("default")
 
 
-USED_ONEDNN = {"intel": {torch.float32}, "amd": {torch.float32, torch.bfloat16}}  # by `gemm`'s tables
+HABITS = ["intel", "amd", "amd-avx2", "other"]  # of a BLAS, `moesaic.engine.processor.machine`
+USE_ONEDNN = {"intel": [torch.float32], "amd": [torch.float32, torch.bfloat16]}
 
 
-def skip_without_onednn(habit: str, dtype: torch.dtype = torch.float32) -> None:
-    """Skips where what `habit` leaves to oneDNN cannot run: not in this build of torch, or not on this CPU, as bfloat16
-    without AVX-512."""
-    for used in {torch.float32, dtype} & USED_ONEDNN.get(habit, set()):
+def needs_habit(habit: str, dtype: torch.dtype = torch.float32) -> None:
+    """Skips where what a habit leaves to oneDNN, in a test of `dtype`, cannot run."""
+    needs_onednn(*(used for used in USE_ONEDNN.get(habit, ()) if used in (torch.float32, dtype)))
+
+
+def needs_onednn(*dtypes: torch.dtype) -> None:
+    """Skips without oneDNN for these: not in this build of torch, or not on this CPU, as bfloat16 without AVX-512."""
+    for dtype in dtypes:
         try:
-            onednn_linear(torch.ones(2, 16, dtype=used), torch.ones(16, 16, dtype=used))
+            onednn_linear(torch.ones(2, 16, dtype=dtype), torch.ones(16, 16, dtype=dtype))
         except (AttributeError, RuntimeError):
-            pytest.skip(f"no oneDNN for {used} here")
+            pytest.skip(f"no oneDNN for {dtype} here")

@@ -7,13 +7,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cases import leaves_of, problem, skip_without_onednn
+from cases import HABITS, leaves_of, needs_habit, problem
 from oracles import moe_by_token
 from test_engines import OUT, VARIANTS, K, ids_of, weights_like
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from moesaic.engine import batches, forms, gemm, outer
+from moesaic.engine import batches, gemm, matmul_forms, outer
 from moesaic.engine import cpu as engine
 from moesaic.engine.cpu import cpu
 from moesaic.engine.reference import reference
@@ -36,13 +36,13 @@ def exact(x, ids, weights, experts, spec, upstream):
 
 @pytest.mark.parametrize(("tokens", "d", "width"), SIZES)
 @pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize("habit", ["intel", "amd", "amd-avx2", "other"])
+@pytest.mark.parametrize("habit", HABITS)
 def test_float32_equals_the_reference_forward_and_backward(monkeypatch, with_threads, tokens, d, width, threads, habit):
     """Each habit takes its own forms here, as it does for matrices that are not small."""
-    skip_without_onednn(habit)
+    needs_habit(habit)
     for room in (gemm, outer):
         monkeypatch.setattr(room, "machine", lambda: habit)
-    for room in (forms, outer):
+    for room in (matmul_forms, outer):
         monkeypatch.setattr(room, "SMALL", 0)
     given = (*problem(tokens, d, width), ExpertSpec(), torch.randn(tokens, d))
     with_threads(threads)
@@ -99,15 +99,15 @@ def test_16_bit_experts_of_every_kind_are_no_worse_than_plain_torch(dtype, varia
     assert (errors(cpu, 10, make) <= allowed * errors(reference, 10, make)).all()
 
 
-@pytest.mark.parametrize("habit", ["intel", "amd", "amd-avx2", "other"])
+@pytest.mark.parametrize("habit", HABITS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("transposed", [False, True])
 def test_16_bit_without_the_instructions_is_right_under_every_habit(monkeypatch, habit, dtype, transposed):
     """Experts of one to forty rows, forward and backward: narrow and widened matmuls beside each other."""
-    skip_without_onednn(habit, dtype)
+    needs_habit(habit, dtype)
     monkeypatch.setattr(gemm, "has_instructions", lambda _: False)
     monkeypatch.setattr(gemm, "machine", lambda: habit)
-    monkeypatch.setattr(forms, "SMALL", 0)
+    monkeypatch.setattr(matmul_forms, "SMALL", 0)
     x, _, _, experts = problem(63, 32, 16, dtype=dtype)
     ids = torch.repeat_interleave(torch.arange(6), torch.tensor([1, 40, 2, 9, 8, 3]))[:, None]
     weights = torch.rand(63, 1).to(dtype).requires_grad_()
@@ -129,7 +129,7 @@ def test_the_check_sees_the_oracle():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("tokens", [9, 300])
 def test_results_repeat_bit_for_bit(monkeypatch, with_threads, dtype, tokens):
-    monkeypatch.setattr(forms, "SMALL", 1 << 15)  # between the two weights: one in the forms for large ones
+    monkeypatch.setattr(matmul_forms, "SMALL", 1 << 15)  # between the two weights: one in the forms for large ones
     x, ids, weights, experts = problem(tokens, 256, 96, dtype=dtype)
     upstream = torch.randn(tokens, 256).to(dtype)
     runs = []

@@ -1,36 +1,33 @@
 """The matmuls of the CPU engine: which form is taken for how many rows, and that all compute the same."""
 
 import math
+from itertools import product
 
 import pytest
 import torch
-from cases import leaves_of, problem, skip_without_onednn
+from cases import HABITS, leaves_of, needs_habit, needs_onednn, problem
 from torch import nn
 
-from moesaic.engine import batches, forms, gemm, memory, multiply, outer, processor
+from moesaic.engine import batches, gemm, matmul_forms, memory, multiply, outer, processor
 from moesaic.engine import cpu as engine
 from moesaic.engine.cpu import cpu
 from moesaic.engine.reference import reference
 from moesaic.engine.spec import ExpertSpec
 from moesaic.types import ExpertWeights
 
-HABITS = ["intel", "amd", "amd-avx2", "other"]
-
 
 @pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("habit", HABITS)
+@pytest.mark.parametrize("inner", ["rows_form", "columns_form", "slabs_form", "onednn_form"])
 @pytest.mark.parametrize("rows", [1, 2, 3, 5, 8, 9, 70])
-def test_widening_by_parts_computes_the_same(monkeypatch, habit, rows, transposed):
-    skip_without_onednn(habit)
-    monkeypatch.setattr(gemm, "machine", lambda: habit)
-    monkeypatch.setattr(forms, "SMALL", 0)
-    inner = {
-        "intel": forms.columns_form, "amd": forms.onednn_form, "amd-avx2": forms.slabs_form, "other": forms.rows_form
-    }[habit]  # fmt: skip
+def test_widening_by_parts_computes_the_same(monkeypatch, inner, rows, transposed):
+    if inner == "onednn_form":
+        needs_onednn(torch.float32)
+    monkeypatch.setattr(matmul_forms, "SMALL", 0)
+    inner = getattr(matmul_forms, inner)
     x, w = torch.randn(rows, 40), torch.randn(301, 40).bfloat16().mT
     w = w.contiguous() if transposed else w
-    for elements in (1500, 5000, forms.ANY):  # 8 parts of uneven width, 2, and the whole
-        for form in (forms.widening(elements, inner), forms.widening_inputs(elements, inner)):
+    for elements in (1500, 5000, matmul_forms.ANY):  # 8 parts of uneven width, 2, and the whole
+        for form in (matmul_forms.widening(elements, inner), matmul_forms.widening_inputs(elements, inner)):
             out = torch.full((rows, 301), math.nan)
             form(x, w, out, memory.Workspace())
             torch.testing.assert_close(out.double(), x.double() @ w.double(), rtol=1e-5, atol=2e-4)
@@ -45,7 +42,7 @@ def test_widening_by_parts_computes_the_same(monkeypatch, habit, rows, transpose
 def test_a_gradient_in_parts_is_the_whole_gradient(
     monkeypatch, with_threads, habit, dtype, accumulate, aliased, rows, threads
 ):
-    skip_without_onednn(habit)
+    needs_habit(habit)
     with_threads(threads)
     monkeypatch.setattr(outer, "machine", lambda: habit)
     monkeypatch.setattr(outer, "ALIASED", aliased)
@@ -80,7 +77,7 @@ def test_experts_in_pieces_may_be_looped_over(monkeypatch, transposed, dtype):
     """A batch-invariant forward that is computed again leaves the backward pieces of 32 rows, several of an expert."""
     monkeypatch.setattr(gemm, "machine", lambda: "intel")
     monkeypatch.setattr(gemm, "has_instructions", lambda _: False)
-    monkeypatch.setattr(forms, "SMALL", 0)
+    monkeypatch.setattr(matmul_forms, "SMALL", 0)
     monkeypatch.setattr(engine, "new_gradient", lambda w, _: new.append(w) or torch.full_like(w, math.nan))
     new, looped, real = [], [], multiply.Multiply._looped
     monkeypatch.setattr(
@@ -105,10 +102,10 @@ def test_experts_in_pieces_may_be_looped_over(monkeypatch, transposed, dtype):
 @pytest.mark.parametrize("habit", HABITS)
 @pytest.mark.parametrize("rows", [1, 2, 3, 4, 8, 9, 10, 11, 12, 13, 16, 17, 48, 49, 63, 64, 100, 320, 321])
 def test_every_form_of_matmul_computes_the_same(monkeypatch, kind, habit, rows):
-    skip_without_onednn(habit)
+    needs_habit(habit)
     monkeypatch.setattr(gemm, "machine", lambda: habit)
-    monkeypatch.setattr(forms, "SMALL", 0)
-    monkeypatch.setattr(forms, "BLOCK", 5000)
+    monkeypatch.setattr(matmul_forms, "SMALL", 0)
+    monkeypatch.setattr(matmul_forms, "BLOCK", 5000)
     x, w = torch.randn(rows, 40), torch.randn(300, 40)
     if kind == "bfloat16 widened":
         w = w.bfloat16()
@@ -122,28 +119,51 @@ def test_every_form_of_matmul_computes_the_same(monkeypatch, kind, habit, rows):
 @pytest.mark.parametrize(
     ("threads", "inputs", "outputs", "transposed", "slabs"),
     [
-        pytest.param(2, 64, 256, False, (8, 64, 32), id="four for each thread"),
-        pytest.param(2, 256, 64, True, (8, 32, 64), id="of inputs"),
-        pytest.param(2, 20, 100, False, (2, 20, 48), id="fewer of a smaller one, and four columns left"),
-        pytest.param(2, 100, 20, True, (2, 48, 20), id="four rows left"),
-        pytest.param(3, 64, 256, False, (12, 64, 16), id="64 columns left by three threads"),
-        pytest.param(1, 64, 256, True, (4, 16, 256), id="one thread"),
-        pytest.param(2, 256, 31, False, None, id="too few columns for slabs"),
-        pytest.param(2, 31, 256, True, None, id="too few rows"),
+        pytest.param(2, 64, 512, False, (8, 64, 64), id="four for each thread"),
+        pytest.param(2, 512, 64, True, (8, 64, 64), id="of inputs"),
+        pytest.param(2, 15, 132, False, (2, 15, 64), id="fewer of a smaller one, and four columns left"),
+        pytest.param(2, 132, 15, True, (2, 64, 15), id="four rows left"),
+        pytest.param(3, 64, 1000, False, (12, 64, 80), id="40 columns left by three threads"),
+        pytest.param(1, 64, 512, False, None, id="one thread has nothing to share"),
+        pytest.param(2, 64, 504, False, None, id="too narrow"),
+        pytest.param(2, 504, 64, True, None, id="too narrow, of inputs"),
+        pytest.param(8, 64, 512, False, None, id="too narrow for so many threads"),
+        pytest.param(2, 0, 512, False, (2, 0, 256), id="of no inputs"),
+        pytest.param(2, 512, 0, True, None, id="of no outputs"),
     ],
 )
-def test_slabs_of_a_matrix_are_the_whole_matrix(monkeypatch, with_threads, threads, inputs, outputs, transposed, slabs):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_slabs_of_a_matrix_are_the_whole_matrix(
+    monkeypatch, with_threads, dtype, threads, inputs, outputs, transposed, slabs
+):
+    """Into a part of a larger result, from rows that lie apart."""
     with_threads(threads)
-    monkeypatch.setattr(forms, "BLOCK", 1000)
+    monkeypatch.setattr(matmul_forms, "BLOCK", 1000)
     shapes, bmm = [], torch.bmm
     monkeypatch.setattr(torch, "bmm", lambda a, b, **kw: shapes.append(tuple(b.shape)) or bmm(a, b, **kw))
-    w = torch.randn(outputs, inputs).mT
+    w = torch.randn(outputs, inputs, dtype=dtype).mT
     w = w.contiguous() if transposed else w
-    for rows in (1, 2, 50):
-        x, out = torch.randn(rows, inputs), torch.full((rows, outputs), math.nan)
-        forms.slabs_form(x, w, out, memory.Workspace())
+    for rows in (0, 1, 2, 50):
+        x = torch.randn(rows, inputs + 3, dtype=dtype)[:, 1:-2]
+        around = torch.full((rows + 2, outputs + 2), math.nan, dtype=dtype)
+        out = around[1:-1, 1:-1]
+        matmul_forms.slabs_form(x, w, out, memory.Workspace())
         torch.testing.assert_close(out.double(), x.double() @ w.double(), rtol=1e-5, atol=2e-4)
-    assert shapes == ([slabs] * 3 if slabs else [])
+        assert around.isnan().sum() == around.numel() - out.numel()
+    assert shapes == ([slabs] * 4 if slabs else [])
+
+
+def test_what_slabs_of_inputs_leave_to_be_added_up_is_bounded(monkeypatch, with_threads):
+    """At most twice as much as the matrix, however many the rows and the threads are."""
+    with_threads(2)
+    monkeypatch.setattr(matmul_forms, "BLOCK", 1000)
+    taken, take, w = [], memory.Workspace.take, torch.randn(512, 40)
+    monkeypatch.setattr(memory.Workspace, "take", lambda *args: taken.append(args[2:4]) or take(*args))
+    for rows in (128, 129, 1024):
+        x, out = torch.randn(rows, 512), torch.empty(rows, 40)
+        matmul_forms.slabs_form(x, w, out, memory.Workspace())
+        torch.testing.assert_close(out.double(), x.double() @ w.double(), rtol=1e-5, atol=2e-4)
+    assert taken == [(8 * 128, 40)]
 
 
 @pytest.mark.parametrize("transposed", [False, True])
@@ -151,7 +171,7 @@ def test_slabs_of_a_matrix_are_the_whole_matrix(monkeypatch, with_threads, threa
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_experts_of_few_and_of_many_rows_in_one_batch(monkeypatch, habit, dtype, transposed):
     """On a CPU without the instructions the few are multiplied in 16 bits, the many in float32, none left out."""
-    skip_without_onednn(habit, dtype)
+    needs_habit(habit, dtype)
     monkeypatch.setattr(gemm, "machine", lambda: habit)
     monkeypatch.setattr(gemm, "has_instructions", lambda _: False)
     for sizes in ([1, 2, 1], [1, 40, 3, 2, 9, 0, 4, 5, 1], [30, 20], [2, 2, 4]):
@@ -188,11 +208,11 @@ def test_experts_of_few_and_of_many_rows_in_one_batch(monkeypatch, habit, dtype,
 )
 def test_experts_of_few_rows_go_through_torch_s_own_loop(monkeypatch, transposed, given, sizes, looped):
     """Experts of many rows, and of none, may lie between them, before and after."""
-    skip_without_onednn("intel")
+    needs_onednn(torch.float32)
     monkeypatch.setattr(gemm, "machine", lambda: "intel")
-    monkeypatch.setattr(forms, "SMALL", 0)
+    monkeypatch.setattr(matmul_forms, "SMALL", 0)
     # two parts, of 16 and 8 columns, where there are more than 3 rows on average
-    monkeypatch.setattr(forms, "BLOCK", 500)
+    monkeypatch.setattr(matmul_forms, "BLOCK", 500)
     calls = []
     grouped_mm = multiply.F.grouped_mm
     monkeypatch.setattr(
@@ -244,8 +264,8 @@ def test_the_loop_in_16_bits_leaves_out_experts_of_more_rows(monkeypatch, habit,
 
 
 def test_a_hot_expert_of_float32_goes_to_mkl_on_intel():
-    assert gemm.form_for(gemm.ROW_MAJOR["intel"], 320) is forms.onednn_form
-    assert gemm.form_for(gemm.ROW_MAJOR["intel"], 321) is forms.rows_form
+    assert gemm.form_for(gemm.ROW_MAJOR["intel"], 320) is matmul_forms.onednn_form
+    assert gemm.form_for(gemm.ROW_MAJOR["intel"], 321) is matmul_forms.rows_form
 
 
 def test_the_tables_of_forms_reach_every_number_of_rows():
@@ -253,15 +273,16 @@ def test_the_tables_of_forms_reach_every_number_of_rows():
     for table in (*(t for tables in whole for t in tables.values()), gemm.PLAIN, gemm.AMX):
         bounds = [rows for rows, _ in table]
         assert bounds == sorted(set(bounds))
-        assert bounds[-1] == forms.ANY
+        assert bounds[-1] == matmul_forms.ANY
         taken = [form for _, form in table]
-        assert forms.blocks_form not in taken or taken.index(forms.blocks_form) == 1, "what is called whole comes first"
+        blocks = matmul_forms.blocks_form
+        assert blocks not in taken or taken.index(blocks) == 1, "what is called whole comes first"
     for tables in (gemm.NARROW, gemm.NARROW_COLUMN_MAJOR, gemm.NARROW_HALF):
         for table in tables.values():
             bounds = [rows for rows, _ in table]
             assert bounds == sorted(set(bounds))
             assert not bounds or bounds[-1] < 32
-            assert all(form is not forms.rows_form for _, form in table[1:]), (
+            assert all(form is not matmul_forms.rows_form for _, form in table[1:]), (
                 "more than the first would be left to the loop over experts"
             )
 
@@ -315,10 +336,17 @@ def test_whose_habits_are_expected(monkeypatch, capabilities, habit):
 
 @pytest.mark.parametrize(
     ("limit", "habit"),
-    [("AVX2", "amd-avx2"), ("AVX2_VNNI_2", "amd-avx2"), ("AVX512_CORE", "amd"), ("AVX10_1_512", "amd")],
+    [("AVX2", "amd-avx2"), ("AVX2_VNNI_2", "amd-avx2"), ("AVX512_CORE", "amd"), ("AVX10_1_512", "amd"), ("", "amd")],
 )
 def test_an_amd_whose_onednn_may_not_use_avx512_is_as_one_without(monkeypatch, limit, habit):
-    """Its oneDNN would be no faster than MKL, and refuses bfloat16."""
-    monkeypatch.setattr(processor, "_capabilities", lambda: {"cpu_name": "AMD EPYC", "avx2": True, "avx512_f": True})
-    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
-    assert processor.machine.__wrapped__() == habit
+    """It would refuse bfloat16; on Intel it is MKL that few rows are left to, with or without a limit."""
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
+    names = {"AMD EPYC": habit, "Intel(R) Xeon(R) Processor": "intel"}
+    for (name, expected), variable in product(names.items(), ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")):
+        has = {"cpu_name": name, "avx2": True, "avx512_f": True}
+        with monkeypatch.context() as patch:
+            patch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
+            patch.setattr(processor, "_capabilities", lambda has=has: has)
+            patch.setenv(variable, limit)
+            assert processor.machine.__wrapped__() == expected

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from cases import skip_without_onednn
+from cases import needs_onednn
 
 from moesaic.bench import forms
 from moesaic.bench.forms import FormTimes, engine_form, time_forms
@@ -13,7 +13,8 @@ from moesaic.bench.machine import onednn_isa
 from moesaic.cli import main
 from moesaic.cli.doctor_table import WORDS
 from moesaic.cli.examine import SWITCH_ON, held_back, transformers_seam, try_engine, wrong
-from moesaic.engine import gemm, memory
+from moesaic.engine import memory
+from moesaic.engine.matmul_forms import ANY
 from moesaic.engine.select import ENGINES, best_engine
 
 
@@ -136,7 +137,8 @@ def test_a_limit_on_onednn_is_noticed(isa, onednn, expected):
 
 
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this build of torch has no oneDNN")
-def test_what_onednn_uses_is_known_on_a_cpu_without_16_bit_instructions_too():
+def test_what_onednn_uses_is_known_where_it_refuses_bfloat16_too(monkeypatch):
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
     assert onednn_isa() != "unknown"
 
 
@@ -194,19 +196,20 @@ def test_every_form_computes_the_same(rows):
 
 
 @pytest.mark.parametrize("label", [*forms.OWN, *forms.wide_forms()])
-def test_the_engine_s_form_is_seen_from_what_it_runs(label, monkeypatch):
+def test_the_engine_s_form_is_seen_from_what_it_runs(label, monkeypatch, with_threads):
     """Whatever the engine's tables say, now or later, is named rightly, in the weight's own dtype and in another."""
+    with_threads(2)
     form, x = {**forms.OWN, **forms.wide_forms()}[label], torch.randn(2, 1024).bfloat16()
     w = torch.randn(2100, 1024).bfloat16().mT
     if label in forms.OWN:
         w = w.float()
     monkeypatch.setattr("moesaic.engine.multiply.matmul_dtype", lambda _dtype: torch.float32)
     monkeypatch.setattr("moesaic.engine.multiply.narrow_table", lambda _w, _dtype: ())
-    monkeypatch.setattr("moesaic.engine.multiply.table_for", lambda _dtype, _w: ((gemm.ANY, form),))
+    monkeypatch.setattr("moesaic.engine.multiply.table_for", lambda _dtype, _w: ((ANY, form),))
     assert engine_form(x, w) == label
     if label in forms.OWN:
-        skip_without_onednn("amd" if label == forms.ONEDNN else "other", torch.bfloat16)
-        monkeypatch.setattr("moesaic.engine.multiply.narrow_table", lambda _w, _dtype: ((gemm.ANY, form),))
+        needs_onednn(*([torch.bfloat16] if label == forms.ONEDNN else []))
+        monkeypatch.setattr("moesaic.engine.multiply.narrow_table", lambda _w, _dtype: ((ANY, form),))
         assert engine_form(x, w.bfloat16()) == label
 
 

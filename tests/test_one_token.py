@@ -2,18 +2,16 @@
 
 import pytest
 import torch
-from cases import skip_without_onednn
+from cases import HABITS, needs_habit
 from oracles import moe_by_token
 from test_engines import DTYPES, VARIANTS, D, E, K, ids_of, weights_like
 
 from moesaic.engine import cpu as engine
-from moesaic.engine import forms, gemm
+from moesaic.engine import gemm, matmul_forms
 from moesaic.engine.cpu import cpu
 from moesaic.engine.reference import reference
 from moesaic.engine.spec import ExpertSpec
 from moesaic.types import ExpertWeights
-
-HABITS = ["intel", "amd", "amd-avx2", "other"]
 
 
 @pytest.fixture(autouse=True)
@@ -24,9 +22,9 @@ def inference():
 
 @pytest.fixture(params=HABITS)
 def habit(request, monkeypatch):
-    skip_without_onednn(request.param)
+    needs_habit(request.param)
     monkeypatch.setattr(gemm, "machine", lambda: request.param)
-    monkeypatch.setattr(forms, "SMALL", 0)
+    monkeypatch.setattr(matmul_forms, "SMALL", 0)
     return request.param
 
 
@@ -82,7 +80,7 @@ def test_no_expert_for_each_token_is_zero():
 
 @pytest.mark.usefixtures("instructions")
 def test_autocast_multiplies_in_its_dtype(habit):
-    skip_without_onednn(habit, torch.bfloat16)
+    needs_habit(habit, torch.bfloat16)
     experts, ids, x, weights = (
         weights_like(torch.float32),
         ids_of("an empty expert", 1),

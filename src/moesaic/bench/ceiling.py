@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 
 from moesaic.bench.problem import Problem
-from moesaic.engine.forms import onednn_linear
+from moesaic.engine.matmul_forms import onednn_linear
 
 SQUARE = 2048
 STREAM = 256 << 20  # bytes, or eight times the cache

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from moesaic.bench.ceiling import best_seconds, l3_bytes
 from moesaic.bench.machine import available_bytes
-from moesaic.engine import forms
+from moesaic.engine import matmul_forms
 from moesaic.engine.batches import batches
 from moesaic.engine.memory import Workspace
 from moesaic.engine.multiply import Multiply
@@ -32,13 +32,14 @@ STRAIGHT, PARTS, SLABS, TURNED = "x @ W.T", "by parts of W", "slabs of W", "W @ 
 VECTOR, ONEDNN = "W @ each x", "oneDNN"
 WHOLE, BLOCKS = "widen W", "widen parts of W"
 OWN = {
-    STRAIGHT: forms.rows_form,
-    PARTS: forms.blocks_form,
-    SLABS: forms.slabs_form,
-    TURNED: forms.columns_form,
-    VECTOR: forms.vector_form,
-    ONEDNN: forms.onednn_form,
+    STRAIGHT: matmul_forms.rows_form,
+    PARTS: matmul_forms.blocks_form,
+    SLABS: matmul_forms.slabs_form,
+    TURNED: matmul_forms.columns_form,
+    VECTOR: matmul_forms.vector_form,
+    ONEDNN: matmul_forms.onednn_form,
 }
+NAMED = {"mv": VECTOR, "bmm": SLABS, "_linear_pointwise": ONEDNN}  # by torch's name, where that says it
 
 
 class FormTimes(NamedTuple):
@@ -66,11 +67,13 @@ class FormTimes(NamedTuple):
         return {"dtype": self.dtype, "rows": self.rows, "us": times, "fastest": self.fastest, **engine}
 
 
-def wide_forms() -> dict[str, forms.Form]:
+def wide_forms() -> dict[str, matmul_forms.Form]:
     """Of 16-bit weights for x in float32, which then are multiplied as this machine does it best."""
-    inner = {"amd": forms.onednn_form, "amd-avx2": forms.slabs_form}.get(machine(), forms.rows_form)
-    elements = 1 << 20 if inner is forms.onednn_form else forms.BLOCK
-    return {WHOLE: forms.widening(forms.ANY, inner), BLOCKS: forms.widening(elements, inner)}
+    inner = {"amd": matmul_forms.onednn_form, "amd-avx2": matmul_forms.slabs_form}.get(
+        machine(), matmul_forms.rows_form
+    )
+    elements = 1 << 20 if inner is matmul_forms.onednn_form else matmul_forms.BLOCK
+    return {WHOLE: matmul_forms.widening(matmul_forms.ANY, inner), BLOCKS: matmul_forms.widening(elements, inner)}
 
 
 def square_flops(dtype: torch.dtype) -> float:
@@ -99,14 +102,12 @@ def engine_form(x: Tensor, w: Tensor) -> str:
     with _Matmuls() as seen:
         run(w)
     name, left = seen.calls[0]
-    once = sum(name == other for other, _ in seen.calls) == 1
-    if name == "mv":
-        return VECTOR
+    whole = sum(name == other for other, _ in seen.calls) == 1  # what slabs leave over is an mm beside their bmm
     if left.dtype != w.dtype:
-        return WHOLE if once else BLOCKS
-    if name in ("bmm", "_linear_pointwise"):
-        return SLABS if name == "bmm" else ONEDNN
-    return TURNED if len(left) == w.shape[1] else STRAIGHT if once else PARTS
+        return WHOLE if whole else BLOCKS
+    if name in NAMED:
+        return NAMED[name]
+    return TURNED if len(left) == w.shape[1] else STRAIGHT if whole else PARTS
 
 
 class _Matmuls(TorchDispatchMode):
@@ -119,7 +120,7 @@ class _Matmuls(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         del types
         name = func.overloadpacket.__name__
-        if name in ("mm", "bmm", "mv", "_linear_pointwise"):
+        if name == "mm" or name in NAMED:
             self.calls.append((name, args[0]))
         return func(*args, **(kwargs or {}))
 
@@ -133,7 +134,7 @@ def _weights(dtype: torch.dtype) -> Tensor:
 
 def _time_rows(rows: int, dtype: torch.dtype, weights: Tensor) -> FormTimes:
     own, work = torch.randn(rows, IN).to(dtype), Workspace()
-    candidates: dict[str, tuple[forms.Form, Tensor]] = {label: (form, own) for label, form in OWN.items()}
+    candidates: dict[str, tuple[matmul_forms.Form, Tensor]] = {label: (form, own) for label, form in OWN.items()}
     if rows > FEW:
         del candidates[VECTOR]
     if dtype.itemsize < 4:

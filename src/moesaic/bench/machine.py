@@ -21,6 +21,7 @@ ISA_FLAGS = (
     *("amx_tile", "amx_int8", "amx_bf16", "amx_fp16"),
 )
 TUNING = ("ONEDNN_", "DNNL_", "MKL_", "OMP_", "KMP_", "GOMP_", "ATEN_CPU_")  # variables that change what is fast
+# of float32, as oneDNN refuses bfloat16 on CPUs without AVX-512; torch.mm would leave float32 to MKL
 ASK_ONEDNN = """
 import torch
 x = torch.ones(64, 64)

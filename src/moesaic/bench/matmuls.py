@@ -16,7 +16,7 @@ from torch import Tensor
 
 from moesaic.bench.ceiling import can_run
 from moesaic.bench.problem import Problem
-from moesaic.engine.forms import onednn_linear, slabs_form
+from moesaic.engine.matmul_forms import onednn_linear, slabs_form
 from moesaic.engine.memory import Workspace, new_gradient
 from moesaic.engine.op import below_autograd
 from moesaic.engine.outer import ALIASED, PADDING, outer_by_rows

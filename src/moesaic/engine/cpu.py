@@ -14,8 +14,8 @@ from torch import Tensor
 
 from moesaic.engine.batches import PIECE_ROWS, Batch, batches
 from moesaic.engine.checks import check_ids
-from moesaic.engine.forms import INVARIANT_ROWS
 from moesaic.engine.gemm import matmul_dtype
+from moesaic.engine.matmul_forms import INVARIANT_ROWS
 from moesaic.engine.memory import new_gradient
 from moesaic.engine.multiply import Multiply
 from moesaic.engine.one_token import one_token

@@ -3,9 +3,9 @@
 What decides is measured (`moesaic doctor --measure` does it again): MKL streams a weight matrix at full bandwidth only
 for a few rows and packs it above that, twice the cost, unless it is small; `W @ x.T` stays flat up to 48 rows where
 `x @ W.T` climbs, and is the best with AMX; oneDNN is the best for some hundred rows of float32, and on AMD for all,
-where MKL leaves the AVX-512 units idle; on an AMD that has none MKL is the best when its threads have slabs of W of
-their own; a 16-bit matmul that the CPU has no instructions for runs several times slower than widening the weights to
-float32 first. The forms differ in the last bit, so the choice hangs on sizes, alignment and machine alone.
+where MKL leaves the AVX-512 units idle; an AMD without them is fastest by MKL, each thread on its own slabs of W; a
+16-bit matmul that the CPU has no instructions for runs several times slower than widening the weights to float32
+first. The forms differ in the last bit, so the choice hangs on sizes, alignment, threads and machine alone.
 """
 
 from itertools import takewhile
@@ -13,8 +13,8 @@ from itertools import takewhile
 import torch
 from torch import Tensor
 
-from moesaic.engine import forms
-from moesaic.engine.forms import (
+from moesaic.engine import matmul_forms  # its constants, which tests set
+from moesaic.engine.matmul_forms import (
     ANY,
     Form,
     blocks_form,
@@ -46,7 +46,8 @@ Table = tuple[tuple[int, Form], ...]  # (up to so many rows of x, the form to ta
 # AMD EPYC, AVX2:        rows 666 | 1236 | 1469 | 1787 | 3395 | 9784 at 1 | 2 | 8 | 16 | 64 | 256 rows, oneDNN 616 |
 #                        906 | 1129 | 1492 | 3135 | 11906, slabs 492 | 606 | 952 | 1223 | 2896 | 9606 (of 2^17 elements
 #                        474 | 646 | 1032 | 1325 | 3016 | 10090, of 2^21 486 | 798 | 992 | 1271 | 2976 | 9310); columns
-#                        lie between them from 4 rows on; 2048 x 768 alike, rows | slabs 426 | 278 at 1, 855 | 651 at 16
+#                        are between oneDNN and slabs from 4 rows on; 2048 x 768: rows 426 | 855 at 1 | 16 rows, slabs
+#                        278 | 651
 ROW_MAJOR: dict[str, Table] = {
     "intel": ((3, rows_form), (10, blocks_form), (320, onednn_form), (ANY, rows_form)),
     "amd": ((ANY, onednn_form),),
@@ -60,7 +61,7 @@ ROW_MAJOR: dict[str, Table] = {
 COLUMN_MAJOR: dict[str, Table] = {
     "intel": ((ANY, rows_form),),
     "amd": ((1, rows_form), (ANY, onednn_form)),
-    "amd-avx2": ((256, slabs_form), (ANY, rows_form)),
+    "amd-avx2": ((ANY, slabs_form),),
     "other": ((ANY, rows_form),),
 }
 # bfloat16 with AMX, the same weight, x and out column-major so that nothing is copied: turned 318 | 565 at 1 to 6 | 8
@@ -79,7 +80,7 @@ PLAIN: Table = ((ANY, rows_form),)  # float64, small float32, other 16-bit with 
 #                  stored [in, out]: as it is 400 | 520 | 665 at 1 | 2 | 3, 2^19 elements of some inputs at a time 860 |
 #                  1030 | 1650 at 3 | 8 | 32, the whole widened 980 | 1260 | 1720
 #                  float16: as it is 315 | 424 | 735 at 1 | 2 | 4, widened 580 | 570 | 650
-# AMD, told to ignore its instructions: as it is 325 | 430 | 580 | 1600 at 1 | 2 | 3 | 4 rows,
+# AMD with AVX-512, told to ignore its instructions: as it is 325 | 430 | 580 | 1600 at 1 | 2 | 3 | 4 rows,
 #                  row by row 345 | 550 | 670 | 800 | 1000 at 1 | 2 | 3 | 4 | 5,
 #                  2^20 elements widened at a time 920 | 910 | 1230 | 2670 | 4940 at 4 | 8 | 16 | 64 | 128,
 #                  2^19 elements 995 | 1090 | 1350 | 2810 | 5075, the whole of it 1220 | 1320 | 1580 | 3230 | 5255;
@@ -87,6 +88,11 @@ PLAIN: Table = ((ANY, rows_form),)  # float64, small float32, other 16-bit with 
 #                  1 | 4 | 32, 2^20 elements of some inputs at a time 1160 | 2160 at 4 | 32
 #                  the same where the two cores share an L3 cache | where they share none: as it is by oneDNN 414 | 439,
 #                  542 | 535, 1095 | 1109 at 4, 8, 24 rows, 2^20 elements widened 375 | 1169, 419 | 1237, 644 | 1423
+# AMD, AVX2:       as it is 320 | 623 | 946 | 1236 | 2423 at 1 | 2 | 3 | 4 | 8 rows, the whole widened, then slabs 636 |
+#                  742 | 902 | 1058 | 1208 and 1409 | 3328 | 10515 at 16 | 64 | 256 (rows 2243 | 4919 | 12117, oneDNN
+#                  1660 | 3836 | 11381, columns 1391 | 3441 | 10748; by parts 5 to 30 % more); 2048 x 768 as it is 181 |
+#                  367 | 554 | 736 at 1 to 4, slabs 573 | 533 | 683 | 689; stored [in, out] one row as it is 8461, by
+#                  vector 767, slabs 1303; float16: as it is 277 | 511 | 776 | 995, slabs 587 | 694 | 772 | 942
 NARROW: dict[str, Table] = {  # in the dtype of W
     "intel": ((2, rows_form),),
     "amd": ((3, rows_form), (4, vector_form)),
@@ -105,9 +111,14 @@ NARROW_HALF: dict[str, Table] = {  # AMD: 274 | 616 | 823, widened 700 up
     "amd-avx2": ((3, rows_form),),
     "other": (),
 }
+# Rows of all experts beyond those that do not yet leave torch's loop over experts. On Intel leaving it takes 450 µs a
+# product, each row there 110 to 200 more than in the form it should have: dsv3-quarter T=16, one expert of 3 rows among
+# 100, 48.9 -> 47.0 ms. AMD, AVX2, 3 | 8 | 12 | 20: olmoe T=8 42.8 | 40.5 | 40.5 | 40.5, dsv3-quarter T=16 and 24 40.2 |
+# 38.1 | 38.2 | 38.1 and 58.7 | 58.3 | 55.9 | 55.9, elsewhere the same.
+STRAYS = {"intel": 3, "amd": 3, "amd-avx2": 12, "other": 3}
 WIDE: dict[str, Table] = {  # more rows than that, in float32
     "intel": (
-        (12, widening(forms.BLOCK, rows_form)),
+        (12, widening(matmul_forms.BLOCK, rows_form)),
         (48, widening(ANY, columns_form)),
         (ANY, widening(ANY, rows_form)),
     ),
@@ -116,9 +127,9 @@ WIDE: dict[str, Table] = {  # more rows than that, in float32
     "other": ((ANY, widening(ANY, rows_form)),),
 }
 WIDE_COLUMN_MAJOR: dict[str, Table] = {
-    "intel": ((63, widening_inputs(forms.BLOCK, rows_form)), (ANY, widening(ANY, rows_form))),
+    "intel": ((63, widening_inputs(matmul_forms.BLOCK, rows_form)), (ANY, widening(ANY, rows_form))),
     "amd": ((1, widening_inputs(1 << 20, rows_form)), (ANY, widening_inputs(1 << 20, onednn_form))),
-    "amd-avx2": ((256, widening(ANY, slabs_form)), (ANY, widening(ANY, rows_form))),
+    "amd-avx2": ((ANY, widening(ANY, slabs_form)),),
     "other": ((ANY, widening(ANY, rows_form)),),
 }
 INVARIANT: Table = ((ANY, invariant_form),)
@@ -128,7 +139,7 @@ def table_for(dtype: torch.dtype, w: Tensor) -> Table:
     """The forms for x of `dtype` and w [..., a, b], one matrix or all experts'; a w of another dtype is converted."""
     if w.dtype != dtype:
         return (WIDE if _is_row_major(w) else WIDE_COLUMN_MAJOR)[machine()]
-    if dtype == torch.float32 and w.shape[-2] * w.shape[-1] > forms.SMALL:
+    if dtype == torch.float32 and w.shape[-2] * w.shape[-1] > matmul_forms.SMALL:
         return (ROW_MAJOR if _is_row_major(w) else COLUMN_MAJOR)[machine()]
     return AMX if dtype == torch.bfloat16 and has_amx() and _is_row_major(w) else PLAIN
 
@@ -164,13 +175,18 @@ def looped_rows(table: Table) -> int:
     return max((rows for rows, _ in leading), default=0)
 
 
+def stray_rows() -> int:
+    """How many rows too many do not yet leave a loop in 16 bits."""
+    return STRAYS[machine()]
+
+
 def part_of(stack: Tensor, table: Table, rows: float) -> int:
     """How many columns of each w [a, b] of a stack torch's loop over experts takes at a time, for so many rows on
     average: all of them, or blocks in steps of 16 numbers."""
     columns = stack.shape[2]
     if rows <= table[0][0]:
         return columns
-    return -(-step_of(columns, stack.shape[1] * columns, forms.BLOCK) // 16) * 16
+    return -(-step_of(columns, stack.shape[1] * columns, matmul_forms.BLOCK) // 16) * 16
 
 
 def matmul_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -183,7 +199,7 @@ def explain(dtype: torch.dtype) -> str:
     habits = {
         "intel": "MKL or oneDNN, in the form best for the rows",
         "amd": "oneDNN, faster here than MKL",
-        "amd-avx2": "MKL, each thread on slabs of the weight of its own",
+        "amd-avx2": "MKL, each thread on its own slabs of the weight",
         "other": "the BLAS",
     }
     if dtype == torch.float64:

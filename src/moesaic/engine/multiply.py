@@ -6,7 +6,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from moesaic.engine.batches import Batch, Loads
-from moesaic.engine.forms import ANY
 from moesaic.engine.gemm import (
     AMX,
     INVARIANT,
@@ -17,8 +16,10 @@ from moesaic.engine.gemm import (
     most_rows,
     narrow_table,
     part_of,
+    stray_rows,
     table_for,
 )
+from moesaic.engine.matmul_forms import ANY
 from moesaic.engine.memory import Workspace
 from moesaic.engine.outer import add_outer
 from moesaic.engine.spec import ExpertSpec
@@ -29,9 +30,6 @@ LOOPED = 4  # experts of few rows that are worth a call of torch's own loop
 # AMX 15.6 | 13.8; dsv3-quarter 15.7 | 15.1, 14.1 | 13.5, 12.0 | 11.0. On 2 tokens 0 to 9 % less, on 8 tokens and in
 # training 0 to 3 %.
 SPARSE = 16
-# Rows too many that do not yet leave a loop in 16 bits: leaving it takes 450 µs a product, each row there 110 to 200
-# more than in the form it should have. dsv3-quarter T=16, one expert of 3 rows among 100: 48.9 -> 47.0 ms.
-STRAYS = 3
 
 
 class Multiply:
@@ -181,4 +179,4 @@ def strays_stay(loads: Loads, stack: Tensor, few: Table) -> bool:
     table itself has a better form than the loop's for those."""
     most = looped_rows(few)
     strays = sum(size - most for size in loads.sizes if size > most)
-    return most == most_rows(few) and strays <= STRAYS and loop_takes(stack) and loop_is_better(loads, most)
+    return most == most_rows(few) and strays <= stray_rows() and loop_takes(stack) and loop_is_better(loads, most)

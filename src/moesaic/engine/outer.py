@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moesaic.engine.forms import SMALL, onednn_linear
+from moesaic.engine.matmul_forms import SMALL, onednn_linear
 from moesaic.engine.memory import Workspace
 from moesaic.engine.processor import machine
 

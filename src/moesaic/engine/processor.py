@@ -35,20 +35,22 @@ def has_amx() -> bool:
 def machine() -> str:
     """Whose BLAS habits to expect, where they were measured: "intel" or "amd" (AVX-512), "amd-avx2"; else "other".
 
-    An AMD whose oneDNN may not use AVX-512 counts as one without: there MKL, which never does, is the faster one.
+    An AMD whose oneDNN may not use AVX-512 counts as one without: MKL does not use it there either.
     """
     if not torch.backends.mkldnn.is_available() or not torch.backends.mkl.is_available():
         return "other"
     has = _capabilities()
     name, wide = str(has.get("cpu_name", "")).lower(), has.get("avx512_f", False)
-    if "amd" in name and not (wide and _onednn_may_use(("AVX512", "AVX10"))):
+    if "amd" in name:
+        if wide and _onednn_may_use(("AVX512", "AVX10")):
+            return "amd"
         return "amd-avx2" if has.get("avx2", False) else "other"
-    return next((maker for maker in ("amd", "intel") if wide and maker in name), "other")
+    return "intel" if "intel" in name and wide else "other"
 
 
 def _onednn_may_use(words: tuple[str, ...]) -> bool:
     limit = os.environ.get("ONEDNN_MAX_CPU_ISA", os.environ.get("DNNL_MAX_CPU_ISA", "ALL")).upper()
-    return limit in ("ALL", "DEFAULT") or any(word in limit for word in words)
+    return limit in ("", "ALL", "DEFAULT") or any(word in limit for word in words)
 
 
 def _capabilities() -> Mapping[str, Any]:

@@ -61,7 +61,7 @@ class ProgressBar(TrainerCallback):
 
     def __init__(self, *, disable: bool) -> None:
         remaining = TimeRemainingColumn()
-        remaining.max_refresh = None  # else it shows what it knew half a second ago: nothing, before the total is known
+        remaining.max_refresh = None  # else it keeps for half a second what it showed before there was a total: nothing
         columns = (
             TextColumn("training"),
             BarColumn(),

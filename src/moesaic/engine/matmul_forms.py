@@ -15,8 +15,10 @@ SMALL = 1 << 17  # elements of a weight: below, oneDNN's 20 µs a call are as mu
 # Elements of a weight that MKL multiplies as they are for a few rows, where it packs more of them first: 4 rows times
 # 1536 x 2048 in the cache take 120 µs in blocks of 2^19 and 239 in blocks of 2^20.
 BLOCK = 1 << 19
-SLABS = 4  # of W for each thread, at most: more take 5 % less where W has 2^25 elements, and scratch for every one
-UNIT = 16  # rows or columns of a slab are whole multiples of it: 2535 instead of 2718 µs for 64 rows x 2048 x 1408 in 6
+SLABS = 4  # of W for each thread, at most: more take 5 % less where W has 2^25 elements
+# The width of a slab is a multiple of UNIT: 2535 instead of 2718 µs for 64 rows x 2048 x 1408 in 6 slabs. What that
+# leaves over is less than a fifth of W where a slab is LEAST wide; of many threads each would have a narrower one.
+UNIT, LEAST = 16, 64
 INVARIANT_ROWS = 32  # rows of every matmul in batch-invariant mode
 ANY = 1 << 62
 
@@ -51,37 +53,39 @@ def turned_form(x: Tensor, w: Tensor, out: Tensor, work: Workspace) -> None:
 
 
 def slabs_form(x: Tensor, w: Tensor, out: Tensor, work: Workspace) -> None:
-    """A batch of matmuls, each of one thread with memory of W that lies together: some of the outputs for an [out, in],
-    some of the inputs for an [in, out], whose products are added up. What they leave over is a matmul of its own."""
-    threads = torch.get_num_threads()
-    slabs = threads * min(SLABS, -(-w.numel() // (threads * BLOCK)))
-    if w.stride(0) == 1:
-        _slabs_of_outputs(x, w, out, work, slabs)
+    """One batch of matmuls, some for each thread, each on a part of W whose memory lies together: W [out, in] is cut by
+    outputs; W [in, out] by inputs, and the products are added up. What is left over is a matmul of its own.
+
+    MKL's own way to share few rows among threads takes up to twice as long on some CPUs. One thread shares nothing, and
+    would take 3 to 12 % longer.
+    """
+    by_outputs = w.stride(0) == 1
+    length, threads = w.shape[1] if by_outputs else w.shape[0], torch.get_num_threads()
+    slabs = threads * min(SLABS, max(1, -(-w.numel() // (threads * BLOCK))))
+    step = length // slabs // UNIT * UNIT
+    too_much = not by_outputs and slabs * len(x) > 2 * length  # to be added up: more than twice the numbers of W
+    if threads == 1 or step < LEAST or too_much:
+        rows_form(x, w, out, work)
+    elif by_outputs:
+        _slabs_of_outputs(x, w, out, work, slabs, slabs * step)
     else:
-        _slabs_of_inputs(x, w, out, work, slabs)
+        _slabs_of_inputs(x, w, out, work, slabs, slabs * step)
 
 
-def _slabs_of_outputs(x: Tensor, w: Tensor, out: Tensor, work: Workspace, slabs: int) -> None:
-    outputs = w.shape[1]
-    step = outputs // slabs // UNIT * UNIT
-    end = slabs * step
-    if end:
-        parts = work.take("slabs", slabs * len(x), step, x.dtype).unflatten(0, (slabs, -1))
-        torch.bmm(x.expand(slabs, -1, -1), w[:, :end].unflatten(1, (slabs, -1)).transpose(0, 1), out=parts)
-        out[:, :end].unflatten(1, (slabs, -1)).copy_(parts.transpose(0, 1))
-    if end < outputs:
+def _slabs_of_outputs(x: Tensor, w: Tensor, out: Tensor, work: Workspace, slabs: int, end: int) -> None:
+    parts = work.take("slabs", slabs * len(x), end // slabs, x.dtype).unflatten(0, (slabs, -1))
+    torch.bmm(x.expand(slabs, -1, -1), w[:, :end].unflatten(1, (slabs, -1)).transpose(0, 1), out=parts)
+    out[:, :end].unflatten(1, (slabs, -1)).copy_(parts.transpose(0, 1))
+    if end < w.shape[1]:
         torch.mm(x, w[:, end:], out=out[:, end:])
 
 
-def _slabs_of_inputs(x: Tensor, w: Tensor, out: Tensor, work: Workspace, slabs: int) -> None:
-    inputs, outputs = w.shape
-    end = inputs // slabs // UNIT * UNIT * slabs
-    if end:
-        parts = work.take("slabs", slabs * len(x), outputs, x.dtype).unflatten(0, (slabs, -1))
-        torch.bmm(x[:, :end].unflatten(1, (slabs, -1)).transpose(0, 1), w[:end].unflatten(0, (slabs, -1)), out=parts)
-        torch.sum(parts, 0, out=out)
-    if end < inputs:
-        torch.addmm(out, x[:, end:], w[end:], beta=float(end > 0), out=out)
+def _slabs_of_inputs(x: Tensor, w: Tensor, out: Tensor, work: Workspace, slabs: int, end: int) -> None:
+    parts = work.take("slabs", slabs * len(x), w.shape[1], x.dtype).unflatten(0, (slabs, -1))
+    torch.bmm(x[:, :end].unflatten(1, (slabs, -1)).transpose(0, 1), w[:end].unflatten(0, (slabs, -1)), out=parts)
+    torch.sum(parts, 0, out=out)
+    if end < len(w):
+        torch.addmm(out, x[:, end:], w[end:], out=out)
 
 
 def vector_form(x: Tensor, w: Tensor, out: Tensor, work: Workspace) -> None:

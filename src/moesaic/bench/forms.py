@@ -138,6 +138,7 @@ def _time_rows(rows: int, dtype: torch.dtype, weights: Tensor) -> FormTimes:
     if rows > FEW:
         del candidates[VECTOR]
     if dtype.itemsize < 4:
+        del candidates[SLABS]  # torch's batches of 16-bit matmuls run element by element without the instructions
         candidates |= {label: (form, own.float()) for label, form in wide_forms().items()}
     runs: dict[str, Callable[[Tensor], object]] = {ENGINE: engine_run(own)}
     for label, (form, x) in candidates.items():

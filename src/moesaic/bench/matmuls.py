@@ -110,7 +110,6 @@ def _blockwise_onednn(rows: Rows, w: Tensor, scratch: Scratch, *, elements: int)
 OWN: dict[str, Form] = {
     "x @ W": lambda rows, w, s: _straight(rows.own, w, s.result),
     "W' @ x'": lambda rows, w, s: _turned(rows.own, w, s.result),
-    "slabs of W": lambda rows, w, s: _slabs(rows.own, w, s.result, s.work),
     "W' @ each x": lambda rows, w, s: _vector(rows.own, w, s.result),
     "oneDNN": lambda rows, w, _s: onednn_linear(rows.own, w.T),
 }
@@ -127,8 +126,12 @@ for _elements in BLOCKS:
     WIDE[f"wide oneDNN by {_elements}"] = partial(_blockwise_onednn, elements=_elements)
 
 
+# in float32 alone: torch's batches of 16-bit matmuls run element by element without the instructions, for minutes
+SLABS: dict[str, Form] = {"slabs of W": lambda rows, w, s: _slabs(rows.own, w, s.result, s.work)}
+
+
 def forms_for(dtype: torch.dtype) -> dict[str, Form]:
-    return OWN if dtype == torch.float32 else OWN | WIDE
+    return OWN | (SLABS if dtype == torch.float32 else WIDE)
 
 
 # a weight's gradient [K, N] = left' @ right, over n rows: written into `grad`, or added where it accumulates

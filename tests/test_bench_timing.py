@@ -1,6 +1,7 @@
 """`moesaic bench`: rounds, roofline, the matmuls alone. Nothing here asserts a speed."""
 
 import math
+import time
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise, permutations, product
@@ -10,6 +11,7 @@ import torch
 from bench_problems import CEILING, TIMED, problem_of
 from cases import has_onednn
 
+from moesaic.bench import ceiling
 from moesaic.bench.ceiling import Ceiling, Phase, least_seconds, measure_ceiling, phases_of, work_of
 from moesaic.bench.contenders import PEERS
 from moesaic.bench.machine import cache_bytes
@@ -138,9 +140,24 @@ def test_measured_ceilings_are_numbers(monkeypatch):
     monkeypatch.setattr("moesaic.bench.ceiling.SQUARE", 64)
     monkeypatch.setattr("moesaic.bench.ceiling.STREAM", 1 << 20)
     for dtype in ("float32", "bfloat16"):
-        ceiling = measure_ceiling(dtype)
-        assert 0 < ceiling.flops < 1e15
-        assert 0 < ceiling.bytes < 1e13
+        found = measure_ceiling(dtype)
+        assert 0 < found.flops < 1e15
+        assert 0 < found.bytes < 1e13
+
+
+def test_a_form_that_is_hopeless_on_small_squares_is_not_run_on_large_ones(monkeypatch):
+    """Without the instructions torch may take 20 s for a square of bfloat16 that float32 has in 0.1."""
+    runs = []
+
+    def squares(_dtype, size):
+        forms = {"fast": lambda: runs.append((size, "fast")), "slow": lambda: time.sleep(0.002)}
+        return forms | {"refused": lambda: torch.ones(2) @ torch.ones(3)} if size == 64 else {"fast": forms["fast"]}
+
+    monkeypatch.setattr(ceiling, "_squares", squares)
+    monkeypatch.setattr(ceiling, "SMALL", 64)
+    monkeypatch.setattr(ceiling, "STREAM", 1 << 20)
+    assert measure_ceiling("bfloat16").flops > 0
+    assert {size for size, _ in runs} == {64, ceiling.SQUARE}
 
 
 def test_the_cache_is_read_as_the_system_writes_it(tmp_path):

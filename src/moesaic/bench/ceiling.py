@@ -13,6 +13,7 @@ from moesaic.bench.problem import Problem
 from moesaic.engine.matmul_forms import onednn_linear
 
 SQUARE = 2048
+SMALL, HOPELESS = 256, 4.0  # a form so much slower at that size is not tried further: 16 bits can take 20 s at 2048
 STREAM = 256 << 20  # bytes, or eight times the cache
 REPEATS = 5
 
@@ -80,17 +81,25 @@ def measure_ceiling(dtype: str) -> Ceiling:
 
     P of a 16-bit dtype is the better of its own GEMM and float32's, widening included: an engine may choose.
     """
-    torch_dtype = getattr(torch, dtype)
-    a = torch.randn(SQUARE, SQUARE)
-    forms: list[Callable[[], object]] = [lambda: a @ a.T, lambda: a @ a]
-    if torch_dtype != torch.float32:
-        narrow = a.to(torch_dtype)
-        forms = [lambda: narrow @ narrow.T, lambda: narrow @ narrow, lambda: narrow.float() @ narrow.float().T]
-        forms.append(lambda: onednn_linear(narrow, narrow))
-    forms.append(lambda: onednn_linear(a, a))
-    forms = [form for form in forms if can_run(form)]
-    flops = 2.0 * SQUARE**3 / min(best_seconds(form) for form in forms)
-    return Ceiling(flops, read_speed())
+    seconds = {name: best_seconds(form) for name, form in _squares(dtype, SMALL).items() if can_run(form)}
+    worth_it = [name for name, took in seconds.items() if took < HOPELESS * min(seconds.values())]
+    large = _squares(dtype, SQUARE)
+    return Ceiling(2.0 * SQUARE**3 / min(best_seconds(large[name]) for name in worth_it), read_speed())
+
+
+def _squares(dtype: str, size: int) -> dict[str, Callable[[], object]]:
+    """Ways to multiply two square matrices, by name."""
+    a = torch.randn(size, size)
+    forms: dict[str, Callable[[], object]] = {"onednn": lambda: onednn_linear(a, a)}
+    if dtype == "float32":
+        return forms | {"nt": lambda: a @ a.T, "nn": lambda: a @ a}
+    narrow = a.to(getattr(torch, dtype))
+    return forms | {
+        "widened": lambda: narrow.float() @ narrow.float().T,
+        "own": lambda: narrow @ narrow.T,
+        "own nn": lambda: narrow @ narrow,
+        "own onednn": lambda: onednn_linear(narrow, narrow),
+    }
 
 
 def read_speed() -> float:

@@ -238,6 +238,8 @@ def test_experts_of_few_rows_go_through_torch_s_own_loop(monkeypatch, transposed
         pytest.param("amd", [1, 2, 1, 1, 4, 2], [7], id="another form for larger ones"),
         pytest.param("intel", [1, 2, 1, 1, 5, 2], [12], id="three rows more, not worth leaving the loop"),
         pytest.param("intel", [1, 2, 1, 1, 6, 2], [7], id="four"),
+        pytest.param("amd-avx2", [*[1] * 20, 14], [34], id="twelve, where leaving it costs more"),
+        pytest.param("amd-avx2", [*[1] * 20, 15], [20], id="thirteen"),
         pytest.param("intel", [2, 3, 2, 2], [], id="too many on average, and three are too few"),
     ],
 )

@@ -1,5 +1,7 @@
 """Tiny random Hugging Face models, one a family."""
 
+import inspect
+
 import pytest
 import torch
 import transformers as hf
@@ -80,6 +82,9 @@ MORE_FAMILIES = {
     ),
     "phimoe": ("PhimoeConfig", "PhimoeForCausalLM", {"num_local_experts": 8}),
 }  # fmt: skip
+
+
+CACHE = "cache" if "cache" in inspect.signature(hf.Qwen3MoeForCausalLM.forward).parameters else "past_key_values"
 
 
 def tiny(family: str = "deepseek_v3", **fields) -> torch.nn.Module:

@@ -4,14 +4,16 @@ import copy
 import subprocess
 import sys
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
 from cases import v3
-from hf_models import tiny, token_ids
+from hf_models import CACHE, tiny, token_ids
 from torch import nn
 
 from moesaic.layer.moe import DeepseekV3MoE, MoE
+from moesaic.trace.recording.forwards import cache_of, describe_forward
 from moesaic.trace.recording.record import record
 from moesaic.trace.store import Trace
 from moesaic.types import Routing
@@ -108,16 +110,28 @@ def test_batches_of_unequal_length_are_one_record():
 def test_prefill_in_pieces_and_decoding_go_on_with_their_cache():
     model, (one, other) = tiny("qwen3_moe"), (token_ids(2, 4), token_ids(2, 4))
     with record(model) as rec, torch.no_grad():
-        first = model(one, use_cache=True).past_key_values
-        model(one[:, :3], past_key_values=first)
-        second = model(other, use_cache=True).past_key_values
-        model(one[:, :1], past_key_values=first)
-        model(other[:, :1], past_key_values=second)
+        first = cache_of(model(one, use_cache=True))
+        model(one[:, :3], **{CACHE: first})
+        second = cache_of(model(other, use_cache=True))
+        model(one[:, :1], **{CACHE: first})
+        model(other[:, :1], **{CACHE: second})
     a, b = [0] * 4 + [1] * 4, [0] * 3 + [1] * 3
     assert rec.trace.sequences.tolist()[:14] == a + b
     assert rec.trace.sequences.tolist()[14:22] == [2] * 4 + [3] * 4
     assert rec.trace.sequences.tolist()[22:] == [0, 1, 2, 3]
     assert rec.trace.phases.tolist() == [0] * 22 + [1] * 4
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values", "cache_params"])
+def test_a_cache_is_known_by_any_of_its_names(name):
+    """transformers 5.24 calls `cache` what was `past_key_values` before, and `cache_params` of linear attention."""
+    held = SimpleNamespace(get_seq_length=lambda: 4)
+    forward = describe_forward(tiny("qwen3_moe"), (), {"input_ids": token_ids(2, 1), name: held})
+    assert forward.cache == id(held)
+    assert forward.decoding
+    for output in ({"logits": None, "cache": None, name: held}, SimpleNamespace(**{name: held})):
+        assert cache_of(output) is held
+    assert cache_of({"logits": None}) is cache_of((torch.zeros(2),)) is None
 
 
 def test_beams_are_rows():

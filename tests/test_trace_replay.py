@@ -10,7 +10,7 @@ import torch
 from cases import v3
 from hf_every_family import families, run, tiny_of
 from hf_every_family import token_ids as few_ids
-from hf_models import FAMILIES, MORE_FAMILIES, tiny, token_ids
+from hf_models import CACHE, FAMILIES, MORE_FAMILIES, tiny, token_ids
 from torch.utils.checkpoint import checkpoint
 
 from moesaic import rules
@@ -21,6 +21,7 @@ from moesaic.layer.moe import DeepseekV3MoE, MoE
 from moesaic.layer.router import Router
 from moesaic.rules import route
 from moesaic.trace.file.reader import load
+from moesaic.trace.recording.forwards import cache_of
 from moesaic.trace.recording.record import record
 from moesaic.trace.reroute.replay import replay
 from moesaic.trace.reroute.what_if import what_if
@@ -210,7 +211,7 @@ def test_what_was_decoded_token_by_token_is_replayed_as_a_whole_text_and_the_rev
     with record(model) as recorder, torch.no_grad():
         out = model(input_ids=ids[:, :5], use_cache=True)
         for at in range(5, 8):
-            out = model(input_ids=ids[:, at : at + 1], past_key_values=out.past_key_values, use_cache=True)
+            out = model(input_ids=ids[:, at : at + 1], **{CACHE: cache_of(out)}, use_cache=True)
     pieces = recorder.trace
     change_routers(model)
     with replay(model, pieces), record(model) as whole, torch.no_grad():
@@ -219,7 +220,7 @@ def test_what_was_decoded_token_by_token_is_replayed_as_a_whole_text_and_the_rev
     assert torch.equal(whole.trace.picks, pieces.picks[:, order])
     with replay(model, whole.trace), record(model) as again, torch.no_grad():
         out = model(input_ids=ids[:, :3], use_cache=True)
-        model(input_ids=ids[:, 3:], past_key_values=out.past_key_values, use_cache=True)
+        model(input_ids=ids[:, 3:], **{CACHE: cache_of(out)}, use_cache=True)
     order = again.trace.sequences.argsort(stable=True)
     assert torch.equal(again.trace.picks[:, order], whole.trace.picks)
 

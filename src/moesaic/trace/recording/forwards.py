@@ -1,6 +1,6 @@
 """What one call of a model says about its tokens: rows of the batch, padding, token ids, prefill or decoding."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from moesaic.hf.modules import parameters_of
 
 TOKEN_ARGUMENTS = ("input_ids", "inputs_embeds")
+CACHES = ("cache", "past_key_values", "cache_params")  # the key-value cache since transformers 5.24, and before
 
 
 class Forward(NamedTuple):
@@ -76,7 +77,7 @@ def read_arguments(model: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> 
     mask = given.get("attention_mask")
     if not isinstance(mask, Tensor) or mask.dim() != 2:
         mask = None
-    return Arguments(tokens, mask, given.get("past_key_values"))
+    return Arguments(tokens, mask, cache_in(given.get))
 
 
 def forward_of(
@@ -117,6 +118,17 @@ def describe_forward(model: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -
         cache=0 if found.cache is None else id(found.cache),
         of_tokens=takes_tokens(model),
     )
+
+
+def cache_of(output: Any) -> Any:
+    """The key-value cache in what a model returned; None where there is none."""
+    if isinstance(output, Mapping):  # whose attributes of old names would warn
+        return cache_in(output.get)
+    return cache_in(lambda name: getattr(output, name, None))
+
+
+def cache_in(get: Callable[[str], Any]) -> Any:
+    return next((cache for cache in map(get, CACHES) if cache is not None), None)
 
 
 def tokens_in(cache: Any) -> int:

@@ -16,7 +16,7 @@ from moesaic.trace.recording.assemble import assemble, outline, write_file
 from moesaic.trace.recording.biases import Biases
 from moesaic.trace.recording.calls import listening
 from moesaic.trace.recording.columns import Column
-from moesaic.trace.recording.forwards import Forward, describe_forward, forward_of, models_in, unseen
+from moesaic.trace.recording.forwards import Forward, cache_of, describe_forward, forward_of, models_in, unseen
 from moesaic.trace.recording.kept import Kept, Rows, on_cpu
 from moesaic.trace.recording.running import Running, Threads
 from moesaic.trace.recording.stream import Stream
@@ -200,7 +200,7 @@ class Recorder:
         if failed:
             running.pending.clear()
         if not running.depth:
-            running.name_cache(getattr(output, "past_key_values", None))
+            running.name_cache(cache_of(output))
             running.forward = None
             self._commit(running)
 

@@ -98,10 +98,11 @@ def _fetch(
     expert = tl.where(present, expert, 0)
     scale = tl.where(present, tl.load(weights + assignment).to(tl.float32), 0.0)
     at_depth = step % STEPS * DEPTH + tl.arange(0, DEPTH)
-    inside, there = column < width, present & (at_depth < depth)
+    # `present & ...` is no mask to the interpreter of Triton 3.9
+    inside, there = column < width, at_depth < tl.where(present, depth, 0)
     at = w + expert * w_expert
     at += column.to(OFFSETS)[:, None] * w_column + at_depth.to(OFFSETS)[None, :] * w_depth
-    matrix = tl.load(at, mask=present if EVEN else inside[:, None] & there[None, :], other=0.0)
+    matrix = tl.load(at, mask=there[None, :] if EVEN else inside[:, None] & there[None, :], other=0.0)
     value = tl.load(a + assignment * depth + at_depth[None, :], mask=there[None, :], other=0.0).to(tl.float32)
     of_bias = tl.zeros(column.shape, dtype=tl.float32)
     if bias is not None:

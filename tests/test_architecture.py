@@ -119,7 +119,17 @@ def test_layers_need_neither_transformers_nor_matplotlib():
         "import moesaic; moesaic.MoE; moesaic.DeepseekV3MoE; moesaic.Router; moesaic.MoEGate; moesaic.record"
     )
     assert "torch" in loaded
-    assert not loaded & {"transformers", "matplotlib"}
+    assert not loaded & {"transformers", "matplotlib", "torch._dynamo", "triton"}
+
+
+def test_a_training_step_loads_no_compiler():
+    """It takes 1.3 s, and with Triton 3.9 prints at the exit."""
+    loaded = loaded_by(
+        "import torch, moesaic as ms; "
+        "config = ms.MoEConfig(hidden_size=8, moe_intermediate_size=8, n_routed_experts=4, num_experts_per_tok=2); "
+        "ms.DeepseekV3MoE(config)(torch.randn(3, 8)).sum().backward()"
+    )
+    assert not loaded & {"torch._dynamo", "triton"}
 
 
 WITHOUT_TRITON = """

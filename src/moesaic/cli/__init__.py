@@ -78,7 +78,8 @@ def main() -> None:
         else:
             traceback.print_exc()
             code = 3
-    gc.freeze()  # collecting at the exit would take a second and free what ends anyway
+    if "triton" not in sys.modules:  # which, from 3.9 on, lists on stderr whatever is left at the exit
+        gc.freeze()  # collecting there would take a second and free what ends anyway
     gc.enable()
     sys.exit(code)
 

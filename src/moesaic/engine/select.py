@@ -11,6 +11,7 @@ from moesaic.engine.cpu import cpu
 from moesaic.engine.gemm import explain
 from moesaic.engine.grouped import grouped
 from moesaic.engine.reference import reference
+from moesaic.engine.tracing import constant_in_graphs
 
 # (tokens [T, D], expert_ids [T, K], weights [T, K], ExpertWeights, ExpertSpec, **options) -> [T, O]
 Engine = Callable[..., Tensor]
@@ -53,7 +54,7 @@ def select_engine(
     return partial(ENGINES[chosen], batch_invariant=batch_invariant, recompute=recompute)
 
 
-@torch.compiler.assume_constant_result  # what a device can is asked while a graph is traced, not in it
+@constant_in_graphs  # what a device can is asked while a graph is traced, not in it
 def _auto(device_type: str, dtype: torch.dtype) -> str:
     chosen = AUTO.get(device_type, "grouped")
     return "grouped" if chosen == "triton" and gpu.why_not(device_type, dtype) else chosen

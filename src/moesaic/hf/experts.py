@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from moesaic.engine.checks import DTYPES
 from moesaic.engine.select import select_engine
 from moesaic.engine.spec import ACTIVATIONS, ExpertSpec
+from moesaic.engine.tracing import constant_in_graphs
 from moesaic.types import ExpertWeights
 
 M = TypeVar("M", bound=nn.Module)
@@ -66,7 +67,7 @@ def experts_forward(
     return engine(hidden_states, top_k_index, top_k_weights, weights, served.spec)
 
 
-@torch.compiler.assume_constant_result  # dynamo runs it while tracing, on the module itself
+@constant_in_graphs  # dynamo runs it while tracing, on the module itself
 def _prepare(module: Any) -> bool:
     if "_moesaic" not in module.__dict__:
         module._moesaic = serve(module)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from moesaic.engine.op import register_kernels, run_experts
 from moesaic.engine.spec import ExpertSpec
+from moesaic.engine.tracing import constant_in_graphs
 from moesaic.types import ExpertWeights
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -20,7 +21,7 @@ INSTALLED = find_spec("triton") is not None
 LEAST_CAPABILITY = (8, 0)  # Ampere: bfloat16 on tensor cores, asynchronous copies
 
 
-@torch.compiler.assume_constant_result  # asked while a graph is traced, not in it
+@constant_in_graphs  # asked while a graph is traced, not in it
 def why_not(device_type: str, dtype: torch.dtype | None = None, index: int | None = None) -> str | None:
     """Why the kernels cannot run there, with a way out; None where they can. Without a dtype, whatever it may be."""
     if not INSTALLED:

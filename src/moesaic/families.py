@@ -69,6 +69,9 @@ ROUTING: dict[str, tuple[Rules, tuple[str, ...]]] = {
         {"topk_method": "noaux_tc", "norm_topk_prob": True, **ALL_IN_MODEL_DTYPE, "router_dtype": "float32"},
         ("scoring_func", "routed_scaling_factor"),
     ),
+    "inkling2_loop_text": (
+        {"topk_method": "noaux_tc", "norm_topk_prob": True}, ("scoring_func", "routed_scaling_factor"),
+    ),
     "ernie4_5_moe": (
         {"scoring_func": "softmax", "topk_method": "noaux_tc", "weights_dtype": "model", **ALWAYS_NORMALISED}, (),
     ),
@@ -80,6 +83,7 @@ ROUTING: dict[str, tuple[Rules, tuple[str, ...]]] = {
     "hy_v3": ({**V3, "norm_topk_prob": True}, ("routed_scaling_factor",)),
     "jamba": ({**SOFTMAX, "norm_topk_prob": False}, ()),
     "kolibri1": ({**V3, "score_after_topk": True, "norm_eps": 0.0}, ("norm_topk_prob",)),
+    "lara_mini": ({**SOFTMAX, "router_dtype": "float32"}, ("norm_topk_prob",)),
     "laguna": ({**V3, **ALWAYS_NORMALISED, **IN_MODEL_DTYPE}, ()),
     "lfm2_moe": ({**V3, "norm_eps": 1e-6, **ALL_IN_MODEL_DTYPE}, ("norm_topk_prob", "routed_scaling_factor")),
     "minimax": ({**SOFTMAX, "norm_topk_prob": True, "weights_dtype": "float32"}, ()),
@@ -211,7 +215,7 @@ FAMILY_OF = {
     "deepseek-v3": "deepseek_v3", "deepseek-v2": "deepseek_v2", "glm4-moe": "glm4_moe", "mixtral": "mixtral",
     "qwen3-moe": "qwen3_moe", "olmoe": "olmoe", "gpt-oss": "gpt_oss",
 }  # fmt: skip
-# Family -> our field -> how its config.json of transformers 5.23 spells it; most fields of V3 have our own names.
+# Family -> our field -> how its config.json of transformers 5.24 spells it; most fields of V3 have our own names.
 SIZES = ("hidden_size", "n_routed_experts", "num_experts_per_tok", "moe_intermediate_size", "hidden_act")
 OWN = dict.fromkeys(SIZES)  # spelled as ours
 OWN_V3 = {
@@ -239,15 +243,15 @@ SPELLINGS: dict[str, dict[str, str | None]] = {
         "moe_intermediate_size": "intermediate_size", "swiglu_limit": None, "swiglu_alpha": None,
     },
 }  # fmt: skip
-# What our engines say of the experts of the families of transformers 5.23, as docs/en/hf-drop-in.md has it (tested).
+# What our engines say of the experts of the families of transformers 5.24, as docs/en/hf-drop-in.md has it (tested).
 EXPERTS = {
     "silu": """afmoe axk1 axk2 bailing_hybrid beam cohere2_moe deepseek_ocr2 deepseek_v2 deepseek_v3 deepseek_v32 dots1
         dots3_note ernie4_5_moe ernie4_5_vl_moe exaone_moe flex_olmo flint glm4_moe glm4_moe_lite glm4v_moe glm_moe_dsa
         granitemoe granitemoe_swa granitemoehybrid granitemoeshared hunyuan_v1_moe hy_v3 inkling jamba kimi_linear
-        kolibri1 laguna lfm2_moe mellum mimo_v2_flash minimax minimax_m2 mistral4 mistral_large4 mixtral olmoe phimoe
-        qwen2_moe qwen3_5_moe qwen3_moe qwen3_next qwen3_omni_moe qwen3_vl_moe qwen4_exp solar_open unlimited_ocr
+        kolibri1 laguna lara_mini lfm2_moe mellum mimo_v2_flash minimax minimax_m2 mistral4 mistral_large4 mixtral olmoe
+        phimoe qwen2_moe qwen3_5_moe qwen3_moe qwen3_next qwen3_omni_moe qwen3_vl_moe qwen4_exp solar_open unlimited_ocr
         zaya""",
-    "silu, limit=10": "deepseek_v4 glm5_next hy_v4",
+    "silu, limit=10": "deepseek_v4 glm5_next hy_v4 hy_v4_vl",
     "gelu_pytorch_tanh": "diffusion_gemma gemma4",
     "relu2, not gated": "nemotron_h",
     "silu, limit=7, alpha=1.702, up_offset=1": "minimax_m3_vl",
@@ -256,6 +260,8 @@ EXPERTS = {
     "silu, transposed": "aria",
     "refused: has an activation that is none of ours (Inkling2Experts._apply_gate, "
     "Inkling2SoftcappedSwiGLU)": "inkling2",
+    "refused: has an activation that is none of ours (Inkling2LoopExperts._apply_gate, "
+    "Inkling2LoopSoftcappedSwiGLU)": "inkling2_loop",
     "refused: normalises the output of every expert before it is weighted": "muse_spark",
 }
 BY_THEMSELVES = ["dbrx", "doge", "jetmoe", "llama4", "longcat_flash", "nllb_moe", "step3p7", "switch_transformers"]

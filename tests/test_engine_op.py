@@ -112,6 +112,7 @@ def test_the_layer_exports_with_the_operator_inside():
 
 
 @pytest.mark.compile
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # that torch 2.15 reads of what it makes of leaves itself
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("keep", ["nothing", "order", "hidden"])
 def test_what_graphs_are_told_about_the_operator_is_so(dtype, keep):
@@ -215,7 +216,7 @@ def test_kernels_keep_no_book_of_views_and_what_they_give_is_a_tensor_like_any(m
     assert out[:1]._is_view()
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace", "ignore::torch.jit.TracerWarning")
 def test_the_operator_is_there_under_autocast_and_in_a_traced_graph(monkeypatch):
     x, ids, weights, experts = problem(9)
     x, weights, experts = x.detach(), weights.detach(), ExpertWeights(*(w.detach() for w in experts[:2]))

@@ -113,7 +113,7 @@ def test_gradients_may_come_in_batches():
     torch.testing.assert_close(answers[1], answers[0], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch itself, when it first loads jvp
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # of torch, when it first loads jvp
 @pytest.mark.parametrize("transform", ["vmap", "grad", "jvp"])
 def test_transforms_of_functions_take_the_rules(transform):
     config = CONFIGS["V3"]
@@ -158,6 +158,7 @@ def test_one_graph_holds_forward_and_backward(config, replayed):
 
 
 @pytest.mark.compile
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # that torch 2.15 reads of what it makes of leaves itself
 @pytest.mark.parametrize("replayed", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_what_graphs_are_told_about_the_operator_is_so(dtype, replayed):

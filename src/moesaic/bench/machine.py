@@ -45,7 +45,8 @@ def machine() -> dict[str, Any]:
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "versions": {
             "moesaic": __version__,
-            **{name: importlib.metadata.version(name) for name in ("torch", "transformers")},
+            "torch": torch.__version__,
+            "transformers": importlib.metadata.version("transformers"),
             "python": platform.python_version(),
         },
         "environment": {name: value for name, value in sorted(os.environ.items()) if name.startswith(TUNING)},

@@ -1,6 +1,6 @@
 """What one call of a model says about its tokens: rows of the batch, padding, token ids, prefill or decoding."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -77,7 +77,7 @@ def read_arguments(model: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> 
     mask = given.get("attention_mask")
     if not isinstance(mask, Tensor) or mask.dim() != 2:
         mask = None
-    return Arguments(tokens, mask, cache_in(given.get))
+    return Arguments(tokens, mask, cache_in(given))
 
 
 def forward_of(
@@ -122,13 +122,12 @@ def describe_forward(model: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -
 
 def cache_of(output: Any) -> Any:
     """The key-value cache in what a model returned; None where there is none."""
-    if isinstance(output, Mapping):  # whose attributes of old names would warn
-        return cache_in(output.get)
-    return cache_in(lambda name: getattr(output, name, None))
+    return cache_in(output if isinstance(output, Mapping) else {name: getattr(output, name, None) for name in CACHES})
 
 
-def cache_in(get: Callable[[str], Any]) -> Any:
-    return next((cache for cache in map(get, CACHES) if cache is not None), None)
+def cache_in(given: Mapping[str, Any]) -> Any:
+    # transformers' outputs warn where they are asked for a name of before
+    return next((value for name, value in given.items() if name in CACHES and value is not None), None)
 
 
 def tokens_in(cache: Any) -> int:

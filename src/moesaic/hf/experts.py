@@ -5,6 +5,7 @@ module says how its weights lie and what it puts between the two projections. Wh
 numbers; a module that computes anything else is refused.
 """
 
+import ctypes
 from collections.abc import Iterator
 from itertools import product
 from typing import Any, NamedTuple, TypeVar
@@ -47,9 +48,10 @@ def experts_forward(
 
     Raises ValueError for a module that cannot be served.
     """
-    # asked first: a graph must not be guarded by the absence of what tracing it adds
-    if torch.compiler.is_compiling() or "_moesaic" not in self.__dict__:
-        _prepare(self)
+    if torch.compiler.is_compiling():  # asked first: a graph must not be guarded by the absence of what tracing it adds
+        _prepare(id(self))
+    elif "_moesaic" not in self.__dict__:
+        self._moesaic = serve(self)
     served = self._moesaic
     up = self.gate_up_proj if served.spec.gated else self.up_proj
     up_bias = down_bias = None
@@ -67,8 +69,9 @@ def experts_forward(
     return engine(hidden_states, top_k_index, top_k_weights, weights, served.spec)
 
 
-@constant_in_graphs  # dynamo runs it while tracing, on the module itself
-def _prepare(module: Any) -> bool:
+@constant_in_graphs  # dynamo runs it while tracing; torch 2.11 has no way to pass the module itself
+def _prepare(address: int) -> bool:
+    module = ctypes.cast(address, ctypes.py_object).value
     if "_moesaic" not in module.__dict__:
         module._moesaic = serve(module)
     return True

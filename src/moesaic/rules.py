@@ -157,9 +157,16 @@ def sum_of_best(values: Float[Tensor, "*rows n"], count: int) -> Float[Tensor, "
         for _ in range(count - 1):
             largest_value, where = values.max(dim=-1, keepdim=True)
             best.append(largest_value.squeeze(-1))
-            values = values.scatter(-1, where, -torch.inf)
+            values = without(values, where)
         best.append(values.amax(dim=-1))
     return reduce(torch.add, best)
+
+
+def without(values: Float[Tensor, "*rows n"], where: Int[Tensor, "*rows 1"]) -> Float[Tensor, "*rows n"]:
+    """`values` with -inf at one place of each row."""
+    if torch.compiler.is_compiling():  # inductor of torch 2.11 can lose what is scattered into, and picks other groups
+        return values.masked_fill(torch.arange(values.shape[-1], device=values.device) == where, -torch.inf)
+    return values.scatter(-1, where, -torch.inf)
 
 
 def kept_groups(scores: Float[Tensor, "T G"], config: MoEConfig) -> Bool[Tensor, "T G"]:

@@ -77,7 +77,8 @@ class Router(nn.Module):
             # overwrite, never add: the recomputation of activation checkpointing runs this again
             self.load.copy_(expert_load(routing.expert_ids, self.config.n_routed_experts))
         if self.config.weights_dtype == "model":
-            routing = routing._replace(weights=routing.weights.to(x.dtype))
+            # not by _replace, whose result dynamo of torch 2.11 cannot return
+            routing = Routing(routing.logits, routing.weights.to(x.dtype), routing.expert_ids)
         return routing
 
     def _logits(self, tokens: Float[Tensor, "T D"]) -> Float[Tensor, "T E"]:

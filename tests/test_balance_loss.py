@@ -395,6 +395,8 @@ def test_every_family_is_served_to_the_last_bit_or_refused(family):
         with pytest.raises(ValueError, match="scores is not known here"):
             balance.attach(model)
         return
+    if any(type(layer.router) is nn.Linear for layer in layers):
+        pytest.skip("jamba before transformers 5.23")
 
     def task():
         torch.manual_seed(0)  # dropout

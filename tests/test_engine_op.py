@@ -168,6 +168,7 @@ def same(x):
     return x
 
 
+@pytest.mark.filterwarnings("ignore:.*Profiler clears events")  # torch 2.11
 @pytest.mark.parametrize(
     ("around", "tokens", "through_operator"),
     [

@@ -395,8 +395,11 @@ def test_every_family_is_served_to_the_last_bit_or_refused(family):
         with pytest.raises(ValueError, match="scores is not known here"):
             balance.attach(model)
         return
-    if any(type(layer.router) is nn.Linear for layer in layers):
-        pytest.skip("jamba before transformers 5.23")
+    if any(type(layer.router) is nn.Linear for layer in layers):  # jamba before transformers 5.23
+        balance.attach(model)
+        with pytest.raises(ValueError, match="Linear returns no expert ids"):
+            model(input_ids=token_ids(), use_cache=False)
+        return
 
     def task():
         torch.manual_seed(0)  # dropout

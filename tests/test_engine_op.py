@@ -12,6 +12,7 @@ from moesaic.engine import op
 from moesaic.engine.cpu import cpu
 from moesaic.engine.reference import reference
 from moesaic.engine.spec import ExpertSpec
+from moesaic.engine.tracing import constant_in_graphs
 from moesaic.types import ExpertWeights
 
 
@@ -145,6 +146,11 @@ def test_checkpointing_gives_the_same_gradients_also_where_they_exist(reentrant)
     _, checkpointed = gradients(module, lambda x: checkpoint(module, x, use_reentrant=reentrant), x, steps=2)
     for ours, expected in zip(checkpointed, plain, strict=True):
         torch.testing.assert_close(ours, expected)
+
+
+def test_the_mark_for_dynamo_is_the_one_that_torch_sets():
+    ours = constant_in_graphs(lambda: None)
+    assert vars(ours) == vars(torch.compiler.assume_constant_result(lambda: None))
 
 
 class Subclass(torch.Tensor):

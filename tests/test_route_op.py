@@ -113,7 +113,7 @@ def test_gradients_may_come_in_batches():
     torch.testing.assert_close(answers[1], answers[0], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # of torch, when it first loads jvp
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")  # of torch, when it first loads jvp
 @pytest.mark.parametrize("transform", ["vmap", "grad", "jvp"])
 def test_transforms_of_functions_take_the_rules(transform):
     config = CONFIGS["V3"]

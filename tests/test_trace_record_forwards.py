@@ -131,7 +131,32 @@ def test_a_cache_is_known_by_any_of_its_names(name):
     assert forward.decoding
     for output in ({"logits": None, "cache": None, name: held}, SimpleNamespace(**{name: held})):
         assert cache_of(output) is held
+    for other in (True, "static", {}):  # another thing that a model calls `cache`
+        assert cache_of({"cache": other, name: held} if name != "cache" else {name: held}) is held
+        assert cache_of({"cache": other}) is None
     assert cache_of({"logits": None}) is cache_of((torch.zeros(2),)) is None
+
+
+class Looped(nn.Module):
+    """Passes through its model three times."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, inputs_embeds):
+        for _ in range(3):
+            inputs_embeds = self.inner(inputs_embeds)
+        return inputs_embeds
+
+
+def test_a_looped_model_is_refused_and_what_it_calls_is_recorded():
+    model, x = Looped(DeepseekV3MoE(v3(16, 4, 2, 4))), torch.randn(1, 5, 32)
+    with torch.no_grad(), pytest.raises(ValueError, match="'inner' runs several times in one call"), record(model):
+        model(x)
+    with torch.no_grad(), record(model.inner) as rec:
+        model(x)
+    assert rec.trace.picks.shape[1] == 15
 
 
 def test_beams_are_rows():

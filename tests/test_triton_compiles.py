@@ -72,16 +72,20 @@ def test_kernels_assemble_for(capability, dtype, layer):
         assert {kernel["kernel"] for kernel in made} == KERNELS
     check_shared_memory(capability, made)
     for kernel in made:
-        assert kernel["stack"] <= (16 if NEWER or capability != 90 else 0), f"{kernel} spills"
+        spills = capability != 90 or (NEWER and kernel["kernel"] == "_d_hidden")
+        assert kernel["stack"] <= (16 if spills else 0), f"{kernel} spills"
         if kernel["kernel"] in MATMULS:
             assert kernel["LDGSTS"], f"{kernel} does not load ahead"
             assert kernel["LDG\\.E\\.U16"] <= 2, f"{kernel} loads single numbers"  # biases are
         if kernel["kernel"] == "_down_and_combine" and layer != "gpt-oss":  # whose columns lie side by side
             assert not kernel["barriers"], f"{kernel} waits for one expert before it asks for the next one's weights"
         assert kernel["exact"] or kernel["kernel"] != "_route", f"{kernel} has scores that are not torch's"
-        if kernel["kernel"] == "_down_and_combine" and layer == "ladder" and not (NEWER and capability == 80):
+        if kernel["kernel"] == "_down_and_combine" and layer == "ladder":
             # in the loop are half of all multiplications; the assembler moves some of them between the loads
-            assert kernel["before"] <= kernel["FFMA"] // 4, f"{kernel} multiplies before it asks for what comes next"
+            share = 2 if NEWER and capability == 80 else 4
+            assert kernel["before"] <= kernel["FFMA"] // share, (
+                f"{kernel} multiplies before it asks for what comes next"
+            )
         if layer == "tf32" and kernel["kernel"] in MATMULS:
             assert kernel["HGMMA"] or kernel["HMMA"], f"{kernel} multiplies without tensor cores"
         if kernel["kernel"] in MATMULS and capability == 90 and dtype != "float32":

@@ -69,9 +69,6 @@ ROUTING: dict[str, tuple[Rules, tuple[str, ...]]] = {
         {"topk_method": "noaux_tc", "norm_topk_prob": True, **ALL_IN_MODEL_DTYPE, "router_dtype": "float32"},
         ("scoring_func", "routed_scaling_factor"),
     ),
-    "inkling2_loop_text": (
-        {"topk_method": "noaux_tc", "norm_topk_prob": True}, ("scoring_func", "routed_scaling_factor"),
-    ),
     "ernie4_5_moe": (
         {"scoring_func": "softmax", "topk_method": "noaux_tc", "weights_dtype": "model", **ALWAYS_NORMALISED}, (),
     ),
@@ -81,10 +78,13 @@ ROUTING: dict[str, tuple[Rules, tuple[str, ...]]] = {
     ),
     "hunyuan_v1_moe": ({"scoring_func": "softmax", "topk_method": "greedy", **ALWAYS_NORMALISED}, ()),
     "hy_v3": ({**V3, "norm_topk_prob": True}, ("routed_scaling_factor",)),
+    "inkling2_loop_text": (
+        {"topk_method": "noaux_tc", "norm_topk_prob": True}, ("scoring_func", "routed_scaling_factor"),
+    ),
     "jamba": ({**SOFTMAX, "norm_topk_prob": False}, ()),
     "kolibri1": ({**V3, "score_after_topk": True, "norm_eps": 0.0}, ("norm_topk_prob",)),
-    "lara_mini": ({**SOFTMAX, "router_dtype": "float32"}, ("norm_topk_prob",)),
     "laguna": ({**V3, **ALWAYS_NORMALISED, **IN_MODEL_DTYPE}, ()),
+    "lara_mini": ({**SOFTMAX, "router_dtype": "float32"}, ("norm_topk_prob",)),
     "lfm2_moe": ({**V3, "norm_eps": 1e-6, **ALL_IN_MODEL_DTYPE}, ("norm_topk_prob", "routed_scaling_factor")),
     "minimax": ({**SOFTMAX, "norm_topk_prob": True, "weights_dtype": "float32"}, ()),
     **dict.fromkeys(

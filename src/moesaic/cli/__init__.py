@@ -2,6 +2,7 @@
 
 import gc
 import io
+import re
 import signal
 import sys
 import traceback
@@ -78,10 +79,16 @@ def main() -> None:
         else:
             traceback.print_exc()
             code = 3
-    if "triton" not in sys.modules:  # which, from 3.9 on, lists on stderr whatever is left at the exit
-        gc.freeze()  # collecting there would take a second and free what ends anyway
+    if not _triton_tells_leaks():
+        gc.freeze()  # collecting at the exit would take a second and free what ends anyway
     gc.enable()
     sys.exit(code)
+
+
+def _triton_tells_leaks() -> bool:
+    """Whether Triton was loaded, as dynamo does, and lists on stderr what is left at the exit: from 3.9 on."""
+    version = getattr(sys.modules.get("triton"), "__version__", "0")
+    return tuple(int(number) for number in re.findall(r"\d+", version)[:2]) >= (3, 9)
 
 
 def _complain(message: str) -> int:

@@ -69,11 +69,13 @@ def experts_forward(
     return engine(hidden_states, top_k_index, top_k_weights, weights, served.spec)
 
 
-@constant_in_graphs  # dynamo runs it while tracing; torch 2.11 has no way to pass the module itself
+@constant_in_graphs  # dynamo runs it while tracing
 def _prepare(address: int) -> bool:
+    # torch 2.11 cannot pass the module itself; at its address (CPython's id) it is, as whoever traces it holds it
     module = ctypes.cast(address, ctypes.py_object).value
+    assert isinstance(module, nn.Module)
     if "_moesaic" not in module.__dict__:
-        module._moesaic = serve(module)
+        module.__dict__["_moesaic"] = serve(module)
     return True
 
 

@@ -53,7 +53,7 @@ def _combine(
         assignment = token * K + slot
         row = tl.load(row_of + assignment).to(tl.int64)
         present = row >= 0
-        there = column < tl.where(present, width, 0)  # `inside & present` is no mask to the interpreter of Triton 3.9
+        there = column < tl.where(present, width, 0)  # not by `&`: see few.py
         value = tl.load(rows + row * width + column, mask=there, other=0.0).to(tl.float32)
         if weights is not None:
             value *= tl.load(weights + assignment, mask=present, other=0.0).to(tl.float32)

@@ -98,7 +98,7 @@ def _fetch(
     expert = tl.where(present, expert, 0)
     scale = tl.where(present, tl.load(weights + assignment).to(tl.float32), 0.0)
     at_depth = step % STEPS * DEPTH + tl.arange(0, DEPTH)
-    # `present & ...` is no mask to the interpreter of Triton 3.9
+    # `&` with a scalar makes int32 in the interpreter of Triton 3.9, which is no mask; a limit of 0 says the same
     inside, there = column < width, at_depth < tl.where(present, depth, 0)
     at = w + expert * w_expert
     at += column.to(OFFSETS)[:, None] * w_column + at_depth.to(OFFSETS)[None, :] * w_depth

@@ -126,8 +126,10 @@ def cache_of(output: Any) -> Any:
 
 
 def cache_in(given: Mapping[str, Any]) -> Any:
-    # transformers' outputs warn where they are asked for a name of before
-    return next((value for name, value in given.items() if name in CACHES and value is not None), None)
+    """The first that is one: a model may call something else `cache`. Outputs of transformers 5.24 warn where they are
+    asked for a name of before, so they are asked for none."""
+    named = (value for name, value in given.items() if name in CACHES)
+    return next((value for value in named if hasattr(value, "get_seq_length")), None)
 
 
 def tokens_in(cache: Any) -> int:

@@ -18,7 +18,7 @@ from moesaic.trace.recording.calls import listening
 from moesaic.trace.recording.columns import Column
 from moesaic.trace.recording.forwards import Forward, cache_of, describe_forward, forward_of, models_in, unseen
 from moesaic.trace.recording.kept import Kept, Rows, on_cpu
-from moesaic.trace.recording.running import Running, Threads
+from moesaic.trace.recording.running import LOOPED, Running, Threads
 from moesaic.trace.recording.stream import Stream
 from moesaic.trace.recording.watch import observe
 from moesaic.trace.store import Trace, id_dtype, name_of
@@ -189,6 +189,7 @@ class Recorder:
             self._commit(running)
         running.depth += 1
         if running.depth == 1:
+            running.ran.clear()
             running.forward = describe_forward(model, args, kwargs)
 
     def close(self, output: Any, *, failed: bool) -> None:
@@ -247,7 +248,11 @@ class Recorder:
         if self.detail != "ids" and weights is not None:
             self._dtypes["weights"] = name_of(weights)
             columns["weights"] = weights.detach().to(torch.float32, copy=True)
-        self._add(Rows(name, self._forward_of(name, len(ids)), columns))
+        forward = self._forward_of(name, len(ids))
+        if self._threads.here.depth and forward.known and self._threads.here.again(name):
+            self.refusal = ValueError(LOOPED.format(name=name))
+            raise self.refusal
+        self._add(Rows(name, forward, columns))
 
     def _take_routing(self, name: str, routing: Routing) -> None:
         layer = self._by_name[name]

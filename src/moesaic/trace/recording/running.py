@@ -5,6 +5,11 @@ import threading
 from moesaic.trace.recording.forwards import Forward
 from moesaic.trace.recording.kept import Rows
 
+LOOPED = (
+    "layer {name!r} runs several times in one call of the model, on as many tokens: a record has no place for passes "
+    "of a looped model; where a wrapper calls its model more than once, record the model inside"
+)
+
 
 class Running:
     """What runs in one thread."""
@@ -15,6 +20,13 @@ class Running:
         self.pending: list[Rows] = []  # of the forward that runs
         self.silent = False  # it began in a graph, and no layer has said whom it chose
         self.unheard = 0  # forwards that stayed so to their end
+        self.ran: set[str] = set()  # layers, in the call that runs
+
+    def again(self, layer: str) -> bool:
+        """Whether the layer ran already in this call, as in models that pass through their layers several times."""
+        ran = layer in self.ran
+        self.ran.add(layer)
+        return ran
 
     def name_cache(self, cache: object) -> None:
         """Whose cache this is: a model that is called without one makes it."""

@@ -9,13 +9,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import moesaic
-from moesaic.cli import main
+from moesaic.cli import _triton_tells_leaks, main
 from moesaic.cli.sources import SAMPLE
 from moesaic.hf.load import TINY, load_model
 
@@ -154,6 +155,14 @@ def test_no_command_shows_the_help(run):
     code, out, err = run()
     assert "Usage" in out
     assert (code, err) == (2, "")
+
+
+@pytest.mark.parametrize(
+    ("triton", "told"), [(None, False), ("3.7.1", False), ("3.9.0+git1", True), ("3.10.0", True), ("4.0", True)]
+)
+def test_what_is_left_is_freed_at_the_exit_where_triton_would_list_it(monkeypatch, triton, told):
+    monkeypatch.setitem(sys.modules, "triton", triton and SimpleNamespace(__version__=triton))
+    assert _triton_tells_leaks() is told
 
 
 def test_a_closed_pipe_and_a_terminal_without_chinese_are_no_mistakes(tmp_path):

@@ -49,7 +49,8 @@ def test_the_shipped_folder_is_a_deepseek_v3_model_for_plain_transformers(shippe
 def test_its_config_is_the_one_that_training_it_again_uses():
     shipped = DeepseekV3Config.from_pretrained(TINY).to_dict()
     again = tiny_config().to_dict()
-    differ = {name for name in shipped if shipped[name] != again.get(name, shipped[name])}
+    assert shipped.keys() - again.keys() <= {"output_router_logits"}, "a field since transformers 5.23"
+    differ = {name for name in shipped.keys() & again.keys() if shipped[name] != again[name]}
     assert differ <= {"_name_or_path", "architectures", "dtype"}
 
 

@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 # a process for every core; the tests of a file stay together, because they share what they built
 IN_PARALLEL := -n auto --maxprocesses 8 --dist loadfile
 
-.PHONY: demo test test-all lint shapes setup clean
+.PHONY: demo test test-all test-oldest test-newest lint shapes setup clean
 .DELETE_ON_ERROR:
 
 demo: setup
@@ -24,6 +24,24 @@ shapes: setup
 	$(BIN)/pytest -q -p no:cacheprovider --jaxtyping-packages=$(SHAPED),beartype.beartype -m "not slow and not compile" \
 		tests/test_rules.py tests/test_router.py tests/test_engines.py tests/test_moe.py tests/test_balance.py tests/test_losses.py
 
+# Both ends of what pyproject.toml admits, each in an environment of its own. They take torch as pip finds it, which
+# may be 6 GB with CUDA.
+test-oldest: .venv-oldest/ready
+	.venv-oldest/bin/pytest -p no:cacheprovider $(IN_PARALLEL) $(TRITON_3_6)
+
+test-newest:
+	$(PYTHON) -m venv .venv-newest
+	.venv-newest/bin/pip install --quiet --disable-pip-version-check --upgrade --upgrade-strategy eager -e '.[dev,train]'
+	.venv-newest/bin/pytest -p no:cacheprovider $(IN_PARALLEL)
+
+# its interpreter makes scalars of arrays, which numpy deprecates
+TRITON_3_6 := -W 'ignore:Conversion of an array with ndim:DeprecationWarning'
+
+.venv-oldest/ready: pyproject.toml constraints-oldest.txt
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/pip install --quiet --disable-pip-version-check -c constraints-oldest.txt -e '.[dev,train]'
+	touch $@
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -37,4 +55,4 @@ $(VENV)/ready: pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) dist moesaic-demo
+	rm -rf $(VENV) .venv-oldest .venv-newest dist moesaic-demo

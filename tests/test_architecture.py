@@ -11,7 +11,7 @@ import moesaic
 
 SRC = Path(__file__).parents[1] / "src" / "moesaic"
 ROOMS = [
-    {"types", "config", "families", "hf_config", "rules", "strict_json"},
+    {"types", "config", "families", "hf_config", "rules", "strict_json", "versions"},
     {"engine"},
     {"layer"},
     {"hf"},

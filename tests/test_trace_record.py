@@ -266,7 +266,7 @@ def test_provenance_is_kept():
     assert rec.trace.labels == ("poem", "code")
     assert rec.trace.seed == 7
     assert rec.trace.model == "DeepseekV3ForCausalLM"
-    assert set(rec.trace.versions) == {"moesaic", "torch", "transformers"}
+    assert set(rec.trace.versions) == {"moesaic", "python", "torch", "transformers"}
 
 
 def test_a_detail_that_is_not_known_is_refused():

@@ -1,7 +1,6 @@
 """Where and with what numbers were measured: hardware, versions, commit, date."""
 
 import hashlib
-import importlib.metadata
 import os
 import platform
 import re
@@ -11,7 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from moesaic import __version__
+from moesaic.versions import versions
 
 CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
@@ -43,12 +42,7 @@ def machine() -> dict[str, Any]:
         "l2_bytes": cache_bytes(2),
         "l3_bytes": cache_bytes(3),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        "versions": {
-            "moesaic": __version__,
-            "torch": torch.__version__,
-            "transformers": importlib.metadata.version("transformers"),
-            "python": platform.python_version(),
-        },
+        "versions": versions("transformers"),
         "environment": {name: value for name, value in sorted(os.environ.items()) if name.startswith(TUNING)},
         "commit": commit(),
         "sources": sources(),

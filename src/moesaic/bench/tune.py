@@ -4,7 +4,6 @@ The ops that walk over rows (up, matmul, d_hidden) read one layout, so they are 
 rows a tile; `outer` is chosen by itself.
 """
 
-import importlib.metadata
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -16,7 +15,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from moesaic import __version__
 from moesaic.bench.gpu.clock import CudaClock
 from moesaic.bench.gpu.truth import BOUNDS
 from moesaic.bench.problem import Problem, make_experts, make_problem
@@ -25,6 +23,7 @@ from moesaic.bench.timing import spread
 from moesaic.engine.spec import ExpertSpec
 from moesaic.engine.triton.blocks import Blocks, Tiles, built_in, suited
 from moesaic.types import ExpertWeights
+from moesaic.versions import versions
 
 WALKERS = ("up", "matmul", "d_hidden")
 OPS = (*WALKERS, "outer")
@@ -255,11 +254,10 @@ def as_file(device: str, tunings: Sequence[Tuning], found: Sequence[dict[int, Ti
             took = None if trial.seconds is None else 1e6 * trial.seconds
             line = {**trial._asdict(), "blocks": list(trial.blocks), "us": took, "shape": tuning.shape}
             timings.append({name: value for name, value in line.items() if name != "seconds"})
-    names = ("torch", "triton")
     return {
         "format": FORMAT,
         "device": device,
-        "versions": {"moesaic": __version__, **{name: importlib.metadata.version(name) for name in names}},
+        "versions": versions("triton"),
         "made": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "tiles": tiles,
         "timings": timings,

@@ -21,9 +21,10 @@ def examine() -> dict[str, Any]:
 
     from moesaic.bench.machine import available_bytes, machine
     from moesaic.engine.select import best_engine
+    from moesaic.versions import versions
 
     found = machine()
-    versions = found.pop("versions") | {name: version for name in ("numpy", "triton") if (version := _version(name))}
+    named = found.pop("versions") | versions("numpy", "triton")
     cuda = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     here = {
         "threads": torch.get_num_threads(),
@@ -32,7 +33,7 @@ def examine() -> dict[str, Any]:
         "cuda": cuda,
     }
     result = {
-        "versions": versions,
+        "versions": named,
         "machine": found | here,
         "engines": [serve(device, dtype) for device in ("cpu", *(["cuda"] if cuda else [])) for dtype in DTYPES],
         "transformers": transformers_seam(),
@@ -122,12 +123,3 @@ def held_back(machine: dict[str, Any]) -> bool:
     """Whether the CPU multiplies bfloat16 and oneDNN, which names what it uses, does not."""
     has = any("bf16" in flag for flag in machine["isa"])
     return has and machine["onednn_isa"] != "unknown" and "bfloat16" not in machine["onednn_isa"].lower()
-
-
-def _version(name: str) -> str | None:
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None

@@ -115,13 +115,10 @@ def _first_line(error: BaseException) -> str:
 
 
 def _described(dense: Any, moe: Any) -> dict[str, Any]:
-    from importlib.metadata import version
-
-    from moesaic import __version__
     from moesaic.hf.modules import moe_layers
+    from moesaic.versions import versions
 
     layers = moe_layers(moe)
-    packages = [f"{name} {version(name)}" for name in ("torch", "transformers")]
     return {
         "from": type(dense).__name__,
         "to": type(moe).__name__,
@@ -130,7 +127,7 @@ def _described(dense: Any, moe: Any) -> dict[str, Any]:
         "top_k": layers[0].config.num_experts_per_tok,
         "dense_parameters": dense.num_parameters(),
         "parameters": moe.num_parameters(),
-        "versions": ", ".join([f"moesaic {__version__}", *packages]),
+        "versions": ", ".join(f"{name} {version}" for name, version in versions("transformers").items()),
     }
 
 

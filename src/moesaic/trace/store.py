@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moesaic import __version__
 from moesaic.config import MoEConfig
 from moesaic.types import Routing
+from moesaic.versions import versions
 
 FORMAT = "moesaic-trace"
 FORMAT_VERSION = 1
@@ -128,7 +128,7 @@ class Trace:
                 "logits": name_of(rows[0].logits),
                 "weights": name_of(rows[0].weights),
             },
-            versions=versions(),
+            versions=made_with(),
             **provenance,
         )
 
@@ -236,12 +236,9 @@ def id_dtype(n_experts: int) -> torch.dtype:
     return torch.int16 if n_experts < 2**15 - 1 else torch.int32
 
 
-def versions() -> dict[str, str]:
+def made_with() -> dict[str, str]:
     """What made a trace. transformers is named only where it is loaded already."""
-    found = {"moesaic": __version__, "torch": str(torch.__version__)}
-    if (transformers := sys.modules.get("transformers")) is not None:
-        found["transformers"] = transformers.__version__
-    return found
+    return versions(*(name for name in ("transformers",) if name in sys.modules))
 
 
 def check_one_size(names: Sequence[str], sizes: Sequence[tuple[int, int, int]]) -> None:

@@ -1,18 +1,15 @@
 """A model from nothing to a folder that plain transformers loads: `moesaic train`, as the shipped one was made."""
 
 import importlib.util
-import platform
 import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-import moesaic
 from moesaic.hf.load import quiet_transformers
 from moesaic.train.data import DOMAINS, corpus
 from moesaic.train.evaluate import WINDOW, HeldOut, Report
@@ -22,6 +19,7 @@ from moesaic.train.run_folder import fresh_folder, interrupted_run, naming_what_
 from moesaic.train.schedules import fading
 from moesaic.train.sizes import SIZES
 from moesaic.train.tokenizer import train_tokenizer
+from moesaic.versions import versions
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -216,11 +214,10 @@ def _arguments(out: Path, seed: int, recipe: Recipe) -> "TrainingArguments":
 def _results(report: Report, record: dict[str, Any], recipe: Recipe, minutes: float) -> dict[str, Any]:
     """What training.json says of a finished run; minutes are those since it was started or last resumed."""
     size, seed = record["size"], record["seed"]
-    packages = {name: version(name) for name in ("torch", "transformers", "tokenizers", "accelerate")}
     return {
         "finished": True,
         "command": f"moesaic train {size} --seed {seed} --steps {recipe.steps} --balance {recipe.balance} --out DIR",
-        "versions": {"moesaic": moesaic.__version__, "python": platform.python_version()} | packages,
+        "versions": versions("transformers", "tokenizers", "accelerate"),
         "threads": torch.get_num_threads(),
         "minutes": round(minutes, 1),
         "tokens_seen": recipe.steps * recipe.batch_size * WINDOW,

@@ -1,8 +1,6 @@
 """All cells in order into a journal, within some minutes, and on from there the next time."""
 
 import hashlib
-import importlib.metadata
-import platform
 import subprocess
 import time
 from collections import Counter
@@ -14,7 +12,6 @@ from typing import Any
 
 import torch
 
-from moesaic import __version__
 from moesaic.bench.campaign import Journal, resumed
 from moesaic.bench.gpu.cells import GpuCell
 from moesaic.bench.gpu.clock import Clock
@@ -27,12 +24,13 @@ from moesaic.bench.problem import make_experts
 from moesaic.bench.runner import failed
 from moesaic.engine.triton.tuned import tuned_path
 from moesaic.types import ExpertWeights
+from moesaic.versions import versions
 
 JOURNAL = "journal.jsonl"
 SAME = ("device", "versions", "commit", "sources", "tiles", "smoke")  # for two runs to be one table
 LAST_SECONDS = 12.0  # kept for measuring the ceilings again and for the report
 TRIES = 2  # of a cell that ended the whole run, by a crash or by running past its time
-PACKAGES = ("torch", "triton", "transformers", "liger-kernel")
+PACKAGES = ("triton", "transformers", "liger-kernel")
 ASK_NVIDIA = ("driver_version", "clocks.max.sm", "clocks.max.mem", "power.limit")
 
 
@@ -52,8 +50,7 @@ def gpu_machine(clock: Clock, *, smoke: bool, command: str, named_commit: str | 
     return {
         "kind": "machine",
         **found,
-        "versions": {"moesaic": __version__, "python": platform.python_version(), "cuda": torch.version.cuda}
-        | {name: _version(name) for name in PACKAGES},
+        "versions": versions(*PACKAGES) | {"cuda": torch.version.cuda},
         "commit": named_commit or commit(),
         "sources": sources(),
         "tiles": tiles_digest(found["device"]),
@@ -67,13 +64,6 @@ def tiles_digest(device: str) -> str:
     """Which tiles the engine takes: "built-in", or those of a file that `moesaic bench tune` wrote."""
     path = tuned_path(device)
     return hashlib.sha256(path.read_bytes()).hexdigest()[:12] if path.exists() else "built-in"
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _nvidia() -> dict[str, str]:

@@ -1,13 +1,11 @@
 """Watching what every expert gets while a model trains: a line a step in a log, with chance bands and alerts."""
 
 import hashlib
-import platform
 import shlex
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from importlib.metadata import version
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
@@ -25,6 +23,7 @@ from moesaic.train.monitor.alerts import Alert, Judge
 from moesaic.train.monitor.numbers import load_numbers, read_biases
 from moesaic.train.monitor.run_log import FORMAT, VERSION, LogWriter, check_writable, log_path, open_log
 from moesaic.train.monitor.trackers import Send, scalars, sender
+from moesaic.versions import versions
 
 
 def tell(alert: Alert) -> None:
@@ -257,8 +256,7 @@ class LoadMonitor(TrainerCallback):
             "model": type(unwrapped(model)).__name__, "config": hashlib.sha256(configs.encode()).hexdigest()[:12],
             "after": step, "total_steps": self.total_steps, "every": self.every,
             "command": shlex.join([_program(sys.argv[0]), *sys.argv[1:]]),
-            "versions": {"moesaic": moesaic.__version__, "python": platform.python_version()}
-            | {name: version(name) for name in ("torch", "transformers")},
+            "versions": versions("transformers"),
             "layers": layers,
         }  # fmt: skip
 

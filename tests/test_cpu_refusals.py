@@ -77,7 +77,7 @@ def test_an_unknown_activation_is_refused():
         ExpertSpec(activation="swish")
 
 
-@pytest.mark.parametrize("ignored", [{"limit": 7.0}, {"up_offset": 1.0}, {"interleaved": True}])
+@pytest.mark.parametrize("ignored", [{"limit": 7.0}, {"up_offset": 1.0}, {"interleaved": True}, {"up_softcap": 4.0}])
 def test_what_experts_without_a_gate_cannot_do_is_refused(ignored):
     with pytest.raises(ValueError, match=f"{next(iter(ignored))}=.* is for gated experts"):
         ExpertSpec(gated=False, **ignored)
@@ -86,6 +86,14 @@ def test_what_experts_without_a_gate_cannot_do_is_refused(ignored):
 def test_a_slope_of_another_activation_than_silu_is_refused():
     with pytest.raises(ValueError, match=r"alpha=1\.702 is the slope of SiLU"):
         ExpertSpec("gelu", alpha=1.702)
+
+
+def test_softcaps_that_say_nothing_are_refused():
+    with pytest.raises(ValueError, match=r"gate_softcap=4\.0 is for SiLU: use activation='silu'"):
+        ExpertSpec("gelu", gate_softcap=4.0)
+    for cap in (0.0, -1.0, float("nan")):
+        with pytest.raises(ValueError, match=rf"up_softcap={cap} leaves nothing: use a positive number"):
+            ExpertSpec(up_softcap=cap)
 
 
 def test_a_bias_of_the_wrong_size_is_named():

@@ -119,7 +119,7 @@ def test_the_layer_exports_with_the_operator_inside():
 def test_what_graphs_are_told_about_the_operator_is_so(dtype, keep):
     """torch.library.opcheck: the schema, the fake's shapes, dtypes and strides, autograd's registration."""
     x, ids, weights, experts = problem(7, dtype=dtype)
-    args = (x, ids, weights, *experts, "silu", True, None, 1.0, 0.0, False, False, keep, False)
+    args = (x, ids, weights, *experts, *ExpertSpec().fields, keep, False)
     torch.library.opcheck(torch.ops.moesaic.experts.default, args)
     with torch.no_grad():
         out, hidden, order, counts = torch.ops.moesaic.experts(*args[:-2], "hidden", False)
@@ -132,7 +132,7 @@ def test_what_graphs_are_told_about_the_operator_is_so(dtype, keep):
         hidden,
         order,
         counts,
-        *args[7:14],
+        *ExpertSpec().fields,
         False,
         [True, True, True, False, *[False] * 2],
     )

@@ -66,6 +66,7 @@ VARIANTS = {
     "geglu": (ExpertSpec(activation="gelu"), {}),
     "geglu tanh": (ExpertSpec(activation="gelu_pytorch_tanh"), {}),
     "clamped": (ExpertSpec(limit=0.5), {}),
+    "softcapped": (ExpertSpec(gate_softcap=0.7, up_softcap=1.5), {}),
     "gpt-oss": (
         ExpertSpec(limit=0.5, alpha=1.702, up_offset=1.0, interleaved=True, transposed=True),
         {"bias": True, "transposed": True},
@@ -92,6 +93,8 @@ def activated(variant: str, projected: np.ndarray) -> np.ndarray:
         case "clamped":
             gate = np.minimum(gate, 0.5)
             return gate * sigmoid(gate) * np.clip(up, -0.5, 0.5)
+        case "softcapped":  # transformers: Inkling2SoftcappedSwiGLU
+            return 0.7 * np.tanh(gate / 0.7) * sigmoid(gate) * 1.5 * np.tanh(up / 1.5)
         case "gpt-oss":  # alternating rows, transformers: GptOssExperts
             gate, up = np.minimum(projected[:, ::2], 0.5), np.clip(projected[:, 1::2], -0.5, 0.5)
             return (up + 1) * gate * sigmoid(1.702 * gate)
@@ -102,6 +105,17 @@ def test_activation_is_the_formula_of_its_family(variant):
     projected = torch.randn(50, 2 * WIDTH, dtype=torch.float64)
     got = VARIANTS[variant][0].activate(projected).numpy()
     np.testing.assert_allclose(got, activated(variant, projected.numpy()), rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_softcaps_of_16_bits_round_once(dtype):
+    """As in transformers, where Inkling 2 computes them in float32."""
+    spec = ExpertSpec(gate_softcap=4.0, up_softcap=25.0)
+    projected, grad = ((4 * torch.randn(500, size * WIDTH)).to(dtype) for size in (2, 1))
+    exact = spec.activate_backward(projected.float(), grad.float())
+    assert torch.equal(spec.activate(projected), exact[0].to(dtype))
+    for ours, wide in zip(spec.activate_backward(projected, grad), exact, strict=True):
+        assert torch.equal(ours, wide.to(dtype))
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -122,7 +136,7 @@ def test_engines_agree_forward_and_backward(variant):
 
 
 @pytest.mark.parametrize("name", HERE)
-@pytest.mark.parametrize("variant", ["swiglu", "gpt-oss", "plain mlp"])
+@pytest.mark.parametrize("variant", ["swiglu", "gpt-oss", "softcapped", "plain mlp"])
 def test_gradcheck(name, variant):
     spec, layout = VARIANTS[variant]
     if spec.activation == "relu":

@@ -5,6 +5,7 @@ import json
 import pickle
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -127,6 +128,7 @@ def silu_gate(gate_up):
 
 
 GELU, GELU_TANH = ExpertSpec("gelu"), ExpertSpec("gelu_pytorch_tanh")
+GPT_OSS = ExpertSpec(alpha=1.702, up_offset=1.0, interleaved=True, transposed=True)
 
 
 @pytest.mark.parametrize(
@@ -136,8 +138,8 @@ GELU, GELU_TANH = ExpertSpec("gelu"), ExpertSpec("gelu_pytorch_tanh")
         (lambda: changed(act_fn=nn.GELU("tanh")), GELU_TANH),
         (lambda: changed(act_fn=hf.activations.ACT2FN["gelu_new"]), GELU_TANH),
         (lambda: changed(act_fn=nn.ReLU()), ExpertSpec("relu")),
-        (lambda: changed("gpt_oss", limit=3, alpha=1.25), ExpertSpec("silu", True, 3.0, 1.25, 1.0, True, True)),
-        (lambda: changed("gpt_oss", limit=900.0), ExpertSpec("silu", True, 900.0, 1.702, 1.0, True, True)),
+        (lambda: changed("gpt_oss", limit=3, alpha=1.25), replace(GPT_OSS, limit=3.0, alpha=1.25)),
+        (lambda: changed("gpt_oss", limit=900.0), replace(GPT_OSS, limit=900.0)),
     ],
 )
 def test_what_a_module_computes_is_read_from_the_module(experts, spec):

@@ -81,7 +81,7 @@ def judged(experts: nn.Module) -> str:
         spec, has_bias, *_ = serve(experts)
     except ValueError as error:
         return "refused: " + str(error).split(": moesaic")[0].split(" ", 1)[1]
-    numbers = {"limit": None, "alpha": 1.0, "up_offset": 0.0}
+    numbers = {"limit": None, "alpha": 1.0, "up_offset": 0.0, "gate_softcap": None, "up_softcap": None}
     words = [f"{name}={getattr(spec, name):g}" for name, usual in numbers.items() if getattr(spec, name) != usual]
     words += [name for name in ("interleaved", "transposed") if getattr(spec, name)]
     return ", ".join([f"`{spec.activation}`", *words, *["biases"] * has_bias, *["not gated"] * (not spec.gated)])

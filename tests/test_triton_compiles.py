@@ -53,6 +53,7 @@ def slow(*case):
         slow(90, "bfloat16", "gelu"),
         slow(90, "bfloat16", "relu"),
         slow(90, "bfloat16", "relu2"),
+        slow(90, "bfloat16", "softcap"),
         slow(90, "float32", "ladder"),
         slow(80, "float32", "ladder"),
         slow(90, "float32", "tf32"),

@@ -11,6 +11,7 @@ import triton.language as tl
 from triton_cases import BLOCKS, DEVICE, ROUTINGS, SPECS, close, poisoned, problem, rows_like, written  # noqa: F401
 
 from moesaic.engine.triton import few, twins
+from moesaic.engine.triton.activation import softcap
 from moesaic.engine.triton.blocks import Blocks
 from moesaic.engine.triton.combine import combine
 from moesaic.engine.triton.d_hidden import d_hidden
@@ -165,6 +166,26 @@ def test_every_tile_has_its_program(tiles, columns, group):
     out = torch.empty(tiles * columns, dtype=torch.int32, device=DEVICE)
     _places[(tiles * columns,)](out, tiles, columns, GROUP=group)
     assert sorted(out.tolist()) == list(range(tiles * columns))
+
+
+@triton.jit
+def _softcaps(x, out, CAP: tl.constexpr, N: tl.constexpr):
+    at = tl.arange(0, N)
+    tl.store(out + at, softcap(tl.load(x + at), CAP))
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of the branch that is not taken
+def test_a_softcap_is_exact_to_the_last_bits_also_near_zero():
+    sizes = 2.0 ** torch.linspace(-30, 6, 2046)
+    x = torch.cat([sizes, torch.tensor([torch.inf, 0.0])])
+    for signed in (x, -x):
+        signed = signed.to(DEVICE)
+        out = torch.empty_like(signed)
+        _softcaps[(1,)](signed, out, 1.0, N=2048)
+        torch.testing.assert_close(out.double(), signed.double().tanh(), rtol=3e-7, atol=0.0)
+    nan = torch.full((2048,), torch.nan, device=DEVICE)
+    _softcaps[(1,)](nan, out, 4.0, N=2048)
+    assert out.isnan().all()
 
 
 @every_routing

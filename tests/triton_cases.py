@@ -28,6 +28,7 @@ SPECS = {
     "transposed": (ExpertSpec("gelu", transposed=True), False),
     "not-gated": (ExpertSpec("relu2", gated=False), True),
     "relu": (ExpertSpec("relu", interleaved=True), False),
+    "softcapped": (ExpertSpec(alpha=1.5, up_offset=0.25, gate_softcap=0.7, up_softcap=1.5), False),
 }
 # how tokens choose among E experts: T x K ids
 ROUTINGS = ("spread", "sentinels", "one-expert", "empty-experts", "one-token")

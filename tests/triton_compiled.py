@@ -11,9 +11,11 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from itertools import product
 from pathlib import Path
-from typing import NamedTuple
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -30,29 +32,31 @@ class Layer(NamedTuple):
     d: int
     i: int
     k: int
-    spec: tuple = ("silu", True, None, 1.0, 0.0, False, False)  # fields of ExpertSpec
+    spec: Mapping[str, Any] = MappingProxyType({})  # fields of ExpertSpec
     biases: bool = False
     weights: str | None = None  # their dtype where it is not the tokens'
 
 
+GPT_OSS = {"limit": 7.0, "alpha": 1.702, "up_offset": 1.0, "interleaved": True, "transposed": True}
 LAYERS = {
     "ladder": Layer(128, 2048, 768, 8),  # Qwen3-30B-A3B, performance tables are about it
     "deepseek-v3": Layer(256, 7168, 2048, 8),
     "mixtral": Layer(8, 4096, 14336, 2),
-    "gpt-oss": Layer(32, 2880, 2880, 4, ("silu", True, 7.0, 1.702, 1.0, True, True), biases=True),
+    "gpt-oss": Layer(32, 2880, 2880, 4, GPT_OSS, biases=True),
     "tf32": Layer(128, 2048, 768, 8),  # in float32, as torch is told by set_float32_matmul_precision("high")
     "autocast": Layer(32, 1024, 512, 6, weights="float32"),
-    "odd": Layer(5, 37, 21, 3, ("gelu", False, None, 1.0, 0.0, False, False), biases=True),
+    "odd": Layer(5, 37, 21, 3, {"activation": "gelu", "gated": False}, biases=True),
     "odd-gated": Layer(5, 37, 21, 3),
     "single": Layer(1, 1, 1, 1),
     # experts enough for the way without a plan
     "odd-few": Layer(13, 37, 21, 3, biases=True),
     "odd-one": Layer(16, 37, 21, 1),
     # the activations that the others leave out
-    "tanh": Layer(8, 256, 128, 2, ("gelu_pytorch_tanh", True, None, 1.0, 0.0, False, False), biases=True),
-    "gelu": Layer(8, 256, 128, 2, ("gelu", True, None, 1.0, 0.0, False, True)),
-    "relu": Layer(8, 256, 128, 2, ("relu", True, None, 1.0, 0.0, True, False)),
-    "relu2": Layer(8, 256, 128, 2, ("relu2", False, None, 1.0, 0.0, False, False)),
+    "tanh": Layer(8, 256, 128, 2, {"activation": "gelu_pytorch_tanh"}, biases=True),
+    "gelu": Layer(8, 256, 128, 2, {"activation": "gelu", "transposed": True}),
+    "relu": Layer(8, 256, 128, 2, {"activation": "relu", "interleaved": True}),
+    "relu2": Layer(8, 256, 128, 2, {"activation": "relu2", "gated": False}),
+    "softcap": Layer(8, 256, 128, 2, {"gate_softcap": 4.0, "up_softcap": 25.0}),
 }
 
 
@@ -142,7 +146,7 @@ def launch_everything(capability: int, dtype: torch.dtype, layer: Layer, n_token
         return suited(tiles_for(-(-n // len(matrices.up)), tokens.dtype, there, matrices.up.dtype), spec, there)
 
     experts._tiles = tiles_there
-    spec, (e, d, i, k) = ExpertSpec(*layer.spec), layer[:4]
+    spec, (e, d, i, k) = ExpertSpec(**layer.spec), layer[:4]
     u = 2 * i if spec.gated else i
     shapes = ((e, d, u), (e, i, d)) if spec.transposed else ((e, u, d), (e, d, i))
     biases = ((e, u), (e, d)) if layer.biases else ()

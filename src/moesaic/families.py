@@ -253,15 +253,12 @@ EXPERTS = {
         zaya""",
     "silu, limit=10": "deepseek_v4 glm5_next hy_v4 hy_v4_vl",
     "gelu_pytorch_tanh": "diffusion_gemma gemma4",
+    "silu, gate_softcap=4, up_softcap=25": "inkling2 inkling2_loop",
     "relu2, not gated": "nemotron_h",
     "silu, limit=7, alpha=1.702, up_offset=1": "minimax_m3_vl",
     "silu, limit=7, alpha=1.702, up_offset=1, interleaved, transposed, biases": "gpt_oss",
     "silu, limit=7, alpha=1.702, up_offset=1, transposed, biases": "openai_privacy_filter",
     "silu, transposed": "aria",
-    "refused: has an activation that is none of ours (Inkling2Experts._apply_gate, "
-    "Inkling2SoftcappedSwiGLU)": "inkling2",
-    "refused: has an activation that is none of ours (Inkling2LoopExperts._apply_gate, "
-    "Inkling2LoopSoftcappedSwiGLU)": "inkling2_loop",
     "refused: normalises the output of every expert before it is weighted": "muse_spark",
 }
 BY_THEMSELVES = ["dbrx", "doge", "jetmoe", "llama4", "longcat_flash", "nllb_moe", "step3p7", "switch_transformers"]

@@ -38,7 +38,10 @@ class Gradients(NamedTuple):
 # torch keeps compiled graphs on disk and knows these operators by name alone: once released, a schema that changes
 # takes a new name
 _EXPERTS = "Tensor up, Tensor down, Tensor? up_bias, Tensor? down_bias"
-_SPEC = "str activation, bool gated, float? limit, float alpha, float up_offset, bool interleaved, bool transposed"
+_SPEC = (
+    "str activation, bool gated, float? limit, float alpha, float up_offset, float? gate_softcap, float? up_softcap,"
+    " bool interleaved, bool transposed"
+)
 torch.library.define(
     "moesaic::experts",
     f"(Tensor tokens, Tensor expert_ids, Tensor weights, {_EXPERTS}, {_SPEC}, str keep, bool batch_invariant)"

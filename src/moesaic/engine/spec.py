@@ -25,8 +25,9 @@ class ExpertSpec:
     """The shape of one expert's MLP: `down(act(gate(x)) * up(x))`, or `down(act(up(x)))` where not gated.
 
     limit clamps the gate from above and up from both sides; alpha is the slope inside SiLU's sigmoid; up_offset is
-    added to up (gpt-oss: limit 7, alpha 1.702, offset 1). interleaved: gate and up rows alternate.
-    transposed: weights are stored [E, in, out].
+    added to up (gpt-oss: limit 7, alpha 1.702, offset 1). Softcaps bound SiLU's factor beside the sigmoid, and up, to
+    `cap * tanh(x / cap)`, in float32 where the dtype is narrower (Inkling 2: 4 and 25). interleaved: gate and up rows
+    alternate. transposed: weights are stored [E, in, out].
     """
 
     activation: str = "silu"
@@ -34,6 +35,8 @@ class ExpertSpec:
     limit: float | None = None
     alpha: float = 1.0
     up_offset: float = 0.0
+    gate_softcap: float | None = None
+    up_softcap: float | None = None
     interleaved: bool = False
     transposed: bool = False
 
@@ -41,11 +44,17 @@ class ExpertSpec:
         if self.activation not in ACTIVATIONS:
             raise ValueError(f"activation={self.activation!r} is unknown: use one of {', '.join(ACTIVATIONS)}")
         if not self.gated:
-            for name, plain in (("limit", None), ("up_offset", 0.0), ("interleaved", False)):
+            plains = {"limit": None, "up_offset": 0.0, "gate_softcap": None, "up_softcap": None, "interleaved": False}
+            for name, plain in plains.items():
                 if (value := getattr(self, name)) != plain:
                     raise ValueError(f"{name}={value} is for gated experts: use gated=True or leave it")
         if self.alpha != 1.0 and self.activation != "silu":
             raise ValueError(f"alpha={self.alpha} is the slope of SiLU: use activation='silu' or leave it")
+        if self.gate_softcap is not None and self.activation != "silu":
+            raise ValueError(f"gate_softcap={self.gate_softcap} is for SiLU: use activation='silu' or leave it")
+        for name in ("gate_softcap", "up_softcap"):
+            if (cap := getattr(self, name)) is not None and not cap > 0:
+                raise ValueError(f"{name}={cap} leaves nothing: use a positive number, or None for no cap")
 
     @classmethod
     def of(cls, config: MoEConfig) -> "ExpertSpec":
@@ -60,7 +69,7 @@ class ExpertSpec:
         )
 
     @property
-    def fields(self) -> tuple[str, bool, float | None, float, float, bool, bool]:
+    def fields(self) -> tuple[str, bool, float | None, float, float, float | None, float | None, bool, bool]:
         """All of it in order, as an operator takes it: `ExpertSpec(*spec.fields) == spec`. (astuple takes 36 µs.)"""
         return (
             self.activation,
@@ -68,6 +77,8 @@ class ExpertSpec:
             self.limit,
             self.alpha,
             self.up_offset,
+            self.gate_softcap,
+            self.up_softcap,
             self.interleaved,
             self.transposed,
         )
@@ -76,9 +87,12 @@ class ExpertSpec:
         """What lies between the two projections of an expert."""
         if not self.gated:
             return self._activation(projected)
+        if self._widens(projected):
+            return self.activate(projected.float()).to(projected.dtype)
         gate, up = (projected[..., ::2], projected[..., 1::2]) if self.interleaved else projected.chunk(2, dim=-1)
         if self.limit is not None:
             gate, up = gate.clamp(max=self.limit), up.clamp(-self.limit, self.limit)
+        up = softcap(up, self.up_softcap)
         return self._activation(gate) * (up + self.up_offset if self.up_offset else up)
 
     def activate_backward(
@@ -90,6 +104,9 @@ class ExpertSpec:
         """
         if not self.gated:
             return self._activation(projected), self._activation_backward(projected, grad)
+        if self._widens(projected):
+            activated, grad_projected = self.activate_backward(projected.float(), grad.float())
+            return activated.to(projected.dtype), grad_projected.to(projected.dtype)
         gate, up = (projected[..., ::2], projected[..., 1::2]) if self.interleaved else projected.chunk(2, dim=-1)
         grad_projected = torch.empty_like(projected)
         halves = (
@@ -101,9 +118,12 @@ class ExpertSpec:
         if self.limit is not None:
             inside_gate, inside_up = gate <= self.limit, up.abs() <= self.limit
             gate, up = gate.clamp(max=self.limit), up.clamp(-self.limit, self.limit)
-        shifted = up + self.up_offset if self.up_offset else up
+        capped = softcap(up, self.up_softcap)
+        shifted = capped + self.up_offset if self.up_offset else capped
         activated = self._activation(gate)
         grad_gate, grad_up = self._activation_backward(gate, grad * shifted), grad * activated
+        if self.up_softcap is not None:
+            grad_up = grad_up * softcap_slope(capped, self.up_softcap)
         halves[0].copy_(grad_gate if inside_gate is None else grad_gate * inside_gate)
         halves[1].copy_(grad_up if inside_up is None else grad_up * inside_up)
         return activated * shifted, grad_projected
@@ -124,16 +144,21 @@ class ExpertSpec:
     def output_size(self, experts: ExpertWeights) -> int:
         return experts.down.shape[-1 if self.transposed else -2]
 
+    def _widens(self, projected: Tensor) -> bool:
+        """Whether softcaps want more than projected's 16 bits."""
+        return (self.gate_softcap or self.up_softcap) is not None and projected.dtype.itemsize == 2
+
     def _activation(self, x: Tensor) -> Tensor:
-        if self.activation == "silu" and self.alpha != 1.0:
-            return x * torch.sigmoid(self.alpha * x)
+        if self.gate_softcap is not None or self.alpha != 1.0:
+            return softcap(x, self.gate_softcap) * torch.sigmoid(self.alpha * x)
         return ACTIVATIONS[self.activation](x)
 
     def _activation_backward(self, x: Tensor, grad: Tensor) -> Tensor:
         match self.activation:
-            case "silu" if self.alpha != 1.0:
-                sigmoid = torch.sigmoid(self.alpha * x)
-                return grad * sigmoid * (1 + self.alpha * x * (1 - sigmoid))
+            case "silu" if self.gate_softcap is not None or self.alpha != 1.0:
+                sigmoid, capped = torch.sigmoid(self.alpha * x), softcap(x, self.gate_softcap)
+                slope = softcap_slope(capped, self.gate_softcap)
+                return grad * sigmoid * (slope + self.alpha * capped * (1 - sigmoid))
             case "silu":
                 return torch.ops.aten.silu_backward(grad, x)
             case "gelu":
@@ -145,3 +170,13 @@ class ExpertSpec:
             case "relu2":
                 return grad * 2 * F.relu(x)
         raise AssertionError(f"no derivative for {self.activation!r}")
+
+
+def softcap(x: Tensor, cap: float | None) -> Tensor:
+    """x, bent so that it stays within the cap."""
+    return x if cap is None else cap * torch.tanh(x / cap)
+
+
+def softcap_slope(capped: Tensor, cap: float | None) -> Tensor | float:
+    """The derivative of `softcap` where it gave `capped`."""
+    return 1.0 if cap is None else 1 - (capped / cap).square()

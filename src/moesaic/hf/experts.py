@@ -134,8 +134,12 @@ def understand(module: Any) -> ExpertSpec:
 def _candidates(module: Any, limits: tuple[float, ...], interleaved: bool) -> Iterator[ExpertSpec]:
     """The likely ones first."""
     alphas, gated = _numbers(module, "alpha", "swiglu_alpha"), module.has_gate
-    for activation, limit, alpha, offset in product(ACTIVATIONS, (None, *limits), (1.0, *alphas), (0.0, 1.0)):
-        if (alpha != 1.0 and activation != "silu") or (not gated and (limit is not None or offset)):
+    act_fn = getattr(module, "act_fn", None)
+    softcaps = [(None, *_numbers(getattr(act_fn, name, None), "softcap")) for name in ("gate_softcap", "up_softcap")]
+    found = product((None, *limits), (1.0, *alphas), (0.0, 1.0), product(*softcaps))
+    for activation, (limit, alpha, offset, caps) in product(ACTIVATIONS, found):
+        plain = alpha == 1.0 and caps[0] is None
+        if not (plain or activation == "silu") or not (gated or (limit, offset, *caps) == (None, 0.0, None, None)):
             continue
         yield ExpertSpec(
             activation=activation,
@@ -143,6 +147,8 @@ def _candidates(module: Any, limits: tuple[float, ...], interleaved: bool) -> It
             limit=limit,
             alpha=alpha,
             up_offset=offset,
+            gate_softcap=caps[0],
+            up_softcap=caps[1],
             interleaved=gated and interleaved,
             transposed=module.is_transposed,
         )

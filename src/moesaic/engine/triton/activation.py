@@ -17,20 +17,23 @@ class Activation(NamedTuple):
     limit: float | None
     alpha: float
     offset: float
+    gate_softcap: float | None
+    up_softcap: float | None
 
     @classmethod
     def of(cls, spec: ExpertSpec) -> "Activation":
         interleaved = spec.gated and spec.interleaved
-        return cls(spec.activation, spec.gated, interleaved, spec.limit, spec.alpha, spec.up_offset)
+        caps = (spec.gate_softcap, spec.up_softcap)
+        return cls(spec.activation, spec.gated, interleaved, spec.limit, spec.alpha, spec.up_offset, *caps)
 
 
 @triton.jit
 def activate(gate, up, ACT: tl.constexpr):
-    """act(gate) * (up + offset), both clamped where there is a limit; act(gate) where not gated."""
+    """act(gate) * (up + offset), both clamped or softcapped where the spec says so; act(gate) where not gated."""
     if ACT.gated:
         if ACT.limit is not None:
             gate, up = clamp_gate(gate, ACT), clamp_up(up, ACT)
-        return nonlinearity(gate, ACT) * (up + ACT.offset)
+        return nonlinearity(gate, ACT) * (softcap(up, ACT.up_softcap) + ACT.offset)
     else:
         return nonlinearity(gate, ACT)
 
@@ -42,9 +45,12 @@ def activate_backward(gate, up, grad, ACT: tl.constexpr):
         kept_gate, kept_up = gate, up
         if ACT.limit is not None:
             kept_gate, kept_up = clamp_gate(gate, ACT), clamp_up(up, ACT)
+        kept_up = softcap(kept_up, ACT.up_softcap)
         activated = nonlinearity(kept_gate, ACT)
         d_gate = grad * (kept_up + ACT.offset) * slope(kept_gate, ACT)
         d_up = grad * activated
+        if ACT.up_softcap is not None:
+            d_up = d_up * softcap_slope(kept_up, ACT.up_softcap)
         if ACT.limit is not None:
             d_gate = tl.where(gate > ACT.limit, 0.0, d_gate)
             d_up = tl.where(tl.abs(up) > ACT.limit, 0.0, d_up)
@@ -67,7 +73,7 @@ def clamp_up(up, ACT: tl.constexpr):
 @triton.jit
 def nonlinearity(x, ACT: tl.constexpr):
     if ACT.name == "silu":
-        return x * tl.sigmoid(ACT.alpha * x)
+        return softcap(x, ACT.gate_softcap) * tl.sigmoid(ACT.alpha * x)
     elif ACT.name == "gelu":
         return 0.5 * x * (1.0 + tl.erf(0.7071067811865476 * x))
     elif ACT.name == "gelu_pytorch_tanh":
@@ -84,7 +90,8 @@ def slope(x, ACT: tl.constexpr):
     """The derivative of `nonlinearity`; 0 at the kink of relu."""
     if ACT.name == "silu":
         sigmoid = tl.sigmoid(ACT.alpha * x)
-        return sigmoid * (1.0 + ACT.alpha * x * (1.0 - sigmoid))
+        capped = softcap(x, ACT.gate_softcap)
+        return sigmoid * (softcap_slope(capped, ACT.gate_softcap) + ACT.alpha * capped * (1.0 - sigmoid))
     elif ACT.name == "gelu":
         density = 0.3989422804014327 * tl.exp(-0.5 * x * x)
         return 0.5 * (1.0 + tl.erf(0.7071067811865476 * x)) + x * density
@@ -102,3 +109,30 @@ def slope(x, ACT: tl.constexpr):
 @triton.jit
 def _twice_inside(x):
     return 1.5957691216057308 * x * (1.0 + 0.044715 * x * x)  # 2 sqrt(2/pi) (x + 0.044715 x^3)
+
+
+@triton.jit
+def softcap(x, CAP: tl.constexpr):
+    if CAP is None:
+        return x
+    else:
+        return CAP * _tanh(x / CAP)
+
+
+@triton.jit
+def softcap_slope(capped, CAP: tl.constexpr):
+    if CAP is None:
+        return 1.0
+    else:
+        share = capped / CAP
+        return 1.0 - share * share
+
+
+@triton.jit
+def _tanh(x):
+    """To two units in the last place. Near 0, where 1 - 2 / (exp(2x) + 1) cancels, a polynomial (Cephes, tanhf.c)."""
+    square = x * x
+    tail = ((-5.70498872745e-3 * square + 2.06390887954e-2) * square - 5.37397155531e-2) * square
+    near = x + x * square * ((tail + 1.33314422036e-1) * square - 3.33332819422e-1)
+    far = 1.0 - 2.0 / (tl.exp(2.0 * tl.abs(x)) + 1.0)
+    return tl.where(tl.abs(x) < 0.625, near, tl.where(x < 0, -far, far))

@@ -106,7 +106,7 @@ def _biased_rule(layer: MoELayer) -> MoEConfig:
             f"{name}: {type(router).__name__} is sharded, so its rule cannot be proven: add the bias before fully_shard"
         )
     generator = torch.Generator().manual_seed(0)
-    tokens = torch.randn(TRIED, weight.shape[-1], generator=generator).to(weight)
+    tokens = torch.randn(TRIED, weight.shape[-1], generator=generator, device="cpu", dtype=torch.float32).to(weight)
     training = router.training
     router.eval()
     try:
@@ -158,8 +158,11 @@ def _agrees(found: RouterOutput, wanted: Routing, n_experts: int) -> bool:
     """Whether the weights, laid out by expert, are the same; a token whose picks tie may differ, one in a hundred."""
     shape = (len(wanted.expert_ids), n_experts)
     theirs, ours = (
-        torch.zeros(shape, device=ids.device).scatter(1, ids.long().flatten(0, -2), weights.float().flatten(0, -2))
-        for ids, weights in ((found.ids, found.weights), (wanted.expert_ids, wanted.weights))
+        weights.new_zeros(shape, dtype=torch.float32).scatter(1, ids.long(), weights.float())
+        for ids, weights in (
+            (found.ids.flatten(0, -2), found.weights.flatten(0, -2)),
+            (wanted.expert_ids, wanted.weights),
+        )
     )
     differs = (theirs - ours).abs().amax(1) > SAME * theirs.amax(1)
     return float(differs.float().mean()) <= 0.02

@@ -222,7 +222,7 @@ def _silent_expert(block: Any, mlp: DenseMLP) -> dict[str, Tensor]:
 def _check_same(model: Any, moe: Any) -> None:
     """Ask both for the logits of a few tokens; ValueError where they differ, as with a module that was exchanged."""
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(model.config.vocab_size, (1, PROBE), generator=generator).to(model.device)
+    ids = torch.randint(model.config.vocab_size, (1, PROBE), generator=generator, device="cpu").to(model.device)
     implementation = moe.config._experts_implementation
     moe.set_experts_implementation("eager")  # the one that takes float64
     expected, found = _logits(model, ids), _logits(moe, ids)

@@ -13,7 +13,7 @@ def expert_load(expert_ids: Int[Tensor, "*tokens"], num_experts: int) -> Float[T
     Written with `index_add`, because `bincount` breaks a compiled graph. Exact up to 2**24 assignments an expert.
     """
     ids = expert_ids.flatten().long()
-    load = torch.zeros(num_experts + 1, device=ids.device)
+    load = torch.zeros(num_experts + 1, device=ids.device, dtype=torch.float32)
     return load.index_add(0, ids, torch.ones_like(ids, dtype=load.dtype))[:num_experts]
 
 

@@ -58,14 +58,14 @@ def upcycled(
     copies = config.n_routed_experts // granularity
 
     def drawn(*shape: int) -> Tensor:  # on the CPU, whatever the device: one seed, one router
-        values = torch.empty(shape).normal_(0.0, router_std, generator=generator)
+        values = torch.empty(shape, device="cpu", dtype=torch.float32).normal_(0.0, router_std, generator=generator)
         return values.repeat_interleave(granularity, dim=0).to(mlp.up_proj)
 
     state = {"gate.weight": drawn(copies, config.hidden_size)}
     if config.router_bias:
         state["gate.bias"] = drawn(copies).zero_()
     if config.has_correction_bias:
-        state["gate.e_score_correction_bias"] = torch.zeros(config.n_routed_experts, device=mlp.up_proj.device)
+        state["gate.e_score_correction_bias"] = mlp.up_proj.new_zeros(config.n_routed_experts, dtype=torch.float32)
     slices = sliced(mlp, granularity, scale)
     for expert in range(config.n_routed_experts):
         part = slices[expert % granularity]
@@ -104,12 +104,12 @@ def sliced(mlp: DenseMLP, granularity: int, scale: float = 1.0) -> list[DenseMLP
 def redrawn(mlp: DenseMLP, share: float, generator: torch.Generator | None = None) -> DenseMLP:
     """A copy with this share of its inner units drawn anew: their rows of up and gate, their columns of down."""
     width = mlp.up_proj.shape[0]
-    units = torch.randperm(width, generator=generator)[: round(share * width)].to(mlp.up_proj.device)
+    units = torch.randperm(width, generator=generator, device="cpu")[: round(share * width)].to(mlp.up_proj.device)
 
     def anew(matrix: Tensor, dim: int) -> Tensor:
         shape = [*matrix.shape]
         shape[dim] = len(units)
-        values = torch.empty(shape).normal_(generator=generator).to(matrix.device)
+        values = torch.empty(shape, device="cpu", dtype=torch.float32).normal_(generator=generator).to(matrix.device)
         mean, deviation = matrix.float().mean(), matrix.float().std()
         return matrix.index_copy(dim, units, (mean + deviation * values).to(matrix.dtype))
 
@@ -128,8 +128,8 @@ def weight_sum(config: MoEConfig, *, router_std: float) -> float:
     if (normalised and config.norm_eps <= 1e-12) or of_kept:
         return config.routed_scaling_factor
     if router_std == 0:
-        zeros = torch.zeros(1, config.n_routed_experts, dtype=torch.float64)
-        ids = torch.arange(config.num_experts_per_tok)[None]
+        zeros = torch.zeros(1, config.n_routed_experts, dtype=torch.float64, device="cpu")
+        ids = torch.arange(config.num_experts_per_tok, device="cpu")[None]
         return weigh(score(zeros, config), ids, config, sentinels=False).sum().item()
     if normalised:
         what, instead = f"norm_eps={config.norm_eps}", "norm_eps=0.0"

@@ -46,7 +46,7 @@ class Trace:
     logits: Tensor | None = None
     bias: Tensor | None = None
     input_ids: Tensor | None = None
-    sequences: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
+    sequences: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64, device="cpu"))
     phases: Tensor | None = None
     offsets: Tensor | None = None
     labels: tuple[str, ...] | None = None
@@ -120,7 +120,7 @@ class Trace:
             weights=_stack([row.weights for row in rows], torch.float32) if with_weights else None,
             logits=_stack([row.logits for row in rows], torch.float32) if with_logits else None,
             bias=stacked_biases([(biases or {}).get(name) for name in names], per_layer),
-            sequences=torch.zeros(n_tokens, dtype=torch.int64) if sequences is None else sequences.long().cpu(),
+            sequences=(torch.zeros(n_tokens, device="cpu") if sequences is None else sequences).cpu().long(),
             layers=names,
             configs=per_layer,
             dtypes=provenance.pop("dtypes", None)
@@ -159,7 +159,7 @@ class Trace:
         hash table that no checkpoint has filled (DeepSeek-V4), or a broken gate, does. "No expert" may repeat."""
         ordered = (layer.sort(-1).values for layer in self.picks)  # one layer at a time
         twice = [((ids[:, 1:] == ids[:, :-1]) & (ids[:, 1:] < self.n_experts)).any(-1).sum() for ids in ordered]
-        return torch.tensor(twice, dtype=torch.int64)
+        return torch.tensor(twice, dtype=torch.int64, device="cpu")
 
     @property
     def without_data(self) -> tuple[str, ...]:
@@ -189,7 +189,7 @@ class Trace:
     def select(self, tokens: Tensor | slice | Sequence[int]) -> Self:
         """The same trace over some of its tokens: a slice, indices or a boolean mask. Sequences keep their numbers
         and labels."""
-        index = torch.arange(len(self))[tokens]
+        index = torch.arange(len(self), device="cpu")[tokens]
         axis = {"picks": 1, "weights": 1, "logits": 1, "input_ids": 0, "sequences": 0, "phases": 0, "offsets": 0}
         present = {name: t for name in axis if (t := getattr(self, name)) is not None}
         return dataclasses.replace(self, **{name: t.index_select(axis[name], index) for name, t in present.items()})
@@ -228,7 +228,8 @@ def stacked_biases(biases: Sequence[Tensor | None], configs: Sequence[MoEConfig]
     told = [bias is not None or not config.has_correction_bias for bias, config in zip(biases, configs, strict=True)]
     if not all(told) or all(bias is None for bias in biases):
         return None
-    return _stack([torch.zeros(configs[0].n_routed_experts) if b is None else b for b in biases], torch.float32)
+    zeros = torch.zeros(configs[0].n_routed_experts, device="cpu")
+    return _stack([zeros if bias is None else bias for bias in biases], torch.float32)
 
 
 def id_dtype(n_experts: int) -> torch.dtype:

@@ -244,7 +244,7 @@ def _tokens_fake(_key: Tensor, ids: Tensor, n_experts: int) -> tuple[Tensor, Ten
 
 def _inject(key: Tensor, weights: Tensor, loss: Tensor) -> tuple[Tensor, Tensor]:
     ledger, name = ledger_of(key)
-    return weights.clone(), torch.tensor(ledger.value(name, loss))
+    return weights.clone(), torch.tensor(ledger.value(name, loss), device="cpu")
 
 
 def _scale(key: Tensor, call: Tensor, after: Tensor, dtype: torch.dtype) -> Tensor:
@@ -252,7 +252,7 @@ def _scale(key: Tensor, call: Tensor, after: Tensor, dtype: torch.dtype) -> Tens
 
 
 def _note(key: Tensor, loss: Tensor, share: Tensor | None, by_hand: bool) -> tuple[Tensor, Tensor]:
-    return loss.clone(), torch.tensor(ledger_of(key)[0].note(share, by_hand))
+    return loss.clone(), torch.tensor(ledger_of(key)[0].note(share, by_hand), device="cpu")
 
 
 def _noted(key: Tensor, note: Tensor, grad: Tensor) -> Tensor:

@@ -188,7 +188,7 @@ def _bands(config: MoEConfig, n_tokens: int, seed: int, capacities: tuple[float,
 def _routed_pool(config: MoEConfig) -> tuple[np.ndarray, np.ndarray]:
     """Ids [POOL, K] by the rule itself and, of the same scores, ids of plain top-k."""
     generator = torch.Generator().manual_seed(0)
-    scores = torch.rand(POOL, config.n_routed_experts, generator=generator)
+    scores = torch.rand(POOL, config.n_routed_experts, generator=generator, dtype=torch.float32, device="cpu")
     ruled = rules.select(scores, config)
     plain = rules.largest(scores, config.num_experts_per_tok)
     return ruled.numpy().astype(np.int32), plain.numpy().astype(np.int32)
@@ -237,7 +237,7 @@ def block_size(config: MoEConfig) -> int:
 def _binomial_cdf(n: int, p: float) -> np.ndarray:
     """P(X <= x) for x = 0..n, up to where it is 1 - 1e-15."""
     top = min(n, int(n * p + 12 * np.sqrt(n * p) + 40))
-    x = torch.arange(top + 1, dtype=torch.float64)
-    ways = torch.lgamma(torch.tensor(n + 1.0, dtype=torch.float64)) - torch.lgamma(x + 1) - torch.lgamma(n - x + 1)
+    x = torch.arange(top + 1, dtype=torch.float64, device="cpu")
+    ways = math.lgamma(n + 1.0) - torch.lgamma(x + 1) - torch.lgamma(n - x + 1)
     log_mass = ways + x * np.log(p) + (n - x) * np.log1p(-p)
     return log_mass.exp().cumsum(0).numpy()

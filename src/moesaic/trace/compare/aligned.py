@@ -85,7 +85,7 @@ def notes_of_both(
 
 def _by_sequence(trace: Trace) -> Trace:
     order = trace.sequences.argsort(stable=True)
-    return trace if torch.equal(order, torch.arange(len(trace))) else trace.select(order)
+    return trace if torch.equal(order, torch.arange(len(trace), device="cpu")) else trace.select(order)
 
 
 def _depth(name: str) -> int | None:

@@ -87,7 +87,7 @@ class Diff:
     @property
     def first_split(self) -> Tensor:
         n_layers = len(self.layers)
-        order = torch.arange(n_layers)[:, None].expand(self.flips.shape)
+        order = torch.arange(n_layers, device="cpu")[:, None].expand(self.flips.shape)
         return order.masked_fill(~self.flips, n_layers).amin(0)
 
     def by_layer(self) -> list[LayerDiff]:
@@ -157,7 +157,8 @@ def diff(a: Trace, b: Trace, *, precision: str | None = None, done: Callable[[in
     told = dtype_of(precision)
     allowed = precision_of(a, b) if told is None else (told, False)
     rows, findings = [], []
-    parted = torch.zeros(len(a), dtype=torch.bool)  # a flip in an earlier layer, of this token or of one before it
+    # a flip in an earlier layer, of this token or of one before it
+    parted = torch.zeros(len(a), dtype=torch.bool, device="cpu")
     for layer in range(a.n_layers):
         row, finding = _compare_layer(a, b, layer, parted, allowed[0])
         parted = parted | _from_here_on(row["flips"] | row["incomplete"], a.sequences)

@@ -45,7 +45,7 @@ class Finding(NamedTuple):
 
 def explain_layer(a: Trace, b: Trace, layer: int, precision: torch.dtype, flips: Tensor) -> Finding:
     """What the scores of a layer say about the choices of both traces. `flips` [T]: where they differ."""
-    finding = Finding((None, None), torch.zeros(len(a), dtype=torch.bool))
+    finding = Finding((None, None), torch.zeros(len(a), dtype=torch.bool, device="cpu"))
     why = [why_not_derived(trace, layer) for trace in (a, b)]
     own = [None if reason else _against(trace, trace, layer) for reason, trace in zip(why, (a, b), strict=True)]
     same_rule = a.configs[layer] == b.configs[layer] and _equal(bias_of(a, layer), bias_of(b, layer))
@@ -76,9 +76,9 @@ def _seen_from(
     """Add how far the scores of a trace whose rule is known were from the other's choice, where the two differ."""
     config, target = mine.configs[layer], other.picks[layer][rows].long()
     derived = derive(logits_of(mine, layer)[rows], bias_of(mine, layer), config, target)
-    nowhere = torch.zeros(len(mine), dtype=torch.bool)
+    nowhere = torch.zeros(len(mine), dtype=torch.bool, device="cpu")
     here = margin_between(derived, target, config)
-    margins = torch.full((len(mine),), torch.nan).index_put((rows,), here)
+    margins = here.new_full((len(mine),), torch.nan).index_put((rows,), here)
     near = nowhere.index_put((rows,), here <= rounding_bound(derived, config, precision))
     check = compare(derived, target, None, config)
     tied = nowhere.index_put((rows,), check.experts & check.tied)

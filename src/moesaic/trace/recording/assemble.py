@@ -50,7 +50,7 @@ def outline(
     rows = {"picks": k, "weights": k, "logits": n_experts}
     dtypes = {"picks": id_dtype(n_experts), "weights": torch.float32, "logits": torch.float32}
     none: dict[str, Any] = {
-        name: torch.empty(len(seen), 0, rows[name], dtype=dtypes[name])
+        name: torch.empty(len(seen), 0, rows[name], dtype=dtypes[name], device="cpu")
         for name in list(rows)[: DETAILS.index(detail) + 1]
     }
     return Trace(
@@ -74,11 +74,12 @@ def assemble(like: Trace, kept: Kept[Column], given: Mapping[str, Any], tokenize
     n_tokens = _checked(like, kept, given)
     fields: dict[str, Any] = {}
     for name, column in kept.tokens.items():
-        whole = torch.empty(n_tokens, 1, dtype=column.dtype)
+        whole = torch.empty(n_tokens, 1, dtype=column.dtype, device="cpu")
         column.move_into(whole)
         fields[name] = whole[:, 0]
     for name, columns in _layered(like, kept, n_tokens):
-        out = torch.empty(len(columns), n_tokens, getattr(like, name).shape[2], dtype=getattr(like, name).dtype)
+        width, dtype = getattr(like, name).shape[2], getattr(like, name).dtype
+        out = torch.empty(len(columns), n_tokens, width, dtype=dtype, device="cpu")
         for layer, column in enumerate(columns):
             column.move_into(out[layer])
         fields[name] = out

@@ -96,7 +96,7 @@ def forward_of(
         keep = mask[:, mask.shape[1] - length :].detach().flatten().bool().cpu()  # with a cache it covers the past too
         keep = None if keep.all() else keep
     return Forward(
-        rows=torch.arange(n_rows).repeat_interleave(length),
+        rows=torch.arange(n_rows, device="cpu").repeat_interleave(length),
         keep=keep,
         input_ids=None if ids is None else ids.detach().flatten().to("cpu", torch.int64),
         continues=cached,
@@ -144,7 +144,7 @@ def tokens_in(cache: Any) -> int:
 
 def unseen(n_tokens: int) -> Forward:
     """An inner module was called alone: its tokens are taken for one sequence."""
-    return Forward(torch.zeros(n_tokens, dtype=torch.int64), known=False)
+    return Forward(torch.zeros(n_tokens, dtype=torch.int64, device="cpu"), known=False)
 
 
 class SequenceNumbers:

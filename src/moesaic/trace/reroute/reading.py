@@ -46,7 +46,7 @@ class Reading:
             )
         order = sequences.argsort(stable=True)
         place = torch.empty_like(order)
-        place[order] = torch.arange(len(order)) - (counts.cumsum(0) - counts)[sequences[order]]
+        place[order] = torch.arange(len(order), device="cpu") - (counts.cumsum(0) - counts)[sequences[order]]
         tokens = self._order[(self._begin + self._read)[sequences] + place]
         self._check_ids(forward, kept, tokens)
         self._read += counts

@@ -146,7 +146,7 @@ class Replayer:
                 raise ValueError(
                     f"layer {name!r} runs outside of the model's forward after others inside: not replayable"
                 )
-            tokens = self._alone[name] + torch.arange(len(rows))
+            tokens = self._alone[name] + torch.arange(len(rows), device="cpu")
             self._alone[name] += len(rows)
             self._reading.check_room(self._alone[name])
             self.tokens = max(self.tokens, self._alone[name])

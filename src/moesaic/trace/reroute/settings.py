@@ -58,26 +58,26 @@ def _check_experts(name: str, experts: Iterable[int], n_experts: int) -> None:
 def biases(trace: Trace, bias: Bias, dropped: list[int]) -> Tensor | None:
     """The bias of every layer, [L, E], minus infinity for a dropped expert; None where there is none of either."""
     shape = (trace.n_layers, trace.n_experts)
-    out = trace.bias
+    out, zeros = trace.bias, torch.zeros(shape, dtype=torch.float32, device="cpu")
     if isinstance(bias, Tensor):
         if bias.shape not in (shape, shape[1:]):
             raise ValueError(f"bias has shape {list(bias.shape)}: give [E] = [{shape[1]}] or [L, E] = {list(shape)}")
         out = bias.detach().cpu().float().expand(shape)
     elif isinstance(bias, Mapping):
         _check_experts("bias", bias, trace.n_experts)
-        out = torch.zeros(shape) if out is None else out.clone()
+        out = zeros if out is None else out.clone()
         for expert, delta in bias.items():
             out[:, expert] += float(delta)
     elif bias is False:
         if out is None:
             raise ValueError("bias=False has nothing to leave out: this trace has no correction bias")
-        out = torch.zeros(shape)
+        out = zeros
     elif bias is not None:
         raise ValueError(f"bias={bias!r} is not understood: use False, a tensor [E] or [L, E], or {{expert: delta}}")
     if out is not None and out.isnan().any():
         raise ValueError("bias holds NaN: give numbers")
     if dropped:
-        out = (torch.zeros(shape) if out is None else out).index_fill(-1, torch.tensor(dropped), -torch.inf)
+        out = (zeros if out is None else out).index_fill(-1, torch.tensor(dropped, device="cpu"), -torch.inf)
     return out
 
 

@@ -167,7 +167,7 @@ def _least_kept(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 def _margin_is_nil(values: Tensor, k: int) -> Tensor:
     if k >= values.shape[-1]:
-        return torch.zeros(len(values), dtype=torch.bool)
+        return torch.zeros(len(values), dtype=torch.bool, device="cpu")
     least, slack = _least_kept(values, k)
     best_left = values.nan_to_num(nan=torch.inf).topk(k + 1, dim=-1).values[:, -1:]
     return ((least - best_left <= slack) & best_left.isfinite()).squeeze(-1)

@@ -55,7 +55,7 @@ SLOPES = {
 
 def chosen(expert_ids: Tensor, n_experts: int) -> Tensor:
     """True for the experts among the ids [T, K], bool [T, E]; the id E is none of them."""
-    full = torch.zeros(len(expert_ids), n_experts + 1, dtype=torch.bool)
+    full = torch.zeros(len(expert_ids), n_experts + 1, dtype=torch.bool, device="cpu")
     return full.scatter(-1, expert_ids, True)[:, :n_experts]
 
 

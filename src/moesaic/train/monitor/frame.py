@@ -111,7 +111,7 @@ def curve(values: Sequence[float], width: int) -> str:
         ends = [round(i * len(values) / width) for i in range(width + 1)]
         parts = [[v for v in values[a:b] if math.isfinite(v)] for a, b in pairwise(ends)]
         values = [fmean(part) if part else math.nan for part in parts]
-    return sparkline(torch.tensor(values, dtype=torch.float64), width)
+    return sparkline(torch.tensor(values, dtype=torch.float64, device="cpu"), width)
 
 
 def duration(seconds: float) -> str:

@@ -12,6 +12,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 from moesaic.engine import batches, multiply, op
+from moesaic.engine.accumulation import accumulation_targets
 from moesaic.engine.cpu import cpu
 from moesaic.engine.grouped import grouped
 from moesaic.engine.reference import reference
@@ -306,3 +307,33 @@ def test_two_ranks_get_the_mean_of_their_accumulated_gradients(tmp_path, wrapper
             total += torch.autograd.grad(loss, experts.up)[0]
     torch.testing.assert_close(first, second)
     torch.testing.assert_close(first, total / 2, rtol=1e-4, atol=1e-5)
+
+
+def test_a_gradient_that_lies_in_a_gradient_of_the_weights_is_read_before_anything_is_added():
+    x, ids, weights, experts = problem(384, 32, 48, n_experts=8)
+    x.data, experts.down.data = torch.randn(384, 32), torch.randn(8, 32, 48)
+    grads = []
+    for engine in (cpu, reference):
+        for leaf in leaves_of(x, weights, experts):
+            leaf.grad = None
+        engine(x, ids, weights, experts, ExpertSpec()).sum().backward()
+        out = engine(x, ids, weights, experts, ExpertSpec())
+        out.backward(experts.down.grad.view(384, 32))
+        grads.append([leaf.grad for leaf in leaves_of(x, weights, experts)])
+    for ours, expected in zip(*grads, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-3 * float(expected.abs().max()))
+
+
+def test_gradients_that_lie_in_one_bucket_are_added_to():
+    """As DistributedDataParallel(gradient_as_bucket_view=True) lays them."""
+    x, ids, weights, experts = problem(20)
+    bucket = torch.zeros(experts.up.numel() + experts.down.numel())
+    experts.up.grad = bucket[: experts.up.numel()].view_as(experts.up)
+    experts.down.grad = bucket[experts.up.numel() :].view_as(experts.down)
+    places = [weight.grad.data_ptr() for weight in experts[:2]]
+    seen = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(op, "accumulation_targets", lambda *a: seen.append(accumulation_targets(*a)) or seen[-1])
+        cpu(x, ids, weights, experts, ExpertSpec()).sum().backward()
+    assert [target.data_ptr() for target in seen[0]] == places == [weight.grad.data_ptr() for weight in experts[:2]]
+    assert bucket.any()

@@ -181,6 +181,23 @@ def test_batch_invariance_holds_at_widths_where_torch_splits_the_work(with_threa
         assert torch.equal(part, whole[rows])
 
 
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("width", [128, 1024, 15000, 40000])
+@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_pytorch_tanh"])
+@pytest.mark.parametrize("gated", [True, False])
+def test_batch_invariance_holds_for_one_row_of_an_expert(with_threads, threads, width, activation, gated):
+    """As in decoding: torch gives the GELU of one row and that of several to other loops, and splits it early."""
+    with_threads(threads)
+    spec, d, n = ExpertSpec(activation, gated=gated), 16, 35
+    shapes = (2, width * (2 if gated else 1), d), (2, d, width)
+    experts = ExpertWeights(*(torch.randn(shape) / 4 for shape in shapes))
+    x, ids, weights = 3 * torch.randn(n, d), torch.zeros(n, 1, dtype=torch.int64), torch.rand(n, 1)
+    whole = cpu(x, ids, weights, experts, spec, batch_invariant=True)
+    for rows in (*torch.arange(n).split(1)[:5], torch.arange(n - 1), torch.arange(1, n)):
+        part = cpu(x[rows], ids[rows], weights[rows], experts, spec, batch_invariant=True)
+        assert torch.equal(part, whole[rows])
+
+
 class Largest(TorchDispatchMode):
     """Notes the largest tensor that any operation makes."""
 

@@ -153,6 +153,20 @@ def test_gradcheck(name, variant):
 
 
 @pytest.mark.parametrize("name", HERE)
+@pytest.mark.parametrize("tokens", [0, 5])
+@pytest.mark.parametrize("bias", [False, True])
+def test_gradients_are_zeros_where_nobody_is_chosen(name, tokens, bias):
+    experts, ids = weights_like(torch.bfloat16, bias=bias), ids_of("nobody", tokens)
+    x, weights = torch.randn(tokens, D).bfloat16().requires_grad_(), torch.rand(tokens, K).bfloat16().requires_grad_()
+    out = HERE[name](x, ids, weights, experts, ExpertSpec())
+    assert not out.any()
+    leaves = [x, weights, *(w for w in experts if w is not None)]
+    for create_graph in (True, False):
+        grads = torch.autograd.grad(out.sum(), leaves, retain_graph=True, create_graph=create_graph)
+        assert all(not grad.any() and grad.shape == leaf.shape for grad, leaf in zip(grads, leaves, strict=True))
+
+
+@pytest.mark.parametrize("name", HERE)
 def test_the_sentinel_gives_its_weight_no_gradient_and_ignores_nan(name):
     experts = weights_like(torch.float64)
     ids = torch.tensor([[0, E, 1]])

@@ -24,7 +24,7 @@ from moesaic.engine.plan import group_by_expert, no_plan
 from moesaic.engine.spec import ExpertSpec
 from moesaic.types import ExpertWeights
 
-SERIAL = 32768  # elements up to which torch runs an elementwise operation in one thread
+SERIAL = 16384  # elements up to which torch runs GELU, the first that it splits, in one thread
 VECTORS = 64  # elements: a multiple of what torch's vectorised loops take at a time, on every CPU
 
 
@@ -213,15 +213,18 @@ def _sum_rows(batch: Batch, into: Tensor | None, rows: Float[Tensor, "n b"]) -> 
 
 def _activate_by_row(spec: ExpertSpec, projected: Float[Tensor, "n U"]) -> Float[Tensor, "n I"]:
     """`spec.activate` such that a value does not depend on its place: torch computes the last few numbers of a run with
-    another exponential than the others, so runs are made whole multiples of its vectors, in one thread."""
+    another exponential than the others, so runs are made whole multiples of its vectors, in one thread. And it leaves
+    the GELU of one row to oneDNN, not that of several gates side by side: rows come in pairs, or always one by one."""
     width = projected.shape[1] // (2 if spec.gated else 1)
     more = -width % VECTORS
     if spec.gated and not spec.interleaved:
         padded = F.pad(projected.unflatten(1, (2, width)), (0, more)).flatten(1)
     else:
         padded = F.pad(projected, (0, 2 * more if spec.gated else more))
-    rows = max(1, SERIAL // (width + more))
-    return torch.cat([spec.activate(some) for some in padded.split(rows)])[:, :width]
+    rows = max(1, SERIAL // (width + more) // 2 * 2)
+    padded = F.pad(padded, (0, 0, 0, len(padded) % min(rows, 2)))
+    activated = [spec.activate(some) for some in padded.split(rows)]
+    return torch.cat(activated)[: len(projected), :width]
 
 
 def _zeros_like(bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:

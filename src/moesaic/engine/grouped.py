@@ -6,6 +6,7 @@ from torch import Tensor
 
 from moesaic.engine.checks import check_ids, check_inputs
 from moesaic.engine.plan import group_by_expert
+from moesaic.engine.reference import with_zero_gradients
 from moesaic.engine.spec import ExpertSpec
 from moesaic.types import ExpertWeights
 
@@ -45,4 +46,5 @@ def grouped(
         hidden = spec.activate(spec.project(tokens[rows], up[expert], up_bias))
         expert_out = spec.project(hidden, down[expert], down_bias)
         out = out.index_add(0, rows, (flat_weights[assignments, None] * expert_out).to(wide))
-    return out.to(tokens.dtype)
+    out = out.to(tokens.dtype)
+    return out if start else with_zero_gradients(out, tokens, weights, *experts)

@@ -225,8 +225,6 @@ def _differentiable_backward(
     with torch.autocast(tokens.device.type, enabled=False):
         out = grouped(tokens, expert_ids, weights, experts, spec)
     wanted = [want and t.requires_grad for t, want in zip(views, wanted, strict=True)]  # less what was frozen since
-    if not out.requires_grad:  # nobody is chosen
-        return [torch.zeros_like(t) if want else None for t, want in zip(views, wanted, strict=True)]
     chosen = [t for t, want in zip(views, wanted, strict=True) if want]
     grads = iter(torch.autograd.grad(out, chosen, grad_out, create_graph=True, allow_unused=True))
     return [next(grads) if want else None for want in wanted]

@@ -10,7 +10,7 @@ import pytest
 import torch
 from bench_problems import CEILING, TIMED, problem_of
 
-from moesaic.bench import runner
+from moesaic.bench import machine, runner
 from moesaic.bench.contenders import PEERS, Contender, our_engine
 from moesaic.bench.gate import errors_of, is_right, truth_of
 from moesaic.bench.problem import make_experts
@@ -279,3 +279,23 @@ def test_eager_may_be_as_wrong_as_it_is_and_half_as_much_again():
     assert is_right({"out": 0.14}, {"out": 0.1}, "bfloat16")
     assert not is_right({"out": 0.16}, {"out": 0.1}, "bfloat16")
     assert not is_right({"out": math.nan}, {"out": 0.1}, "bfloat16")
+
+
+@pytest.mark.parametrize(
+    ("limit", "used", "stat"),
+    [
+        ("memory.max", "memory.current", "anon 1\ninactive_file 300\n"),
+        ("memory.limit_in_bytes", "memory.usage_in_bytes", "inactive_file 1\ntotal_inactive_file 300\n"),
+    ],
+    ids=["cgroup 2", "cgroup 1"],
+)
+def test_a_container_leaves_less_memory_than_the_machine(tmp_path, monkeypatch, limit, used, stat):
+    (tmp_path / "meminfo").write_text("MemTotal:  99 kB\nMemAvailable:  4 kB\n")
+    monkeypatch.setattr(machine, "MEMINFO", tmp_path / "meminfo")
+    monkeypatch.setattr(machine, "CONTAINERS", [(tmp_path, limit, used)])
+    assert machine.available_bytes() == 4096
+    for name, text in ((limit, "2000\n"), (used, "900\n"), ("memory.stat", stat)):
+        (tmp_path / name).write_text(text)
+    assert machine.available_bytes() == 2000 - 900 + 300
+    (tmp_path / limit).write_text("max\n")
+    assert machine.available_bytes() == 4096

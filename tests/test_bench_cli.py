@@ -15,6 +15,7 @@ from moesaic.bench.campaign import Campaign
 from moesaic.bench.machine import TUNING
 from moesaic.bench.runner import Result
 from moesaic.cli import main
+from moesaic.cli.bench import _cells
 
 
 @pytest.fixture
@@ -180,3 +181,15 @@ def test_a_mistake_is_one_line_and_exit_code_2(mistake, run):
     assert err.startswith("moesaic: ")
     assert err.count("\n") == 1
     assert message in err
+
+
+def test_smoke_measures_no_cell_twice():
+    given = {
+        "shapes": ("tiny-dsv3",),
+        "tokens": (32,),
+        "dtypes": ("float32",),
+        "modes": ("router",),
+        "routings": ("balanced",),
+    }
+    cells = _cells(given, smoke=True, targets=False)
+    assert len(cells) == len(set(cells))

@@ -1,4 +1,5 @@
 import copy
+import pickle
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBl
 
 from moesaic.config import MoEConfig
 from moesaic.engine.select import ENGINES
+from moesaic.engine.spec import ACTIVATIONS
 from moesaic.layer.experts import fuse_experts
 from moesaic.layer.moe import DeepseekV3MoE, MoE
 
@@ -288,3 +290,10 @@ def test_permuting_tokens_permutes_outputs(engine):
     layer = DeepseekV3MoE(v3(16, 4, 2, 4, n_shared_experts=1), engine=engine).double()
     x, order = torch.randn(20, 32, dtype=torch.float64), torch.randperm(20)
     torch.testing.assert_close(layer(x[order]), layer(x)[order], rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("hidden_act", ACTIVATIONS)
+def test_a_layer_can_be_pickled_whatever_its_activation(hidden_act):
+    layer = DeepseekV3MoE(v3(8, 2, 1, 2, n_shared_experts=1, hidden_act=hidden_act)).eval()
+    x = torch.randn(5, 32)
+    assert torch.equal(pickle.loads(pickle.dumps(layer))(x), layer(x))

@@ -6,6 +6,7 @@ import platform
 import re
 import subprocess
 import sys
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,11 @@ from typing import Any
 from moesaic.versions import versions
 
 CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
+MEMINFO = Path("/proc/meminfo")
+CONTAINERS = (  # where the kernel says what a container's memory is limited to and what it has taken: cgroups 2 and 1
+    (Path("/sys/fs/cgroup"), "memory.max", "memory.current"),
+    (Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes", "memory.usage_in_bytes"),
+)
 UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 # what decides how fast a matmul of each dtype can be
 ISA_FLAGS = (
@@ -74,12 +80,18 @@ def cache_bytes(level: int, caches: Path = CACHES) -> int | None:
 
 
 def available_bytes() -> int | None:
-    """Memory that can be taken without swapping, or None where the system does not say."""
+    """Memory that can be taken without swapping, and within a container's limit; None where the system does not say."""
     try:
-        found = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
+        found = re.search(r"MemAvailable:\s+(\d+) kB", MEMINFO.read_text())
     except OSError:
         return None
-    return int(found[1]) << 10 if found else None
+    left = [int(found[1]) << 10] if found else []
+    for folder, limit, used in CONTAINERS:
+        with suppress(OSError, ValueError, IndexError):  # "max" where there is no limit
+            files = re.findall(r"^(?:total_)?inactive_file (\d+)", (folder / "memory.stat").read_text(), re.MULTILINE)
+            taken = int((folder / used).read_text()) - int(files[-1])  # files that nobody reads give way
+            left.append(max(int((folder / limit).read_text()) - taken, 0))
+    return min(left, default=None)
 
 
 def onednn_isa() -> str:

@@ -174,7 +174,7 @@ def _cells(given: dict, *, smoke: bool, targets: bool) -> "list[Cell]":
     given = {"threads": (num_cores(),), **given}
     if not targets:
         cells = list(replace(SMOKE if smoke else Grid(), **given).cells())
-        return cells + smoke_cells(given["threads"][0]) if smoke else cells
+        return list(dict.fromkeys([*cells, *smoke_cells(given["threads"][0])])) if smoke else cells
     cells = [cell for threads in given["threads"] for cell in target_cells(threads)]
     found = [cell for cell in cells if all(getattr(cell, AXES[axis]) in values for axis, values in given.items())]
     if not found:

@@ -10,6 +10,7 @@ from hf_models import loud
 from torch import Tensor, nn
 
 import moesaic as ms
+from moesaic.conformance import check
 from moesaic.hf.added_bias import add_bias
 from moesaic.layer.balance import expert_load
 from moesaic.trace.store import Trace
@@ -55,6 +56,7 @@ WORK: dict[str, tuple[str, Callable[[nn.Module], object]]] = {
     "BiasBalance": ("deepseek_v3", balanced),
     "BalanceLoss": ("qwen3_moe", with_a_loss),
     "add_bias": ("qwen3_moe", with_a_bias),
+    "check": ("deepseek_v3", lambda model: [str(result) for result in check(model.model.layers[1]).results]),
 }
 
 

@@ -79,8 +79,10 @@ def gate_code() -> Iterator[None]:
 
 @contextmanager
 def plain_torch() -> Iterator[None]:
-    """Gradients, no inference mode, no autocast, tensors on the CPU: whatever the caller has set is no finding."""
+    """Gradients, no inference mode, no autocast, float32 tensors on the CPU: what the caller has set is no finding."""
     with ExitStack() as stack:
+        stack.callback(torch.set_default_dtype, torch.get_default_dtype())
+        torch.set_default_dtype(torch.float32)
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(torch.autocast("cpu", enabled=False))

@@ -40,10 +40,6 @@ FAMILIES = {
         ),
     ),
 }
-RENAMED = {  # families that call things otherwise
-    "qwen2_moe": (("shared_expert_gate.", "shared_experts.gate."), ("shared_expert.", "shared_experts.")),
-    "gpt_oss": (("router.", "gate."),),
-}
 
 
 def pair(family: str, engine: str = "auto") -> tuple[torch.nn.Module, DeepseekV3MoE]:
@@ -56,14 +52,8 @@ def pair(family: str, engine: str = "auto") -> tuple[torch.nn.Module, DeepseekV3
     for name, tensor in [*theirs.named_parameters(), *theirs.named_buffers()]:
         torch.nn.init.normal_(tensor.data, std=0.5 if "bias" in name else 0.1)
     ours = DeepseekV3MoE(MoEConfig.from_hf(config), engine=engine)
-    ours.load_state_dict(renamed(family, theirs.state_dict()))
+    ours.load_state_dict(theirs.state_dict())
     return theirs, ours
-
-
-def renamed(family: str, named: dict) -> dict:
-    for old, new in RENAMED.get(family, ()):
-        named = {new + name.removeprefix(old) if name.startswith(old) else name: value for name, value in named.items()}
-    return named
 
 
 @pytest.mark.parametrize("engine", [name for name in ENGINES if name != "triton"])
@@ -80,11 +70,12 @@ def test_layer_equals_transformers_forward_and_backward(family, engine):
     out1.backward(upstream)
     out2.backward(upstream)
     torch.testing.assert_close(x2.grad, x1.grad, rtol=0, atol=1e-5)
-    expected = renamed(family, {name: p.grad for name, p in theirs.named_parameters()})
-    got = {name: p.grad for name, p in ours.named_parameters()}
-    assert got.keys() == expected.keys()
-    for name, grad in got.items():
-        torch.testing.assert_close(grad, expected[name], rtol=0, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+    slopes = DeepseekV3MoE(ours.config)  # transformers' gradients, under our names
+    slopes.load_state_dict(theirs.state_dict() | {name: p.grad for name, p in theirs.named_parameters()})
+    expected = dict(slopes.named_parameters())
+    for name, p in ours.named_parameters():
+        assert p.grad is not None
+        torch.testing.assert_close(p.grad, expected[name].data, rtol=0, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
 
 
 @pytest.mark.parametrize("shared", [0, 1, 3])
@@ -109,6 +100,28 @@ def per_expert(saved: dict) -> dict:
         apart |= {f"experts.{e}.gate_proj.weight": gate, f"experts.{e}.up_proj.weight": up}
         apart[f"experts.{e}.down_proj.weight"] = down[e]
     return apart
+
+
+@pytest.mark.parametrize(
+    ("family", "key", "twin"),
+    [
+        ("gpt_oss", "router.weight", "gate.weight"),
+        ("qwen2_moe", "shared_expert.up_proj.weight", "shared_experts.up_proj.weight"),
+        ("qwen2_moe", "shared_expert_gate.weight", "shared_experts.gate.weight"),
+    ],
+)
+def test_other_names_of_parts_are_understood_inside_a_model_and_strictly(family, key, twin):
+    theirs, ours = pair(family)
+    saved = {f"mlp.{name}": value for name, value in theirs.state_dict().items()}
+    block = torch.nn.ModuleDict({"mlp": DeepseekV3MoE(ours.config)})
+    names = list(saved)
+    block.load_state_dict(saved)
+    assert list(saved) == names, "loading must not eat the caller's dict"
+    assert torch.equal(block["mlp"].state_dict()[twin], saved[f"mlp.{key}"])
+    with pytest.raises(RuntimeError, match=rf"Unexpected key.*mlp\.{key}"):
+        block.load_state_dict(saved | {f"mlp.{twin}": saved[f"mlp.{key}"]})
+    with pytest.raises(RuntimeError, match=rf"Missing key.*mlp\.{twin}"):
+        block.load_state_dict({name: value for name, value in saved.items() if name != f"mlp.{key}"})
 
 
 def test_layer_loads_the_per_expert_spelling_and_stays_strict():

@@ -132,6 +132,13 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "n_shared_experts": ("n_shared_experts", "num_shared_experts", "moe_num_shared_experts"),
 }  # fmt: skip
 
+# parts of a layer that some families name otherwise in a state dict: gpt-oss the first, Qwen2-MoE the others
+PART_ALIASES = {
+    "router": "gate",
+    "shared_expert": "shared_experts",
+    "shared_expert_gate": "shared_experts.gate",
+}
+
 
 def rule_of(family: str) -> dict[str, Any] | None:
     """What a family of transformers routes by, beside what its config.json says; None where it is not known here."""

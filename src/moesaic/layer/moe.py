@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from moesaic.config import MoEConfig
 from moesaic.engine.spec import ACTIVATIONS
+from moesaic.families import PART_ALIASES
 from moesaic.layer.experts import Experts
 from moesaic.layer.router import Router
 
@@ -36,6 +37,7 @@ class MoE(nn.Module):
         self.experts = Experts(
             config, engine=engine, batch_invariant=batch_invariant, recompute=recompute, device=device, dtype=dtype
         )
+        self.register_load_state_dict_pre_hook(_rename_on_load)
 
     @classmethod
     def classic(
@@ -88,7 +90,8 @@ class DeepseekV3MoE(MoE):
     """DeepSeek-V3's layer (arXiv 2412.19437, eq. 12): routed experts plus shared experts that see every token.
 
     N_s shared experts are one MLP of N_s times the width; `n_shared_experts=0` has none. With `shared_expert_gate`
-    their output is scaled by sigmoid(w·x), as in Qwen2-MoE. State-dict keys are those of transformers' class.
+    their output is scaled by sigmoid(w·x), as in Qwen2-MoE. State-dict keys are those of transformers' class;
+    `load_state_dict` also takes gpt-oss's `router` and Qwen2-MoE's `shared_expert` and `shared_expert_gate`.
     """
 
     def __init__(
@@ -119,3 +122,13 @@ class SharedExperts(nn.Module):
     def forward(self, x: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch O"]:
         out = self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))
         return out if self.gate is None else F.sigmoid(self.gate(x)) * out
+
+
+def _rename_on_load(_layer: MoE, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Take the parts by the names of other families too. A name of ours that is there stays, and strict loading names
+    the other."""
+    for theirs, ours in PART_ALIASES.items():
+        for key in [key for key in state_dict if key.startswith(f"{prefix}{theirs}.")]:
+            name = f"{prefix}{ours}." + key.removeprefix(f"{prefix}{theirs}.")
+            if name not in state_dict:
+                state_dict[name] = state_dict.pop(key)

@@ -5,6 +5,7 @@ from hf_models import FAMILIES, tiny, token_ids
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+import moesaic as ms
 from moesaic.config import MoEConfig
 from moesaic.hf.modules import is_recompute, is_router, moe_layers
 from moesaic.layer.moe import DeepseekV3MoE, MoE
@@ -68,3 +69,20 @@ def test_recompute_is_told_from_forward(reentrant):
     checkpoint(layer, torch.randn(2, 4, requires_grad=True), use_reentrant=reentrant).sum().backward()
     layer(torch.randn(2, 4)).sum().backward()
     assert seen == [False, True, False]
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        moe_layers,
+        ms.attach,
+        lambda model: ms.BiasBalance(1e-3).attach(model),
+        lambda model: ms.BalanceLoss("switch", 1e-2).attach(model),
+        lambda model: ms.record(model).__enter__(),
+        lambda model: ms.replay(model, None).__enter__(),
+    ],
+    ids=["moe_layers", "attach", "BiasBalance", "BalanceLoss", "record", "replay"],
+)
+def test_the_name_of_a_model_is_no_model(ask):
+    with pytest.raises(ValueError, match="model='qwen3' is no module: give a model of torch"):
+        ask("qwen3")

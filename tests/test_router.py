@@ -9,6 +9,7 @@ from transformers import DeepseekV3Config
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
 
 from moesaic.config import MoEConfig
+from moesaic.layer.moe import DeepseekV3MoE
 from moesaic.layer.router import Router, jitter
 from moesaic.types import check_routing
 
@@ -181,6 +182,14 @@ def test_non_contiguous_input_routes_as_its_copy():
     assert torch.equal(router(x).expert_ids, router(x.contiguous()).expert_ids)
 
 
+def test_another_width_is_named_with_what_fits():
+    router, layer = Router(v3(16, 4, 2, 4)), DeepseekV3MoE(v3(16, 4, 2, 4, moe_intermediate_size=24))
+    said = r"x has width 31 and hidden_size=32: give \[\.\.\., 32\], or another hidden_size"
+    for module in (router, layer):
+        with pytest.raises(ValueError, match=said):
+            module(torch.randn(2, 5, 31))
+
+
 def test_repr_says_what_it_does():
     assert repr(Router(v3(16, 4, 2, 4))) == "Router(32 -> top 4 of 16, groups=4 (keep 2), sigmoid, noaux_tc)"
 
@@ -206,11 +215,14 @@ def test_load_is_right_under_activation_checkpointing(reentrant):
 
 
 @pytest.mark.compile
+@pytest.mark.parametrize("dynamic", [None, True])
 @pytest.mark.parametrize("preset", ["deepseek-v3", "mixtral", "gpt-oss"])
-def test_router_compiles_into_one_graph(preset):
+def test_router_compiles_into_one_graph(preset, dynamic):
     router, x = Router(MoEConfig.preset(preset, hidden_size=32)), torch.randn(40, 32)
-    compiled = torch.compile(router, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(router, fullgraph=True, backend="aot_eager", dynamic=dynamic)
     for ours, theirs in zip(compiled(x), router(x), strict=True):
         assert torch.equal(ours, theirs)
     compiled(x).weights[:, 0].sum().backward()
     assert router.weight.grad.isfinite().all()
+    with pytest.raises(Exception, match="has width 31 and hidden_size=32"):
+        compiled(torch.randn(40, 31))

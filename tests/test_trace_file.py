@@ -381,7 +381,7 @@ def refused(path, message):
 def test_files_that_are_no_trace_are_refused_in_one_line(tmp_path):
     path = tmp_path / "run.safetensors"
     refused(path, "no such file")
-    refused(tmp_path, "no such file")
+    refused(tmp_path, "is a folder: give the .safetensors of a trace .`moesaic trace` makes one of a model")
     path.write_bytes(b"")
     refused(path, "shorter than 8 bytes")
     path.write_bytes(b"PK\x03\x04" * 9)

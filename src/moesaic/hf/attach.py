@@ -7,6 +7,7 @@ from torch import nn
 from moesaic.engine.select import check_engine
 from moesaic.hf.added_bias import restore_bias
 from moesaic.hf.experts import NAME, is_on_seam, serve
+from moesaic.hf.modules import check_model
 from moesaic.layer.experts import Experts
 
 M = TypeVar("M", bound=nn.Module)
@@ -23,10 +24,11 @@ def attach(model: M, *, engine: str = "auto", batch_invariant: bool = False, rec
     A selection bias that moesaic added to a family without one and that was saved with the model is read from its
     checkpoint, which plain transformers leaves out.
 
-    Raises ValueError, and switches nothing, where there are no such experts, one of them cannot be served, such a bias
-    cannot be read, or transformers does not let the model switch.
+    Raises ValueError, and switches nothing, where `model` is no module or has no such experts, one of them cannot be
+    served, such a bias cannot be read, or transformers does not let the model switch.
     """
     check_engine(engine, batch_invariant=batch_invariant, recompute=recompute)
+    check_model(model)
     ours = [module for module in model.modules() if isinstance(module, Experts)]
     theirs: list[Any] = [module for module in model.modules() if is_on_seam(module)]
     if not ours and not theirs:

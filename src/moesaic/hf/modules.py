@@ -55,8 +55,9 @@ def moe_layers(model: nn.Module, config: MoEConfig | None = None) -> list[MoELay
 
     A bare Router is a layer without experts. `config` stands in for what the model's own says; without it a layer
     whose rule is not known gets a config of its sizes alone, topk_method="unknown". Raises ValueError, with the
-    reason, where there is no layer whose picks can be seen.
+    reason, where `model` is no module, or has no layer whose picks can be seen.
     """
+    check_model(model)
     bare = unwrapped(model)
     if isinstance(bare, Router):
         return [MoELayer("gate", bare, None, bare.config, origin="router")]
@@ -76,6 +77,12 @@ def moe_layers(model: nn.Module, config: MoEConfig | None = None) -> list[MoELay
             "give a transformers>=5 MoE model or a moesaic layer"
         )
     return layers
+
+
+def check_model(model: object) -> None:
+    """ValueError for what is no module, such as the name of a model that is not loaded."""
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model={model!r} is no module: give a model of torch")
 
 
 def blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Module | None, nn.Module]]:

@@ -62,6 +62,11 @@ class Router(nn.Module):
 
         `replay` [T, K] forces the experts and leaves the weights to the live logits; `token_ids` serves hash routing.
         """
+        if x.shape[-1] != self.config.hidden_size:  # before a matmul says it in terms of matrices
+            raise ValueError(
+                f"x has width {x.shape[-1]} and hidden_size={self.config.hidden_size}: "
+                f"give [..., {self.config.hidden_size}], or another hidden_size"
+            )
         tokens = x.reshape(-1, x.shape[-1])  # [T, D]
         if self.training and self.config.router_jitter_noise:
             tokens = jitter(tokens, self.config.router_jitter_noise)

@@ -56,6 +56,8 @@ def is_trace(path: Path) -> bool:
 
 
 def _load(path: Path) -> Trace:
+    if path.is_dir():
+        raise ValueError("is a folder: give the .safetensors of a trace (`moesaic trace` makes one of a model)")
     if not path.is_file():
         raise ValueError("no such file: give the .safetensors of a recorded trace")
     size = path.stat().st_size

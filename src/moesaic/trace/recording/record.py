@@ -43,8 +43,6 @@ def record(
     """
     if detail not in DETAILS:
         raise ValueError(f"detail={detail!r} is unknown: use {', '.join(map(repr, DETAILS[:-1]))} or {DETAILS[-1]!r}")
-    if not isinstance(model, nn.Module):
-        raise ValueError(f"model={model!r} is no module: give a model of torch")
     check_seed(seed)
     check_names(labels)
     layers = moe_layers(model, config)

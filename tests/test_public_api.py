@@ -11,7 +11,12 @@ PUBLIC = [
 
 def test_public_names_are_pinned():
     assert sorted(moesaic.__all__) == sorted(PUBLIC)
-    assert set(PUBLIC) <= set(dir(moesaic))
+
+
+def test_dir_lists_the_public_names_once_and_nothing_else_without_underscores():
+    assert isinstance(moesaic.MoE, type), "a name that was used is a global too"
+    assert [name for name in dir(moesaic) if not name.startswith("_")] == sorted(PUBLIC)
+    assert {"__all__", "__version__", "__doc__"} <= set(dir(moesaic))
 
 
 @pytest.mark.parametrize("name", PUBLIC)

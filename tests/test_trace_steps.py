@@ -9,9 +9,11 @@ from rich.console import Console
 from traces import made
 
 from moesaic import rules
+from moesaic.article import ASSETS
 from moesaic.config import MoEConfig
 from moesaic.layer.router import Router
 from moesaic.rules import route
+from moesaic.trace.figures.captions import LABELS
 from moesaic.trace.rule.derive import check_layer
 from moesaic.trace.rule.stages import STAGES
 from moesaic.trace.rule.steps import steps, steps_of_routing, versus_topk
@@ -40,6 +42,13 @@ def test_there_are_fifteen_stages_in_the_order_of_the_flow_chart():
         "expert_mask", "masked", "experts", "normalised", "scaled", "output",
     ]  # fmt: skip
     assert len({stage.name_zh for stage in STAGES}) == len({stage.name_en for stage in STAGES}) == 15
+
+
+def test_a_group_is_called_a_group_and_no_node():
+    """The Chinese figure and transcript alone keep the article's words."""
+    names = [name for stage in STAGES for name in (stage.name_en, stage.name_zh)]
+    said = [*names, (ASSETS / "transcript.en.txt").read_text(), *map(str, LABELS["en"].values())]
+    assert not [text for text in said if "node" in text or "节点" in text]
 
 
 def test_shapes_are_those_of_the_articles_run():

@@ -26,9 +26,9 @@ from moesaic.conformance.verdict import Both, Fault, GateRaised, NotApplicable, 
     "wrong",
     name=("masked groups stay masked", "被屏蔽的组不会被选中"),
     story=(
-        "masked experts are filled with 0, and where every biased score is negative 0 wins: tokens go to nodes that "
+        "masked experts are filled with 0, and where every biased score is negative 0 wins: tokens go to groups that "
         "the group limit had excluded",
-        "被屏蔽的专家填成 0；当带偏置的分数全为负时 0 反而最大，token 被送到分组限制已排除的节点",
+        "被屏蔽的专家填成 0；当带偏置的分数全为负时 0 反而最大，token 被送到分组限制已排除的组",
     ),
     advice=("fill with -inf before the top-k", "在 top-k 之前填 -inf"),
     references=(
@@ -61,9 +61,9 @@ def masked_groups(gate: Gate) -> None:
     "fragile",
     name=("underflowing scores do not open masked groups", "分数下溢不会打开被屏蔽的组"),
     story=(
-        "masked experts hold 0 and so do kept ones whose score underflows: a very sure token reaches nodes that its "
+        "masked experts hold 0 and so do kept ones whose score underflows: a very sure token reaches groups that its "
         "group limit excludes, with weight 0 but with traffic",
-        "被屏蔽的专家是 0，分数下溢的保留专家也是 0：非常确定的 token 会到达被排除的节点，权重为 0，但通信照发",
+        "被屏蔽的专家是 0，分数下溢的保留专家也是 0：非常确定的 token 会到达被排除的组，权重为 0，但通信照发",
     ),
     advice=("fill with -inf before the top-k", "在 top-k 之前填 -inf"),
     references=("huggingface/transformers#45441",),
@@ -95,7 +95,7 @@ def masked_underflow(gate: Gate) -> None:
     name=("a group scores as its rule says", "组分数符合规则"),
     story=(
         "V2 takes the best expert of a group, V3 the sum of the best two, its paper K/M of them: with the wrong one "
-        "half of all tokens go to other nodes than in training",
+        "half of all tokens go to other groups than in training",
         "V2 取组内最大分数，V3 取前两名之和，论文写的是前 K/M 名：用错时一半 token 的去向与训练时不同",
     ),
     advice=("take the group score of the model's own code", "采用模型自己代码中的组分数"),
@@ -197,9 +197,9 @@ def exactly_enough(gate: Gate) -> None:
     "fragile",
     name=("K > M*E/G is refused", "K > M*E/G 会被拒绝"),
     story=(
-        "the top-k runs out of candidates and takes masked experts, with their full weights: the node limit is broken "
+        "the top-k runs out of candidates and takes masked experts, with their full weights: the group limit is broken "
         "for every token and nothing says so",
-        "top-k 的候选不够，于是取到被屏蔽的专家，且带着完整权重：每个 token 都违反节点限制，而没有任何提示",
+        "top-k 的候选不够，于是取到被屏蔽的专家，且带着完整权重：每个 token 都违反分组限制，而没有任何提示",
     ),
     advice=("refuse the config at construction and name the numbers", "构造时拒绝该配置，并指出数字"),
     references=("sgl-project/sglang#37741",),

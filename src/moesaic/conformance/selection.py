@@ -146,8 +146,8 @@ def expect_lowest(gate: Gate, logits: torch.Tensor, bias: torch.Tensor | None) -
     "fragile",
     name=("tied groups go to the lowest id", "组分数相同时取最小编号"),
     story=(
-        "as with experts: which nodes a tied token visits depends on the device and the number of rows",
-        "与专家相同：并列时 token 去哪些节点取决于设备和行数",
+        "as with experts: which groups a tied token visits depends on the device and the number of rows",
+        "与专家相同：并列时 token 去哪些组取决于设备和行数",
     ),
     advice=("rank groups by (score, -id) too", "组也按（分数，-编号）排序"),
     references=("sgl-project/sglang#29922",),

@@ -19,10 +19,10 @@ LABELS = {
     },
     "en": {
         "title": "DeepSeek-V3 MoE routing", "title_other": "MoE routing",
-        "heat": "Expert usage", "heat_x": "expert within group", "heat_y": "group (node)", "heat_bar": "times used",
+        "heat": "Expert usage", "heat_x": "expert within group", "heat_y": "group", "heat_bar": "times used",
         "row_x": "expert within row", "row_y": "first expert of row",
         "weights": "Expert weights", "weights_x": "weight", "weights_y": "count", "weights_mean": "mean",
-        "nodes": "Group (node) selection", "nodes_x": "group", "nodes_y": "times chosen",
+        "nodes": "Group selection", "nodes_x": "group", "nodes_y": "times chosen",
         "kept": "kept by the gate (derived from recorded logits and bias)", "reached": "reached by chosen experts",
         "fair": "expected if uniform",
         "load": "Load per expert", "load_x": "expert", "load_y": "times used", "band": "random routing, 5–95 %",

@@ -319,6 +319,36 @@ def test_table_words_and_json_say_the_same(lang):
         found.sentences("fr")
 
 
+@pytest.mark.parametrize("asked", [{"k": 2}, {"k": 6}, {"k": 2, "bias": False}, {"k": 6, "drop_experts": [3]}], ids=str)
+def test_sets_of_another_size_are_compared_by_what_they_share(asked):
+    found = what_if(traced(), **asked)
+    pairs = [
+        (set(one), set(two))
+        for before, after in zip(found.before.picks.tolist(), found.trace.picks.tolist(), strict=True)
+        for one, two in zip(before, after, strict=True)
+    ]
+    share = sum(len(one & two) for one, two in pairs) / sum(min(len(one), len(two)) for one, two in pairs)
+    assert (share == 1.0) == (len(asked) == 1), "the best two are among the best four"
+    said = found.sentences()[2]
+    assert said.startswith("another number of experts, so every set and its summed score differ; ")
+    assert f" {share:.1%} of the smaller sets" in said
+    assert f" {share:.1%} " in found.sentences("zh")[2]
+    assert not any("other experts for" in line for line in found.sentences())
+
+
+def test_what_a_question_about_groups_leaves_open_is_said():
+    flat = traced(MoEConfig.preset("qwen3-moe", hidden_size=8, n_routed_experts=16, num_experts_per_tok=4))
+    asked = {"n_group": 4}
+    assert what_if(flat, **asked).sentences()[0] == "what if: n_group = 4 (assumed: topk_group = 1, group_score = max)"
+    assert what_if(flat, **asked).sentences("zh")[0] == "假如：n_group = 4（假定：topk_group = 1，group_score = max）"
+    asked |= {"topk_group": 2}
+    said = what_if(flat, **asked).sentences()[0]
+    assert said == "what if: n_group = 4, topk_group = 2 (assumed: group_score = max)"
+    asked |= {"group_score": "top2_sum"}
+    assert "assumed" not in what_if(flat, **asked).sentences()[0]
+    assert "assumed" not in what_if(traced(), n_group=2).sentences()[0], "the record says how groups are scored"
+
+
 def test_layers_without_data_and_picks_from_elsewhere_are_said():
     trace = replace(traced(), missing=("model.layers.7.mlp",), origins=("router", "experts"))
     picks = trace.picks.clone()

@@ -15,7 +15,7 @@ WORDS = {
         "same": "unchanged settings: the recorded rule, applied to the recorded scores",
         "asked": "what if: {what}",
         "k": "k = {0}", "n_group": "n_group = {0}", "topk_group": "topk_group = {0}",
-        "group_score": "group_score = {0}", "group_mask": "group_mask = {0}",
+        "group_score": "group_score = {0}", "group_mask": "group_mask = {0}", "assumed": " (assumed: {0})",
         "no_bias": "no correction bias", "bias": "another correction bias", "deltas": "bias {0}",
         "drop_experts": "without {0}", "and": ", ",
         "reproduced": "the recorded rule gives the recorded experts of all {n:,} (layer, token) pairs",
@@ -23,6 +23,8 @@ WORDS = {
         "astray": "careful: the recorded rule does not give the recorded experts of {n} (layer, token) pairs, so it is "
         "not the rule of this record",
         "flips": "other experts for {share:.1%} of (layer, token) pairs, {tokens:.1%} of tokens in some layer",
+        "resized": "another number of experts, so every set and its summed score differ; {share:.1%} of the smaller "
+        "sets are in the larger ones",
         "load": "busiest expert of a layer: {a:.2f}x its share before, {b:.2f}x after",
         "unused": "experts never used: {a} before, {b} after",
         "groups": "groups per token: {a:.2f} before, {b:.2f} after",
@@ -40,13 +42,14 @@ WORDS = {
         "same": "设置不变：用记录的规则处理记录的分数",
         "asked": "假如：{what}",
         "k": "k = {0}", "n_group": "n_group = {0}", "topk_group": "topk_group = {0}",
-        "group_score": "group_score = {0}", "group_mask": "group_mask = {0}",
+        "group_score": "group_score = {0}", "group_mask": "group_mask = {0}", "assumed": "（假定：{0}）",
         "no_bias": "去掉修正偏置", "bias": "换一组修正偏置", "deltas": "偏置 {0}",
         "drop_experts": "去掉 {0}", "and": "，",
         "reproduced": "按记录的规则推导，全部 {n:,} 个（层，token）的专家与记录一致",
         "ties": "；其中 {n} 个靠完全并列，取谁都可以",
         "astray": "注意：按记录的规则推不出 {n} 个（层，token）的专家，可见这不是该记录真正的规则",
         "flips": "{share:.1%} 的（层，token）会换专家；{tokens:.1%} 的 token 在某层会换",
+        "resized": "专家个数不同，所以每个集合及其总分都不同；较小的集合有 {share:.1%} 在较大的集合之中",
         "load": "各层最忙的专家：原为均值的 {a:.2f} 倍，改后 {b:.2f} 倍",
         "unused": "从未用到的专家：原有 {a} 个，改后 {b} 个",
         "groups": "每个 token 到达的组数：原为 {a:.2f}，改后 {b:.2f}",
@@ -81,7 +84,12 @@ def sentences(found: WhatIf, lang: str = "en") -> list[str]:
 
 
 def _changes(found: WhatIf, rows: list[dict[str, Any]], words: dict[str, Any]) -> list[str]:
-    out = [words["flips"].format(share=found.share, tokens=found.token_share)]
+    if found.before.top_k == found.trace.top_k:
+        out = [words["flips"].format(share=found.share, tokens=found.token_share)]
+    else:
+        had, has = (sum(sum(row["load"][side]) for row in rows) for side in (0, 1))
+        both = had - sum(row["assignments_lost"] for row in rows)
+        out = [words["resized"].format(share=both / min(had, has))] if had else []
     peaks = [[row["max_over_mean"][side] or 0.0 for row in rows] for side in (0, 1)]
     out.append(words["load"].format(a=max(peaks[0]), b=max(peaks[1])))
     unused = [sum(row["unused"][side] for row in rows) for side in (0, 1)]
@@ -149,6 +157,11 @@ def _asked(found: WhatIf, words: dict[str, Any]) -> str:
             parts.append(words[name].format(" ".join(f"e{expert}" for expert in value)))
         else:
             parts.append(words[name].format(value))
+    before, after = found.before.configs[0], found.trace.configs[0]
+    if after.limits_groups and not before.limits_groups:  # what the question left open and no record answers
+        rule = {"topk_group": after.topk_group, "group_score": after.group_score_rule}
+        assumed = [words[name].format(value) for name, value in rule.items() if name not in found.changes]
+        parts += [parts.pop() + words["assumed"].format(words["and"].join(assumed))] if assumed else []
     return words["asked"].format(what=words["and"].join(parts)) if parts else words["same"]
 
 

@@ -11,7 +11,7 @@ from moesaic.bench import forms
 from moesaic.bench.forms import FormTimes, engine_form, time_forms
 from moesaic.bench.machine import onednn_isa
 from moesaic.cli import main
-from moesaic.cli.doctor_table import WORDS
+from moesaic.cli.doctor_table import WORDS, _engines
 from moesaic.cli.examine import SWITCH_ON, held_back, transformers_seam, try_engine, wrong
 from moesaic.engine import memory
 from moesaic.engine.matmul_forms import ANY
@@ -47,7 +47,7 @@ def test_json_says_what_auto_takes_and_how_every_engine_did(run):
     for (device, dtype), row in cells.items():
         assert (row["auto"], row["reason"]) == best_engine(device, getattr(torch, dtype))
         assert row["engines"].keys() == ENGINES.keys()
-        assert row["engines"][row["auto"]] is None
+        assert row["engines"][row["auto"]] is True
     assert found["transformers"]["known"]
     assert "measured" not in found
 
@@ -96,7 +96,7 @@ def test_an_engine_that_refuses_says_so_and_is_no_bad_verdict_unless_auto_takes_
     code, out, _ = run("--json")
     rows = json.loads(out)["engines"]
     assert code == 0
-    assert rows[0]["engines"]["picky"] == "ValueError: dtype=torch.float32 is not served in [T, K]: use 'reference'"
+    assert rows[0]["engines"]["picky"] == "dtype=torch.float32 is not served in [T, K]: use 'reference'"
     assert "not served in [T, K]" in " ".join(run()[1].split())
     assert wrong({"engines": [{**row, "auto": "picky"} for row in rows]}) == [f"cpu {row['dtype']}" for row in rows]
 
@@ -113,7 +113,24 @@ def test_a_wrong_gradient_is_found():
         patch.setitem(ENGINES, "fine", frozen)
         patch.setitem(ENGINES, "half", half)
         assert try_engine("fine", "cpu", "float32") is None
-        assert try_engine("half", "cpu", "float32").startswith("off by 5.0e-01")
+        assert try_engine("half", "cpu", "float32") == "off by 5.0e-01 of the largest value, 1e-05 is allowed"
+
+
+def test_an_error_that_is_none_of_ours_is_named_with_its_kind(monkeypatch):
+    monkeypatch.setitem(ENGINES, "absent", lambda *_: {}["triton"])
+    assert try_engine("absent", "cpu", "float32") == "KeyError: 'triton'"
+
+
+@pytest.mark.parametrize("lang", ["en", "zh"])
+def test_why_the_reference_is_off_in_16_bits_is_said_where_it_is(lang):
+    def told(**engines):
+        row = {"device": "cpu", "dtype": "float16", "auto": "cpu", "reason": "", "engines": {"cpu": True, **engines}}
+        return any(
+            getattr(part, "renderable", None) == WORDS[lang]["reference"] for part in _engines([row], WORDS[lang])
+        )
+
+    assert told(reference="off by 1.0e-02 of the largest value, 4e-03 is allowed")
+    assert not told(reference=True)
 
 
 def test_without_the_seam_the_reason_is_said(monkeypatch):

@@ -19,6 +19,8 @@ WORDS = {
         "held_back": "The CPU has bfloat16 instructions that oneDNN does not use: is ONEDNN_MAX_CPU_ISA set?",
         "engines": "Engines: what engine=\"auto\" takes, tried here against float64",
         "engine_columns": ("device", "dtype", "auto"), "ok": "right", "no": "no",
+        "reference": "The reference is the definition in float32 and float64: in 16 bits it adds a weight's gradients "
+        "token by token in that type, where the other engines round once.",
         "elsewhere": "On a CUDA device, which is not here, auto would take for {dtype}: {auto}, {reason}.",
         "known": "transformers knows the experts implementation \"moesaic\". Switch it on with one of",
         "unknown": "transformers does not know \"moesaic\": {reason}",
@@ -37,6 +39,8 @@ WORDS = {
         "held_back": "CPU 有 bfloat16 指令而 oneDNN 没有使用：是否设置了 ONEDNN_MAX_CPU_ISA？",
         "engines": "引擎：engine=\"auto\" 的选择，均已在本机与 float64 对照",
         "engine_columns": ("设备", "类型", "auto"), "ok": "正确", "no": "否",
+        "reference": "reference 在 float32 和 float64 下就是定义；在 16 位类型下，它用该类型逐个 token 累加权重的"
+        "梯度，而其他引擎只舍入一次。",
         "elsewhere": "若有 CUDA 设备（本机没有），auto 对 {dtype} 会选择：{auto}，{reason}。",
         "known": "transformers 已认识专家实现 \"moesaic\"，任选一种方式启用：",
         "unknown": "transformers 不认识 \"moesaic\"：{reason}",
@@ -87,14 +91,15 @@ def _engines(rows: list[dict[str, Any]], words: dict[str, Any]) -> "list[Rendera
     from rich.padding import Padding
 
     drawn = table(words["engines"], (*words["engine_columns"], *rows[0]["engines"]))
-    failures = list(dict.fromkeys(failure for row in rows for failure in row["engines"].values() if failure))
+    failures = list(dict.fromkeys(said for row in rows for said in row["engines"].values() if said is not True))
     for row in rows:
         tried = [
-            f"[yellow]{words['no']} ({failures.index(failure) + 1})" if failure else f"[green]{words['ok']}"
-            for failure in row["engines"].values()
+            f"[green]{words['ok']}" if said is True else f"[yellow]{words['no']} ({failures.index(said) + 1})"
+            for said in row["engines"].values()
         ]
         drawn.add_row(row["device"], row["dtype"], f"[bold]{row['auto']}", *tried)
     lines = [f"({number}) {failure}" for number, failure in enumerate(failures, 1)]
+    lines += [words["reference"]] if any(row["engines"]["reference"] is not True for row in rows) else []
     lines += [f"{row['device']} {row['dtype']}: {row['auto']}, {row['reason']}" for row in rows]
     return [drawn, *(Padding(escape(line), (0, 0, 0, 1)) for line in lines), ""]
 

@@ -45,13 +45,13 @@ def examine() -> dict[str, Any]:
 
 
 def serve(device: str, dtype: str) -> dict[str, Any]:
-    """What "auto" takes there, why, and how each engine did: null where it was right, else what went wrong."""
+    """What "auto" takes there, why, and how each engine did: True where it was right, else what went wrong."""
     import torch
 
     from moesaic.engine.select import ENGINES, best_engine
 
     name, reason = best_engine(device, getattr(torch, dtype))
-    tried = {engine: try_engine(engine, device, dtype) for engine in ENGINES}
+    tried = {engine: try_engine(engine, device, dtype) or True for engine in ENGINES}
     return {"device": device, "dtype": dtype, "auto": name, "reason": reason, "engines": tried}
 
 
@@ -79,12 +79,14 @@ def try_engine(name: str, device: str, dtype: str) -> str | None:
     try:
         got = run(ENGINES[name], [tensor.to(device, copy=True) for tensor in drawn], ids.to(device))
     except Exception as error:  # whatever it is, it is the finding
-        return " ".join(f"{type(error).__name__}: {error}".split())
+        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "  # a ValueError is our own sentence
+        return " ".join(f"{kind}{error}".split())
     worst = max(
         float((a.detach().cpu().double() - b.detach()).abs().max() / b.detach().abs().max())
         for a, b in zip(got, expected, strict=True)
     )
-    return None if worst <= TOLERANCE[dtype] else f"off by {worst:.1e} of the largest value"
+    allowed = TOLERANCE[dtype]
+    return None if worst <= allowed else f"off by {worst:.1e} of the largest value, {allowed:.0e} is allowed"
 
 
 def transformers_seam() -> dict[str, Any]:
@@ -116,7 +118,7 @@ def take_measures() -> dict[str, Any]:
 
 def wrong(found: dict[str, Any]) -> list[str]:
     """Where "auto" fails: device and dtype."""
-    return [f"{row['device']} {row['dtype']}" for row in found["engines"] if row["engines"][row["auto"]] is not None]
+    return [f"{row['device']} {row['dtype']}" for row in found["engines"] if row["engines"][row["auto"]] is not True]
 
 
 def held_back(machine: dict[str, Any]) -> bool:

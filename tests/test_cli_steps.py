@@ -10,6 +10,7 @@ from cases import v3
 from moesaic.cli.steps import recorded_word, steps
 from moesaic.config import MoEConfig
 from moesaic.rules import route
+from moesaic.trace.rule.stages import NO_LOGITS
 from moesaic.trace.store import Trace
 
 
@@ -45,6 +46,15 @@ def test_a_layer_whose_rule_is_not_known_says_so(capsys, tmp_path, lang):
     assert {"en": "the rule of this layer is not known", "zh": "此层的路由规则未知"}[lang] in out.replace("\n", "")
     assert {"en": "classic top-4: no data (", "zh": "经典 top-4：没有数据（"}[lang] in out
     assert "sigmoid" not in out
+
+
+@pytest.mark.parametrize("lang", ["en", "zh"])
+def test_a_record_without_logits_says_how_to_have_them(capsys, tmp_path, lang):
+    assert NO_LOGITS[lang] not in shown(capsys, trace_of(), tmp_path, lang=lang)
+    picks = replace(trace_of(), logits=None, bias=None)
+    assert NO_LOGITS[lang] in shown(capsys, picks, tmp_path, lang=lang)
+    others = replace(picks, origins=("imported",))
+    assert NO_LOGITS[lang] not in shown(capsys, others, tmp_path, lang=lang), "we did not record it"
 
 
 def test_json_is_one_strict_document_with_every_stage(capsys, tmp_path):

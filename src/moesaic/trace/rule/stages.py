@@ -23,8 +23,8 @@ STAGES = (
     Stage(5, "biased", "添加修正偏置", "add bias", "choice = scores + bias"),
     Stage(6, "grouped", "重塑为组形式", "by group", "choice.view(T, G, E/G)"),
     Stage(7, "group_scores", "每组 Top-2 求和", "group score", "sum(top2(choice))"),
-    Stage(8, "groups", "选择节点", "pick groups", "topk(group_scores, M)"),
-    Stage(9, "group_mask", "创建节点掩码", "group mask", "mask[groups] = 1"),
+    Stage(8, "groups", "选择组", "pick groups", "topk(group_scores, M)"),
+    Stage(9, "group_mask", "创建组掩码", "group mask", "mask[groups] = 1"),
     Stage(10, "expert_mask", "扩展掩码到专家", "expert mask", "mask of experts"),
     Stage(11, "masked", "应用掩码", "apply mask", "choice where open, else -inf"),
     Stage(12, "experts", "选择 Top-K 专家", "pick experts", "topk(masked, K)"),
@@ -38,6 +38,10 @@ NEED_RULE = ("scores", *SKIPPED, "normalised")
 NEED_BIAS = SKIPPED  # these cannot be derived where the model has a bias that was not recorded
 
 NOT_RECORDED = {"zh": "未记录", "en": "not recorded"}
+NO_LOGITS = {
+    "zh": "logits 未记录：请用 detail='scores'（--detail scores）记录",
+    "en": "logits were not recorded: record with detail='scores' (--detail scores)",
+}
 NO_WEIGHTS = {"zh": "权重未记录", "en": "weights were not recorded"}
 DERIVED = {"zh": "推导得出，未记录", "en": "derived, not recorded"}
 BIAS_NOT_RECORDED = {"zh": "修正偏置未记录", "en": "the correction bias was not recorded"}

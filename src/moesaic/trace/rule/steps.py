@@ -15,6 +15,7 @@ from moesaic.trace.rule.stages import (
     BIAS_NOT_RECORDED,
     DERIVED,
     NEED_BIAS,
+    NO_LOGITS,
     NO_WEIGHTS,
     NOT_RECORDED,
     SKIPPED,
@@ -83,7 +84,8 @@ class Steps(Sequence[Step]):
 
     def notes(self, lang: str = "en") -> list[str]:
         """What has to be said of the record whatever its steps show."""
-        return origin_notes([self.layer], [self.origin], lang)
+        missing = self.steps[2].note is NOT_RECORDED and self.origin != "imported"  # the logits
+        return [*origin_notes([self.layer], [self.origin], lang), *([NO_LOGITS[lang]] if missing else [])]
 
     def __rich__(self) -> Any:
         from moesaic.trace.rule.steps_table import steps_table

@@ -133,6 +133,7 @@ def test_placements_and_other_traces(saved, tmp_path):
     path, placement = saved(), tmp_path / "placement.json"
     placement.write_text(json.dumps([e % 2 for e in range(32)]))
     code, out, _ = run(path, "--placement", placement, "--against", path)
+    assert run(path, "--placement", placement.read_text(), "--against", path)[:2] == (code, out), "the list itself"
     assert code == 0
     assert "The same tokens in" in out
     other = saved("other.safetensors", input_ids=torch.arange(600) + 1)

@@ -87,7 +87,6 @@ def test_placements_that_make_no_sense_are_refused(tmp_path):
             place_experts(32, **given)
     file = tmp_path / "placement.json"
     for content, message in (
-        ("{}", "not a list of whole numbers"),
         ("[true]", "not a list of whole numbers"),
         ("[[0]]", "not a list of whole numbers"),
         ("[0, 1", r"placement.json is not JSON, or cut short \(JSONDecodeError\): give the node of every expert"),
@@ -98,11 +97,17 @@ def test_placements_that_make_no_sense_are_refused(tmp_path):
     ):
         file.write_text(content)
         with pytest.raises(ValueError, match=message):
-            read_placement(file, 32)
-    with pytest.raises(ValueError, match="cannot be read"):
-        read_placement(tmp_path / "none.json", 32)
+            read_placement(str(file), 32)
+        with pytest.raises(ValueError, match=message.replace("placement.json", "--placement")):
+            read_placement(content, 32)
+    file.write_text("{}")
+    with pytest.raises(ValueError, match=r"placement\.json: not a list of whole numbers"):
+        read_placement(str(file), 32)
+    with pytest.raises(ValueError, match=r"none\.json: cannot be read .*: give the node of every expert, .*or a file"):
+        read_placement(str(tmp_path / "none.json"), 32)
     file.write_text(json.dumps([0, 1] * 16))
-    assert read_placement(file, 32).tolist() == [0, 1] * 16
+    for given in (str(file), file.read_text()):
+        assert read_placement(given, 32).tolist() == [0, 1] * 16
 
 
 @pytest.mark.parametrize("factor", [0.5, 1.0, 1.25, 4.0])

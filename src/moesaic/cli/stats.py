@@ -36,7 +36,7 @@ def stats(
     trace: Annotated[Path, typer.Argument(help="A recorded .safetensors.")],
     nodes: Annotated[int | None, typer.Option(help="Machines; experts are placed on them in equal runs.")] = None,
     placement: Annotated[
-        Path | None, typer.Option(help="JSON list with the node of every expert, instead of --nodes.")
+        str | None, typer.Option(help="The node of every expert as a JSON list, or a file of it, instead of --nodes.")
     ] = None,
     capacity: Annotated[str, typer.Option(help="Capacity factors: what each would drop.")] = "1,1.25,2",
     coselection: Annotated[
@@ -50,7 +50,8 @@ def stats(
     lang: Annotated[str, typer.Option(help="en or zh.")] = "en",
     as_json: Annotated[bool, typer.Option("--json", help=JSON_HELP)] = False,
 ) -> None:
-    """Judge the load of every layer of a record, each number beside what chance gives.
+    """Judge the load of every layer of a record, each number beside what chance gives; where its documents have two or
+    more labels, test which experts prefer which.
 
     Exit code 0: every layer was judged and is healthy; 1: a layer is imbalanced, has dead experts or has collapsed; 2:
     layers without data or with too few tokens, and none that is bad.

@@ -29,7 +29,7 @@ def what_if(
     drop: Annotated[str | None, typer.Option(help="Experts that are never chosen, such as 3,7.")] = None,
     nodes: Annotated[int | None, typer.Option(help="Machines; experts are placed on them in equal runs.")] = None,
     placement: Annotated[
-        Path | None, typer.Option(help="JSON list with the node of every expert, instead of --nodes.")
+        str | None, typer.Option(help="The node of every expert as a JSON list, or a file of it, instead of --nodes.")
     ] = None,
     anyway: Annotated[bool, typer.Option("--anyway", help="Answer although the record follows another rule.")] = False,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Save the new routing as a record.")] = None,

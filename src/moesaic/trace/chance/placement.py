@@ -39,18 +39,21 @@ def place_experts(
     return array.astype(np.int64)
 
 
-def read_placement(path: Path, n_experts: int) -> np.ndarray:
-    """The placement in a JSON file: a list with the node of every expert."""
+def read_placement(given: str, n_experts: int) -> np.ndarray:
+    """The placement in a JSON list with the node of every expert: the list itself, or a file that holds it."""
+    name = "--placement" if (listed := given.lstrip().startswith("[")) else given
     try:
-        content = parsed(path.read_bytes(), f"{path}")
+        content = parsed(given.encode() if listed else Path(given).read_bytes(), name)
     except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror}): give a JSON list") from None
+        raise ValueError(
+            f"{name}: cannot be read ({error.strerror}): give the node of every expert, [0,0,1,1], or a file of that"
+        ) from None
     except ValueError as error:
         raise ValueError(f"{error}: give the node of every expert, [0, 0, 1, 1]") from None
     if not isinstance(content, list) or any(isinstance(node, bool) or not isinstance(node, int) for node in content):
-        raise ValueError(f"{path}: not a list of whole numbers: give the node of every expert, [0, 0, 1, 1]")
+        raise ValueError(f"{name}: not a list of whole numbers: give the node of every expert, [0, 0, 1, 1]")
     if any(abs(node) >= 2**31 for node in content):
-        raise ValueError(f"{path}: a node number is beyond 2^31: number nodes from 0")
+        raise ValueError(f"{name}: a node number is beyond 2^31: number nodes from 0")
     return place_experts(n_experts, placement=content)
 
 

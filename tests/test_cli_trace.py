@@ -159,6 +159,9 @@ def test_chinese_is_chinese(run):
     assert "4 个 MoE 层" in out
     assert "接下来：" in out
     assert "Next" not in out
+    commands = [line for line in out.splitlines() if line.startswith("   moesaic")]
+    assert len(commands) == 2
+    assert all(" --lang zh   " in line for line in commands), "what follows speaks the same language"
 
 
 def test_an_older_trace_is_replaced_and_it_is_said(run):

@@ -33,7 +33,15 @@ def test_the_command_writes_a_folder_that_plain_transformers_loads(run, folder):
     assert code == 0
     assert "Qwen3ForCausalLM -> Qwen3MoeForCausalLM: 3 layers of 8 experts, top 4" in out
     assert "output: the same" in out
-    assert "reproduce: moesaic upcycle" in out
+    lines = out.splitlines()
+    at = lines.index("Next:")
+    moe = folder / "new" / "moe"
+    assert [line.split("  ")[1].strip() for line in lines[at + 1 : at + 3]] == [
+        f"moesaic trace {moe} --corpus --detail scores", f"moesaic check {moe}",
+    ]  # fmt: skip
+    assert lines[at + 4].startswith("Reproduce: moesaic upcycle")
+    assert lines[at + 5].startswith("with moesaic ")
+    assert "seed 0, config " in lines[at + 5]
     loaded = (hf.AutoModelForCausalLM.from_pretrained(folder / part, dtype="auto") for part in ("dense", "new/moe"))
     before, after = loaded
     assert after.dtype == torch.bfloat16
@@ -50,6 +58,7 @@ def test_the_command_speaks_chinese_and_says_when_the_output_is_another(run, fol
     assert code == 0
     assert "3 层，每层 8 个专家，取 2 个" in out
     assert "输出：已改变" in out
+    assert f"moesaic check {folder / 'moe'} --lang zh" in out
 
 
 def test_the_command_says_as_json_what_it_made(run, folder):

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 JSON_HELP = "Print the result as JSON."
 
+NEXT = {"en": "Next:", "zh": "接下来："}
 AGAIN = {
     "en": ("Reproduce: {command}", "with ", ", ", ("seed {}", "config {}", "no config: only sizes are known")),
     "zh": ("复现：{command}", "版本 ", "，", ("随机种子 {}", "配置 {}", "没有配置：只知道尺寸")),
@@ -95,6 +96,17 @@ def make_ready(out: Path) -> None:
 def typed() -> str:
     """The command as it was typed."""
     return shlex.join(["moesaic", *sys.argv[1:]])
+
+
+def say_next(commands: Sequence[tuple[str, str]], lang: str) -> None:
+    """Print commands that go on from here, each with its reason, in the language that was asked for."""
+    from moesaic.trace.shown import visible
+
+    told = [(visible(command + ("" if lang == "en" else f" --lang {lang}")), why) for command, why in commands]
+    width = max(len(command) for command, _ in told)
+    print("\n" + NEXT[lang])
+    for command, why in told:
+        print(f"   {command:<{width}}   {why}")
 
 
 def say_how_again(trace: "Trace", lang: str) -> None:

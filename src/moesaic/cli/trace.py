@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
-from moesaic.cli.output import check_lang, config_of, print_json, progress, say_how_again
+from moesaic.cli.output import check_lang, config_of, print_json, progress, say_how_again, say_next
 
 if TYPE_CHECKING:
     from moesaic.trace.store import Trace
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 DETAILS = ("ids", "picks", "scores")
 WORDS = {
     "en": {
-        "reading": "Reading", "next": "Next:", "no_name": "a model without a name", "more": "{n} more",
+        "reading": "Reading", "no_name": "a model without a name", "more": "{n} more",
         "model": "{model}: {layers}, top {k} of {experts}",
         "text": "{tokens} of {documents}", "token": "token", "document": "document", "labels": " ({labels})",
         "missing": "MoE layers without data: {names}",
@@ -30,7 +30,7 @@ WORDS = {
         "steps": "what the gate did with one token",
     },
     "zh": {
-        "reading": "正在读取", "next": "接下来：", "no_name": "未命名的模型", "more": "另有 {n} 个",
+        "reading": "正在读取", "no_name": "未命名的模型", "more": "另有 {n} 个",
         "model": "{model}：{layers} 个 MoE 层，每个 token 选 {k} / {experts} 个专家",
         "text": "{documents}，共 {tokens}", "token": " 个 token", "document": " 个文档", "labels": "（{labels}）",
         "missing": "没有数据的 MoE 层：{names}",
@@ -143,15 +143,12 @@ def show(recorded: "Trace", size: Size, out: Path, lang: str, *, replaces: bool)
     what = say["detail"][recorded.detail]
     saved = say["saved"].format(out=visible(str(out)), size=_in_words(out.stat().st_size), detail=what)
     print(saved + (say["replaces"] if replaces else ""))
-    print("\n" + say["next"])
-    path = visible(shlex.quote(str(out)))
+    path = shlex.quote(str(out))
     commands = [(f"moesaic stats {path}", say["stats"])]
     if recorded.detail == "scores" and config.rule_is_known:
         commands.append((f"moesaic steps --trace {path} --layer 0 --token 0", say["steps"]))
     commands.append((f"moesaic diff {path} OTHER.safetensors", say["diff"]))
-    width = max(len(command) for command, _ in commands)
-    for command, why in commands:
-        print(f"   {command:<{width}}   {why}")
+    say_next(commands, lang)
 
 
 def _read(recorded: "Trace", size: Size, lang: str) -> str:

@@ -2,14 +2,13 @@
 
 import shlex
 import shutil
-import sys
 import tempfile
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from moesaic.cli.output import check_lang, print_json
+from moesaic.cli.output import check_lang, print_json, say_command, say_next
 
 # carried over as they are: what belongs to the tokenizer, and the terms of the weights
 CARRIED = (
@@ -24,8 +23,8 @@ WORDS = {
         "same": "output: the same, compared on a few tokens",
         "other": "output: another one, a share of every expert was drawn anew",
         "written": "written to {out}",
-        "again": "reproduce: {command}",
-        "with": "with {versions}",
+        "trace": "which experts it chooses, before it is trained",
+        "check": "its gates, by known traps",
     },
     "zh": {
         "what": "{from} -> {to}：{layers} 层，每层 {experts} 个专家，取 {top_k} 个",
@@ -33,8 +32,8 @@ WORDS = {
         "same": "输出：不变，用几个 token 比对过",
         "other": "输出：已改变，每个专家都有一部分重新抽取",
         "written": "写入 {out}",
-        "again": "复现：{command}",
-        "with": "版本 {versions}",
+        "trace": "训练之前，它选择哪些专家",
+        "check": "用已知的陷阱检查它的门控",
     },
 }
 
@@ -78,9 +77,13 @@ def upcycle(
     if as_json:
         print_json({**said, "options": {**options, "seed": seed}, "out": str(out)})
         return 0
-    facts = {**said, "out": out, "command": shlex.join(["moesaic", *sys.argv[1:]])}
-    for name in ("what", "parameters", "other" if noise else "same", "written", "again", "with"):
-        print(visible(WORDS[lang][name].format(**facts)))
+    for name in ("what", "parameters", "other" if noise else "same", "written"):
+        print(visible(WORDS[lang][name].format(**said, out=out)))
+    commands = {"check": f"moesaic check {shlex.quote(str(out))}"}
+    if any(out.glob("tokenizer*")):
+        commands = {"trace": f"moesaic trace {shlex.quote(str(out))} --corpus --detail scores", **commands}
+    say_next([(command, WORDS[lang][name]) for name, command in commands.items()], lang)
+    say_command(said["versions"], seed, said["config"], lang)
     return 0
 
 
@@ -127,7 +130,8 @@ def _described(dense: Any, moe: Any) -> dict[str, Any]:
         "top_k": layers[0].config.num_experts_per_tok,
         "dense_parameters": dense.num_parameters(),
         "parameters": moe.num_parameters(),
-        "versions": ", ".join(f"{name} {version}" for name, version in versions("transformers").items()),
+        "config": layers[0].config.digest(),
+        "versions": versions("transformers"),
     }
 
 

@@ -75,7 +75,9 @@ def test_layer_equals_transformers_forward_and_backward(family, engine):
     expected = dict(slopes.named_parameters())
     for name, p in ours.named_parameters():
         assert p.grad is not None
-        torch.testing.assert_close(p.grad, expected[name].data, rtol=0, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(
+            p.grad, expected[name].data, rtol=0, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}"
+        )
 
 
 @pytest.mark.parametrize("shared", [0, 1, 3])

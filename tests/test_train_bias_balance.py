@@ -1,5 +1,7 @@
 """BiasBalance moves a bias by the sign rule, on the load of the whole optimizer step and of nothing else."""
 
+import warnings
+
 import pytest
 import torch
 from hf_models import tiny
@@ -290,9 +292,23 @@ def test_a_step_without_a_token_warns_and_moves_nothing():
     model = small_model().eval()
     balance = BiasBalance(0.01).attach(model)
     model(input_ids=batches(1)[0])
-    with pytest.warns(UserWarning, match="counted no token in this step: .* in training mode"):
+    with pytest.warns(UserWarning, match="counted no token in step 1: .* in training mode"):
         balance.step()
     assert not any(layer.bias.any() for layer in moe_layers(model))
+
+
+def test_steps_without_a_token_warn_once_each_time_that_they_begin():
+    model = small_model()
+    balance = BiasBalance(0.01).attach(model)
+    ids = batches(1)[0]
+    warned = []
+    for step, training in enumerate([True, False, False, True, False, False], 1):
+        model.train(training)(input_ids=ids)
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("default")  # which shows one text of one place once
+            balance.step()
+        warned += [(step, str(warning.message).split(":")[0]) for warning in found]
+    assert warned == [(step, f"BiasBalance counted no token in step {step}") for step in (2, 5)]
 
 
 def test_what_a_skipped_step_counted_is_dropped():

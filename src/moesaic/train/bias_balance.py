@@ -76,7 +76,7 @@ class BiasBalance(TrainerCallback):
         self.load: dict[str, Float[Tensor, " E"]] = {}
         self._homes: dict[str, BiasHome] = {}
         self._counter: LoadCounter | None = None
-        self._counted = False
+        self._counted: bool | None = None  # whether the last step counted a token
         self._training: Any = None  # the state of the Trainer that attached it
 
     # a loop of your own
@@ -100,7 +100,7 @@ class BiasBalance(TrainerCallback):
         for home in homes.values():
             _widen(home)
             _attached[home.owner] = weakref.ref(self)
-        self._homes, self._counted, self.load = homes, False, {}
+        self._homes, self._counted, self.load = homes, None, {}
         return self
 
     def detach(self) -> None:
@@ -124,6 +124,7 @@ class BiasBalance(TrainerCallback):
         if skipped:
             return
         progress = self.steps / self.total_steps if self.total_steps else 0.0
+        self._warn_of_nothing(loads, heard=self._counter.heard)
         self._move(loads, min(progress, 1.0))
         self.steps += 1
 
@@ -176,11 +177,16 @@ class BiasBalance(TrainerCallback):
 
     # inside
 
+    def _warn_of_nothing(self, loads: Loads, *, heard: bool) -> None:
+        """Once, where steps without a token begin. After the first step the device is waited for only where this rank
+        heard of no forward; others may have."""
+        counted = (heard and self._counted is not None) or any(load.any() for load in loads.values())
+        if self._counted is not False and not counted:
+            warnings.warn(NOTHING_COUNTED.format(step=self.steps + 1), stacklevel=4)
+        self._counted = counted
+
     def _move(self, loads: Loads, progress: float) -> None:
         self.load = loads
-        if not self._counted and not any(load.any() for load in loads.values()):
-            warnings.warn(NOTHING_COUNTED, stacklevel=4)
-        self._counted = True
         speeds = {name: self._speed_at(name, progress) for name in self._homes}
         for name, home in self._homes.items():
             _widen(home, name)  # the model may have been cast since
@@ -206,7 +212,7 @@ ROUNDED = (
 )
 SKIPPING = "balancing_biases"  # of Zaya's routers, which have one class more than there are experts
 NOTHING_COUNTED = (
-    "BiasBalance counted no token in this step: is the model that trains the one it is attached to, in training mode "
+    "BiasBalance counted no token in step {step}: is the model that trains the one it is attached to, in training mode "
     "and with gradients on?"
 )
 

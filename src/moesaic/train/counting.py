@@ -34,6 +34,7 @@ class LoadCounter:
         self.training = training
         self.layers = {layer.name: layer for layer in layers}
         self.chosen: dict[str, int] = {}  # by layer, how many experts a token was given; configs do not always say
+        self.heard = False  # whether a forward of this rank counted in what `take` gave last
         self._sum: Loads = {}
         self._lock = threading.Lock()  # held while that changes
         self._home = threading.get_ident()
@@ -58,6 +59,7 @@ class LoadCounter:
                 self._settle(running)
         with self._lock:
             loads = {name: self._sum.pop(name, None) for name in self.layers}
+        self.heard = any(load is not None for load in loads.values())
         device = next((load.device for load in loads.values() if load is not None), None)
         device = device or _device_of(self.layers.values())
         sizes = [layer.config.n_routed_experts for layer in self.layers.values()]

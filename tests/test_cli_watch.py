@@ -42,7 +42,7 @@ def test_a_finished_healthy_run_is_shown_with_all_that_its_log_says(run, tmp_pat
         "no",
         "data",
     ]
-    assert "no alerts\nno collapse, no dead experts\n" in out
+    assert "no alerts\nno collapse, no dead experts in steps 1–20\n" in out
     assert "run: c\nwith –, config abc\n" in out
 
 
@@ -51,7 +51,7 @@ def test_it_speaks_chinese(run, tmp_path):
     assert code == 0
     assert "第 20 步，共 100 步 · 每步 1.0 s · 提前停止" in out
     assert "在随机范围内" in out
-    assert "没有坍缩，没有死掉的专家" in out
+    assert "第 1–20 步没有坍缩，没有死掉的专家" in out
     assert "       9  解除  a: 有专家从未被选中" in out
 
 
@@ -72,12 +72,13 @@ def test_a_drift_is_shown_and_is_no_bad_verdict(run, tmp_path):
 
 def test_a_run_that_nobody_judged_yet_is_exit_code_2_and_shown_all_the_same(run, tmp_path):
     code, out, err = run("watch", written(tmp_path / "load.jsonl", step(1)))
-    assert (code, err) == (2, "moesaic: no verdict yet: it takes 20 steps and enough tokens\n")
+    assert (code, err) == (2, "")
+    assert out.count("no verdict yet: it takes 20 steps and enough tokens\n") == 1
     assert "step 1 of 100" in out
     assert "not judged yet" in out
     code, out, _ = run("watch", written(tmp_path / "load.jsonl"))
     assert code == 2
-    assert "no step yet" in out
+    assert "no line of a step yet" in out
     empty = VERDICT | {"status": ["no_data", "too_few"]}
     assert run("watch", written(tmp_path / "load.jsonl", step(1), empty))[0] == 2
 
@@ -232,10 +233,48 @@ def test_alerts_that_are_on_are_shown_before_newer_ones_and_the_rest_is_counted(
     ]
 
 
-def test_a_run_that_was_stopped_before_its_last_step_is_not_called_finished(tmp_path):
-    for last, said in ((20, "stopped before its end"), (100, "finished")):
-        log = read_log(written(tmp_path / "load.jsonl", *[step(n) for n in (19, last)], END))
-        assert rendered(log, now=145.0)[0].endswith(said)
+@pytest.mark.parametrize(
+    ("lines", "end", "said"),
+    [
+        ((19, 20), 20, "step 20 of 100 · 1.0 s a step · stopped before its end"),
+        ((99, 100), 100, "step 100 of 100 · 1.0 s a step · finished"),
+        ((80, 90), 100, "step 100 of 100 · 1.0 s a step · finished · last line at step 90"),
+        ((), 100, "step 100 of 100 · finished"),
+    ],
+)
+def test_a_run_is_finished_by_the_step_of_its_end_whatever_its_last_line(run, tmp_path, lines, end, said):
+    path = written(tmp_path / "load.jsonl", *[step(n) for n in lines], END | {"step": end})
+    assert rendered(read_log(path), now=145.0)[0] == f"M  {said}"
+    document = json.loads(run("watch", path, "--json")[1])
+    assert (document["step"], document["finished"], document["stopped"]) == (end, end == 100, end < 100)
+
+
+def test_a_run_that_was_taken_up_again_has_not_ended(tmp_path):
+    resumed = {"kind": "resume", "step": 20, "time": 31.0, "total_steps": 200}
+    log = read_log(written(tmp_path / "load.jsonl", step(20), END, resumed))
+    assert (log.end, log.done, log.total, log.finished) == (None, 20, 200, False)
+
+
+@pytest.mark.parametrize(
+    ("lang", "none", "told", "alert"),
+    [
+        ("en", "no data", "no data: no token was counted in the last steps", "the run: no token counted"),
+        ("zh", "没有数据", "没有数据：最近几步一个 token 也没有数到", "整个训练: 没有数到 token"),
+    ],
+)
+def test_a_verdict_is_not_shown_while_no_token_is_counted(run, tmp_path, lang, none, told, alert):
+    empty = {name: [None, None] for name in step(1) if isinstance(step(1)[name], list)}
+    stops = {"kind": "alert", "step": 23, "alert": "no_tokens", "layer": None, "begins": True, "message": "m"}
+    path = healthy(tmp_path, *[step(n, **empty) for n in (21, 22, 23)], stops)
+    code, out, err = run("watch", path, "--lang", lang)
+    assert (code, err) == (2, "")
+    assert f"\n{told}\n" in out
+    assert f"      23  {'on' if lang == 'en' else '开始'}  {alert}\n" in out
+    row = next(line for line in out.splitlines() if line.split()[:1] == ["a"])
+    assert row.rstrip().endswith(none)
+    with (path / "load.jsonl").open("a") as file:
+        file.write(json.dumps(stops | {"step": 24, "begins": False}) + "\n")
+    assert run("watch", path)[0] == 0
 
 
 def test_a_strip_of_experts_over_steps_is_drawn_of_the_worst_layer_where_it_fits(tmp_path):

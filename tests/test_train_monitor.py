@@ -11,7 +11,6 @@ from torch import nn
 
 import moesaic as ms
 from moesaic.hf.modules import moe_layers
-from moesaic.train.monitor.frame import total_of
 from moesaic.train.monitor.run_log import read_log
 
 E, K, T = 6, 2, 40
@@ -84,6 +83,39 @@ def test_a_line_holds_what_the_ids_of_its_steps_say(tmp_path):
         assert all(low <= high for low, high in line["chance"])
     biases = [line["bias"] for line in log.steps]
     assert biases == [[[0.0, 1.5, 0.25], [0.0, 0.0, 0.0]], [[0.0, 3.0, 0.5], [0.0, 0.0, 0.0]]]
+
+
+def test_the_last_step_has_a_line_whatever_every_says(tmp_path):
+    model = Model()
+    monitor = ms.LoadMonitor(tmp_path, every=10, loads=True, total_steps=25).attach(model)
+    given = [draw() for _ in range(25)]
+    for ids in given:
+        model(ids)
+        monitor.step()
+    monitor.detach()
+    log = read_log(tmp_path)
+    assert [(line["step"], line["steps"]) for line in log.steps] == [(10, 10), (20, 10), (25, 5)]
+    assert log.steps[-1]["load"][0] == counted(torch.cat(given[20:]))
+    assert log.finished
+
+
+@pytest.mark.parametrize("stopped_at", [None, 4])
+def test_a_trainers_last_step_has_a_line_also_where_it_stops_early(tmp_path, stopped_at):
+    class Stop(ms.BiasBalance.__base__):
+        def on_log(self, args, state, control, logs=None, **kwargs):  # noqa: ARG002 (the Trainer's signature)
+            control.should_training_stop |= state.global_step == stopped_at
+
+    from transformers import Trainer, TrainingArguments
+
+    args = TrainingArguments(
+        str(tmp_path / "out"), use_cpu=True, report_to="none", save_strategy="no", logging_steps=1, disable_tqdm=True,
+        dataloader_pin_memory=False, max_steps=5, per_device_train_batch_size=2,
+    )  # fmt: skip
+    callbacks = [ms.LoadMonitor(tmp_path / "run", every=3), Stop()]
+    Trainer(model=small_model(), args=args, train_dataset=rows(64), callbacks=callbacks).train()
+    log, last = read_log(tmp_path / "run"), stopped_at or 5
+    assert [(line["step"], line["steps"]) for line in log.steps] == [(3, 3), (last, last - 3)]
+    assert (log.end["step"], log.finished) == (last, stopped_at is None)
 
 
 def test_layers_without_tokens_have_no_numbers_rather_than_healthy_ones(tmp_path):
@@ -178,7 +210,7 @@ def test_a_trainer_that_resumes_goes_on_in_the_log_where_its_checkpoint_is(tmp_p
     text = (tmp_path / "run" / "load.jsonl").read_text()
     log = read_log(tmp_path / "run")
     assert [line["step"] for line in log.steps] == [1, 2, 3, 4, 5, 6]
-    assert (log.header["total_steps"], total_of(log)) == (5, 6)  # it may be to be longer now
+    assert (log.header["total_steps"], log.total) == (5, 6)  # it may be to be longer now
     assert log.steps[:4] == first[:4]
     assert text.count('"kind":"resume","step":4') == 1
     with pytest.raises(ValueError, match=r"holds 6 steps of an earlier run: name another folder, or use resume=True"):

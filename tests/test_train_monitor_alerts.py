@@ -7,7 +7,7 @@ import torch
 from moesaic.config import MoEConfig
 from moesaic.rules import select
 from moesaic.trace.chance.bands import chance_bands
-from moesaic.train.monitor.alerts import CALM, DRIFT, GRADIENTS, SUSTAINED, Judge, tokens_of
+from moesaic.train.monitor.alerts import CALM, DRIFT, EMPTY, GRADIENTS, SUSTAINED, Judge, tokens_of
 from moesaic.train.monitor.numbers import chance, load_numbers
 
 E, K = 32, 4
@@ -127,13 +127,36 @@ def test_the_alert_of_dead_experts_ends_when_all_are_back_not_when_one_is_or_a_t
     assert [(a.step, a.begins) for a in alerts] == [(SUSTAINED, True), (6 * SUSTAINED, False)]
 
 
-def test_too_few_tokens_are_gathered_until_they_can_be_judged_and_no_tokens_never_are():
+def test_too_few_tokens_are_gathered_until_they_can_be_judged_and_a_layer_without_any_has_no_data():
     loads = random_loads(PLAIN, 100, 8)  # one assignment an expert and step: 32 steps until 32 are due
     verdicts, _ = judged(loads[:, None])
     assert [verdict["step"] for verdict in verdicts] == [32, 64, 96]
-    assert judged([[np.zeros(E)]] * 100) == ([], [])
     half = [[load, np.zeros(E)] for load in random_loads(PLAIN, SUSTAINED, 96)]
     assert judged(half, layers=("a", "b"))[0][0]["status"] == ["chance", "no_data"]
+
+
+def test_steps_without_a_token_are_told_once_a_stretch_and_their_verdict_is_no_data():
+    some, none = list(random_loads(PLAIN, 2 * SUSTAINED, 96)), [np.zeros(E)] * 2 * SUSTAINED
+    verdicts, alerts = judged([load] for load in [*some[:SUSTAINED], *none, *some[SUSTAINED:], *none[:EMPTY]])
+    assert [(a.step, a.kind, a.layer, a.begins) for a in alerts] == [
+        (SUSTAINED + EMPTY, "no_tokens", None, True),
+        (3 * SUSTAINED + 1, "no_tokens", None, False),
+        (4 * SUSTAINED + EMPTY, "no_tokens", None, True),
+    ]
+    assert alerts[0].message.startswith(f"no token was counted in {EMPTY} steps: is the watched model the one that")
+    assert [(v["from"], v["status"]) for v in verdicts] == [
+        (1, ["chance"]), (21, ["no_data"]), (41, ["no_data"]), (61, ["chance"]),
+    ]  # fmt: skip
+
+
+def test_a_step_without_a_token_now_and_then_is_no_alert_and_one_line_of_many_steps_is():
+    loads = random_loads(PLAIN, 4 * SUSTAINED, 96)
+    loads[::EMPTY] = loads[1::EMPTY] = 0
+    assert judged(loads[:, None])[1] == []
+    judge = Judge({"layer": None})
+    assert [a.kind for a in judge.add(10, 10, [np.zeros(E)], [PLAIN], [None])[1]] == ["no_tokens"]
+    going_on = Judge({"layer": None}, [("no_tokens", None)])
+    assert judged([[np.zeros(E)]] * 10, judge=going_on)[1] == []
 
 
 def test_layers_of_several_sizes_keep_their_verdicts():
@@ -150,7 +173,7 @@ def test_layers_of_several_sizes_keep_their_verdicts():
 
 def drifted(biases, begin=(0.0, 0.0, 0.0)):
     judge = Judge({"layer": begin})
-    return [a for step, bias in enumerate(biases, 1) for a in judge.add(step, 1, [np.zeros(E)], [PLAIN], [bias])[1]]
+    return [a for step, bias in enumerate(biases, 1) for a in judge.add(step, 1, [np.ones(E)], [PLAIN], [bias])[1]]
 
 
 def test_a_bias_drifts_by_its_mean_or_its_range_from_where_it_began():

@@ -184,6 +184,7 @@ DAMAGED = {
     "NaN": json.dumps(step(1, max_vio=[float("nan"), None])).encode(),
     "a load that is a number": json.dumps(step(1, load=[1, 2])).encode(),
     "a verdict of others": json.dumps({"kind": "verdict", "step": 1, "status": [1, 2]}).encode(),
+    "a verdict from nowhere": json.dumps({"kind": "verdict", "step": 1, "status": [None, None]}).encode(),
     "an alert of nothing": json.dumps(alert(1, True) | {"message": None}).encode(),
     "a second header": json.dumps(HEADER).encode(),
     "half of a layer": json.dumps(step(1, chance=[None, None])).encode(),

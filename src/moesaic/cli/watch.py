@@ -33,7 +33,7 @@ def watch(
         raise ValueError(f"--every {every} is no time to wait: give seconds, such as 2")
     from rich.console import Console
 
-    from moesaic.train.monitor.frame import frame, outcome, outcome_words
+    from moesaic.train.monitor.frame import frame, outcome
     from moesaic.train.monitor.run_log import reader_of
 
     reader = reader_of(run, most=MOST)
@@ -44,10 +44,7 @@ def watch(
         console.print(frame(log, now=time.time(), lang=lang, width=console.width))
     else:
         log = _follow(reader, console, every, lang)
-    code = outcome(log)
-    if code == 2 and not as_json:
-        raise ValueError(outcome_words(log, lang))
-    if code:
+    if code := outcome(log):
         raise typer.Exit(code)
 
 
@@ -75,14 +72,15 @@ def _follow(reader: "LogReader", console: Any, every: float, lang: str) -> "RunL
 
 
 def _json(log: "RunLog") -> dict[str, Any]:
-    from moesaic.train.monitor.frame import outcome, seconds_a_step, steps_of, total_of
+    from moesaic.train.monitor.frame import outcome, seconds_a_step
 
     return {
         "run": log.header,
-        "step": steps_of(log),
-        "total_steps": total_of(log),
+        "step": log.done,
+        "total_steps": log.total,
         "seconds_a_step": seconds_a_step(log),
-        "finished": log.end is not None,
+        "finished": log.finished,
+        "stopped": log.end is not None and not log.finished,
         "last": log.steps[-1] if log.steps else None,
         "verdict": log.verdicts[-1] if log.verdicts else None,
         "alerts": list(log.active.values()),

@@ -23,6 +23,8 @@ DRIFT = 1.0  # by which the mean of a bias moved, or its range grew: sigmoid and
 # bias outweighs them; and near 1 bfloat16 has steps of 0.008, so that a cast takes eight steps of 0.001 away
 CALM = 0.9  # of DRIFT: where the alert ends, so that it does not flicker
 GRADIENTS = 3  # logged norms in a row that are not finite: a single one is how a GradScaler finds its scale
+EMPTY = 3  # steps in a row without a token: loops that train something else in turn have one every now and then
+NO_TOKENS = ("no_tokens", None)  # while this alert is on, nothing is known of any layer
 
 BAD = ("collapsed", "dead", "loss", "gradient")  # alerts that make a run's verdict bad; a drift is a warning
 WORDS = {
@@ -32,6 +34,8 @@ WORDS = {
     "drift": ("{layer}: its bias moved {value:g} away (mean, or range) from where it began", "{layer}: bias back"),
     "loss": ("the loss is not finite", "the loss is finite again"),
     "gradient": ("the gradient's norm was not finite {value:g} times in a row", "gradients are finite again"),
+    "no_tokens": ("no token was counted in {value:g} steps: is the watched model the one that trains, in training mode "
+                  "and with gradients on?", "tokens are counted again"),
 }  # fmt: skip
 
 
@@ -61,7 +65,7 @@ class Judge:
     def __init__(self, layers: Mapping[str, Any], active: Iterable[tuple[str, str | None]] = ()) -> None:
         self.layers = layers
         self.active = set(active)
-        self._bad_gradients = 0
+        self._bad_gradients = self._empty = 0
         self._first: int | None = None
         self._steps = 0
         self._loads: list[np.ndarray] = []
@@ -74,10 +78,8 @@ class Judge:
         self._first = step - steps + 1 if self._first is None else self._first
         self._steps += steps
         self._loads = [a + b for a, b in zip(self._loads, loads, strict=True)] if self._loads else list(loads)
-        alerts = self._drifts(step, biases)
-        if self._steps < SUSTAINED or not any(load.any() for load in self._loads):
-            return None, alerts
-        if any(0 < load.sum() < DUE * len(load) for load in self._loads):
+        alerts = self._drifts(step, biases) + self._emptiness(step, steps, loads)
+        if self._steps < SUSTAINED or any(0 < load.sum() < DUE * len(load) for load in self._loads):
             return None, alerts
         statuses, found = self._judge(step, rules)
         line = {"kind": "verdict", "step": step, "from": self._first, "status": statuses}
@@ -114,6 +116,12 @@ class Judge:
             elif missed >= DEAD_SHARE * len(each.load) and not collapsed:  # which says it already
                 alerts += self._changed(step, "dead", name, True, value=missed, **about)
         return statuses, alerts
+
+    def _emptiness(self, step: int, steps: int, loads: Sequence[np.ndarray]) -> list[Alert]:
+        self._empty = 0 if any(load.any() for load in loads) else self._empty + steps
+        if 0 < self._empty < EMPTY:
+            return []
+        return self._changed(step, *NO_TOKENS, self._empty > 0, value=self._empty)
 
     def _drifts(self, step: int, biases: Sequence[Any]) -> list[Alert]:
         alerts = []

@@ -16,7 +16,7 @@ from rich.text import Text
 from moesaic.trace.shown import short, short_layers, sparkline, visible, words_of
 from moesaic.trace.statistics.load_table import STYLES
 from moesaic.trace.statistics.verdict import HOT, STARVED, STATUSES, UNJUDGED
-from moesaic.train.monitor.alerts import BAD, SUSTAINED
+from moesaic.train.monitor.alerts import BAD, NO_TOKENS, SUSTAINED
 from moesaic.train.monitor.run_log import Line, RunLog
 
 WORDS = {
@@ -24,7 +24,7 @@ WORDS = {
         "step": "step {step:,}", "of": " of {total:,}", "speed": "{speed} a step", "left": "{left} left",
         "finished": "finished", "stopped": "stopped before its end", "running": "last line {age} ago",
         "silent": "silent for {age}: stopped, killed or busy",
-        "loss": "loss", "no_steps": "no step yet",
+        "last": "last line at step {step:,}", "loss": "loss", "no_steps": "no line of a step yet",
         "columns": ("layer", "MaxVio", "chance\n5–95 %", "so far", "hottest", "coldest", "dead", "bias",
                     "verdict"),
         "calmer": "+{n} layers closer to chance; a taller terminal shows more", "unjudged": "not judged yet",
@@ -32,24 +32,27 @@ WORDS = {
         "alerts": "alerts", "no_alerts": "no alerts", "on": "on", "over": "over", "whole": "the run",
         "more": "  and {n} more in the log", "comma": ", ",
         "kinds": {"collapsed": "collapsed", "dead": "dead experts", "drift": "bias drifted away",
-                  "loss": "loss not finite", "gradient": "gradient not finite"},
-        "outcome": ("no collapse, no dead experts", "sick: {what}",
-                    "no verdict yet: it takes {n} steps and enough tokens"),
+                  "loss": "loss not finite", "gradient": "gradient not finite", "no_tokens": "no token counted"},
+        "healthy": "no collapse, no dead experts in steps {first:,}–{last:,}", "sick": "sick: {what}",
+        "no_verdict": "no verdict yet: it takes {n} steps and enough tokens",
+        "no_tokens": "no data: no token was counted in the last steps",
         "again": "run: {command}", "with": "with {versions}, config {config}",
     },
     "zh": {
         "step": "第 {step:,} 步", "of": "，共 {total:,} 步", "speed": "每步 {speed}", "left": "还需 {left}",
         "finished": "已结束", "stopped": "提前停止", "running": "{age} 前有新的一行",
         "silent": "已有 {age} 没有新内容：停了、被杀掉，或者在忙别的",
-        "loss": "损失", "no_steps": "还没有走完一步",
+        "last": "最后一行在第 {step:,} 步", "loss": "损失", "no_steps": "日志里还没有一步",
         "columns": ("层", "MaxVio", "随机\n5–95 %", "走势", "最忙", "最闲", "未用", "偏置", "结论"),
         "calmer": "另有 {n} 层更接近随机，终端高一些就能看到", "unjudged": "尚未判断",
         "strip": "{layer}：各专家的负载随步数的变化；░ 低于均值的 {low:g} 倍，▒ 到 {high:g} 倍，▓ 到 2 倍，█ 更高",
         "alerts": "警报", "no_alerts": "没有警报", "on": "开始", "over": "解除", "whole": "整个训练",
         "more": "  日志里还有 {n} 条", "comma": "、",
         "kinds": {"collapsed": "坍缩", "dead": "有专家从未被选中", "drift": "偏置漂移",
-                  "loss": "损失不是有限值", "gradient": "梯度不是有限值"},
-        "outcome": ("没有坍缩，没有死掉的专家", "有问题：{what}", "还没有结论：需要 {n} 步和足够的 token"),
+                  "loss": "损失不是有限值", "gradient": "梯度不是有限值", "no_tokens": "没有数到 token"},
+        "healthy": "第 {first:,}–{last:,} 步没有坍缩，没有死掉的专家", "sick": "有问题：{what}",
+        "no_verdict": "还没有结论：需要 {n} 步和足够的 token",
+        "no_tokens": "没有数据：最近几步一个 token 也没有数到",
         "again": "训练命令：{command}", "with": "版本 {versions}，配置 {config}",
     },
 }  # fmt: skip
@@ -68,13 +71,17 @@ def outcome(log: RunLog) -> int:
     if any(kind in BAD for kind, _ in log.active):
         return 1
     judged = log.verdicts and any(status not in UNJUDGED for status in log.verdicts[-1]["status"])
-    return 0 if judged else 2
+    return 0 if judged and NO_TOKENS not in log.active else 2
 
 
 def outcome_words(log: RunLog, lang: str = "en") -> str:
-    words = words_of(WORDS, lang)
-    kinds = dict.fromkeys(words["kinds"].get(kind, kind) for kind, _ in log.active if kind in BAD)
-    return words["outcome"][outcome(log)].format(what=words["comma"].join(kinds), n=SUSTAINED)
+    words, code = words_of(WORDS, lang), outcome(log)
+    if code == 0:
+        return words["healthy"].format(first=log.verdicts[-1]["from"], last=log.verdicts[-1]["step"])
+    if code == 1:
+        kinds = dict.fromkeys(words["kinds"].get(kind, kind) for kind, _ in log.active if kind in BAD)
+        return words["sick"].format(what=words["comma"].join(kinds))
+    return words["no_tokens"] if NO_TOKENS in log.active else words["no_verdict"].format(n=SUSTAINED)
 
 
 def frame(log: RunLog, *, now: float, lang: str = "en", width: int = 100, height: int | None = None) -> RenderableType:
@@ -129,26 +136,16 @@ def duration(seconds: float) -> str:
     return f"{seconds // 86400:.0f} d {seconds % 86400 // 3600:.0f} h"
 
 
-def steps_of(log: RunLog) -> int:
-    """How many steps were done."""
-    after = log.header.get("after")
-    return log.steps[-1]["step"] if log.steps else after if isinstance(after, int) else 0
-
-
-def total_of(log: RunLog) -> int | None:
-    """How many steps there are to be, as whoever went on with the run last knew it."""
-    total = (log.resumed or log.header).get("total_steps")
-    return total if isinstance(total, int) else None
-
-
 def _title(log: RunLog, now: float, words: dict[str, Any]) -> Text:
     title = Text(visible(str(log.header.get("model", "–")), 60), style="bold")
-    done, total, speed = steps_of(log), total_of(log), seconds_a_step(log)
+    done, total, speed = log.done, log.total, seconds_a_step(log)
     facts = [words["step"].format(step=done) + ("" if total is None else words["of"].format(total=total))]
     if speed is not None:
         facts.append(words["speed"].format(speed=duration(speed)))
     if log.end is not None:
-        facts.append(words["finished" if total is None or done >= total else "stopped"])
+        facts.append(words["finished" if log.finished else "stopped"])
+        if log.steps and log.steps[-1]["step"] < done:
+            facts.append(words["last"].format(step=log.steps[-1]["step"]))
     elif log.steps:
         age = max(0.0, now - log.steps[-1]["time"])
         quiet = age > max(PATIENCE, SILENT * (speed or 0.0) * log.steps[-1].get("steps", 1))
@@ -194,6 +191,7 @@ def _cells(log: RunLog, row: int, words: dict[str, Any], lang: str) -> list[Text
     """What each of COLUMNS after the first says of a layer."""
     last = log.steps[-1]
     status = log.verdicts[-1]["status"][row] or "" if log.verdicts else ""
+    status = "no_data" if NO_TOKENS in log.active else status
     told = STATUSES.get(status, {}).get(lang) or visible(status, 30) or words["unjudged"]
     verdict = Text(told, STYLES.get(status, "dim"))
     if last["max_vio"][row] is None:

@@ -49,7 +49,8 @@ class LoadMonitor(TrainerCallback):
     (docs/en/monitoring.md), each written out at once, so that a kill costs the last one at most.
 
     path: a folder, or a file that ends in .jsonl.
-    every: steps a line; its load is the sum of theirs.
+    every: steps a line; its load is the sum of theirs. The last step has a line too: that of total_steps, and under the
+        Trainer wherever it stops; of a loop that is left before, `end` says at which step.
     loads: also write every expert's load as integers (for strips of experts over time).
     resume: begin again in a log that holds steps, dropping them. Without it that is refused. Training that goes on
         after a step N > 0 needs no word: the log goes on there, and later lines are cut off.
@@ -121,7 +122,8 @@ class LoadMonitor(TrainerCallback):
         self.steps += 1
         if loss is not None:
             self._losses.append(loss.detach() if isinstance(loss, Tensor) else loss)
-        self._take()
+        if self._line_is_due():
+            self._take()
         self._write()
 
     def detach(self) -> None:
@@ -140,7 +142,8 @@ class LoadMonitor(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):  # noqa: ARG002
         self._write()
         self.steps = state.global_step
-        self._take()
+        if self._line_is_due():
+            self._take()
         if not control.should_log:  # else its loss comes next
             self._write()
 
@@ -154,15 +157,18 @@ class LoadMonitor(TrainerCallback):
         self._write()
 
     def on_train_end(self, args, state, control, **kwargs):  # noqa: ARG002
+        if self._counter is not None and self.steps > self._written:
+            self._take()  # all ranks come here, which nobody knows of a loop that an error may have ended
         self.detach()
 
     # inside
 
+    def _line_is_due(self) -> bool:
+        return self.steps % self.every == 0 or self.steps == self.total_steps
+
     def _take(self) -> None:
-        """Where a line is due: what was counted and where the biases are, on every rank, since both may be shared."""
+        """What was counted and where the biases are, on every rank, since both may be shared."""
         assert self._counter is not None
-        if self.steps % self.every:
-            return
         parts = list(self._counter.take(self.group).values())
         flat = torch.cat(parts).cpu().numpy()  # one transfer
         ends = [0, *accumulate(len(part) for part in parts)]

@@ -60,6 +60,24 @@ class RunLog:
         return self.header.get("layers", [])
 
     @property
+    def done(self) -> int:
+        """How many steps were done, as far as it says."""
+        after = self.header.get("after")
+        told = [line["step"] for line in (*self.steps[-1:], self.resumed, self.end) if line is not None]
+        return max([after if isinstance(after, int) else 0, *told])
+
+    @property
+    def total(self) -> int | None:
+        """How many there are to be, as whoever went on with the run last knew it."""
+        total = (self.resumed or self.header).get("total_steps")
+        return total if isinstance(total, int) else None
+
+    @property
+    def finished(self) -> bool:
+        """It came to its end, and not before the last step."""
+        return self.end is not None and (self.total is None or self.done >= self.total)
+
+    @property
     def active(self) -> dict[tuple[str, str | None], Line]:
         """Alerts that began and did not end, by their kind and layer."""
         found: dict[tuple[str, str | None], Line] = {}
@@ -89,7 +107,7 @@ class RunLog:
         elif kind == "alert":
             self.alerts.append(line)
         elif kind == "resume":
-            self.resumed = line
+            self.resumed, self.end = line, None
         elif kind == "end":
             self.end = line
 
@@ -170,8 +188,8 @@ def check_line(line: Any, n_layers: int) -> None:
         raise ValueError("it has no step")
     if kind == "step":
         _check_step(line, n_layers)
-    if kind == "verdict" and not _is_column(line.get("status"), n_layers, str):
-        raise ValueError("status does not fit the layers")
+    if kind == "verdict" and not (is_count(line.get("from")) and _is_column(line.get("status"), n_layers, str)):
+        raise ValueError("its first step is none, or status does not fit the layers")
     if kind == "alert" and not (
         isinstance(line.get("alert"), str)
         and isinstance(line.get("layer"), str | None)

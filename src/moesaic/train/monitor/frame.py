@@ -17,7 +17,8 @@ from moesaic.trace.shown import short, short_layers, sparkline, visible, words_o
 from moesaic.trace.statistics.load_table import STYLES
 from moesaic.trace.statistics.verdict import HOT, STARVED, STATUSES, UNJUDGED
 from moesaic.train.monitor.alerts import BAD, NO_TOKENS, SUSTAINED
-from moesaic.train.monitor.run_log import Line, RunLog
+from moesaic.train.monitor.lines import Line
+from moesaic.train.monitor.run_log import RunLog
 
 WORDS = {
     "en": {

@@ -20,8 +20,9 @@ from moesaic.config import MoEConfig
 from moesaic.hf.modules import BiasHome, MoELayer, bias_home, moe_layers, unwrapped, with_sizes
 from moesaic.train.counting import LoadCounter
 from moesaic.train.monitor.alerts import Alert, Judge
+from moesaic.train.monitor.lines import FORMAT, VERSION
 from moesaic.train.monitor.numbers import load_numbers, read_biases
-from moesaic.train.monitor.run_log import FORMAT, VERSION, LogWriter, check_writable, log_path, open_log
+from moesaic.train.monitor.run_log import LogWriter, check_writable, log_path, open_log
 from moesaic.train.monitor.trackers import Send, scalars, sender
 from moesaic.versions import versions
 

@@ -234,6 +234,30 @@ def test_a_run_of_ones_own_goes_on_after_a_step(tmp_path):
         ms.LoadMonitor(tmp_path).attach(small_model(), step=2)
 
 
+@pytest.mark.parametrize(("ended", "after"), [(True, 7), (False, 6)])
+def test_resume_without_a_step_goes_on_after_all_that_the_log_has(tmp_path, ended, after):
+    model = Model()
+    monitor = ms.LoadMonitor(tmp_path, every=3).attach(model)
+    for _ in range(7):
+        model(draw())
+        monitor.step()
+    monitor.detach() if ended else monitor._release()  # as a kill does
+    before = (tmp_path / "load.jsonl").read_bytes()
+    with pytest.raises(ValueError, match=f"holds {after} steps of an earlier run: .* use resume=True to go on after"):
+        ms.LoadMonitor(tmp_path, every=3).attach(model)
+    monitor = ms.LoadMonitor(tmp_path, every=3, resume=True).attach(model)
+    for _ in range(2):
+        model(draw())
+        monitor.step()
+    monitor.detach()
+    assert (tmp_path / "load.jsonl").read_bytes().startswith(before)
+    log = read_log(tmp_path)
+    assert (log.resumed["step"], log.end["step"]) == (after, after + 2)
+    assert [(line["step"], line["steps"]) for line in log.steps] == [(3, 3), (6, 3), *[(9, 2)] * ended]
+    ms.LoadMonitor(tmp_path / "new", resume=True).attach(model).detach()
+    assert (read_log(tmp_path / "new").done, read_log(tmp_path / "new").resumed) == (0, None)
+
+
 def test_a_run_that_goes_on_before_its_first_line_says_so_too(tmp_path):
     ms.LoadMonitor(tmp_path, every=10).attach(Model())._release()  # as a kill does
     monitor = ms.LoadMonitor(tmp_path, every=10, total_steps=30).attach(Model(), step=5)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -135,13 +136,22 @@ def test_resuming_drops_later_lines_and_a_torn_one_and_keeps_alerts_that_are_on(
 def test_an_earlier_runs_log_is_not_cut_by_a_new_run_and_another_models_not_gone_on_with(tmp_path):
     path = written(tmp_path / "load.jsonl", step(1), step(2))
     before = path.read_bytes()
-    with pytest.raises(ValueError, match=r"holds 2 steps of an earlier run: name another folder, or use resume=True"):
-        open_log(path, HEADER, step=0, resume=False)
-    for at, resume in ((1, False), (0, True)):
+    told = f"path={path} holds 2 steps of an earlier run: name another folder, or use resume=True to"
+    for at, way_out in (
+        (0, "begin again, as training does"),
+        (None, "go on after them, attach(model, step=N) after step N"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(f"{told} {way_out}") + "$"):
+            open_log(path, HEADER, step=at, resume=False)
+    for at, resume in ((1, False), (0, True), (None, True)):
         with pytest.raises(ValueError, match=r"log of another model \(config abc, here other\): name another folder"):
             open_log(path, HEADER | {"config": "other"}, step=at, resume=resume)
     assert path.read_bytes() == before
-    open_log(path, HEADER, step=0, resume=True)[0].close()
+    writer, kept = open_log(path, HEADER, step=None, resume=True)
+    writer.close()
+    assert (kept.done, path.read_bytes()) == (2, before)
+    with pytest.warns(UserWarning, match=r"training begins at step 0: .*load\.jsonl drops its 2 steps of before"):
+        open_log(path, HEADER, step=0, resume=True)[0].close()
     assert read_log(path).steps == []
 
 

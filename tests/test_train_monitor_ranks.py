@@ -23,6 +23,9 @@ def one_rank(rank: int, folder: str, results) -> None:
         ms.LoadMonitor(Path(folder) / f"run-of-{rank}").attach(model)
     except ValueError as error:
         found["told"] = str(error)
+    monitor = ms.LoadMonitor(Path(folder) / f"run-of-{rank}", resume=True).attach(model)
+    found["goes on after"] = monitor.steps
+    monitor.detach()
     results[rank] = found | {"own": torch.bincount(ids.flatten(), minlength=E).tolist()}
     torch.distributed.destroy_process_group()
 
@@ -39,3 +42,4 @@ def test_the_first_rank_writes_what_all_counted_and_all_hear_of_what_it_cannot_w
     assert not (tmp_path / "run-of-1").exists()
     assert "run-of-0/load.jsonl holds 2 steps of an earlier run" in first["told"]
     assert first["told"] == second["told"]
+    assert (first["goes on after"], second["goes on after"]) == (2, 2)

@@ -22,6 +22,7 @@ from moesaic.train import keeping
 from moesaic.train.checkpoints import Checkpoints, last_checkpoint
 from moesaic.train.data import Document
 from moesaic.train.evaluate import DomainResult, HeldOut, Report
+from moesaic.train.monitor.run_log import read_log
 from moesaic.train.muon import orthogonal
 from moesaic.train.training import Recipe, train
 
@@ -167,6 +168,19 @@ def test_the_bar_shows_the_time_left_as_soon_as_the_number_of_steps_is_known(cap
         bar.shown.refresh()  # while the tokenizer is trained
         bar.on_train_begin(None, SimpleNamespace(max_steps=3, global_step=0), None)
     assert "0/3 0:00:00 -:--:--" in capsys.readouterr().err.splitlines()[-1], "done, time gone, time left"
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_begins_its_log_again(short_run, tmp_path):
+    folder, (whole, report) = tmp_path / "run", short_run
+    folder.mkdir()
+    record = json.loads((whole / "training.json").read_text())
+    begun = {name: record[name] for name in ("size", "seed", "recipe")} | {"finished": False, "history": []}
+    (folder / "training.json").write_text(json.dumps(begun))
+    shutil.copy(whole / "load.jsonl", folder)
+    assert train(resume=folder) == report
+    log = read_log(folder)
+    assert ([line["step"] for line in log.steps], log.resumed, log.finished) == ([3], None, True)
+    assert log.steps[0]["load"] == read_log(whole).steps[0]["load"]
 
 
 @pytest.mark.usefixtures("small_corpus")

@@ -145,6 +145,7 @@ def _run(out: Path, record: dict[str, Any], recipe: Recipe, *, progress: bool) -
     from moesaic.train.checkpoints import Checkpoints, drop_checkpoints, last_checkpoint
     from moesaic.train.keeping import KeepBest, ProgressBar
     from moesaic.train.monitor.load_monitor import LoadMonitor
+    from moesaic.train.monitor.run_log import log_path
 
     started, seed = time.monotonic(), record["seed"]
     set_seed(seed)
@@ -159,7 +160,9 @@ def _run(out: Path, record: dict[str, Any], recipe: Recipe, *, progress: bool) -
     )
     keep = KeepBest(HeldOut(tokenizer, max_windows=recipe.held_out_windows), out, record, every=recipe.evaluate_every)
     balances = BALANCES[recipe.balance](recipe)
-    monitor = LoadMonitor(out, every=LOGGED, loads=True, resume=True)
+    if last is None:  # killed before the first checkpoint: what it did is done again
+        log_path(out).unlink(missing_ok=True)
+    monitor = LoadMonitor(out, every=LOGGED, loads=True)
     checkpoints, bar = Checkpoints(out), ProgressBar(disable=not progress)
     trainer = Trainer(
         model=model,

@@ -53,8 +53,9 @@ class LoadMonitor(TrainerCallback):
     every: steps a line; its load is the sum of theirs. The last step has a line too: that of total_steps, and under the
         Trainer wherever it stops; of a loop that is left before, `end` says at which step.
     loads: also write every expert's load as integers (for strips of experts over time).
-    resume: begin again in a log that holds steps, dropping them. Without it that is refused. Training that goes on
-        after a step N > 0 needs no word: the log goes on there, and later lines are cut off.
+    resume: go on with a log that holds steps. Without it that is refused, but for training that goes on after a step
+        N > 0, which needs no word. The log goes on after the step that training does, and later lines are cut off: that
+        of a checkpoint under the Trainer, `attach(model, step=N)` in a loop of your own, else the log's last.
     trackers: TensorBoard writers, and modules or runs with `log(numbers, step=)` (trackio, W&B), which get curves.
     on_alert: who is told of alerts, beside the log; stderr unless given.
     total_steps: what `moesaic watch` reckons the end by, in a loop of your own; the Trainer knows.
@@ -99,17 +100,20 @@ class LoadMonitor(TrainerCallback):
 
     # a loop of your own
 
-    def attach(self, model: nn.Module, *, step: int = 0) -> "LoadMonitor":
-        """Count the model's training forwards from now on. step: how many were done before, in a run that goes on."""
+    def attach(self, model: nn.Module, *, step: int | None = None) -> "LoadMonitor":
+        """Count the model's training forwards from now on.
+
+        step: how many were done before, in a run that goes on. Unless given, 0, with resume=True all that the log has.
+        """
         self._release()
         self._layers = moe_layers(model)
         self._homes = [None if x.router is None else bias_home(x.router, x.block) for x in self._layers]
-        header = self._header(model, step)
-        problem = self._open(header, step) if _is_first_rank() else None
-        if problem := _shared(problem):
-            raise ValueError(problem)
+        header = self._header(model, step or 0)
+        after = _shared(self._open(header, step) if _is_first_rank() else None)
+        if isinstance(after, str):
+            raise ValueError(after)
         self._counter = LoadCounter(model, self._layers, training=True)
-        self.steps = self._written = step
+        self.steps = self._written = after
         self._losses, self._pending, self._chosen = [], None, None
         return self
 
@@ -238,18 +242,19 @@ class LoadMonitor(TrainerCallback):
                 sys.stderr.write(f"moesaic: a tracker failed and gets no more numbers: {error!r}\n")
                 self._senders.remove(send)
 
-    def _open(self, header: dict[str, Any], step: int) -> str | None:
-        """Open the log and take up what it says; the reason where that cannot be."""
+    def _open(self, header: dict[str, Any], step: int | None) -> int | str:
+        """Open the log and take up what it says: the step that it goes on after, or the reason where that cannot be."""
         try:
             self._log, before = open_log(self.path, header, step=step, resume=self.resume)
         except (ValueError, OSError) as error:
             return str(error)
+        step = before.done if step is None else step
         if before.steps or step:
             resumed = {"kind": "resume", "step": step, "time": header["time"]}
             self._put(resumed | {name: header[name] for name in ("total_steps", "command", "versions")})
         begun = before.header["layers"]
         self._judge = Judge({layer["name"]: layer["bias"] for layer in begun}, list(before.active))
-        return None
+        return step
 
     def _header(self, model: nn.Module, step: int) -> dict[str, Any]:
         rows = zip(self._layers, read_biases(self._homes), strict=True)
@@ -285,11 +290,11 @@ def _is_first_rank() -> bool:
     return not there or torch.distributed.get_rank() == 0
 
 
-def _shared(problem: str | None) -> str | None:
+def _shared(found: Any) -> Any:
     """What the first rank found, on all of them: else the others would wait for it for ever."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return problem
-    told = [problem]
+        return found
+    told = [found]
     torch.distributed.broadcast_object_list(told, src=0)
     return told[0]
 

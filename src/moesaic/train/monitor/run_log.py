@@ -6,6 +6,7 @@ A line that has no end yet is not read, and cut off by whoever goes on. Nothing 
 import json
 import math
 import tempfile
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -188,10 +189,11 @@ class LogWriter:
         self._file.close()
 
 
-def open_log(path: Path, header: Line, *, step: int, resume: bool) -> tuple[LogWriter, RunLog]:
+def open_log(path: Path, header: Line, *, step: int | None, resume: bool) -> tuple[LogWriter, RunLog]:
     """A log to add to after `step`, and what it holds up to there; later lines, and one without an end, are cut off.
 
-    A new log gets the header. One that holds steps is gone on with only where training does: step > 0, or resume.
+    A new log gets the header. One that holds steps is gone on with only where training does: step > 0, or resume,
+    which without a step means its own last one, and begins it again, with a warning, where training is at step 0.
     ValueError, with nothing changed, for one of another model, one that a new run would cut, and what is no log.
     """
     check_writable(path)
@@ -201,10 +203,13 @@ def open_log(path: Path, header: Line, *, step: int, resume: bool) -> tuple[LogW
     if not BEGIN.startswith(head):  # neither empty nor cut off in its first words
         raise ValueError(f"path={path} is no log of ms.LoadMonitor: name another file")
     whole = LogReader(path, most=1).poll()
+    known = step is not None
+    step = (whole.done if resume else 0) if step is None else step
     if whole.steps and not step and not resume:
+        way_out = "begin again, as training does" if known else "go on after them, attach(model, step=N) after step N"
         raise ValueError(
-            f"path={path} holds {whole.steps[-1]['step']} steps of an earlier run: name another folder, or use "
-            "resume=True to begin it again"
+            f"path={path} holds {whole.done} steps of an earlier run: name another folder, or use resume=True to "
+            f"{way_out}"
         )
     if whole.header and (whole.steps or step) and whole.header.get("config") != header["config"]:
         raise ValueError(
@@ -212,6 +217,8 @@ def open_log(path: Path, header: Line, *, step: int, resume: bool) -> tuple[LogW
             "name another folder"
         )
     if not whole.header or not step:
+        if whole.steps:
+            warnings.warn(f"training begins at step 0: {path} drops its {whole.done} steps of before", stacklevel=2)
         path.write_bytes(b"")
         writer, kept = LogWriter(path, path.open("ab")), RunLog()
         writer.write(header)

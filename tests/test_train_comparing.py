@@ -193,6 +193,9 @@ def test_what_is_no_run_is_named(tmp_path, folders):
     (folders[0] / "training.json").write_text("{")
     with pytest.raises(ValueError, match="not the record of"):
         read_run(folders[0])
+    (tmp_path / "q.safetensors").write_bytes(b"\x08\x00\xaf\xff")
+    with pytest.raises(ValueError, match=r"q\.safetensors: not the record of .*: give the folder of one, or tr"):
+        read_run(tmp_path / "q.safetensors")
     write_run(tmp_path / "other", "magic", 0)
     with pytest.raises(ValueError, match="not the record of a `moesaic train` run of this version"):
         read_run(tmp_path / "other")
@@ -202,6 +205,24 @@ def test_what_is_no_run_is_named(tmp_path, folders):
         read_run(folders[0])
     with pytest.raises(ValueError, match="two runs of balance bias with seed 1: leave one of them out"):
         by_balance([read_run(folders[4]), read_run(folders[4])])
+
+
+def test_logs_of_a_monitor_are_sent_to_watch(tmp_path, folders):
+    (tmp_path / "watched" / "mine").mkdir(parents=True)
+    (tmp_path / "watched" / "mine" / "load.jsonl").write_text("{}\n{}\n")
+    for path in (tmp_path / "watched", tmp_path / "watched" / "mine", tmp_path / "watched" / "mine" / "load.jsonl"):
+        with pytest.raises(ValueError, match=r"logs of ms\.LoadMonitor are for `moesaic watch`: give") as told:
+            read_runs([path])
+        assert str(told.value).startswith(f"{path}: ")
+    (folders[0] / "load.jsonl").write_text("{}\n")
+    assert read_run(folders[0]).balance == "none"  # `moesaic train` writes one too
+
+
+def test_a_run_given_twice_is_refused_before_anything_is_printed_or_drawn(folders, tmp_path, monkeypatch, capsys):
+    call = runner(monkeypatch, capsys, compare=compare)
+    told = call("compare", folders[0], folders[0], "-o", tmp_path / "runs.png")
+    assert told == (2, "", "moesaic: two runs of balance none with seed 0: leave one of them out\n")
+    assert not (tmp_path / "runs.png").exists()
 
 
 def test_the_command_prints_draws_and_refuses(folders, tmp_path, monkeypatch, capsys):

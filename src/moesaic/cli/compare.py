@@ -30,6 +30,7 @@ def compare(
     from moesaic.train.comparing.table import balances_table, runs_table
 
     found = read_runs(runs)
+    tables = runs_table(found, lang), balances_table(found, lang)  # which refuse before anything is drawn or said
     if out is not None:
         from moesaic.trace.figures.figure import save_figure
         from moesaic.train.comparing.figure import runs_figure
@@ -40,7 +41,7 @@ def compare(
         print_json({"moesaic": __version__, "command": typed(), **as_dict(found)})
         return
     console = Console()
-    console.print(runs_table(found, lang))
-    console.print(balances_table(found, lang))
+    for table in tables:
+        console.print(table)
     versions, digest = made_with(found)
     say_command(versions, None, digest, lang)

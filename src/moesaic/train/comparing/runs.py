@@ -15,6 +15,7 @@ from moesaic.config import MoEConfig
 from moesaic.trace.chance.bands import Band, balance_numbers, bands_between
 from moesaic.train.data import DOMAINS
 from moesaic.train.evaluate import mixed, mixed_loss
+from moesaic.train.monitor.run_log import LOG
 from moesaic.train.run_folder import RECORD
 from moesaic.train.sizes import SIZES
 from moesaic.train.training import BALANCES
@@ -85,6 +86,10 @@ def read_runs(folders: Iterable[Path]) -> list[Run]:
 def read_run(folder: Path) -> Run:
     """The run in a folder, or in the training.json itself. ValueError where there is none, or no evaluation yet."""
     path = folder / RECORD if folder.is_dir() else folder
+    if folder.name == LOG or (not path.exists() and [*folder.glob(LOG), *folder.glob(f"*/{LOG}")]):
+        raise ValueError(
+            f"{folder}: logs of ms.LoadMonitor are for `moesaic watch`: give folders that `moesaic train` wrote"
+        )
     try:
         record = json.loads(path.read_text("utf-8"))
         history, recipe = record["history"], record["recipe"]
@@ -109,9 +114,11 @@ def read_run(folder: Path) -> Run:
             return run
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror}): give folders of `moesaic train` runs") from None
-    except (KeyError, TypeError, AttributeError, IndexError, StopIteration, json.JSONDecodeError):
+    except (KeyError, TypeError, AttributeError, IndexError, StopIteration, json.JSONDecodeError, UnicodeDecodeError):
         pass
-    raise ValueError(f"{path}: not the record of a `moesaic train` run of this version: train it again")
+    raise ValueError(
+        f"{path}: not the record of a `moesaic train` run of this version: give the folder of one, or train it again"
+    )
 
 
 def _final(record: dict[str, Any]) -> Final:

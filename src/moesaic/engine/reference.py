@@ -30,7 +30,8 @@ def reference(
     up, down = experts.up.unbind(), experts.down.unbind()
     up_bias = [None] * n_experts if experts.up_bias is None else experts.up_bias.unbind()
     down_bias = [None] * n_experts if experts.down_bias is None else experts.down_bias.unbind()
-    empty = tokens.new_zeros(1, spec.output_size(experts), dtype=torch.promote_types(tokens.dtype, torch.float32))
+    zeros = tokens.new_zeros(1, spec.output_size(experts), dtype=torch.promote_types(tokens.dtype, torch.float32))
+    empty = with_zero_gradients(zeros, tokens, weights, *experts)
     rows = [empty[:0]]
     for t, ids in enumerate(expert_ids.tolist()):
         token, row = tokens[t : t + 1].clone(), empty
@@ -40,11 +41,10 @@ def reference(
             hidden = spec.activate(spec.project(token, up[expert], up_bias[expert]))
             row = row + scale * spec.project(hidden, down[expert], down_bias[expert])
         rows.append(row)
-    out = torch.cat(rows).to(tokens.dtype)
-    return out if bool((expert_ids < n_experts).any()) else with_zero_gradients(out, tokens, weights, *experts)
+    return torch.cat(rows).to(tokens.dtype)
 
 
 def with_zero_gradients(out: Float[Tensor, "T O"], *inputs: Tensor | None) -> Float[Tensor, "T O"]:
-    """`out`, in which nobody had a part, such that the gradients of `inputs` are zeros: without, there is no graph."""
+    """`out`, in which nobody has a part, such that the gradients of `inputs` are zeros: without, there is no graph."""
     nothing = [tensor[:0].sum() for tensor in inputs if tensor is not None]
     return out + torch.stack(nothing).sum().to(out.dtype)

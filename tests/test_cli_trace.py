@@ -104,16 +104,43 @@ def test_pieces_and_offsets_lead_back_to_the_text(run):
 def test_files_are_documents_with_their_names(run, tmp_path):
     (tmp_path / "a.txt").write_text(VERSE, encoding="utf-8")
     (tmp_path / "b.py").write_text("for x in y:\n    pass\n")
-    code, out, _ = run("trace", "--file", "a.txt", "--file", "b.py", "--file", "a.txt")
+    (tmp_path / "c.txt").write_text(VERSE, encoding="utf-8")
+    code, out, _ = run("trace", "--file", "a.txt", "--file", "b.py", "--file", "c.txt")
     assert code == 0
     recorded = load("run.safetensors")
-    assert recorded.labels == ("a.txt", "b.py", "a.txt")
+    assert recorded.labels == ("a.txt", "b.py", "c.txt")
     assert recorded.n_sequences == 3
-    assert "(a.txt 2, b.py 1)" in out
+    assert "(a.txt 1, b.py 1, c.txt 1)" in out
     first, last = (recorded.picks[:, recorded.sequences == i] for i in (0, 2))
     assert torch.equal(first, last), "every document is read by itself"
     run("trace", "--file", "a.txt", "--file", "b.py", "--lines", "-o", "lines.safetensors")
     assert load("lines.safetensors").labels == ("a.txt",) * 3 + ("b.py",) * 2
+
+
+@pytest.mark.parametrize(
+    ("files", "labels"),
+    [
+        (("zh.txt", "sub/zh.txt", "b.txt"), ("zh.txt", "sub/zh.txt", "b.txt")),
+        (("en/wiki.txt", "zh/wiki.txt"), ("en/wiki.txt", "zh/wiki.txt")),
+        (("old/en/x", "new/en/x", "x"), ("old/en/x", "new/en/x", "x")),
+        (("old/en/x", "old/zh/x"), ("en/x", "zh/x")),
+    ],
+)
+def test_files_of_one_name_are_told_apart_by_their_folders(run, tmp_path, files, labels):
+    for file in files:
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).write_text(f"from {file}")
+    assert run("trace", *(part for file in files for part in ("--file", file)))[0] == 0
+    assert load("run.safetensors").labels == labels
+
+
+def test_a_byte_order_mark_is_no_text(run, tmp_path):
+    for name, encoding in (("plain.txt", "utf-8"), ("marked.txt", "utf-8-sig")):
+        (tmp_path / name).write_text(VERSE, encoding=encoding)
+        run("trace", "--file", name, "-o", f"{name}.safetensors")
+    plain, marked = (load(f"{name}.txt.safetensors") for name in ("plain", "marked"))
+    assert torch.equal(plain.input_ids, marked.input_ids)
+    assert torch.equal(plain.offsets, marked.offsets)
 
 
 def test_the_corpus_is_documents_of_four_domains(run, monkeypatch):
@@ -253,7 +280,15 @@ MISTAKES = {
     "unknown language": (["--text", "x", "--lang", "fr"], "--lang 'fr' is unknown"),
     "no such device": (["--text", "x", "--device", "banana"], "--device 'banana' is not there: use cpu"),
     "no such model": (["nowhere", "--text", "x"], "nowhere: no such folder"),
-    "not a model": ([".", "--text", "x"], "not a model folder: it has no config.json"),
+    "not a model": ([".", "--text", "x"], "it has no config.json: give the folder of a Hugging Face model"),
+    "a file twice": (
+        ["--file", "twice.txt", "--file", "./twice.txt"],
+        "--file twice.txt: is given twice, and a document",
+    ),
+    "a link to it": (
+        ["--file", "twice.txt", "--file", "again.txt"],
+        "--file again.txt: is given twice, and a document",
+    ),
     "a dense model": (["dense", "--text", "x"], "not an MoE model"),
     "a foreign tokenizer": (["foreign", "--text", "x"], "and the model knows 64: they do not belong together"),
     "out is a folder": (["--text", "x", "-o", "."], "--out .: is a folder"),
@@ -278,6 +313,8 @@ def folders(tmp_path_factory):
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (folder / "foreign" / name).write_bytes((TINY / name).read_bytes())
     (folder / "empty.txt").touch()
+    (folder / "twice.txt").write_text("To be")
+    (folder / "again.txt").symlink_to("twice.txt")
     (folder / "link").symlink_to("nowhere.safetensors")
     (folder / "bytes.bin").write_bytes(bytes(range(128, 256)))
     return folder

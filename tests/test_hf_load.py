@@ -1,4 +1,5 @@
 import json
+import re
 
 import pytest
 import torch
@@ -64,7 +65,7 @@ def test_a_folder_that_is_not_there(tmp_path):
 
 
 def test_a_folder_without_a_model(tmp_path):
-    refused(tmp_path, "not a model folder: it has no config.json")
+    refused(tmp_path, "not a model folder: it has no config.json: give the folder of a Hugging Face model$")
     (tmp_path / "config.json").write_text("{nonsense")
     refused(tmp_path, "config.json is not JSON, or cut short")
     (tmp_path / "config.json").write_text("[]")
@@ -105,6 +106,14 @@ def test_incomplete_weights_are_not_filled_with_noise(broken):
     del state["model.layers.1.mlp.gate.weight"]
     save_file(state, broken / "model.safetensors", metadata={"format": "pt"})
     refused(broken, "weights are incomplete, 1 are missing, such as model.layers.1.mlp.gate.weight")
+
+
+def test_weights_of_another_config_are_named_with_both_sizes(broken):
+    config = json.loads((broken / "config.json").read_text())
+    (broken / "config.json").write_text(json.dumps({**config, "vocab_size": config["vocab_size"] + 8}))
+    there, wanted = ([config["vocab_size"] + more, config["hidden_size"]] for more in (0, 8))
+    message = f": lm_head.weight is {there} in the weights and {wanted} by config.json, and others differ too: give the"
+    refused(broken, re.escape(message))
 
 
 def test_an_unknown_kind_of_model(broken):

@@ -39,7 +39,7 @@ def read_text(text: str | None, file: Path | None) -> str | None:
 
 def _text_of(file: Path) -> str:
     try:
-        return file.read_text(encoding="utf-8")
+        return file.read_text(encoding="utf-8-sig")  # a byte order mark is no text
     except UnicodeDecodeError:
         raise ValueError(f"--file {file}: not UTF-8 text: give a text file") from None
     except OSError as error:
@@ -56,17 +56,35 @@ class Document(NamedTuple):
 def documents(text: str | None, files: Sequence[Path], corpus: bool, by_line: bool = False) -> list[Document]:
     """What was asked for: one text, files (each with its name as label), or the shipped corpus.
 
-    by_line: every line that is not empty is a document. ValueError where nothing, or more than one of them, was given.
+    by_line: every line that is not empty is a document. ValueError where nothing, or more than one of them, was given,
+    or a file twice.
     """
     if (text is not None) + bool(files) + corpus != 1:
         raise ValueError("give one of --text, --file (as often as needed) and --corpus: that is what the model reads")
     if corpus:
         return corpus_passages()
-    whole = [Document("text", text)] if text is not None else [Document(file.name, _text_of(file)) for file in files]
+    if text is not None:
+        whole = [Document("text", text)]
+    else:
+        whole = [Document(name, _text_of(file)) for name, file in zip(_names(files), files, strict=True)]
     found = [part for document in whole for part in (_lines(document) if by_line else [document])]
     if empty := next((document for document in whole if not document.text.strip()), None):
         raise ValueError(f"{'--text' if text is not None else empty.label} is empty: give a word at least")
     return found
+
+
+def _names(files: Sequence[Path]) -> list[str]:
+    """What to call files: by name, and by as much of the path as tells those of one name apart."""
+    real = [file.resolve() for file in files]
+    if twice := next((file for at, file in enumerate(files) if real[at] in real[:at]), None):
+        raise ValueError(f"--file {twice}: is given twice, and a document counts once: leave one out")
+
+    names = []
+    for file in files:
+        ends = (file.parts[-n:] for n in range(1, len(file.parts)))
+        alone = (end for end in ends if sum(other.parts[-len(end) :] == end for other in files) == 1)
+        names.append(str(Path(*next(alone, file.parts))))
+    return names
 
 
 def _lines(document: Document) -> list[Document]:

@@ -91,6 +91,7 @@ def _load(folder: Path, experts: int, k: int, granularity: int) -> Any:
     """The dense model; refused from its config.json alone where that is enough."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    from moesaic.hf.load import TELLING, check_weights
     from moesaic.hf.upcycle import check_sizes
 
     if not (folder / "config.json").is_file():
@@ -105,11 +106,10 @@ def _load(folder: Path, experts: int, k: int, granularity: int) -> Any:
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from None
     try:
-        model, found = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", output_loading_info=True, **here)
+        model, found = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", **TELLING, **here)
     except Exception as error:  # transformers, safetensors and torch each raise their own kinds
         raise ValueError(f"{folder}: the model cannot be loaded ({_first_line(error)})") from None
-    if missing := sorted(found["missing_keys"]):
-        raise ValueError(f"{folder}: weights are incomplete, {len(missing)} are missing, such as {missing[0]}")
+    check_weights(folder, found)
     return model
 
 

@@ -1,7 +1,7 @@
 """Loading a local Hugging Face model without network, noise or surprises."""
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,14 +14,17 @@ from moesaic.hf_config import read_config_json
 TINY = Path(__file__).parents[1] / "assets" / "tiny"  # the trained model that is shipped
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 
+# `from_pretrained` then tells which weights are missing, and which are of other sizes, which it else only logs
+TELLING: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+
 
 def load_model(folder: str | Path = TINY) -> tuple[Any, Any]:
     """(model, tokenizer) of a folder that `save_pretrained` wrote, in eval mode; the shipped model unless one is named.
 
     Offline; runs no code of the folder. A selection bias that moesaic had added is read back with it.
 
-    Raises ValueError, in one line, for a folder that is missing, holds no model, no MoE model, damaged or incomplete
-    weights, or no tokenizer.
+    Raises ValueError, in one line, for a folder that is missing, holds no model, no MoE model, no tokenizer, or weights
+    that are damaged, incomplete or of other sizes than its config says.
     """
     folder = Path(folder)
     _check_is_moe(folder)
@@ -31,11 +34,10 @@ def load_model(folder: str | Path = TINY) -> tuple[Any, Any]:
     with quiet_transformers(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            model, found = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **here)
+            model, found = AutoModelForCausalLM.from_pretrained(folder, **TELLING, **here)
         except Exception as error:  # transformers, safetensors and torch each raise their own kinds
             raise ValueError(f"{folder}: the model cannot be loaded ({_first_line(error)})") from None
-        if missing := sorted(found["missing_keys"]):
-            raise ValueError(f"{folder}: weights are incomplete, {len(missing)} are missing, such as {missing[0]}")
+        check_weights(folder, found)
         try:
             moe_layers(model)
         except ValueError as error:
@@ -50,11 +52,28 @@ def load_model(folder: str | Path = TINY) -> tuple[Any, Any]:
     return model.eval(), tokenizer
 
 
+def check_weights(folder: Path, found: Mapping[str, Any]) -> None:
+    """Refuse weights that do not fit the config of their folder or are not all there. found: what `from_pretrained`
+    says with TELLING."""
+    if misfits := sorted(found["mismatched_keys"]):
+        name, in_file, by_config = misfits[0]
+        raise ValueError(
+            f"{folder}: {name} is {list(in_file)} in the weights and {list(by_config)} by config.json"
+            f"{', and others differ too' if misfits[1:] else ''}: give the config.json of these weights"
+        )
+    if missing := sorted(found["missing_keys"]):
+        raise ValueError(f"{folder}: weights are incomplete, {len(missing)} are missing, such as {missing[0]}")
+
+
 def _check_is_moe(folder: Path) -> None:
     """Refuse from config.json alone what is no MoE model: a dense one may take minutes to load."""
     if not folder.is_dir():
         what = "is a file, not a folder" if folder.exists() else "no such folder"
         raise ValueError(f"{folder}: {what}: give the folder of a Hugging Face model")
+    if not (folder / "config.json").exists():
+        raise ValueError(
+            f"{folder}: not a model folder: it has no config.json: give the folder of a Hugging Face model"
+        )
     config = read_config_json(folder)
     inner = config.get("text_config")
     given = {**config, **inner} if isinstance(inner, dict) else config

@@ -260,13 +260,16 @@ def test_demo_finds_the_shipped_model_balanced_and_its_experts_specialised(demo_
 
     trace = moesaic.load(demo_folder[0] / "trace.safetensors")
     assert trace.n_layers >= 4
-    assert len(trace) == 12_800
+    assert len(trace) == 12_640
     for report in layer_reports(trace):
         assert report.is_healthy, report.verdict()
+        assert (report.by_documents, report.n_documents) == (True, 85), "works, not windows of them"
+        assert report.design_effect > 40, "windows of one work are alike"
     preferences = domain_preference(trace)
     found = preferences.found(0.05)
     assert found.any(axis=1).all(), "in every layer some expert prefers a domain beyond chance"
-    assert {preferences.domains[d] for d in preferences.domain[found]} == set(trace.labels)
+    assert {preferences.domains[d] for d in preferences.domain[found]} == {"chinese_verse", "manual", "python"}
+    assert "no expert found for English verse (3 of 85 documents)" in " ".join(demo_folder[1].split())
 
 
 def test_demo_record_is_what_the_model_selects(demo_folder):
@@ -279,11 +282,25 @@ def test_demo_record_is_what_the_model_selects(demo_folder):
     gate = model.model.layers[2].mlp.gate
     handle = gate.register_forward_hook(lambda _m, _a, output: caught.append(output[2]))
     with torch.inference_mode():
-        for _, ids in sources.held_out_windows(tokenizer):
+        for ids in sources.tokens_of(tokenizer, sources.held_out()).batches:
             model(input_ids=ids, use_cache=False)
     handle.remove()
     layer = next(i for i, name in enumerate(trace.layers) if ".2." in name)
     assert torch.equal(trace.picks[layer].long(), torch.cat(caught))
+
+
+def test_a_text_is_one_document_however_it_is_read(run, tmp_path):
+    """Windows of one text counted as documents would claim to hold for texts like it."""
+    (tmp_path / "long.txt").write_text(SAMPLE * 20, encoding="utf-8")
+    _, out, _ = run("demo", "--file", tmp_path / "long.txt", "--out", tmp_path / "demo")
+    run("trace", "--file", tmp_path / "long.txt", "-o", tmp_path / "run.safetensors")
+    demo, traced = moesaic.load(tmp_path / "demo" / "trace.safetensors"), moesaic.load(tmp_path / "run.safetensors")
+    assert (demo.n_sequences, traced.n_sequences) == (1, 1)
+    assert torch.equal(demo.picks, traced.picks)
+    assert f"documents: 1 (text {len(demo):,})\nThe document is read in {-(-len(demo) // 128)} windows of 128" in out
+    assert "windows of 128 tokens\n" in out
+    for file in (tmp_path / "demo" / "trace.safetensors", tmp_path / "run.safetensors"):
+        assert f"the {len(demo):,} tokens of one document only" in " ".join(run("stats", file)[1].split())
 
 
 @pytest.mark.parametrize("lang", ["zh", "en"])

@@ -13,7 +13,7 @@ from moesaic.cli.trace import trace
 from moesaic.hf.load import TINY, load_model
 from moesaic.trace.file.reader import load
 from moesaic.trace.recording.record import record
-from moesaic.train.data import DOMAINS
+from moesaic.train.data import DOMAINS, corpus
 
 VERSE = "床前明月光，疑是地上霜。\nTo be, or not to be 😀\n\n  \nfor x in y:\n"
 
@@ -81,6 +81,25 @@ def test_a_document_longer_than_the_window_is_read_in_parts_and_stays_one_docume
     assert recorded.sequences.tolist() == [0] * len(row)
 
 
+def test_windows_are_named_where_a_document_was_cut(run):
+    n = -(-len(load_model()[1](VERSE * 20)["input_ids"]) // 17)
+    _, out, _ = run("trace", "--text", VERSE * 20, "--window", "17")
+    assert f"\nThe document is read in {n} windows of 17 tokens, each by itself; --window 1024 reads further at" in out
+    assert out.endswith(", windows of 17 tokens\n")
+    _, out, _ = run("trace", "--text", f"To be\n{'床前明月光，' * 20}", "--lines", "--window", "17", "--lang", "zh")
+    assert "\n2 个文档中有 1 个分成 " in out
+    assert "每个窗口 17 个 token；用 --window 1024 一次可以读得更长" in out
+    assert out.endswith("，窗口 17 个 token\n")
+    assert "window" not in run("trace", "--text", "To be")[1]
+    found = json.loads(run("trace", "--text", VERSE * 20, "--window", "17", "--json")[1])
+    assert (found["window"], found["windows"]) == (17, n)
+
+
+def test_nothing_reads_further_than_the_model(run):
+    _, out, _ = run("trace", "--text", VERSE * 200, "--window", "1024")
+    assert "windows of 1024 tokens, each by itself\n" in out
+
+
 def test_pieces_and_offsets_lead_back_to_the_text(run):
     assert run("trace", "--text", VERSE * 3, "--lines")[0] == 0
     recorded = load("run.safetensors")
@@ -143,27 +162,39 @@ def test_a_byte_order_mark_is_no_text(run, tmp_path):
     assert torch.equal(plain.offsets, marked.offsets)
 
 
-def test_the_corpus_is_documents_of_four_domains(run, monkeypatch):
-    monkeypatch.setattr(sources, "PASSAGES", 20)
+def test_a_work_of_the_corpus_is_one_document(run):
+    """Passages of one play are alike and no independent draws. Tokens are in the shares of the training."""
     code, out, err = run("trace", "--corpus")
     assert (code, err) == (0, "")
     recorded = load("run.safetensors")
-    shares = {label: recorded.labels.count(label) for label in recorded.labels}
-    assert shares == {name: 20 * domain.share for name, domain in DOMAINS.items()}
-    assert len(set(recorded.sequences.tolist())) == 20
-    assert "20 documents (english_verse 6, chinese_verse 6, python 6, manual 2)" in out
+    works = {label: recorded.labels.count(label) for label in DOMAINS}
+    assert works == {"english_verse": 3, "chinese_verse": 52, "manual": 10, "python": 20}
+    assert recorded.n_sequences == len(set(recorded.sequences.tolist())) == 85
+    read = [recorded.labels[number] for number in recorded.sequences.tolist()]
+    shares = {label: read.count(label) / len(read) for label in DOMAINS}
+    assert shares == pytest.approx({name: domain.share for name, domain in DOMAINS.items()}, abs=0.01)
+    assert "85 documents (chinese_verse 52, python 20, manual 10, english_verse 3)" in out
+    run("trace", "--corpus", "--window", "1000", "-o", "far.safetensors")
+    assert len(load("far.safetensors")) <= len(recorded), "windows of another length hold no more text"
 
 
-def test_passages_hold_the_whole_text_and_end_with_lines():
-    text = "".join(f"line {i} of a play\n" for i in range(200)) + "no newline at the end"
-    parts = sources._passages(text)
-    assert "".join(parts) == text
-    assert len(parts) > 5
-    assert all(part.endswith("\n") for part in parts[:-1])
-    assert all(len(part) >= sources.PASSAGE for part in parts[:-1])
-    assert sources._passages("short") == ["short"]
-    line = "x" * sources.PASSAGE + "\n"
-    assert sources._passages(line + "a short rest\n") == [line + "a short rest\n"]
+def test_what_is_read_of_a_held_out_work_lies_in_it(loaded):
+    """Every work once; its windows lie apart in it, do not overlap, and say what the work says there."""
+    documents = sources.held_out()
+    texts = {domain: [work.text for work in corpus(domain, "held_out")] for domain in DOMAINS}
+    found = [next(i for i, text in enumerate(texts[d.label]) if text.startswith(d.text)) for d in documents]
+    assert len(set(zip(found, [d.label for d in documents], strict=True))) == len(documents)
+    tokens = sources.tokens_of(loaded[1], documents)
+    for number, document in enumerate(documents):
+        places = tokens.offsets[tokens.sequences == number]
+        assert (places[1:, 0] >= places[:-1, 0]).all()
+        assert len(places) <= document.tokens
+        ids = torch.cat([batch.flatten() for batch in tokens.batches])[tokens.sequences == number].tolist()
+        for (start, end), token in zip(places.tolist(), ids, strict=True):
+            assert tokens.pieces[token] == document.text[start:end] or "<0x" in tokens.pieces[token]
+    play = tokens.offsets[tokens.sequences == 0]
+    assert (len(play), tokens.windows[0]) == (1280, 10)
+    assert (play[128::128, 0] - play[127:-1:128, 1] > 500).all(), "ten windows apart, not the first page"
 
 
 def test_json_is_one_document_and_nothing_else(run):
@@ -241,6 +272,7 @@ def test_a_tokenizer_that_tells_no_offsets_leaves_them_out():
     assert found.pieces == {97: "a", 98: "b"}
     assert [batch.tolist() for batch in found.batches] == [[[97], [98], [98]]]
     assert found.sequences.tolist() == [0, 0, 1]
+    assert (found.labels, found.windows) == (("a", "b"), (2, 1))
 
 
 def test_a_model_without_the_usual_arguments_is_read_too(loaded, tmp_path):
@@ -254,7 +286,7 @@ def test_a_model_without_the_usual_arguments_is_read_too(loaded, tmp_path):
     heard = []
     model.forward = plain
     try:
-        sources.record_documents(model, tokens, ["a"], "picks", tmp_path / "run.safetensors", done=heard.append)
+        sources.record_documents(model, tokens, "picks", tmp_path / "run.safetensors", done=heard.append)
     finally:
         del model.forward
     assert heard == [len(load(tmp_path / "run.safetensors"))]

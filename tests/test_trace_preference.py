@@ -133,7 +133,7 @@ def test_a_test_in_pieces_is_the_test_in_one(monkeypatch):
 def test_the_least_number_of_sequences_that_can_be_tested_is():
     """Six sequences, three a domain, can be labelled in 20 ways, so a p-value of 0.05 is within reach."""
     domain_preference(made(1, 6, 5), ["a", "b"] * 3, permutations=20)
-    with pytest.raises(ValueError, match="5 sequences in 2 domains can be labelled in 10 ways only"):
+    with pytest.raises(ValueError, match="5 documents in 2 domains can be labelled in 10 ways only"):
         domain_preference(made(1, 5, 5), ["a", "b", "a", "b", "a"], permutations=20)
 
 
@@ -143,7 +143,7 @@ def test_what_cannot_be_tested_is_refused():
         domain_preference(trace, ["a", "b", "a"])
     with pytest.raises(ValueError, match="1 domain with tokens: a preference needs at least two"):
         domain_preference(trace, ["a"] * 4)
-    with pytest.raises(ValueError, match="4 sequences in 2 domains can be labelled in 6 ways only, so that no pref"):
+    with pytest.raises(ValueError, match="4 documents in 2 domains can be labelled in 6 ways only, so that no pref"):
         domain_preference(trace, ["a", "a", "b", "b"])
     with pytest.raises(ValueError, match="permutations=0 gives no p-value: use 1000"):
         domain_preference(made(1, 8, 5), permutations=0)

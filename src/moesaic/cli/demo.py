@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 import typer
 
 from moesaic.cli.output import JSON_HELP, check_lang, make_ready, print_json, say_how_again, typed
+from moesaic.cli.trace import said_of_windows
 
 if TYPE_CHECKING:
     from moesaic.trace.rule.steps import Steps
@@ -23,7 +24,7 @@ WORDS = {
         "model": "{model}: {layers} MoE layers, {config}",
         "sizes": "top {c.num_experts_per_tok} of {c.n_routed_experts} experts",
         "groups": " in {c.topk_group} of {c.n_group} groups",
-        "text": "tokens: {tokens:,}, sequences: {sequences} ({domains})",
+        "text": "tokens: {tokens:,}, documents: {documents} ({domains})",
         "your_text": "text",
         "load": "1. Is the load balanced? A number in brackets is what random routing would give.",
         "prefer": "2. Which experts prefer which text?",
@@ -36,7 +37,7 @@ WORDS = {
         "model": "{model}：{layers} 个 MoE 层，{config}",
         "sizes": "每个 token 选 {c.num_experts_per_tok} / {c.n_routed_experts} 个专家",
         "groups": "，限于 {c.topk_group} / {c.n_group} 组",
-        "text": "{sequences} 个序列共 {tokens:,} 个 token：{domains}",
+        "text": "{documents} 个文档共 {tokens:,} 个 token：{domains}",
         "your_text": "文本",
         "load": "1. 负载均衡吗？括号内是随机路由会得到的范围。",
         "prefer": "2. 哪些专家偏好哪类文本？",
@@ -125,18 +126,20 @@ def _real(
 
     given = sources.read_text(text, file)
     model, tokenizer = load_model(model_folder or TINY)
-    sequences = sources.held_out_windows(tokenizer) if given is None else sources.windows_of(tokenizer, given)
-    sources.check_before(model, sequences, layer, token)
+    documents = sources.held_out() if given is None else [sources.Document("text", given)]
+    tokens = sources.tokens_of(tokenizer, documents)
+    sources.check_before(model, tokens, layer, token)
     make_ready(out)
     with Console(stderr=True).status(WORDS[lang]["routing"]):
-        trace = sources.route(model, sequences, seed)
+        trace = sources.route(model, tokens, seed)
     layer = trace.n_layers // 2 if layer is None else layer
     token = _telling_token(trace, layer) if token is None else token
 
     word = sources.word_of(tokenizer, trace, token)
     shown = _what_is_shown(trace, lang, layer, token, seed)
+    cut = said_of_windows(tokens.windows, sources.WINDOW, lang)
     if not as_json:
-        _show(trace, shown, word, lang, layer, token)
+        _show(trace, shown, word, lang, layer, token, "".join(cut[:1]))
     names = ("routing.png", "load.png", "trace.safetensors")
     save_figure(routing_figure(trace, layer=layer, lang=lang), out / names[0], dpi=100, trim=False)
     save_figure(load_figure(trace, lang=lang), out / names[1], dpi=100, trim=False)
@@ -145,11 +148,12 @@ def _real(
         print_json(_document(trace, shown, layer, token, word, [out / name for name in names]))
     else:
         _say_saved(trace, lang, layer, out, names)
+        say_how_again(trace, lang, *cut[1:])
     return 1 if any(report.status == "collapsed" for report in shown.stats.layers) else 0
 
 
 class Shown(NamedTuple):
-    """What the demo says of a routing; labels: the domain of each sequence, in words, empty for random input."""
+    """What the demo says of a routing; labels: the domain of each document, in words, empty for random input."""
 
     stats: "Stats"
     preferences: "Preferences | None"
@@ -176,7 +180,7 @@ def _what_is_shown(trace: "Trace", lang: str, layer: int, token: int, seed: int)
     return Shown(stats(trace, seed=seed), preferences, steps(trace, layer=layer, token=token), labels)
 
 
-def _show(trace: "Trace", shown: Shown, word: str, lang: str, layer: int, token: int) -> None:
+def _show(trace: "Trace", shown: Shown, word: str, lang: str, layer: int, token: int, cut: str) -> None:
     """Print the three parts."""
     from rich.console import Console
 
@@ -188,7 +192,9 @@ def _show(trace: "Trace", shown: Shown, word: str, lang: str, layer: int, token:
     sizes = say["sizes"].format(c=config) + (say["groups"].format(c=config) if config.n_group > 1 else "")
     print(say["model"].format(model=trace.model, layers=trace.n_layers, config=sizes))
     domains = ", ".join(f"{label} {count:,}" for label, count in per_label.items())
-    print(say["text"].format(tokens=len(trace), sequences=trace.n_sequences, domains=domains))
+    print(say["text"].format(tokens=len(trace), documents=trace.n_sequences, domains=domains))
+    if cut:
+        print(cut)
 
     print("\n" + say["load"])
     show(load_table(list(shown.stats.layers), lang))
@@ -236,4 +242,3 @@ def _say_saved(trace: "Trace", lang: str, layer: int, out: Path, names: tuple[st
     print(say["saved"].format(out=out))
     for name, what in zip(names, say["files"], strict=True):
         print(f"   {name:<20}{what.format(layer=trace.layers[layer])}")
-    say_how_again(trace, lang)

@@ -109,12 +109,12 @@ def say_next(commands: Sequence[tuple[str, str]], lang: str) -> None:
         print(f"   {command:<{width}}   {why}")
 
 
-def say_how_again(trace: "Trace", lang: str) -> None:
-    """Print the command, versions, seed and config behind a record that was shown."""
-    say_command(trace.versions, trace.seed, config_of(trace), lang)
+def say_how_again(trace: "Trace", lang: str, *more: str) -> None:
+    """Print the command, versions, seed and config behind a record that was shown, and what more it hangs on."""
+    say_command(trace.versions, trace.seed, config_of(trace), lang, *more)
 
 
-def say_command(versions: Mapping[str, str], seed: int | None, digest: str | None, lang: str) -> None:
+def say_command(versions: Mapping[str, str], seed: int | None, digest: str | None, lang: str, *more: str) -> None:
     """Print what was typed, and what it takes to get the same again."""
     from moesaic.trace.shown import visible
 
@@ -122,7 +122,7 @@ def say_command(versions: Mapping[str, str], seed: int | None, digest: str | Non
     facts = [f"{visible(name, 40)} {visible(version, 40)}" for name, version in versions.items()]
     facts = [", ".join(facts)] if facts else []
     facts += [seeded.format(seed)] if seed is not None else []
-    facts += [config.format(digest) if digest is not None else no_config]
+    facts += [config.format(digest) if digest is not None else no_config, *more]
     print("\n" + visible(command.format(command=typed())))
     print((begin if versions else "") + comma.join(facts))
 

@@ -52,9 +52,10 @@ def steps(
         word = recorded_word(recorded, token)
     else:
         network, tokenizer = load_model(model or TINY)
-        windows = sources.windows_of(tokenizer, sources.SAMPLE if text is None else text)
-        sources.check_before(network, windows, layer, token)
-        recorded = sources.route(network, windows)
+        given = sources.Document("text", sources.SAMPLE if text is None else text)
+        tokens = sources.tokens_of(tokenizer, [given])
+        sources.check_before(network, tokens, layer, token)
+        recorded = sources.route(network, tokens)
         word = sources.word_of(tokenizer, recorded, token)
     of_token = steps_of(recorded, layer=layer, token=token)
     if json:

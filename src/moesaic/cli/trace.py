@@ -3,6 +3,7 @@
 import gc
 import shlex
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
@@ -14,11 +15,14 @@ if TYPE_CHECKING:
     from moesaic.trace.store import Trace
 
 DETAILS = ("ids", "picks", "scores")
-WORDS = {
+WORDS: dict[str, dict[str, Any]] = {
     "en": {
         "reading": "Reading", "no_name": "a model without a name", "more": "{n} more",
         "model": "{model}: {layers}, top {k} of {experts}",
         "text": "{tokens} of {documents}", "token": "token", "document": "document", "labels": " ({labels})",
+        "cut": ("The document is", "{cut} of {all} documents are"),
+        "windows": " read in {n} windows of {window} tokens, each by itself",
+        "further": "; --window {most} reads further at once", "window": "windows of {window} tokens",
         "missing": "MoE layers without data: {names}",
         "saved": "Saved in {out}: {size}, {detail}", "replaces": " (in the place of an older trace)",
         "detail": {
@@ -33,6 +37,9 @@ WORDS = {
         "reading": "正在读取", "no_name": "未命名的模型", "more": "另有 {n} 个",
         "model": "{model}：{layers} 个 MoE 层，每个 token 选 {k} / {experts} 个专家",
         "text": "{documents}，共 {tokens}", "token": " 个 token", "document": " 个文档", "labels": "（{labels}）",
+        "cut": ("文档", "{all} 个文档中有 {cut} 个"),
+        "windows": "分成 {n} 个窗口分别读入，每个窗口 {window} 个 token",
+        "further": "；用 --window {most} 一次可以读得更长", "window": "窗口 {window} 个 token",
         "missing": "没有数据的 MoE 层：{names}",
         "saved": "已保存到 {out}：{size}，{detail}", "replaces": "（替换了旧的记录）",
         "detail": {
@@ -81,20 +88,30 @@ def trace(
     documents = sources.documents(text, file or [], corpus, lines)
     replaces = check_target(out)
     network, tokenizer = load_model(model or TINY)
-    _check_window(network, window)
+    most = _check_window(network, window)
     network = _moved(network, device)
     tokens = sources.tokens_of(tokenizer, documents, window)
-    labels = [document.label for document in documents]
-    sources.check_before(network, [("", ids) for ids in tokens.batches], None, None)
+    sources.check_before(network, tokens)
     with quiet_transformers(), progress(WORDS[lang]["reading"], len(tokens.sequences)) as done:
-        recorded = sources.record_documents(network, tokens, labels, detail, out, done=done)
-    size = Size(len(tokens.sequences), len(documents))
+        recorded = sources.record_documents(network, tokens, detail, out, done=done)
+    size, cut = Size(len(tokens.sequences), len(documents)), said_of_windows(tokens.windows, window, lang)
     if as_json:
-        print_json(provenance((out, recorded)) | described(recorded, size, out))
+        read = {"window": window, "windows": sum(tokens.windows)}
+        print_json(provenance((out, recorded)) | described(recorded, size, out) | read)
     else:
-        show(recorded, size, out, lang, replaces=replaces)
-        say_how_again(recorded, lang)
+        further = "" if window == most else WORDS[lang]["further"].format(most=most or "N")
+        show(recorded, size, out, lang, replaces=replaces, cut=cut[0] + further if cut else "")
+        say_how_again(recorded, lang, *cut[1:])
     return 0
+
+
+def said_of_windows(windows: Sequence[int], window: int, lang: str) -> tuple[str, ...]:
+    """What is said, and in few words, of documents that were read in several windows; nothing where none was."""
+    say, cut = WORDS[lang], [n for n in windows if n > 1]
+    if not cut:
+        return ()
+    who = say["cut"][len(windows) > 1].format(cut=f"{len(cut):,}", all=f"{len(windows):,}")
+    return who + say["windows"].format(n=f"{sum(cut):,}", window=window), say["window"].format(window=window)
 
 
 def check_target(out: Path) -> bool:
@@ -125,8 +142,8 @@ class Size(NamedTuple):
     documents: int
 
 
-def show(recorded: "Trace", size: Size, out: Path, lang: str, *, replaces: bool) -> None:
-    """What is in a trace that was just written, and what to do with it."""
+def show(recorded: "Trace", size: Size, out: Path, lang: str, *, replaces: bool, cut: str = "") -> None:
+    """What is in a trace that was just written, and what to do with it. cut: how documents were cut, if any was."""
     from moesaic.trace.shown import counted, visible
 
     say, config = WORDS[lang], recorded.configs[0]
@@ -136,6 +153,8 @@ def show(recorded: "Trace", size: Size, out: Path, lang: str, *, replaces: bool)
         sizes = {"layers": counted(sizes["layers"], "MoE layer"), "experts": counted(sizes["experts"], "expert")}
     print(say["model"].format(model=name, k=config.num_experts_per_tok, **sizes))
     print(_read(recorded, size, lang))
+    if cut:
+        print(cut)
     if recorded.missing:
         print(say["missing"].format(names=", ".join(visible(name, 60) for name in recorded.missing)))
     if not config.rule_is_known:
@@ -195,10 +214,12 @@ def _in_words(size: int) -> str:
     return f"{size / 1e6:.1f} MB" if size >= 1e6 else f"{size / 1e3:.1f} kB"
 
 
-def _check_window(model: Any, window: int) -> None:
+def _check_window(model: Any, window: int) -> int | None:
+    """The most tokens that the model reads at once, where it says so."""
     most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if isinstance(most, int) and window > most:
         raise ValueError(f"--window {window}: the model reads {most} tokens at most: use {most} or fewer")
+    return most if isinstance(most, int) else None
 
 
 def _moved(model: Any, device: str) -> Any:

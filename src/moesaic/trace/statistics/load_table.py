@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import numpy as np
 from rich import box
 from rich.table import Table
 from rich.text import Text
@@ -16,13 +17,17 @@ WORDS = {
         "load": ("layer\nverdict", "max / mean\nload", "MaxVio", "CV", "dead", "groups\n/ token"),
         "chance": "chance 5–95 %", "preference": ("layer", "domain", "experts (times their overall rate)", "least p"),
         "none": "none beyond chance", "no_data": "no data",
-        "test": "{p} permutations of {n} sequences; p corrected for all {t} experts (max-statistic), alpha {a:g}",
+        "test": "{p} permutations of {n} documents; p corrected for all {t} experts (max-statistic), alpha {a:g}",
+        "without": "; no expert found for {domains}", "few": "{domain} ({n} of {all} documents)",
+        "comma": ", ", "more": "{n} more",
     },
     "zh": {
         "load": ("层\n结论", "最大 / 平均\n负载", "MaxVio", "CV", "未用\n专家", "到达\n组数"),
         "chance": "随机 5–95%", "preference": ("层", "领域", "专家（相对其总体使用率的倍数）", "最小 p"),
         "none": "没有超出随机的偏好", "no_data": "没有数据",
-        "test": "以序列为单位置换 {p} 次（{n} 个序列）；p 已对全部 {t} 个专家校正（最大统计量），显著性水平 {a:g}",
+        "test": "以文档为单位置换 {p} 次（{n} 个文档）；p 已对全部 {t} 个专家校正（最大统计量），显著性水平 {a:g}",
+        "without": "；未发现偏好以下领域的专家：{domains}", "few": "{domain}（{all} 个文档中的 {n} 个）",
+        "comma": "、", "more": "另外 {n} 个",
     },
 }  # fmt: skip
 STYLES = {
@@ -56,9 +61,10 @@ def preference_table(
     n_layers, n_experts = found.shape
     shown_layers = short_layers(layers, lang)
     caption = words["test"].format(
-        p=preferences.permutations, n=preferences.n_sequences, t=n_layers * n_experts, a=alpha
+        p=preferences.permutations, n=sum(preferences.documents), t=n_layers * n_experts, a=alpha
     )
-    table = Table(box=box.SIMPLE_HEAD, caption=caption, caption_justify="left", pad_edge=False)
+    caption += _without(preferences, found, words, most)
+    table = Table(box=box.SIMPLE_HEAD, caption=Text(caption), caption_justify="left", pad_edge=False)
     columns = (shown_layers, [visible(domain, 60) for domain in preferences.domains], None, ())
     for head, names in zip(words["preference"], columns, strict=True):
         table.add_column(head, no_wrap=names is not None and fits(names), overflow="fold")
@@ -80,6 +86,17 @@ def preference_table(
             name = Text()
         table.add_section()
     return table
+
+
+def _without(preferences: Preferences, found: np.ndarray, words: dict, most: int) -> str:
+    """The domains of which no expert was found where others were, and how few documents they may have."""
+    less = sorted(set(range(len(preferences.domains))) - set(preferences.domain[found].tolist()))
+    if not found.any() or not less:
+        return ""
+    n, all_of_them = preferences.documents, sum(preferences.documents)
+    named = [words["few"].format(domain=visible(preferences.domains[i], 60), n=n[i], all=all_of_them) for i in less]
+    more = [words["more"].format(n=len(less) - most)] if len(less) > most else []
+    return words["without"].format(domains=words["comma"].join(named[:most] + more))
 
 
 def _measure(measure: Measure | None, name: str, words: dict) -> Text:

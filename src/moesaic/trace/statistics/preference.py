@@ -1,4 +1,4 @@
-"""Which experts prefer which domain, tested against relabelled sequences."""
+"""Which experts prefer which domain, tested against relabelled documents."""
 
 import math
 from collections.abc import Sequence
@@ -30,7 +30,7 @@ class Preferences:
 
     domain: index into `domains`. lift: its rate of use there over its rate in all text; NaN for an unused expert.
     p_value: of the pair, corrected for all L*E pairs and for having taken the best domain. permutations: behind it;
-    a p-value cannot be below 1 / (permutations + 1).
+    a p-value cannot be below 1 / (permutations + 1). documents: how many each domain has.
     """
 
     domains: tuple[str, ...]
@@ -38,7 +38,7 @@ class Preferences:
     lift: np.ndarray
     p_value: np.ndarray
     permutations: int
-    n_sequences: int
+    documents: tuple[int, ...]
 
     def found(self, alpha: float = 0.05) -> np.ndarray:
         """bool [L, E]: preferences that chance produces anywhere in at most `alpha` of all such runs."""
@@ -56,7 +56,8 @@ class Preferences:
             }
             for layer, expert in zip(*self.found().nonzero(), strict=True)
         ]
-        return {"permutations": self.permutations, "preferences": rows}
+        documents = dict(zip(self.domains, self.documents, strict=True))
+        return {"permutations": self.permutations, "documents": documents, "preferences": rows}
 
 
 def domain_preference(
@@ -64,8 +65,9 @@ def domain_preference(
 ) -> Preferences:
     """Test which experts are used more in one domain than in others.
 
-    `labels` name the domain of every sequence; those of the trace unless given. The unit of the test is the sequence:
-    tokens of one text are alike and would make anything significant. Labels are shuffled over sequences; each pair's
+    `labels` name the domain of every sequence; those of the trace unless given. The unit of the test is the document,
+    a sequence of the trace: tokens of one text are alike and would make anything significant. Labels are shuffled over
+    documents; each pair's
     excess rate is put in units of its own spread over the shuffles, and the largest of all pairs in each shuffle is
     the yardstick (max-statistic of Westfall and Young, which bounds the chance of any false finding).
 
@@ -104,7 +106,7 @@ def domain_preference(
         lift=lift.astype(float).reshape(shape),
         p_value=((1 + reached) / (1 + permutations)).reshape(shape),
         permutations=permutations,
-        n_sequences=len(names),
+        documents=tuple(np.bincount(label).tolist()),
     )
 
 
@@ -153,15 +155,15 @@ def _labels_of(trace: Trace, labels: Sequence[str] | None) -> tuple[str, ...]:
 
 
 def _check_documents(label: np.ndarray, n_domains: int) -> None:
-    """Refuse what cannot come out significant: labels that can be dealt to the sequences in few ways only."""
+    """Refuse what cannot come out significant: labels that can be dealt to the documents in few ways only."""
     sizes = np.bincount(label, minlength=n_domains)
     ways = math.exp(min(math.lgamma(len(label) + 1) - sum(math.lgamma(size + 1) for size in sizes.tolist()), 50.0))
     if ways < 1 / LEVEL:
         raise Untestable(
-            f"{len(label)} sequences in {n_domains} domains can be labelled in {ways:.0f} ways only, so that no "
-            f"preference could have a p-value below {LEVEL}: give more sequences, four a domain, say",
-            f"{len(label)} 个序列分属 {n_domains} 个领域，只有 {ways:.0f} 种贴标签的方式，任何偏好的 p 值都到不了 "
-            f"{LEVEL} 以下：请给更多序列，例如每个领域四个",
+            f"{len(label)} documents in {n_domains} domains can be labelled in {ways:.0f} ways only, so that no "
+            f"preference could have a p-value below {LEVEL}: give more documents, four a domain, say",
+            f"{len(label)} 个文档分属 {n_domains} 个领域，只有 {ways:.0f} 种贴标签的方式，任何偏好的 p 值都到不了 "
+            f"{LEVEL} 以下：请给更多文档，例如每个领域四个",
         )
 
 

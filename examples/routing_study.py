@@ -23,14 +23,17 @@ def main() -> None:
     args = parser.parse_args()
     model, tokenizer = load_model(args.model)
     if args.file is None:
-        text = "".join(poem.text for poem in corpus("chinese_verse", "held_out")[:60])
+        texts = [poem.text for poem in corpus("chinese_verse", "held_out")[:60]]
     else:
-        text = args.file.read_text(encoding="utf-8")
-    sequences = tokenizer(text, return_tensors="pt")["input_ids"].split(512, dim=1)
+        texts = [args.file.read_text(encoding="utf-8-sig")]
+    rows = [tokenizer(text, return_tensors="pt")["input_ids"] for text in texts]
 
     with torch.inference_mode(), ms.record(model, detail="scores") as recorder:
-        for ids in sequences:
-            model(input_ids=ids, use_cache=False)
+        for row in rows:
+            for ids in row.split(512, dim=1):
+                model(input_ids=ids, use_cache=False)
+    lengths = torch.tensor([row.shape[1] for row in rows])
+    recorder.describe(sequences=torch.arange(len(rows)).repeat_interleave(lengths))  # a text is one document
     trace = recorder.trace
     print(trace)
     for report in layer_reports(trace):

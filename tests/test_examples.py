@@ -68,6 +68,6 @@ def test_the_routing_study_judges_every_layer_and_keeps_the_record(run, tmp_path
     printed = run("routing_study.py")
     trace = ms.load(tmp_path / "routing.safetensors")
     assert repr(trace) in printed
-    assert len(trace) > 1000
+    assert (len(trace) > 1000, trace.n_sequences) == (True, 60), "a poem is a document"
     for layer in trace.layers:
         assert re.search(rf"{re.escape(layer)}: MaxVio [\d.]+ \(chance [\d.]+ to [\d.]+\): \w+", printed)

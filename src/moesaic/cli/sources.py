@@ -18,8 +18,8 @@ from moesaic.trace.store import Trace
 
 WINDOW = 128  # tokens read at once
 BATCH = 10  # windows in one forward
-HELD_OUT = {"english_verse": 30, "chinese_verse": 52, "manual": 10, "python": 30}  # windows, spread over as many works;
-# tokens are then in the shares the tiny model was trained on: a poem is half a window
+# windows of held-out works: tokens come in the shares that the tiny model was trained on, and a poem is half a window
+HELD_OUT = {"english_verse": 30, "chinese_verse": 52, "manual": 10, "python": 30}
 BEGINNING = 10_000  # characters of a held-out work that its windows are taken from: all of it would take 0.4 s longer
 SAMPLE = (
     "To be, or not to be: that is the question.\n床前明月光，疑是地上霜。\n"
@@ -82,7 +82,6 @@ def _names(files: Sequence[Path]) -> list[str]:
     real = [file.resolve() for file in files]
     if twice := next((file for at, file in enumerate(files) if real[at] in real[:at]), None):
         raise ValueError(f"--file {twice}: is given twice, and a document counts once: leave one out")
-
     names = []
     for file in files:
         ends = (file.parts[-n:] for n in range(1, len(file.parts)))

@@ -142,7 +142,7 @@ def test_results_repeat_bit_for_bit(monkeypatch, with_threads, dtype, tokens):
 
 
 @pytest.mark.usefixtures("instructions")
-@pytest.mark.parametrize("variant", ["swiglu", "geglu", "plain mlp", "gpt-oss"])
+@pytest.mark.parametrize("variant", ["swiglu", "geglu", "softcapped", "plain mlp", "gpt-oss"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("grad", [True, False])

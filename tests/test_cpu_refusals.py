@@ -91,7 +91,7 @@ def test_a_slope_of_another_activation_than_silu_is_refused():
 def test_softcaps_that_say_nothing_are_refused():
     with pytest.raises(ValueError, match=r"gate_softcap=4\.0 is for SiLU: use activation='silu'"):
         ExpertSpec("gelu", gate_softcap=4.0)
-    for cap in (0.0, -1.0, float("nan")):
+    for cap in (0.0, -1.0, float("nan"), float("inf")):
         with pytest.raises(ValueError, match=rf"up_softcap={cap} leaves nothing: use a positive number"):
             ExpertSpec(up_softcap=cap)
 

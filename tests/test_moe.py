@@ -126,6 +126,16 @@ def test_other_names_of_parts_are_understood_inside_a_model_and_strictly(family,
         block.load_state_dict({name: value for name, value in saved.items() if name != f"mlp.{key}"})
 
 
+def test_names_of_parts_that_a_layer_lacks_are_told_as_they_were_given():
+    layer = MoE(v3(8, 2, 1, 2))
+    for key in ("shared_expert.up_proj.weight", "shared_expert_gate.weight"):
+        with pytest.raises(RuntimeError, match=rf'Unexpected key\(s\) in state_dict: "{key}"'):
+            layer.load_state_dict(layer.state_dict() | {key: torch.zeros(1, 32)})
+    layer.router, given = torch.nn.Linear(2, 1, bias=False), torch.ones(1, 2)  # a part of a subclass
+    layer.load_state_dict({"router.weight": given}, strict=False)
+    assert torch.equal(layer.router.weight, given)
+
+
 def test_layer_loads_the_per_expert_spelling_and_stays_strict():
     theirs, ours = pair("deepseek_v3")
     apart = per_expert(theirs.state_dict())

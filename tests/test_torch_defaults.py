@@ -45,8 +45,14 @@ def with_a_bias(model: nn.Module) -> Tensor:
     return model(input_ids=IDS).logits
 
 
+@torch.no_grad()
+def one_token(model: nn.Module) -> Tensor:
+    return model(input_ids=IDS[:1, :1]).logits
+
+
 WORK: dict[str, tuple[str, Callable[[nn.Module], object]]] = {
     "attach": ("qwen3_moe", lambda model: ms.attach(model)(input_ids=IDS).logits),
+    "attach, one token": ("qwen3_moe", lambda model: one_token(ms.attach(model, batch_invariant=True))),
     "record": ("deepseek_v3", lambda model: recorded(model).picks),
     "stats": ("deepseek_v3", lambda model: str(ms.stats(recorded(model)))),
     "diff": ("qwen3_moe", lambda model: str(ms.diff(recorded(model), recorded(model)))),

@@ -331,7 +331,7 @@ def test_sets_of_another_size_are_compared_by_what_they_share(asked):
     assert (share == 1.0) == (len(asked) == 1), "the best two are among the best four"
     said = found.sentences()[2]
     assert said.startswith("another number of experts, so every set and its summed score differ; ")
-    assert f" {share:.1%} of the smaller sets" in said
+    assert f" {share:.1%} of their experts in the larger ones" in said
     assert f" {share:.1%} " in found.sentences("zh")[2]
     assert not any("other experts for" in line for line in found.sentences())
 
@@ -343,7 +343,9 @@ def test_what_a_question_about_groups_leaves_open_is_said():
     assert what_if(flat, **asked).sentences("zh")[0] == "假如：n_group = 4（假定：topk_group = 1，group_score = max）"
     asked |= {"topk_group": 2}
     said = what_if(flat, **asked).sentences()[0]
-    assert said == "what if: n_group = 4, topk_group = 2 (assumed: group_score = max)"
+    assert said == "what if: n_group = 4 (assumed: group_score = max), topk_group = 2"
+    said = what_if(flat, **asked, drop_experts=[3]).sentences()[0]
+    assert said == "what if: n_group = 4 (assumed: group_score = max), topk_group = 2, without e3"
     asked |= {"group_score": "top2_sum"}
     assert "assumed" not in what_if(flat, **asked).sentences()[0]
     assert "assumed" not in what_if(traced(), n_group=2).sentences()[0], "the record says how groups are scored"

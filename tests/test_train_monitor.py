@@ -118,6 +118,29 @@ def test_a_trainers_last_step_has_a_line_also_where_it_stops_early(tmp_path, sto
     assert (log.end["step"], log.finished) == (last, stopped_at is None)
 
 
+def test_biases_of_the_best_checkpoint_are_not_taken_for_the_last_steps(tmp_path):
+    class Stop(ms.BiasBalance.__base__):
+        def on_log(self, args, state, control, logs=None, **kwargs):  # noqa: ARG002 (the Trainer's signature)
+            control.should_training_stop |= state.global_step == 4
+
+    from transformers import Trainer, TrainingArguments
+
+    args = TrainingArguments(
+        str(tmp_path / "out"), use_cpu=True, report_to="none", save_strategy="steps", save_steps=1, logging_steps=1,
+        eval_strategy="steps", eval_steps=1, load_best_model_at_end=True, disable_tqdm=True, max_steps=5,
+        dataloader_pin_memory=False, per_device_train_batch_size=2,
+    )  # fmt: skip
+    callbacks = [ms.BiasBalance(0.5), ms.LoadMonitor(tmp_path / "run", every=3), Stop()]
+    trainer = Trainer(model=small_model(), args=args, train_dataset=rows(64), eval_dataset=rows(4), callbacks=callbacks)
+    trainer.train()
+    assert trainer.state.best_model_checkpoint is not None
+    before, last = read_log(tmp_path / "run").steps
+    assert (before["step"], last["step"]) == (3, 4)
+    assert all(bias is not None for bias in before["bias"])
+    assert all(bias is None for bias in last["bias"])
+    assert all(tokens is not None for tokens in last["tokens"])
+
+
 def test_layers_without_tokens_have_no_numbers_rather_than_healthy_ones(tmp_path):
     model = Model()
     monitor = ms.LoadMonitor(tmp_path).attach(model)

@@ -1,5 +1,7 @@
 """BiasBalance over two processes. A file of its own, so that each process starts with few imports."""
 
+import warnings
+
 import pytest
 import torch
 from torch import nn
@@ -35,11 +37,18 @@ def one_rank(rank: int, rendezvous: str, results) -> None:
     ids = torch.randint(0, E, (T, K), generator=torch.Generator().manual_seed(rank))
     model(ids)
     callback.on_optimizer_step(None, None, None)
-    results[rank] = {
+    found = {
         "bias": model.gate.e_score_correction_bias.tolist(),
         "load": next(iter(callback.load.values())).tolist(),
         "own": torch.bincount(ids.flatten(), minlength=E).tolist(),
     }
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        for heard in ({0}, {1}, set(), set()):  # by which ranks
+            if rank in heard:
+                model(ids)
+            callback.on_optimizer_step(None, None, None)
+    results[rank] = found | {"told": [str(warning.message) for warning in told]}
     torch.distributed.destroy_process_group()
 
 
@@ -54,3 +63,6 @@ def test_two_ranks_count_what_both_saw_and_move_alike(tmp_path):
     mean = 2 * T * K / E
     expected = [0.01 * ((mean > load) - (mean < load)) for load in together]
     assert first["bias"] == second["bias"] == pytest.approx(expected)
+    (told,) = first["told"]  # of the first step in which no rank counted a token
+    assert second["told"] == [told]
+    assert told.startswith("BiasBalance counted no token in step 4:")

@@ -1,7 +1,9 @@
 """What the commands look at: the shipped or a given model, and real text as windows of tokens, or as documents."""
 
 import inspect
+from collections import Counter
 from collections.abc import Callable, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +20,7 @@ from moesaic.trace.store import Trace
 
 WINDOW = 128  # tokens read at once
 BATCH = 10  # windows in one forward
-# windows of held-out works: tokens come in the shares that the tiny model was trained on, and a poem is half a window
+# windows of held-out works, in the shares of tokens that the tiny model was trained on; a poem is half a window
 HELD_OUT = {"english_verse": 30, "chinese_verse": 52, "manual": 10, "python": 30}
 BEGINNING = 10_000  # characters of a held-out work that its windows are taken from: all of it would take 0.4 s longer
 SAMPLE = (
@@ -82,12 +84,12 @@ def _names(files: Sequence[Path]) -> list[str]:
     real = [file.resolve() for file in files]
     if twice := next((file for at, file in enumerate(files) if real[at] in real[:at]), None):
         raise ValueError(f"--file {twice}: is given twice, and a document counts once: leave one out")
-    names = []
-    for file in files:
-        ends = (file.parts[-n:] for n in range(1, len(file.parts)))
-        alone = (end for end in ends if sum(other.parts[-len(end) :] == end for other in files) == 1)
-        names.append(str(Path(*next(alone, file.parts))))
-    return names
+    ends = [[file.parts[-n:] for n in range(1, len(file.parts) + 1)] for file in files]
+    known = Counter(chain(*ends))
+    return [
+        str(Path(*next((end for end in some if known[end] == 1), file.parts)))
+        for file, some in zip(files, ends, strict=True)
+    ]
 
 
 def _lines(document: Document) -> list[Document]:

@@ -29,7 +29,7 @@ def accumulation_targets(ctx: Any, grad_out: Tensor, *weights: Tensor) -> tuple[
     """For each weight its `.grad`, where adding to it now is what autograd would do later; else None.
 
     That is so for a leaf, not frozen since, with a dense gradient of its dtype, not made in inference mode, which is
-    not the other weight's too and shares no memory with `grad_out`, still to be read; without hooks, and whose
+    not the other weight's too and lies in no storage of `grad_out`, still to be read; without hooks, and whose
     AccumulateGrad node this very backward is going to run: node and weight are checked by identity. Adding saves a
     gradient-sized tensor of zeros and three passes over it. Prehooks put on that node itself cannot be seen from here:
     they get None. On a GPU it is so on the default stream only: autograd orders its own additions between streams, not
@@ -47,12 +47,9 @@ def accumulation_targets(ctx: Any, grad_out: Tensor, *weights: Tensor) -> tuple[
     except RuntimeError:  # inside torch.autograd.grad, which collects gradients instead of storing them
         return nobody
     added_to = [target for target in targets if target is not None]
-    read = grad_out.untyped_storage()._cdata
-    if len({id(target) for target in added_to}) < len(added_to) or read in [
-        t.untyped_storage()._cdata for t in added_to
-    ]:
-        return nobody
-    return targets
+    twice = len({id(target) for target in added_to}) < len(added_to)
+    read = grad_out.untyped_storage()._cdata in [target.untyped_storage()._cdata for target in added_to]
+    return nobody if twice or read else targets
 
 
 def _is_accumulate_grad(node: Any) -> bool:

@@ -217,12 +217,13 @@ def _activate_by_row(spec: ExpertSpec, projected: Float[Tensor, "n U"]) -> Float
     the GELU of one row to oneDNN, not that of several gates side by side: rows come in pairs, or always one by one."""
     width = projected.shape[1] // (2 if spec.gated else 1)
     more = -width % VECTORS
-    if spec.gated and not spec.interleaved:
-        padded = F.pad(projected.unflatten(1, (2, width)), (0, more)).flatten(1)
-    else:
-        padded = F.pad(projected, (0, 2 * more if spec.gated else more))
     rows = max(1, SERIAL // (width + more) // 2 * 2)
-    padded = F.pad(padded, (0, 0, 0, len(padded) % min(rows, 2)))
+    odd = len(projected) % min(rows, 2)
+    padded = projected
+    if (more or odd) and spec.gated and not spec.interleaved:
+        padded = F.pad(projected.unflatten(1, (2, width)), (0, more, 0, 0, 0, odd)).flatten(1)
+    elif more or odd:
+        padded = F.pad(projected, (0, 2 * more if spec.gated else more, 0, odd))
     activated = [spec.activate(some) for some in padded.split(rows)]
     return torch.cat(activated)[: len(projected), :width]
 

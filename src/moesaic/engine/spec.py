@@ -1,5 +1,6 @@
 """What families of experts differ in, beside their weights."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -59,7 +60,7 @@ class ExpertSpec:
         if self.gate_softcap is not None and self.activation != "silu":
             raise ValueError(f"gate_softcap={self.gate_softcap} is for SiLU: use activation='silu' or leave it")
         for name in ("gate_softcap", "up_softcap"):
-            if (cap := getattr(self, name)) is not None and not cap > 0:
+            if (cap := getattr(self, name)) is not None and not 0 < cap < math.inf:
                 raise ValueError(f"{name}={cap} leaves nothing: use a positive number, or None for no cap")
 
     @classmethod

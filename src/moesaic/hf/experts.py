@@ -7,7 +7,7 @@ numbers; a module that computes anything else is refused.
 
 import ctypes
 from collections.abc import Iterator
-from itertools import product
+from itertools import chain, product
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -24,7 +24,7 @@ from moesaic.types import ExpertWeights
 M = TypeVar("M", bound=nn.Module)
 NAME = "moesaic"  # experts_implementation="moesaic"
 SEAM = ("_apply_gate", "has_gate", "has_bias", "is_transposed", "config")  # what a module on transformers' seam has
-# where activations differ: near 0, in the tails, and far out; the limits of a module are added
+# where activations differ: near 0, in the tails, and far out; the limits and softcaps of a module are added
 PROBE = (0.0, 1e-3, 0.03, 0.1, 0.3, 0.7, 1.0, 1.5, 2.0, 3.0, 4.0, 5.5, 7.5, 10.5, 15.0, 25.0, 60.0, 250.0)
 
 
@@ -109,7 +109,7 @@ def understand(module: Any) -> ExpertSpec:
     ValueError where none is.
     """
     limits = _numbers(module, "limit", "swiglu_limit")
-    near = [factor * limit for limit in limits for factor in (0.9, 1.1, 3.0)]
+    near = [factor * limit for limit in (*limits, *chain(*_softcaps(module))) for factor in (0.9, 1.1, 3.0)]
     interleaved = not getattr(module, "is_concatenated", True)
     with _disable_current_modes(), torch.no_grad():  # real numbers also while a graph is traced
         points = torch.tensor([*PROBE, *near], dtype=torch.float64, device="cpu")
@@ -134,8 +134,7 @@ def understand(module: Any) -> ExpertSpec:
 def _candidates(module: Any, limits: tuple[float, ...], interleaved: bool) -> Iterator[ExpertSpec]:
     """The likely ones first."""
     alphas, gated = _numbers(module, "alpha", "swiglu_alpha"), module.has_gate
-    act_fn = getattr(module, "act_fn", None)
-    softcaps = [(None, *_numbers(getattr(act_fn, name, None), "softcap")) for name in ("gate_softcap", "up_softcap")]
+    softcaps = [(None, *(cap for cap in caps if cap > 0)) for caps in _softcaps(module)]
     found = product((None, *limits), (1.0, *alphas), (0.0, 1.0), product(*softcaps))
     for activation, (limit, alpha, offset, caps) in product(ACTIVATIONS, found):
         plain = alpha == 1.0 and caps[0] is None
@@ -152,6 +151,12 @@ def _candidates(module: Any, limits: tuple[float, ...], interleaved: bool) -> It
             interleaved=gated and interleaved,
             transposed=module.is_transposed,
         )
+
+
+def _softcaps(module: Any) -> list[tuple[float, ...]]:
+    """Of the gate and of up, as the module's activation says."""
+    act_fn = getattr(module, "act_fn", None)
+    return [_numbers(getattr(act_fn, name, None), "softcap") for name in ("gate_softcap", "up_softcap")]
 
 
 def _numbers(module: Any, *names: str) -> tuple[float, ...]:

@@ -124,10 +124,13 @@ class SharedExperts(nn.Module):
         return out if self.gate is None else F.sigmoid(self.gate(x)) * out
 
 
-def _rename_on_load(_layer: MoE, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Take the parts by the names of other families too. A name of ours that is there stays, and strict loading names
-    the other."""
+def _rename_on_load(layer: MoE, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Take the parts that the layer has by the names of other families too. A name of ours that is there stays, and
+    strict loading names the other."""
+    parts = dict(layer.named_modules())
     for theirs, ours in PART_ALIASES.items():
+        if theirs in parts or ours not in parts:
+            continue
         for key in [key for key in state_dict if key.startswith(f"{prefix}{theirs}.")]:
             name = f"{prefix}{ours}." + key.removeprefix(f"{prefix}{theirs}.")
             if name not in state_dict:

@@ -114,13 +114,13 @@ class Trace:
         check_one_size(names, [(e, k, t) for e, (t, k) in zip(experts, shapes, strict=True)])
         with_logits = all(row.logits is not None for row in rows)
         with_weights = all(row.weights is not None for row in rows)
-        n_tokens = len(rows[0].expert_ids)
+        one_document = torch.zeros(len(rows[0].expert_ids), dtype=torch.int64, device="cpu")
         return cls(
             picks=_stack([row.expert_ids for row in rows], id_dtype(per_layer[0].n_routed_experts)),
             weights=_stack([row.weights for row in rows], torch.float32) if with_weights else None,
             logits=_stack([row.logits for row in rows], torch.float32) if with_logits else None,
             bias=stacked_biases([(biases or {}).get(name) for name in names], per_layer),
-            sequences=(torch.zeros(n_tokens, device="cpu") if sequences is None else sequences).cpu().long(),
+            sequences=one_document if sequences is None else sequences.long().cpu(),
             layers=names,
             configs=per_layer,
             dtypes=provenance.pop("dtypes", None)

@@ -23,8 +23,8 @@ WORDS = {
         "astray": "careful: the recorded rule does not give the recorded experts of {n} (layer, token) pairs, so it is "
         "not the rule of this record",
         "flips": "other experts for {share:.1%} of (layer, token) pairs, {tokens:.1%} of tokens in some layer",
-        "resized": "another number of experts, so every set and its summed score differ; {share:.1%} of the smaller "
-        "sets are in the larger ones",
+        "resized": "another number of experts, so every set and its summed score differ; the smaller sets have "
+        "{share:.1%} of their experts in the larger ones",
         "load": "busiest expert of a layer: {a:.2f}x its share before, {b:.2f}x after",
         "unused": "experts never used: {a} before, {b} after",
         "groups": "groups per token: {a:.2f} before, {b:.2f} after",
@@ -49,7 +49,7 @@ WORDS = {
         "ties": "；其中 {n} 个靠完全并列，取谁都可以",
         "astray": "注意：按记录的规则推不出 {n} 个（层，token）的专家，可见这不是该记录真正的规则",
         "flips": "{share:.1%} 的（层，token）会换专家；{tokens:.1%} 的 token 在某层会换",
-        "resized": "专家个数不同，所以每个集合及其总分都不同；较小的集合有 {share:.1%} 在较大的集合之中",
+        "resized": "专家个数不同，所以每个集合及其总分都不同；较小的集合中有 {share:.1%} 的专家也在较大的集合里",
         "load": "各层最忙的专家：原为均值的 {a:.2f} 倍，改后 {b:.2f} 倍",
         "unused": "从未用到的专家：原有 {a} 个，改后 {b} 个",
         "groups": "每个 token 到达的组数：原为 {a:.2f}，改后 {b:.2f}",
@@ -147,22 +147,21 @@ def _cells(found: WhatIf, lang: str) -> tuple[list[str], list[list[str]]]:
 
 
 def _asked(found: WhatIf, words: dict[str, Any]) -> str:
-    parts = []
+    parts, before, after = {}, found.before.configs[0], found.trace.configs[0]
     for name, value in found.changes.items():
         if name == "bias":
             deltas = isinstance(value, dict)
             shown = ", ".join(f"e{expert} {delta:+g}" for expert, delta in value.items()) if deltas else ""
-            parts.append(words["no_bias" if value is False else "deltas" if deltas else "bias"].format(shown))
+            parts[name] = words["no_bias" if value is False else "deltas" if deltas else "bias"].format(shown)
         elif name == "drop_experts":
-            parts.append(words[name].format(" ".join(f"e{expert}" for expert in value)))
+            parts[name] = words[name].format(" ".join(f"e{expert}" for expert in value))
         else:
-            parts.append(words[name].format(value))
-    before, after = found.before.configs[0], found.trace.configs[0]
-    if after.limits_groups and not before.limits_groups:  # what the question left open and no record answers
+            parts[name] = words[name].format(value)
+    if "n_group" in parts and after.limits_groups and not before.limits_groups:  # no record says how groups are chosen
         rule = {"topk_group": after.topk_group, "group_score": after.group_score_rule}
         assumed = [words[name].format(value) for name, value in rule.items() if name not in found.changes]
-        parts += [parts.pop() + words["assumed"].format(words["and"].join(assumed))] if assumed else []
-    return words["asked"].format(what=words["and"].join(parts)) if parts else words["same"]
+        parts["n_group"] += words["assumed"].format(words["and"].join(assumed)) if assumed else ""
+    return words["asked"].format(what=words["and"].join(parts.values())) if parts else words["same"]
 
 
 def _pair(values: list[Any], form: str) -> str:

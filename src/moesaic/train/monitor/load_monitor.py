@@ -22,6 +22,7 @@ from moesaic.train.counting import LoadCounter
 from moesaic.train.monitor.alerts import Alert, Judge
 from moesaic.train.monitor.lines import FORMAT, VERSION
 from moesaic.train.monitor.numbers import load_numbers, read_biases
+from moesaic.train.monitor.ranks import is_first_rank, shared
 from moesaic.train.monitor.run_log import LogWriter, check_writable, log_path, open_log
 from moesaic.train.monitor.trackers import Send, scalars, sender
 from moesaic.versions import versions
@@ -84,7 +85,7 @@ class LoadMonitor(TrainerCallback):
         self.path, self.every, self.loads, self.resume = log_path(path), every, loads, resume
         self.on_alert, self.total_steps, self.group = on_alert, total_steps, group
         self._senders: list[Send] = [sender(tracker) for tracker in trackers]
-        if _is_first_rank():
+        if is_first_rank():
             check_writable(self.path)
         self.steps = 0
         self._counter: LoadCounter | None = None
@@ -109,7 +110,7 @@ class LoadMonitor(TrainerCallback):
         self._layers = moe_layers(model)
         self._homes = [None if x.router is None else bias_home(x.router, x.block) for x in self._layers]
         header = self._header(model, step or 0)
-        after = _shared(self._open(header, step) if _is_first_rank() else None)
+        after = shared(self._open(header, step) if is_first_rank() else None)
         if isinstance(after, str):
             raise ValueError(after)
         self._counter = LoadCounter(model, self._layers, training=True)
@@ -163,6 +164,8 @@ class LoadMonitor(TrainerCallback):
 
     def on_train_end(self, args, state, control, **kwargs):  # noqa: ARG002
         if self._counter is not None and self.steps > self._written:
+            if args.load_best_model_at_end and state.best_model_checkpoint is not None:
+                self._homes = [None] * len(self._homes)  # the biases are that checkpoint's by now
             self._take()  # all ranks come here, which nobody knows of a loop that an error may have ended
         self.detach()
 
@@ -283,20 +286,6 @@ class LoadMonitor(TrainerCallback):
 def _program(path: str) -> str:
     """How it was called: ours by its name, wherever it is installed; another script as it was given."""
     return "moesaic" if Path(path).parent == Path(moesaic.__file__).parent or Path(path).name == "moesaic" else path
-
-
-def _is_first_rank() -> bool:
-    there = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return not there or torch.distributed.get_rank() == 0
-
-
-def _shared(found: Any) -> Any:
-    """What the first rank found, on all of them: else the others would wait for it for ever."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return found
-    told = [found]
-    torch.distributed.broadcast_object_list(told, src=0)
-    return told[0]
 
 
 def _as_json(loss: float | None) -> float | str | None:

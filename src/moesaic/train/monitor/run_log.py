@@ -5,8 +5,8 @@ A line that has no end yet is not read, and cut off by whoever goes on. Nothing 
 
 import json
 import math
+import sys
 import tempfile
-import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -193,7 +193,7 @@ def open_log(path: Path, header: Line, *, step: int | None, resume: bool) -> tup
     """A log to add to after `step`, and what it holds up to there; later lines, and one without an end, are cut off.
 
     A new log gets the header. One that holds steps is gone on with only where training does: step > 0, or resume,
-    which without a step means its own last one, and begins it again, with a warning, where training is at step 0.
+    which without a step means its own last one, and begins it again, and says so, where training is at step 0.
     ValueError, with nothing changed, for one of another model, one that a new run would cut, and what is no log.
     """
     check_writable(path)
@@ -218,7 +218,7 @@ def open_log(path: Path, header: Line, *, step: int | None, resume: bool) -> tup
         )
     if not whole.header or not step:
         if whole.steps:
-            warnings.warn(f"training begins at step 0: {path} drops its {whole.done} steps of before", stacklevel=2)
+            sys.stderr.write(f"moesaic: training begins at step 0: {path} drops its {whole.done} steps of before\n")
         path.write_bytes(b"")
         writer, kept = LogWriter(path, path.open("ab")), RunLog()
         writer.write(header)

@@ -85,8 +85,10 @@ def test_a_forged_record_is_marked_in_the_table():
 def test_what_was_not_recorded_is_not_shown():
     trace = replace(traced(v3(16, 4, 2, 4)), logits=None, bias=None)
     text = shown(steps_table(steps(trace), versus=True))
-    assert text.count("not recorded") == 12
-    assert "classic top-4: no data" in text
+    rows, note = text.split("logits were not recorded: ")
+    assert rows.count("not recorded") == 12
+    assert note.startswith("record with detail='scores' (--detail scores)\n")
+    assert "classic top-4: no data" in note
 
 
 def test_rank_changes_are_places_won_by_the_bias():

@@ -98,3 +98,15 @@ def test_a_disk_that_is_full_leaves_no_half_a_folder(run, folder, monkeypatch):
     assert code == 2
     assert "cannot be written (No space left on device)" in err
     assert [file.name for file in folder.iterdir()] == ["dense"]
+
+
+def test_weights_that_do_not_fit_the_config_are_named_with_both_shapes(run, folder):
+    path = folder / "dense" / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"intermediate_size": config["intermediate_size"] + 8}))
+    code, _, err = run("upcycle", folder / "dense", "--out", folder / "moe")
+    assert code == 2
+    assert err.count("\n") == 1
+    wide, hidden = config["intermediate_size"], config["hidden_size"]
+    assert f"is {[hidden, wide]} in the weights and {[hidden, wide + 8]} by config.json, and others differ too" in err
+    assert not (folder / "moe").exists()

@@ -66,7 +66,7 @@ def check(
     from moesaic.conformance import LEVELS, PROBES
     from moesaic.conformance import check as judge
     from moesaic.conformance.targets import find
-    from moesaic.trace.store import made_with
+    from moesaic.trace.store import versions_here
 
     if level not in LEVELS:
         raise ValueError(f"--level {level!r} is unknown: use wrong or fragile")
@@ -84,7 +84,7 @@ def check(
         console.print(table_of(report, lang))
         for line in summary_of(report, lang):
             console.print(line, markup=False, highlight=False)
-        say_command(made_with(), None, report.gate.config.digest(), lang)
+        say_command(versions_here(), None, report.gate.config.digest(), lang)
     if not report.conforms or (strict and report.failed()):
         raise typer.Exit(1)
 
@@ -138,13 +138,13 @@ def summary_of(report: "Report", lang: str) -> list[str]:
 def as_document(report: "Report", lang: str) -> dict[str, Any]:
     """The report for a program; texts in the language that was asked for."""
     from moesaic.cli.provenance import provenance
-    from moesaic.trace.store import made_with
+    from moesaic.trace.store import versions_here
 
     return provenance() | {
         "gate": report.gate.name,
         "config": report.gate.config.to_dict(),
         "digest": report.gate.config.digest(),
-        "versions": made_with(),
+        "versions": versions_here(),
         "conforms": report.conforms,
         "results": [
             {

@@ -128,7 +128,7 @@ class Trace:
                 "logits": name_of(rows[0].logits),
                 "weights": name_of(rows[0].weights),
             },
-            versions=made_with(),
+            versions=versions_here(),
             **provenance,
         )
 
@@ -237,7 +237,7 @@ def id_dtype(n_experts: int) -> torch.dtype:
     return torch.int16 if n_experts < 2**15 - 1 else torch.int32
 
 
-def made_with() -> dict[str, str]:
+def versions_here() -> dict[str, str]:
     """What made a trace. transformers is named only where it is loaded already."""
     return versions(*(name for name in ("transformers",) if name in sys.modules))
 

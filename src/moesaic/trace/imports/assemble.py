@@ -9,7 +9,7 @@ from torch import Tensor
 
 from moesaic.trace.imports.notes import Note, note
 from moesaic.trace.imports.target import Target
-from moesaic.trace.store import Trace, id_dtype, made_with
+from moesaic.trace.store import Trace, id_dtype, versions_here
 
 R = TypeVar("R")
 MOST_PICKS = 1 << 30  # ids of one trace, 2 GB; readers count while they read
@@ -69,7 +69,7 @@ def assemble(parts: Sequence[Part], layers: Sequence[str], numbers: Sequence[int
         origins=("imported",) * len(with_data),
         missing=missing,
         model=target.model,
-        versions=made_with(),
+        versions=versions_here(),
     )
     return Imported(trace, tuple(notes))
 

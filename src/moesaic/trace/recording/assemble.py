@@ -18,7 +18,7 @@ from moesaic.trace.recording.columns import Column
 from moesaic.trace.recording.kept import Kept, S, Store, check_same_forwards
 from moesaic.trace.recording.watch import DETAILS
 from moesaic.trace.shown import piece_of
-from moesaic.trace.store import TENSORS, Trace, check_one_size, id_dtype, made_with, stacked_biases
+from moesaic.trace.store import TENSORS, Trace, check_one_size, id_dtype, stacked_biases, versions_here
 
 OF_LAYERS = {"picks": "ids", "weights": "weights", "logits": "logits"}  # a tensor of a trace: what it was kept as
 
@@ -61,7 +61,7 @@ def outline(
         origins=tuple(layer.origin for layer in seen),
         missing=tuple(layer.name for layer in layers if layer not in seen),
         model=Path(getattr(unwrapped(model), "name_or_path", "")).name or type(unwrapped(model)).__name__,
-        versions=made_with(),
+        versions=versions_here(),
         **provenance,
     )
 

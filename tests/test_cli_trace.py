@@ -8,7 +8,9 @@ from commands import runner
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from moesaic.cli import sources
+from moesaic.cli.demo import demo
 from moesaic.cli.output import progress
+from moesaic.cli.steps import steps
 from moesaic.cli.trace import trace
 from moesaic.hf.load import TINY, load_model
 from moesaic.trace.file.reader import load
@@ -28,7 +30,7 @@ def run(monkeypatch, capsys, tmp_path, loaded):
     """The shipped model is loaded once; other folders as they are."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("moesaic.hf.load.load_model", lambda folder: loaded if folder == TINY else load_model(folder))
-    return runner(monkeypatch, capsys, trace=trace)
+    return runner(monkeypatch, capsys, trace=trace, demo=demo, steps=steps)
 
 
 def chosen(model, rows: list[list[int]]) -> list[torch.Tensor]:
@@ -79,6 +81,21 @@ def test_a_document_longer_than_the_window_is_read_in_parts_and_stays_one_docume
     agree = recorded.picks.long().sort(-1).values == torch.stack(chosen(model, parts)).sort(-1).values
     assert agree.all(-1).float().mean() > 0.99, "a batch of rows differs in the last bits"
     assert recorded.sequences.tolist() == [0] * len(row)
+
+
+def test_a_model_of_few_positions_reads_as_many(run, loaded, monkeypatch):
+    monkeypatch.setattr(loaded[0].config, "max_position_embeddings", 31)
+    found = json.loads(run("trace", "--text", VERSE * 20, "--json")[1])
+    assert (found["window"], found["windows"]) == (31, -(-found["tokens"] // 31))
+    seen = []
+    reads = loaded[0].register_forward_pre_hook(
+        lambda _model, _args, kwargs: seen.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    run("demo", "--out", "demo")
+    run("steps", VERSE * 20)
+    reads.remove()
+    assert len(seen) > 10
+    assert max(seen) == 31
 
 
 def test_windows_are_named_where_a_document_was_cut(run):
@@ -184,7 +201,7 @@ def test_what_is_read_of_a_held_out_work_lies_in_it(loaded):
     texts = {domain: [work.text for work in corpus(domain, "held_out")] for domain in DOMAINS}
     found = [next(i for i, text in enumerate(texts[d.label]) if text.startswith(d.text)) for d in documents]
     assert len(set(zip(found, [d.label for d in documents], strict=True))) == len(documents)
-    tokens = sources.tokens_of(loaded[1], documents)
+    tokens = sources.tokens_of(loaded[1], documents, sources.WINDOW)
     for number, document in enumerate(documents):
         places = tokens.offsets[tokens.sequences == number]
         assert (places[1:, 0] >= places[:-1, 0]).all()
@@ -282,7 +299,7 @@ def test_a_model_without_the_usual_arguments_is_read_too(loaded, tmp_path):
     def plain(input_ids):
         return forward(input_ids=input_ids, use_cache=False)
 
-    tokens = sources.tokens_of(tokenizer, [sources.Document("a", "To be")])
+    tokens = sources.tokens_of(tokenizer, [sources.Document("a", "To be")], sources.WINDOW)
     heard = []
     model.forward = plain
     try:

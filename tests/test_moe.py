@@ -4,6 +4,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from cases import GRID, v3
 from oracles import moe_by_token
 from transformers import DeepseekV3Config, GptOssConfig, MixtralConfig, OlmoeConfig, Qwen2MoeConfig, Qwen3MoeConfig
@@ -179,6 +180,28 @@ def test_fused_layouts_of_other_families_are_built_from_single_experts(preset):
     expected = {k: v for k, v in layer.state_dict().items() if k.startswith("experts.")}
     assert single.keys() == expected.keys()
     assert all(torch.equal(single[k], expected[k]) for k in expected)
+
+
+def test_mixtral_as_it_lies_on_disk():
+    """w1 is the gate, w3 up, w2 down: F.silu(w1 x) * w3 x, then w2."""
+    config = MoEConfig.preset("mixtral", hidden_size=6, moe_intermediate_size=4, n_routed_experts=2)
+    layer = MoE(config)
+    saved = {"gate.weight": torch.randn(2, 6)}
+    for e in range(2):
+        saved |= {f"experts.{e}.{name}.weight": torch.randn(4, 6) for name in ("w1", "w3")}
+        saved[f"experts.{e}.w2.weight"] = torch.randn(6, 4)
+    given = dict(saved)
+    layer.load_state_dict(saved)
+    x = torch.randn(5, 6)
+    routed = (x @ given["gate.weight"].T).softmax(-1)
+    expected = 0
+    for e in range(2):
+        w1, w2, w3 = (given[f"experts.{e}.{name}.weight"] for name in ("w1", "w2", "w3"))
+        expected += routed[:, e, None] * ((F.silu(x @ w1.T) * (x @ w3.T)) @ w2.T)
+    torch.testing.assert_close(layer(x), expected)
+    del given["experts.1.w2.weight"]
+    with pytest.raises(RuntimeError, match="Missing key.*experts.gate_up_proj"):
+        layer.load_state_dict(given)
 
 
 def test_classic_layer_is_the_first_seed():

@@ -127,7 +127,8 @@ def _real(
     given = sources.read_text(text, file)
     model, tokenizer = load_model(model_folder or TINY)
     documents = sources.held_out() if given is None else [sources.Document("text", given)]
-    tokens = sources.tokens_of(tokenizer, documents)
+    _, window = sources.window_of(model)
+    tokens = sources.tokens_of(tokenizer, documents, window)
     sources.check_before(model, tokens, layer, token)
     make_ready(out)
     with Console(stderr=True).status(WORDS[lang]["routing"]):
@@ -137,7 +138,7 @@ def _real(
 
     word = sources.word_of(tokenizer, trace, token)
     shown = _what_is_shown(trace, lang, layer, token, seed)
-    cut = said_of_windows(tokens.windows, sources.WINDOW, lang)
+    cut = said_of_windows(tokens.windows, window, lang)
     if not as_json:
         _show(trace, shown, word, lang, layer, token, "".join(cut[:1]))
     names = ("routing.png", "load.png", "trace.safetensors")

@@ -18,7 +18,7 @@ from moesaic.trace.recording.recorder import Recorder
 from moesaic.trace.shown import piece_of
 from moesaic.trace.store import Trace
 
-WINDOW = 128  # tokens read at once
+WINDOW = 128  # tokens read at once, fewer where the model reads fewer
 BATCH = 10  # windows in one forward
 # windows of held-out works, in the shares of tokens that the tiny model was trained on; a poem is half a window
 HELD_OUT = {"english_verse": 30, "chinese_verse": 52, "manual": 10, "python": 30}
@@ -133,7 +133,17 @@ class Tokens(NamedTuple):
     pieces: dict[int, str]
 
 
-def tokens_of(tokenizer: Any, documents: Sequence[Document], window: int = WINDOW) -> Tokens:
+def window_of(model: Any, asked: int | None = None) -> tuple[int | None, int]:
+    """The most tokens that the model reads at once, where it says so, and how many it is to read."""
+    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if not isinstance(most, int):
+        return None, asked or WINDOW
+    if asked is not None and asked > most:
+        raise ValueError(f"--window {asked}: the model reads {most} tokens at most: use {most} or fewer")
+    return most, asked or min(WINDOW, most)
+
+
+def tokens_of(tokenizer: Any, documents: Sequence[Document], window: int) -> Tokens:
     """Documents as tokens, with the special ones that the tokenizer adds. ValueError where one gives no token."""
     with_offsets = bool(getattr(tokenizer, "is_fast", False))
     encoded = tokenizer([document.text for document in documents], return_offsets_mapping=with_offsets)

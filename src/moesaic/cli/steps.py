@@ -53,7 +53,8 @@ def steps(
     else:
         network, tokenizer = load_model(model or TINY)
         given = sources.Document("text", sources.SAMPLE if text is None else text)
-        tokens = sources.tokens_of(tokenizer, [given])
+        _, window = sources.window_of(network)
+        tokens = sources.tokens_of(tokenizer, [given], window)
         sources.check_before(network, tokens, layer, token)
         recorded = sources.route(network, tokens)
         word = sources.word_of(tokenizer, recorded, token)

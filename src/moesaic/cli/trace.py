@@ -68,7 +68,9 @@ def trace(
     detail: Annotated[
         str, typer.Option(help="ids (experts only), picks (and weights), scores (and logits and biases).")
     ] = "picks",
-    window: Annotated[int, typer.Option(min=1, help="Tokens read at once; longer documents are cut.")] = 128,
+    window: Annotated[
+        int | None, typer.Option(min=1, help="Tokens read at once, 128 unless given; longer documents are cut.")
+    ] = None,
     device: Annotated[str, typer.Option(help="Where the model runs: cpu, cuda, cuda:1.")] = "cpu",
     as_json: Annotated[bool, typer.Option("--json", help="Print what was recorded as JSON.")] = False,
     lang: Annotated[str, typer.Option(help="en or zh.")] = "en",
@@ -88,7 +90,7 @@ def trace(
     documents = sources.documents(text, file or [], corpus, lines)
     replaces = check_target(out)
     network, tokenizer = load_model(model or TINY)
-    most = _check_window(network, window)
+    most, window = sources.window_of(network, window)
     network = _moved(network, device)
     tokens = sources.tokens_of(tokenizer, documents, window)
     sources.check_before(network, tokens)
@@ -212,14 +214,6 @@ def described(recorded: "Trace", size: Size, out: Path) -> dict[str, Any]:
 
 def _in_words(size: int) -> str:
     return f"{size / 1e6:.1f} MB" if size >= 1e6 else f"{size / 1e3:.1f} kB"
-
-
-def _check_window(model: Any, window: int) -> int | None:
-    """The most tokens that the model reads at once, where it says so."""
-    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if isinstance(most, int) and window > most:
-        raise ValueError(f"--window {window}: the model reads {most} tokens at most: use {most} or fewer")
-    return most if isinstance(most, int) else None
 
 
 def _moved(model: Any, device: str) -> Any:

@@ -14,6 +14,10 @@ from moesaic.engine.spec import ExpertSpec
 from moesaic.types import ExpertWeights
 
 
+# gated or not -> the matrices of one expert as they are called on disk: gate, up, down; w1, w3, w2 are Mixtral's
+SPELLINGS = {True: (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2")), False: (("up_proj", "down_proj"),)}
+
+
 class Experts(nn.Module):
     """E expert MLPs in Hugging Face's fused layout: `gate_up_proj` [E, 2I, D] (`up_proj` [E, I, D] where not gated)
     and `down_proj` [E, O, I]; with biases `..._proj_bias`; [E, in, out] where the config says transposed.
@@ -22,7 +26,8 @@ class Experts(nn.Module):
     `batch_invariant`: a token's result in forward does not depend on the tokens beside it, bit for bit. `recompute`:
     training keeps no up projection for the backward and computes it again.
 
-    `load_state_dict` also takes the per-expert spelling found on disk, `7.gate_proj.weight`: all experts or none.
+    `load_state_dict` also takes the per-expert spellings found on disk, `7.gate_proj.weight` and Mixtral's `7.w1.weight`:
+    all experts or none.
     """
 
     # told the ids and weights of every call, and gives back the ids to use; put there by trace.watch
@@ -104,24 +109,29 @@ def _fuse_on_load(module: Experts, state_dict: dict[str, Any], prefix: str, *_: 
 
 
 def fuse_experts(state_dict: dict[str, Any], prefix: str, config: MoEConfig) -> None:
-    """Replace `{prefix}7.gate_proj.weight`, ... by the fused keys, in place; a state dict that is fused stays.
+    """Replace the keys of single experts, `{prefix}7.gate_proj.weight` or `{prefix}7.w1.weight`, by the fused ones, in
+    place; a state dict that is fused stays.
 
     Where an expert or one of its matrices is missing, or a fused key is there as well, the per-expert keys stay and
     strict loading names them.
     """
-    names = ("gate_proj", "up_proj", "down_proj") if config.gated else ("up_proj", "down_proj")
     kinds = ("weight", "bias") if config.expert_bias else ("weight",)
-    wanted = [f"{prefix}{e}.{n}.{k}" for n in names for k in kinds for e in range(config.n_routed_experts)]
+    for names in SPELLINGS[config.gated]:
+        wanted = [f"{prefix}{e}.{n}.{k}" for n in names for k in kinds for e in range(config.n_routed_experts)]
+        if all(key in state_dict for key in wanted):
+            break
+    else:
+        return
     up_name = prefix + ("gate_up_proj" if config.gated else "up_proj")
     fused_names = [name + suffix for name in (up_name, f"{prefix}down_proj") for suffix in ("", "_bias")]
-    if any(name in state_dict for name in fused_names) or not all(key in state_dict for key in wanted):
+    if any(name in state_dict for name in fused_names):
         return
     for kind in kinds:
         stacks = {
             name: torch.stack([state_dict.pop(f"{prefix}{e}.{name}.{kind}") for e in range(config.n_routed_experts)])
             for name in names
         }
-        up, down = [stacks[name] for name in names[:-1]], stacks["down_proj"]
+        up, down = [stacks[name] for name in names[:-1]], stacks[names[-1]]
         interleaved = config.gated and config.interleaved
         fused = torch.stack(up, dim=2).flatten(1, 2) if interleaved else torch.cat(up, dim=1)
         if kind == "weight" and config.transposed:

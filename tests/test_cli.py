@@ -282,7 +282,7 @@ def test_demo_record_is_what_the_model_selects(demo_folder):
     gate = model.model.layers[2].mlp.gate
     handle = gate.register_forward_hook(lambda _m, _a, output: caught.append(output[2]))
     with torch.inference_mode():
-        for ids in sources.tokens_of(tokenizer, sources.held_out(), sources.WINDOW).batches:
+        for ids in sources.tokens_of(tokenizer, sources.held_out()).batches:
             model(input_ids=ids, use_cache=False)
     handle.remove()
     layer = next(i for i, name in enumerate(trace.layers) if ".2." in name)

@@ -201,7 +201,7 @@ def test_what_is_read_of_a_held_out_work_lies_in_it(loaded):
     texts = {domain: [work.text for work in corpus(domain, "held_out")] for domain in DOMAINS}
     found = [next(i for i, text in enumerate(texts[d.label]) if text.startswith(d.text)) for d in documents]
     assert len(set(zip(found, [d.label for d in documents], strict=True))) == len(documents)
-    tokens = sources.tokens_of(loaded[1], documents, sources.WINDOW)
+    tokens = sources.tokens_of(loaded[1], documents)
     for number, document in enumerate(documents):
         places = tokens.offsets[tokens.sequences == number]
         assert (places[1:, 0] >= places[:-1, 0]).all()
@@ -299,7 +299,7 @@ def test_a_model_without_the_usual_arguments_is_read_too(loaded, tmp_path):
     def plain(input_ids):
         return forward(input_ids=input_ids, use_cache=False)
 
-    tokens = sources.tokens_of(tokenizer, [sources.Document("a", "To be")], sources.WINDOW)
+    tokens = sources.tokens_of(tokenizer, [sources.Document("a", "To be")])
     heard = []
     model.forward = plain
     try:

@@ -143,7 +143,7 @@ def window_of(model: Any, asked: int | None = None) -> tuple[int | None, int]:
     return most, asked or min(WINDOW, most)
 
 
-def tokens_of(tokenizer: Any, documents: Sequence[Document], window: int) -> Tokens:
+def tokens_of(tokenizer: Any, documents: Sequence[Document], window: int = WINDOW) -> Tokens:
     """Documents as tokens, with the special ones that the tokenizer adds. ValueError where one gives no token."""
     with_offsets = bool(getattr(tokenizer, "is_fast", False))
     encoded = tokenizer([document.text for document in documents], return_offsets_mapping=with_offsets)

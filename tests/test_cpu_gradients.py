@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from cases import leaves_of, problem
+from cases import HABITS, leaves_of, needs_habit, problem
 from test_engines import VARIANTS, D, K, ids_of, weights_like
 from torch import nn
 
 import moesaic as ms
-from moesaic.engine import batches, multiply, op
+from moesaic.engine import batches, gemm, matmul_forms, multiply, op, outer
 from moesaic.engine.cpu import cpu
 from moesaic.engine.grouped import grouped
 from moesaic.engine.reference import reference
@@ -196,20 +196,40 @@ def test_a_16_bit_gradient_of_a_hot_expert_is_rounded_once():
         assert ours <= 1.2 * theirs + 1e-3
 
 
+STRIDED = {
+    "odd stride": lambda up: torch.cat([up, up[..., :1]], dim=2)[..., :16],
+    "every other": lambda up: up.repeat_interleave(2, dim=2)[..., ::2],
+    "offset": lambda up: torch.cat([up[:, :1], up], dim=1)[:, 1:],
+    "one expert for all": lambda up: up[:1].expand(6, -1, -1),
+    "one row for all": lambda up: up[:, :1].expand(-1, 16, -1),
+    "one column for all": lambda up: up[..., :1].expand(-1, -1, 16),
+}
+
+
 @pytest.mark.usefixtures("instructions")
-@pytest.mark.parametrize("how", ["odd stride", "every other", "offset", "expanded"])
-def test_strided_16_bit_weights_compute_as_their_copies(how):
-    x, ids, weights, experts = problem(40, 16, 8, dtype=torch.bfloat16)
-    up = experts.up.detach()
-    strided = {
-        "odd stride": torch.cat([up, up[..., :1]], dim=2)[..., :16],
-        "every other": up.repeat_interleave(2, dim=2)[..., ::2],
-        "offset": torch.cat([up[:, :1], up], dim=1)[:, 1:],
-        "expanded": up[:1].expand(6, -1, -1),
-    }[how]
-    out = cpu(x, ids, weights, ExpertWeights(strided, experts.down), ExpertSpec())
-    copy = cpu(x, ids, weights, ExpertWeights(strided.contiguous(), experts.down), ExpertSpec())
-    torch.testing.assert_close(out.float(), copy.float(), rtol=2e-2, atol=2e-2)
+@pytest.mark.parametrize("how", STRIDED)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("habit", HABITS)
+@pytest.mark.parametrize("tokens", [1, 5, 40])
+def test_strided_weights_compute_and_train_as_their_copies(monkeypatch, how, dtype, habit, tokens):
+    """In every form of matmul, each of which has its own idea of how a matrix lies in memory."""
+    needs_habit(habit, dtype)
+    for room in (gemm, outer):
+        monkeypatch.setattr(room, "machine", lambda: habit)
+    for room in (matmul_forms, outer):
+        monkeypatch.setattr(room, "SMALL", 0)
+    x, ids, weights, experts = problem(tokens, 16, 8, dtype=dtype)
+    strided = STRIDED[how](experts.up.detach())
+    results = []
+    for up in (strided, strided.contiguous()):
+        leaf = up.detach().requires_grad_()
+        out = cpu(x, ids, weights, ExpertWeights(leaf, experts.down), ExpertSpec())
+        results.append([out.detach(), *torch.autograd.grad(out.sum(), [x, leaf, experts.down])])
+        with torch.no_grad():
+            results[-1].append(cpu(x, ids, weights, ExpertWeights(leaf, experts.down), ExpertSpec()))
+    loose = 2e-5 if dtype == torch.float32 else 3e-2
+    for ours, copy in zip(*results, strict=True):
+        torch.testing.assert_close(ours, copy, rtol=loose, atol=loose * float(copy.abs().max()))
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")

@@ -139,6 +139,36 @@ def test_what_graphs_are_told_about_the_operator_is_so(dtype, keep):
     torch.library.opcheck(torch.ops.moesaic.experts_backward.default, back)
 
 
+@pytest.mark.parametrize("tokens", [1, 7])
+@pytest.mark.parametrize("keep", ["nothing", "order", "hidden"])
+def test_an_operator_trains_whatever_it_kept(tokens, keep):
+    """A graph that was made for inference keeps nothing, and of one token makes no plan, and may be trained yet."""
+    x, ids, weights, experts = problem(tokens)
+    out, *_ = torch.ops.moesaic.experts(x, ids, weights, *experts, *ExpertSpec().fields, keep, False)
+    grads = torch.autograd.grad(out.square().sum(), [x, weights, *experts[:2]])
+    expected = reference(x, ids, weights, experts, ExpertSpec()).square().sum()
+    for ours, theirs in zip(grads, torch.autograd.grad(expected, [x, weights, *experts[:2]]), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("tokens", [1, 6])
+def test_a_program_keeps_nothing_and_trains_yet(tokens, strict):
+    module, x = layer().eval(), torch.randn(tokens, 32)
+    program = torch.export.export(module, (x,), strict=strict)
+    calls = [node for node in program.graph.nodes if node.target is torch.ops.moesaic.experts.default]
+    assert [node.args[-2] for node in calls] == ["nothing"]
+    run = program.module()
+    out, grads = gradients(module, module, x)
+    again, of_program = gradients(run, run, x)
+    torch.testing.assert_close(again, out)
+    by_name = dict(zip([name for name, _ in run.named_parameters()], of_program[1:], strict=True))
+    for (name, _), expected in zip(module.named_parameters(), grads[1:], strict=True):
+        torch.testing.assert_close(by_name[name], expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(of_program[0], grads[0], rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_checkpointing_gives_the_same_gradients_also_where_they_exist(reentrant):
     module, x = layer(), torch.randn(11, 32)

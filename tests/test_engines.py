@@ -248,6 +248,7 @@ def test_where_nobody_is_chosen_every_gradient_is_zero(dtype, tokens):
         ),
         (lambda given: given.update(ids=given["ids"] * 0 + E + 1), f"expert_ids reach from {E + 1} to {E + 1}"),
         (lambda given: given.update(x=given["x"][:, 1:]), rf"tokens have width {D - 1}, up .* takes {D}"),
+        (lambda given: given.update(x=given["x"].bfloat16()), "tokens are torch.bfloat16, up is torch.float32: cast"),
     ],
 )
 def test_every_engine_names_what_does_not_fit(name, change, message):

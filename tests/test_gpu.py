@@ -115,14 +115,20 @@ def test_gpt_oss_experts_against_float64(dtype, tokens, d, i):
 
 
 @pytest.mark.parametrize("tokens", [1, 300, 2000])
-def test_nothing_waits_for_the_device(tokens):
-    """Without a plan, and with one of one kernel and of several, which 4096 assignments and more take."""
+@pytest.mark.parametrize("options", [{}, {"recompute": True}, {"batch_invariant": True}], ids=str)
+def test_nothing_waits_for_the_device(tokens, options):
+    """With a plan of one kernel and of several, which 4096 assignments and more take, and in inference without one."""
     pytest.importorskip("triton")
-    layer = v3_layer()
+    layer = DeepseekV3MoE(v3(32, 8, 4, 6, n_shared_experts=1, **SMALL), engine="triton", **options)
+    layer.to("cuda", torch.bfloat16)
     x = torch.randn(tokens, 256, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     layer(x).sum().backward()  # kernels are made here
+    with torch.no_grad():
+        layer(x)
     with no_waiting():
         layer(x).sum().backward()
+        with torch.no_grad():
+            layer(x)
 
 
 @pytest.mark.parametrize("tokens", [1, 16, 500, 2000])
@@ -183,6 +189,7 @@ def test_the_layer_compiles_whole(dtype, mode):
     x = torch.randn(200, 256, device="cuda", dtype=dtype)
     compiled = torch.compile(layer, fullgraph=True, mode=mode)
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    torch._dynamo.utils.counters.clear()
     for _ in range(3):  # "reduce-overhead" warms up, captures, and replays from the third call on
         x.copy_(torch.randn_like(x))
         grads = []
@@ -193,15 +200,16 @@ def test_the_layer_compiles_whole(dtype, mode):
             grads.append([out.detach(), *(parameter.grad.clone() for parameter in layer.parameters())])
         for ours, eager in zip(*grads, strict=True):
             torch.testing.assert_close(ours, eager, rtol=tolerance, atol=tolerance * float(eager.abs().max()))
+    assert not torch._dynamo.utils.counters["inductor"]["cudagraph_skips"], "no graph was captured"
 
 
-def hugging_face_model():
+def hugging_face_model(dtype=torch.bfloat16):
     transformers = pytest.importorskip("transformers")
     config = transformers.Qwen3MoeConfig(
         vocab_size=128, hidden_size=128, intermediate_size=64, moe_intermediate_size=64, num_hidden_layers=2,
         num_attention_heads=4, num_key_value_heads=2, head_dim=32, num_experts=16, num_experts_per_tok=4,
     )  # fmt: skip
-    return transformers.Qwen3MoeForCausalLM(config).to("cuda", torch.bfloat16).eval()
+    return transformers.Qwen3MoeForCausalLM(config).to("cuda", dtype).eval()
 
 
 def test_the_name_in_transformers_takes_the_kernels_on_a_gpu():
@@ -258,6 +266,34 @@ def test_a_hugging_face_model_compiles_whole_on_our_kernels():
         compiled = torch.compile(model, fullgraph=True)(ids, use_cache=False).logits
     torch.testing.assert_close(compiled, ours, rtol=0.05, atol=0.05)
     assert model.generate(ids, max_new_tokens=4, do_sample=False).shape == (2, 28)
+
+
+@pytest.mark.compile
+@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores", "ignore:.torch.jit.script:DeprecationWarning")
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_a_hugging_face_model_has_the_gradients_of_transformers_own(dtype, compiled):
+    pytest.importorskip("triton")
+    import moesaic as ms
+
+    model = hugging_face_model(dtype)
+    ids = torch.randint(0, 128, (2, 24), device="cuda")
+    grads = []
+    for engine in ("eager", "moesaic"):
+        if engine == "moesaic":
+            ms.attach(model)
+        else:
+            model.set_experts_implementation("eager")
+        run = torch.compile(model, fullgraph=True) if compiled and engine == "moesaic" else model
+        model.zero_grad()
+        run(ids, labels=ids, use_cache=False).loss.backward()
+        grads.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    tolerance = 1e-4 if dtype == torch.float32 else 0.1
+    assert grads[0].keys() == grads[1].keys()
+    for name, expected in grads[0].items():
+        torch.testing.assert_close(
+            grads[1][name], expected, rtol=tolerance, atol=tolerance * float(expected.abs().max())
+        )
 
 
 @pytest.mark.parametrize("rows", [1, 7, 130])

@@ -172,6 +172,21 @@ def test_autocast_is_as_near_to_float32_as_eager_is():
     assert 0 < relative(ours.float(), exact) < 1.5 * relative(theirs.float(), exact)
 
 
+@pytest.mark.compile
+def test_hidden_states_may_be_wider_than_the_experts():
+    """As transformers' grouped_mm takes them, where norms or the residual stream stay in float32."""
+    experts = experts_of(loud("qwen3_moe").bfloat16())[0]
+    call = torch.randn(6, 32), torch.randint(8, (6, 2)), torch.rand(6, 2)
+    outs = []
+    for name in ("grouped_mm", "moesaic"):
+        experts.config._experts_implementation = name
+        outs.append(experts(*call).detach())
+    outs.append(torch.compile(experts, fullgraph=True, backend="eager")(*call).detach())
+    assert {out.dtype for out in outs} == {torch.float32}
+    assert relative(outs[1], outs[0]) < 0.02
+    assert torch.equal(outs[2], outs[1])
+
+
 def test_the_id_past_the_last_expert_means_no_expert():
     experts = experts_of(loud("gpt_oss"))[0]
     tokens, weights = torch.randn(5, 32), torch.rand(5, 2)

@@ -200,7 +200,7 @@ def test_mixtral_as_it_lies_on_disk():
         expected += routed[:, e, None] * ((F.silu(x @ w1.T) * (x @ w3.T)) @ w2.T)
     torch.testing.assert_close(layer(x), expected)
     del given["experts.1.w2.weight"]
-    with pytest.raises(RuntimeError, match="Missing key.*experts.gate_up_proj"):
+    with pytest.raises(RuntimeError, match=r"Missing key.*experts\.gate_up_proj"):
         layer.load_state_dict(given)
 
 

@@ -184,6 +184,8 @@ def test_what_is_not_served_is_routed_by_the_rules():
         (logits.double(), None, config, None),
         (logits.half(), bias, model, None),
         (logits, bias.double(), config, None),
+        (logits, bias[:1], config, None),
+        (logits, bias.expand(3, -1) + torch.randn(3, 16), config, None),
         (logits, None, v3(16, 4, 2, 4, topk_method="balanced"), None),
     ]
     for *inputs, refused_replay in refused:

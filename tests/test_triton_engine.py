@@ -312,6 +312,42 @@ def test_gradients_that_do_not_lie_in_a_row(how):
     assert all(map(torch.equal, *results))
 
 
+def test_a_gradient_that_is_negated_when_read_is_added_with_its_sign():
+    """`_neg_view`: what a kernel finds at its address has the other sign."""
+    p = problem()
+    leaves = leaves_of(p)
+    run(p, leaves).backward(p.grad)
+    once = [None if t is None else t.grad.clone() for t in leaves]
+    run(p, leaves).backward(p.grad.neg()._neg_view())
+    for leaf, grad in zip(leaves, once, strict=True):
+        if leaf is not None:
+            close(leaf.grad, 2 * grad.double())
+
+
+@pytest.mark.parametrize("tokens", [1, 2])
+def test_an_operator_that_made_no_plan_trains_yet(tokens):
+    p = problem(t=tokens, e=40)
+    leaves = leaves_of(p)
+    x, weights, *matrices = leaves
+    out, *_ = torch.ops.moesaic.experts(x, p.expert_ids, weights, *matrices, *p.spec.fields, "nothing", False)
+    out.backward(p.grad)
+    for leaf, wanted in zip([t for t in leaves if t is not None], expected(p)[1], strict=True):
+        close(leaf.grad, wanted)
+
+
+def test_autocast_multiplies_16_bit_tokens_by_weights_of_32():
+    p = problem("biases")
+    out, grads = expected(p)
+    leaves = leaves_of(p)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        mine = run(p, leaves)
+    mine.backward(p.grad)
+    close(mine.detach(), out.detach(), 3e-2)
+    for leaf, wanted in zip(leaves, grads, strict=True):
+        assert leaf.grad.dtype == torch.float32
+        close(leaf.grad, wanted, 3e-2)
+
+
 def test_ids_beyond_32_bits_name_no_expert():
     for case in (problem(t=6), problem(t=1, e=60)):  # with a plan and without
         absent, far = case.expert_ids.clone(), case.expert_ids.clone()
@@ -345,13 +381,23 @@ def test_the_operator_tells_graphs_the_truth(dtype, tokens):
     p = problem("biases").to(dtype)
     if tokens == 0:
         p = p._replace(tokens=p.tokens[:0], expert_ids=p.expert_ids[:0], weights=p.weights[:0])
-    for keep in ("nothing", "order", "hidden"):
-        args = (p.tokens, p.expert_ids, p.weights, *p.experts, *p.spec.fields, keep, False)
-        real = torch.ops.moesaic.experts(*args)
+    rules = p.spec.fields
+
+    def compare(real, fake, *args):
         with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True):
-            told = op._fake_experts(*args)
-        for mine, fake in zip(real, told, strict=True):
-            assert (mine.shape, mine.dtype, mine.stride()) == (fake.shape, fake.dtype, fake.stride())
+            told = fake(*args)
+        for mine, other in zip(real(*args), told, strict=True):
+            assert (mine.shape, mine.dtype, mine.stride()) == (other.shape, other.dtype, other.stride())
+
+    inputs = (p.tokens, p.expert_ids, p.weights, *p.experts)
+    for keep in ("nothing", "order", "hidden"):
+        compare(torch.ops.moesaic.experts, op._fake_experts, *inputs, *rules, keep, False)
+    kept = torch.ops.moesaic.experts(*inputs, *rules, "hidden", False)[1:]
+    by_column = [matrix.mT.contiguous().mT for matrix in p.experts[:2]]  # gradients lie as their weights
+    for up, down in (p.experts[:2], by_column):
+        given = (p.grad[: len(p.tokens)], p.tokens, p.weights, up, down, *p.experts[2:], *kept)
+        for wanted in ([True] * 6, [False, True] * 3):
+            compare(torch.ops.moesaic.experts_backward, op._fake_backward, *given, *rules, False, wanted)
 
 
 def test_forward_and_backward_take_a_plan_of_anybody():

@@ -1,7 +1,7 @@
 """What an engine is given, looked at once at its border: a wrong shape is a sentence, never a crash in a kernel."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from moesaic.engine.spec import ExpertSpec
 from moesaic.types import ExpertWeights
@@ -34,8 +34,20 @@ def check_inputs(tokens: Tensor, expert_ids: Tensor, weights: Tensor, experts: E
             raise ValueError(f"tokens are on {tokens.device}, {name} on {tensor.device}: move one of them")
 
 
+def autocasts(tokens: Tensor) -> bool:
+    """Whether autocast is on that casts the operands of a matmul of `tokens`."""
+    return tokens.dtype != torch.float64 and torch.is_autocast_enabled(tokens.device.type)
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether a kernel may read the memory of `tensor` as it lies: no subclass, no view that is negated when read."""
+    return type(tensor) in (Tensor, nn.Parameter) and not tensor.is_neg()
+
+
 def check_dtypes(tokens: Tensor, experts: ExpertWeights) -> None:
     """Raise ValueError where tokens and experts differ in dtype, which only autocast allows."""
+    if autocasts(tokens):
+        return
     for name, tensor in experts._asdict().items():
         if tensor is not None and tensor.dtype != tokens.dtype:
             raise ValueError(f"tokens are {tokens.dtype}, {name} is {tensor.dtype}: cast one, or use torch.autocast")

@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from moesaic.engine.checks import check_ids, check_inputs
+from moesaic.engine.checks import check_dtypes, check_ids, check_inputs
 from moesaic.engine.plan import group_by_expert
 from moesaic.engine.reference import with_zero_gradients
 from moesaic.engine.spec import ExpertSpec
@@ -26,6 +26,7 @@ def grouped(
     Raises ValueError for inputs that do not fit together and ids that name no expert.
     """
     check_inputs(tokens, expert_ids, weights, experts, spec)
+    check_dtypes(tokens, experts)
     n_experts, k = len(experts.up), expert_ids.shape[-1]
     check_ids(expert_ids, n_experts)
     plan = group_by_expert(expert_ids, n_experts)

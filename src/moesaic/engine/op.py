@@ -10,11 +10,11 @@ from functools import wraps
 from typing import Any, Literal, NamedTuple, NoReturn
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from moesaic.engine.accumulation import accumulation_targets, collected
-from moesaic.engine.checks import check_dtypes, check_inputs
+from moesaic.engine.checks import autocasts, check_dtypes, check_inputs, is_plain
 from moesaic.engine.grouped import grouped
 from moesaic.engine.reference import reference
 from moesaic.engine.spec import ExpertSpec
@@ -71,11 +71,10 @@ def run_experts(
     units a step instead of 18). Under autocast the matmuls take its dtype; the weights are never copied whole.
     """
     check_inputs(tokens, expert_ids, weights, experts, spec)
+    check_dtypes(tokens, experts)
     dtype, device_type = tokens.dtype, tokens.device.type
-    if torch.is_autocast_enabled(device_type) and dtype != torch.float64:
+    if autocasts(tokens):
         tokens = tokens.to(torch.get_autocast_dtype(device_type))
-    else:
-        check_dtypes(tokens, experts)
     # rows are gathered, so a column-major x would be copied row by row; and inductor lays its gradient out as x
     tokens, weights = tokens.contiguous(), weights.contiguous()
     if _needs_plain_torch():
@@ -86,7 +85,10 @@ def run_experts(
     if not needs_grad and device_type in FORWARD and not _is_watched(tokens, expert_ids, weights, *experts):
         given = (tokens, expert_ids, weights, experts, spec)
         return FORWARD[device_type](*given, keep="nothing", batch_invariant=batch_invariant)[0]
-    keep = "nothing" if not needs_grad else "hidden" if needs_hidden and not recompute else "order"
+    if not needs_grad or torch.compiler.is_exporting():  # a program is for inference; trained, it runs twice
+        keep = "nothing"
+    else:
+        keep = "hidden" if needs_hidden and not recompute else "order"
     try:
         out, *_ = torch.ops.moesaic.experts(tokens, expert_ids, weights, *experts, *spec.fields, keep, batch_invariant)
     except torch.OutOfMemoryError:
@@ -126,12 +128,8 @@ def _is_watched(tokens: Tensor, *others: Tensor | None) -> bool:
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch.is_autocast_enabled(tokens.device.type)
         or torch.autograd._profiler_enabled()
-        or any(tensor is not None and not _is_plain(tensor) for tensor in (tokens, *others))
+        or any(tensor is not None and not is_plain(tensor) for tensor in (tokens, *others))
     )
-
-
-def _is_plain(tensor: Tensor) -> bool:
-    return type(tensor) in (Tensor, nn.Parameter) and not tensor.is_neg()
 
 
 def _needs_plain_torch() -> bool:
@@ -182,27 +180,32 @@ def _refuse_vmap(*_: Any) -> NoReturn:
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    tokens, expert_ids, weights, up, down, up_bias, down_bias, *fields, _keep, batch_invariant = inputs
+    tokens, expert_ids, weights, up, down, up_bias, down_bias, *fields, keep, batch_invariant = inputs
     _out, hidden, assignments, counts = output
-    ctx.spec, ctx.batch_invariant = ExpertSpec(*fields), batch_invariant
+    ctx.spec, ctx.keep, ctx.batch_invariant = ExpertSpec(*fields), keep, batch_invariant
     ctx.save_for_backward(tokens, expert_ids, weights, up, down, up_bias, down_bias, hidden, assignments, counts)
     ctx.mark_non_differentiable(hidden, assignments, counts)
     ctx.set_materialize_grads(False)  # or zeros as large as `hidden` would come along
 
 
 def _backward(ctx: Any, grad_out: Tensor | None, *_: Any) -> tuple:
-    tokens, expert_ids, weights, up, down, up_bias, down_bias, hidden, assignments, counts = ctx.saved_tensors
+    *given, hidden, assignments, counts = ctx.saved_tensors
+    tokens, expert_ids, weights, up, down, up_bias, down_bias = given
     if grad_out is None:
         return (None,) * len(ctx.needs_input_grad)
     inputs = (tokens, weights, up, down, up_bias, down_bias)
-    of_tokens, _of_ids, *others = collected(ctx, (tokens, expert_ids, *inputs[1:]))
+    of_tokens, _of_ids, *others = collected(ctx, given)
     wanted = [of_tokens, *others]
     if torch.is_grad_enabled():  # create_graph: the gradients are to have gradients, so plain torch operations
         grads = _differentiable_backward(grad_out, expert_ids, inputs, wanted, ctx.spec)
     else:
-        args = (grad_out, tokens, weights, up, down, up_bias, down_bias, hidden, assignments, counts)
+        if ctx.keep == "nothing":  # in a graph that was made for inference: what forward left means nothing
+            rules = (*ctx.spec.fields, "hidden", ctx.batch_invariant)
+            _, hidden, assignments, counts = torch.ops.moesaic.experts(*given, *rules)
+        args = (grad_out, *inputs, hidden, assignments, counts)
         rules = (*ctx.spec.fields, ctx.batch_invariant)
-        into = accumulation_targets(ctx, grad_out, up, down) if grad_out.device.type in ACCUMULATING else (None, None)
+        can_add = grad_out.device.type in ACCUMULATING
+        into = accumulation_targets(ctx, given, grad_out, slice(3, 5)) if can_add else (None, None)
         if into == (None, None):
             returned = torch.ops.moesaic.experts_backward(*args, *rules, wanted)
         else:
@@ -225,6 +228,8 @@ def _differentiable_backward(
     with torch.autocast(tokens.device.type, enabled=False):
         out = grouped(tokens, expert_ids, weights, experts, spec)
     wanted = [want and t.requires_grad for t, want in zip(views, wanted, strict=True)]  # less what was frozen since
+    if not any(wanted):
+        return [None] * len(wanted)
     chosen = [t for t, want in zip(views, wanted, strict=True) if want]
     grads = iter(torch.autograd.grad(out, chosen, grad_out, create_graph=True, allow_unused=True))
     return [next(grads) if want else None for want in wanted]

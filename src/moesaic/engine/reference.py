@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from moesaic.engine.checks import check_ids, check_inputs
+from moesaic.engine.checks import check_dtypes, check_ids, check_inputs
 from moesaic.engine.spec import ExpertSpec
 from moesaic.types import ExpertWeights
 
@@ -25,6 +25,7 @@ def reference(
     Raises ValueError for inputs that do not fit together and ids that name no expert.
     """
     check_inputs(tokens, expert_ids, weights, experts, spec)
+    check_dtypes(tokens, experts)
     n_experts = len(experts.up)
     check_ids(expert_ids, n_experts)
     up, down = experts.up.unbind(), experts.down.unbind()

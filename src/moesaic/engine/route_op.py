@@ -109,12 +109,16 @@ def serves(logits: Tensor, bias: Tensor | None, config: MoEConfig, replay: Tenso
     return (
         not gpu.why_not("cuda")
         and (widened or logits.dtype == torch.float32)
-        and (bias is None or (bias.dtype != torch.float64 and bias.device == logits.device))
+        and (bias is None or _fits_bias(bias, logits))
         and (replay is None or _fits(replay, logits, config.num_experts_per_tok))
         and config.topk_method not in ("balanced", "unknown")
         and type(logits) is Tensor
         and (torch.compiler.is_compiling() or not _transformed())
     )
+
+
+def _fits_bias(bias: Tensor, logits: Tensor) -> bool:
+    return bias.shape == logits.shape[1:] and bias.device == logits.device and bias.dtype != torch.float64
 
 
 def _fits(replay: Tensor, logits: Tensor, k: int) -> bool:

@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
-from moesaic.engine.checks import DTYPES
+from moesaic.engine.checks import DTYPES, autocasts
 from moesaic.engine.select import select_engine
 from moesaic.engine.spec import ACTIVATIONS, ExpertSpec
 from moesaic.engine.tracing import constant_in_graphs
@@ -59,14 +59,12 @@ def experts_forward(
         up_bias = self.gate_up_proj_bias if served.spec.gated else self.up_proj_bias
         down_bias = self.down_proj_bias
     weights = ExpertWeights(up, self.down_proj, up_bias, down_bias)
+    # as transformers' own implementations do where norms or residuals are kept in float32
+    tokens = hidden_states if autocasts(hidden_states) else hidden_states.to(up.dtype)
     engine = select_engine(
-        served.engine,
-        hidden_states.device,
-        hidden_states.dtype,
-        batch_invariant=served.batch_invariant,
-        recompute=served.recompute,
+        served.engine, tokens.device, tokens.dtype, batch_invariant=served.batch_invariant, recompute=served.recompute
     )
-    return engine(hidden_states, top_k_index, top_k_weights, weights, served.spec)
+    return engine(tokens, top_k_index, top_k_weights, weights, served.spec).to(hidden_states.dtype)
 
 
 @constant_in_graphs  # dynamo runs it while tracing

@@ -13,7 +13,6 @@ from moesaic.engine.select import check_engine, select_engine
 from moesaic.engine.spec import ExpertSpec
 from moesaic.types import ExpertWeights
 
-
 # gated or not -> the matrices of one expert as they are called on disk: gate, up, down; w1, w3, w2 are Mixtral's
 SPELLINGS = {True: (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2")), False: (("up_proj", "down_proj"),)}
 
@@ -26,8 +25,8 @@ class Experts(nn.Module):
     `batch_invariant`: a token's result in forward does not depend on the tokens beside it, bit for bit. `recompute`:
     training keeps no up projection for the backward and computes it again.
 
-    `load_state_dict` also takes the per-expert spellings found on disk, `7.gate_proj.weight` and Mixtral's `7.w1.weight`:
-    all experts or none.
+    `load_state_dict` also takes the per-expert spellings found on disk, `7.gate_proj.weight` and Mixtral's
+    `7.w1.weight`: all experts or none.
     """
 
     # told the ids and weights of every call, and gives back the ids to use; put there by trace.watch

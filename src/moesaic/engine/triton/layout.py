@@ -101,7 +101,7 @@ def _layout(
     tl.store(token_of + rows, assignment.to(tl.int32) // k, mask=rows < n)
     tl.store(row_of + assignment, tl.where(rows < total, rows, -1), mask=rows < n)
 
-    tile = program * TILES + tl.arange(0, TILES)
+    tile = program.to(tl.int64) * TILES + tl.arange(0, TILES)  # with few experts, far beyond the last
     needed = tl.cdiv(count, ROWS)
     last_tile = tl.cumsum(needed, axis=0)
     expert = tl.sum((last_tile[None, :] <= tile[:, None]).to(tl.int32), axis=1)

@@ -133,8 +133,8 @@ def test_gradients_that_a_backward_does_not_collect_are_not_computed(monkeypatch
     expected, x.grad = x.grad, None
     before = [w.grad.clone() for w in experts[:2]]
     wanted = []
-    real = op._differentiable_backward
-    monkeypatch.setattr(op, "_differentiable_backward", lambda *a: (wanted.extend(a[3]), real(*a))[1])
+    real = op._plain_backward
+    monkeypatch.setattr(op, "_plain_backward", lambda *a, **how: (wanted.extend(a[3]), real(*a, **how))[1])
     monkeypatch.setattr(multiply, "add_outer", lambda *_, **__: pytest.fail("a product that nobody asked for"))
     torch.testing.assert_close(ask(loss, x), expected, rtol=1e-4, atol=1e-4)
     assert wanted == ([True, *[False] * 5] if ask is grad_with_a_graph else [])
@@ -230,6 +230,36 @@ def test_strided_weights_compute_and_train_as_their_copies(monkeypatch, how, dty
     loose = 2e-5 if dtype == torch.float32 else 3e-2
     for ours, copy in zip(*results, strict=True):
         torch.testing.assert_close(ours, copy, rtol=loose, atol=loose * float(copy.abs().max()))
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop because we have not yet implemented the batching rule")
+@pytest.mark.parametrize("how", ["is_grads_batched", "vmap"])
+def test_gradients_may_come_in_batches(how):
+    x, ids, weights, experts = problem(6)
+    leaves, several = [x, weights, *experts[:2]], torch.randn(3, 6, 16)
+    out = cpu(x, ids, weights, experts, ExpertSpec())
+
+    def ask(grad, **options):
+        return torch.autograd.grad(out, leaves, grad, retain_graph=True, **options)
+
+    together = ask(several, is_grads_batched=True) if how == "is_grads_batched" else torch.func.vmap(ask)(several)
+    for ours, expected in zip(together, zip(*map(ask, several), strict=True), strict=True):
+        assert not ours.requires_grad
+        torch.testing.assert_close(ours, torch.stack(expected), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.compile
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")
+def test_a_compiled_transform_has_the_gradient_of_an_eager_one():
+    x, ids, weights, experts = problem(5)
+
+    def loss(up):
+        matrices = ExpertWeights(up, experts.down.detach())
+        return cpu(x.detach(), ids, weights.detach(), matrices, ExpertSpec()).square().sum()
+
+    up = experts.up.detach()
+    eager = torch.func.grad(loss)(up)
+    torch.testing.assert_close(torch.compile(torch.func.grad(loss), backend="aot_eager")(up), eager)
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moesaic.engine.checks import is_plain
+from moesaic.engine.surroundings import is_plain
 
 
 def collected(ctx: Any, given: Sequence[Tensor | None]) -> list[bool]:

@@ -1,7 +1,7 @@
 """What an engine is given, looked at once at its border: a wrong shape is a sentence, never a crash in a kernel."""
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from moesaic.engine.spec import ExpertSpec
 from moesaic.types import ExpertWeights
@@ -37,11 +37,6 @@ def check_inputs(tokens: Tensor, expert_ids: Tensor, weights: Tensor, experts: E
 def autocasts(tokens: Tensor) -> bool:
     """Whether autocast is on that casts the operands of a matmul of `tokens`."""
     return tokens.dtype != torch.float64 and torch.is_autocast_enabled(tokens.device.type)
-
-
-def is_plain(tensor: Tensor) -> bool:
-    """Whether a kernel may read the memory of `tensor` as it lies: no subclass, no view that is negated when read."""
-    return type(tensor) in (Tensor, nn.Parameter) and not tensor.is_neg()
 
 
 def check_dtypes(tokens: Tensor, experts: ExpertWeights) -> None:

@@ -7,17 +7,17 @@ kernels are put in with `register_kernels`; this file knows none of them.
 import threading
 from collections.abc import Callable
 from functools import wraps
-from typing import Any, Literal, NamedTuple, NoReturn
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from moesaic.engine.accumulation import accumulation_targets, collected
-from moesaic.engine.checks import autocasts, check_dtypes, check_inputs, is_plain
+from moesaic.engine.checks import autocasts, check_dtypes, check_inputs
 from moesaic.engine.grouped import grouped
 from moesaic.engine.reference import reference
 from moesaic.engine.spec import ExpertSpec
+from moesaic.engine.surroundings import is_batched, is_differentiated, is_watched, refuse_subclasses, refuse_vmap
 from moesaic.types import ExpertWeights
 
 Keep = Literal["nothing", "order", "hidden"]  # what forward leaves for a backward; order = assignments and counts
@@ -77,12 +77,12 @@ def run_experts(
         tokens = tokens.to(torch.get_autocast_dtype(device_type))
     # rows are gathered, so a column-major x would be copied row by row; and inductor lays its gradient out as x
     tokens, weights = tokens.contiguous(), weights.contiguous()
-    if _needs_plain_torch():
+    if is_differentiated():
         plain = reference if batch_invariant else grouped
         return plain(tokens, expert_ids, weights, experts, spec).to(dtype)
     needs_hidden = _trains(tokens, weights, experts.up, experts.down, experts.up_bias)
     needs_grad = needs_hidden or _trains(experts.down_bias)
-    if not needs_grad and device_type in FORWARD and not _is_watched(tokens, expert_ids, weights, *experts):
+    if not needs_grad and device_type in FORWARD and not is_watched(tokens, expert_ids, weights, *experts):
         given = (tokens, expert_ids, weights, experts, spec)
         return FORWARD[device_type](*given, keep="nothing", batch_invariant=batch_invariant)[0]
     if not needs_grad or torch.compiler.is_exporting():  # a program is for inference; trained, it runs twice
@@ -94,58 +94,13 @@ def run_experts(
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, TypeError) as error:
-        _refuse_subclasses(error, tokens=tokens, expert_ids=expert_ids, weights=weights, **experts._asdict())
+        refuse_subclasses(error, tokens=tokens, expert_ids=expert_ids, weights=weights, **experts._asdict())
         raise
     return out.to(dtype)
 
 
 def _trains(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
-
-
-def _refuse_subclasses(error: Exception, **given: Tensor | None) -> None:
-    """Raise ValueError for the first tensor of a kind that runs operators in its own way, and fails to run ours."""
-    for name, tensor in given.items():
-        if tensor is not None and is_traceable_wrapper_subclass(tensor):
-            raise ValueError(
-                f"{name}: the operator of the experts cannot run on a {type(tensor).__name__} ({error}). "
-                "Give a plain tensor, as FSDP does while a layer runs"
-            ) from error
-
-
-def _is_watched(tokens: Tensor, *others: Tensor | None) -> bool:
-    """Whether anything lies between the call and the kernel: a graph being made, a mode, a transform, autocast, a
-    profiler, a subclass of Tensor, a view that is negated when read.
-
-    Where nothing does, in plain inference, the operator itself is left out: 100 to 150 µs a layer, 4 % of a decoded
-    token (dsv3-quarter float32 3.36 | 3.24 ms, qwen3-30b bfloat16 4.33 | 4.15).
-    """
-    return (
-        torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._len_torch_function_stack() > 0
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch.is_autocast_enabled(tokens.device.type)
-        or torch.autograd._profiler_enabled()
-        or any(tensor is not None and not is_plain(tensor) for tensor in (tokens, *others))
-    )
-
-
-def _needs_plain_torch() -> bool:
-    """True inside torch.func.grad and its kin and under forward-mode AD, which library operators do not support.
-
-    Raises ValueError where vmap lies around such a transform; by itself it has a rule, which does the same.
-    """
-    if torch.compiler.is_compiling():
-        return False
-    if torch.autograd.forward_ad._current_level >= 0:
-        return True
-    vmap = torch._C._functorch.TransformType.Vmap
-    levels = [level.key() for level in torch._C._functorch.get_interpreter_stack() or ()]
-    if vmap in levels[:-1]:
-        _refuse_vmap()
-    return bool(levels) and levels[-1] != vmap
 
 
 def _fake_experts(tokens: Tensor, expert_ids: Tensor, weights: Tensor, *rest: Any) -> Any:
@@ -172,13 +127,6 @@ def _fake_backward(grad_out: Tensor, tokens: Tensor, weights: Tensor, *rest: Any
     ]
 
 
-def _refuse_vmap(*_: Any) -> NoReturn:
-    raise ValueError(
-        "vmap over experts is not supported: flatten the mapped axis into the tokens, as the layer does with any "
-        "leading axes"
-    )
-
-
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     tokens, expert_ids, weights, up, down, up_bias, down_bias, *fields, keep, batch_invariant = inputs
     _out, hidden, assignments, counts = output
@@ -196,8 +144,9 @@ def _backward(ctx: Any, grad_out: Tensor | None, *_: Any) -> tuple:
     inputs = (tokens, weights, up, down, up_bias, down_bias)
     of_tokens, _of_ids, *others = collected(ctx, given)
     wanted = [of_tokens, *others]
-    if torch.is_grad_enabled():  # create_graph: the gradients are to have gradients, so plain torch operations
-        grads = _differentiable_backward(grad_out, expert_ids, inputs, wanted, ctx.spec)
+    create_graph = torch.is_grad_enabled()
+    if create_graph or is_batched(grad_out):
+        grads = _plain_backward(grad_out, expert_ids, inputs, wanted, ctx.spec, create_graph=create_graph)
     else:
         if ctx.keep == "nothing":  # in a graph that was made for inference: what forward left means nothing
             rules = (*ctx.spec.fields, "hidden", ctx.batch_invariant)
@@ -217,9 +166,11 @@ def _backward(ctx: Any, grad_out: Tensor | None, *_: Any) -> tuple:
     return (grads[0], None, *grads[1:], *[None] * (len(ctx.needs_input_grad) - 7))
 
 
-def _differentiable_backward(
-    grad_out: Tensor, expert_ids: Tensor, inputs: tuple, wanted: list[bool], spec: ExpertSpec
+@torch.enable_grad()
+def _plain_backward(
+    grad_out: Tensor, expert_ids: Tensor, inputs: tuple, wanted: list[bool], spec: ExpertSpec, *, create_graph: bool
 ) -> list[Tensor | None]:
+    """By plain torch operations: gradients that can have gradients themselves, or come in batches."""
     # as views, or what one input owes to another (routing weights come from the tokens) would be counted here already
     views: list[Any] = [None if t is None else t.view_as(t) for t in inputs]
     tokens, weights = views[:2]
@@ -231,7 +182,7 @@ def _differentiable_backward(
     if not any(wanted):
         return [None] * len(wanted)
     chosen = [t for t, want in zip(views, wanted, strict=True) if want]
-    grads = iter(torch.autograd.grad(out, chosen, grad_out, create_graph=True, allow_unused=True))
+    grads = iter(torch.autograd.grad(out, chosen, grad_out, create_graph=create_graph, allow_unused=True))
     return [next(grads) if want else None for want in wanted]
 
 
@@ -307,4 +258,4 @@ torch.library.register_fake("moesaic::experts", _fake_experts)
 torch.library.register_fake("moesaic::experts_backward", _fake_backward)
 torch.library.register_autograd("moesaic::experts", _backward, setup_context=_setup_context)
 for _name in ("moesaic::experts", "moesaic::experts_backward"):
-    torch.library.register_vmap(_name, _refuse_vmap)
+    torch.library.register_vmap(_name, refuse_vmap)

@@ -12,6 +12,7 @@ from torch import Tensor
 from moesaic import rules
 from moesaic.config import MoEConfig
 from moesaic.engine import triton as gpu
+from moesaic.engine.surroundings import is_transformed
 from moesaic.types import Routing
 
 
@@ -113,7 +114,7 @@ def serves(logits: Tensor, bias: Tensor | None, config: MoEConfig, replay: Tenso
         and (replay is None or _fits(replay, logits, config.num_experts_per_tok))
         and config.topk_method not in ("balanced", "unknown")
         and type(logits) is Tensor
-        and (torch.compiler.is_compiling() or not _transformed())
+        and not is_transformed()
     )
 
 
@@ -123,11 +124,6 @@ def _fits_bias(bias: Tensor, logits: Tensor) -> bool:
 
 def _fits(replay: Tensor, logits: Tensor, k: int) -> bool:
     return replay.shape == (logits.shape[0], k) and replay.device == logits.device
-
-
-def _transformed() -> bool:
-    """True inside torch.func.grad, vmap and their kin and under forward-mode AD."""
-    return torch.autograd.forward_ad._current_level >= 0 or bool(torch._C._functorch.get_interpreter_stack())
 
 
 def _route_cuda(logits: Tensor, bias: Tensor | None, replay: Tensor | None, *spec: Any) -> tuple[Tensor, Tensor]:

@@ -135,6 +135,30 @@ def test_too_few_tokens_are_gathered_until_they_can_be_judged_and_a_layer_withou
     assert judged(half, layers=("a", "b"))[0][0]["status"] == ["chance", "no_data"]
 
 
+def test_a_layer_with_few_tokens_is_judged_when_it_has_enough_and_keeps_no_other_waiting():
+    """Half an assignment an expert and step: 64 steps until 32 are due, 80 until the verdict after them."""
+    few = collapsed_load(0, tokens=4)
+    verdicts, alerts = judged([[collapsed_load(5), few]] * 7 * SUSTAINED, layers=("a", "b"))
+    assert [(a.step, a.kind, a.layer) for a in alerts] == [(20, "collapsed", "a"), (80, "collapsed", "b")]
+    assert alerts[1].message == "b collapsed: 4 of 32 experts carry 99 % of the load of 80 steps"
+    assert [(v["from"], v["step"]) for v in verdicts] == [(s + 1, s + SUSTAINED) for s in range(0, 140, SUSTAINED)]
+    rare = ["too_few"] * 3
+    assert [v["status"] for v in verdicts] == [["collapsed", b] for b in (*rare, "collapsed", *rare)]
+
+
+def test_layers_that_are_judged_at_different_times_raise_no_alert_for_noise():
+    loads = [random_loads(rule, 3000, tokens) for rule, tokens in ((PLAIN, 96), (PLAIN, 7), (PLAIN, 1))]
+    verdicts, alerts = judged(zip(*loads, strict=True), layers=("a", "b", "c"))
+    assert alerts == []
+    assert len(verdicts) == 3000 // SUSTAINED
+    columns = [
+        [each for each in column if each != "too_few"] for column in zip(*(v["status"] for v in verdicts), strict=True)
+    ]
+    assert [len(column) for column in columns] == [150, 75, 11]
+    uneven = sum(set(verdict["status"]) - {"chance", "too_few"} != set() for verdict in verdicts)
+    assert uneven <= 0.05 * len(verdicts) + 3 * np.sqrt(0.05 * 0.95 * len(verdicts))
+
+
 def test_steps_without_a_token_are_told_once_a_stretch_and_their_verdict_is_no_data():
     some, none = list(random_loads(PLAIN, 2 * SUSTAINED, 96)), [np.zeros(E)] * 2 * SUSTAINED
     verdicts, alerts = judged([load] for load in [*some[:SUSTAINED], *none, *some[SUSTAINED:], *none[:EMPTY]])

@@ -1,6 +1,6 @@
 """When a run is called sick: beyond chance, by an effect that has a name, and for long enough to be no accident."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -9,7 +9,7 @@ from moesaic.config import MoEConfig
 from moesaic.trace.chance.bands import balance_numbers
 from moesaic.trace.chance.documents import LoadCounts
 from moesaic.trace.shown import short_layer, visible
-from moesaic.trace.statistics.verdict import COLLAPSED, UNJUDGED, LoadTest, dead, judge_loads, status_of
+from moesaic.trace.statistics.verdict import COLLAPSED, LoadTest, dead, judge_loads, status_of
 from moesaic.train.monitor.numbers import chance, tokens_of
 
 SUSTAINED = 20  # steps are judged together: one strange batch, a long document say, is an accident
@@ -56,7 +56,8 @@ class Alert(NamedTuple):
 
 
 class Judge:
-    """Sums loads until there is enough to judge, then says how each layer stands and which alerts begin or end.
+    """Sums the loads of each layer until there is enough to judge it, then says how it stands and which alerts begin or
+    end.
 
     layers: names, with what of each bias is known from the begin of the log, [least, greatest, mean] or None.
     active: alerts, by kind and layer, that are on already, in a run that goes on.
@@ -66,8 +67,7 @@ class Judge:
         self.layers = layers
         self.active = set(active)
         self._bad_gradients = self._empty = 0
-        self._first: int | None = None
-        self._steps = 0
+        self._steps = [0] * len(layers)  # since each was judged, and its load of them
         self._loads: list[np.ndarray] = []
 
     def add(
@@ -75,16 +75,22 @@ class Judge:
     ) -> tuple[dict[str, Any] | None, list[Alert]]:
         """The verdict line, where one is due, and alerts. loads: of the last `steps` steps; biases: [least, greatest,
         mean] of each layer or None."""
-        self._first = step - steps + 1 if self._first is None else self._first
-        self._steps += steps
+        self._steps = [before + steps for before in self._steps]
         self._loads = [a + b for a, b in zip(self._loads, loads, strict=True)] if self._loads else list(loads)
         alerts = self._drifts(step, biases) + self._emptiness(step, steps, loads)
-        if self._steps < SUSTAINED or any(0 < load.sum() < DUE * len(load) for load in self._loads):
+        since = min(self._steps)
+        if since < SUSTAINED:
             return None, alerts
-        statuses, found = self._judge(step, rules)
-        line = {"kind": "verdict", "step": step, "from": self._first, "status": statuses}
-        self._first, self._steps, self._loads = None, 0, []
-        return line, alerts + found
+        due = [row for row, load in enumerate(self._loads) if load.sum() >= DUE * len(load)]
+        statuses = ["too_few" if load.any() else "no_data" for load in self._loads]
+        if not due and "too_few" in statuses:
+            return None, alerts
+        for row, status, found in self._judge(step, due, rules):
+            statuses[row], alerts = status, alerts + found
+        for row, status in enumerate(statuses):
+            if status != "too_few":  # which goes on gathering
+                self._steps[row], self._loads[row] = 0, np.zeros_like(self._loads[row])
+        return {"kind": "verdict", "step": step, "from": step - since + 1, "status": statuses}, alerts
 
     def add_loss(self, step: int, loss: float) -> list[Alert]:
         return self._changed(step, "loss", None, not np.isfinite(loss))
@@ -96,17 +102,17 @@ class Judge:
             return []
         return self._changed(step, "gradient", None, self._bad_gradients > 0, value=self._bad_gradients)
 
-    def _judge(self, step: int, rules: Sequence[MoEConfig]) -> tuple[list[str], list[Alert]]:
-        statuses, alerts = [], []
-        counts = [_counts(load, rule) for load, rule in zip(self._loads, rules, strict=True)]
-        for name, each, test, rule in zip(self.layers, counts, _tests(counts), rules, strict=True):
+    def _judge(
+        self, step: int, due: Sequence[int], rules: Sequence[MoEConfig]
+    ) -> Iterator[tuple[int, str, list[Alert]]]:
+        """(row, status, alerts) of the layers that are due."""
+        names, counts = list(self.layers), [_counts(self._loads[row], rules[row]) for row in due]
+        for row, each, test in zip(due, counts, _tests(counts, len(names)), strict=True):
+            name, alerts = names[row], []
             numbers = {key: float(value) for key, value in balance_numbers(each.load).items()}
-            bands = chance(rule, each.n_tokens)
+            bands = chance(rules[row], each.n_tokens)
             status = status_of(each, test, numbers, {key: bands[key].mean for key in numbers}, SEEN)
-            statuses.append(status)
-            if status in UNJUDGED:
-                continue
-            about = {"of": len(each.load), "steps": self._steps}
+            about = {"of": len(each.load), "steps": self._steps[row]}
             limit = COLLAPSED * bands["carriers"].mean * (SPREAD_OUT if ("collapsed", name) in self.active else 1)
             collapsed = numbers["carriers"] <= limit  # which where DUE are due is no chance at all
             alerts += self._changed(step, "collapsed", name, collapsed, value=numbers["carriers"], **about)
@@ -115,7 +121,7 @@ class Judge:
                 alerts += self._changed(step, "dead", name, False)
             elif missed >= DEAD_SHARE * len(each.load) and not collapsed:  # which says it already
                 alerts += self._changed(step, "dead", name, True, value=missed, **about)
-        return statuses, alerts
+            yield row, status, alerts
 
     def _emptiness(self, step: int, steps: int, loads: Sequence[np.ndarray]) -> list[Alert]:
         self._empty = 0 if any(load.any() for load in loads) else self._empty + steps
@@ -150,11 +156,12 @@ def _counts(load: np.ndarray, rule: MoEConfig) -> LoadCounts:
     return LoadCounts(load.astype(np.int64), tokens_of(load, rule), 1, 0.0, np.zeros(len(load)), 1.0)
 
 
-def _tests(counts: Sequence[LoadCounts]) -> list[LoadTest]:
-    """The tests of all layers, those of one size at once."""
+def _tests(counts: Sequence[LoadCounts], n_layers: int) -> list[LoadTest]:
+    """The tests of layers, those of one size at once, each as one of `n_layers`: what is judged never depends on which
+    others are."""
     found: dict[int, LoadTest] = {}
     for size in {len(each.load) for each in counts}:
         rows = [row for row, each in enumerate(counts) if len(each.load) == size]
-        tests = judge_loads([counts[row] for row in rows], len(counts), [False] * len(rows))
+        tests = judge_loads([counts[row] for row in rows], n_layers, [False] * len(rows))
         found |= dict(zip(rows, tests, strict=True))
     return [found[row] for row in range(len(counts))]

@@ -54,18 +54,21 @@ class FunctionGate:
         self.name = name or getattr(function, "__qualname__", type(function).__name__)
 
     def ready(self, logits: Tensor, bias: Tensor | None = None) -> Ready:
-        inputs = logits.clone().requires_grad_()
+        leaf = logits.clone().requires_grad_()
+        inputs = leaf.clone()  # a function may work in place, which no leaf allows
 
         def run(rows: Tensor) -> Answer:
+            given = None if bias is None else bias.clone()
             with gate_code():
-                answer = read_answer(self.function(rows, bias, self.config), self.config)
+                answer = read_answer(self.function(rows, given, self.config), self.config)
             return check_shape(answer, len(rows), self.config)
 
-        return Ready(run, inputs, None, lambda: inputs.grad)
+        return Ready(run, inputs, None, lambda: leaf.grad)
 
     def answer(self, logits: Tensor, bias: Tensor | None = None) -> Answer:
         with torch.no_grad():
-            return self.ready(logits, bias).run(logits)
+            ready = self.ready(logits, bias)
+            return ready.run(ready.inputs)
 
     def changed(self, *, checked: bool = True, **fields: Any) -> "FunctionGate":
         if not checked:

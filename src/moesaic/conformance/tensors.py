@@ -86,10 +86,10 @@ def through_views(gate: Gate) -> Iterator[tuple[str, Answer | GateRaised, Answer
     ready: Ready = gate.ready(some_logits(gate), random_bias(gate.config))
     x = ready.inputs.detach()
     with torch.no_grad():
-        plain = ready.run(x)
+        plain = ready.run(x.clone())
         for kind, view in [*views(x, whole=gate.module is not None), ("one row expanded", x[:1].expand(4, -1))]:
             try:
-                expected = ready.run(view.contiguous())
+                expected = ready.run(view.clone(memory_format=torch.contiguous_format))
             except GateRaised:
                 continue  # it takes [T, D] alone
             if view.dim() == 3 and not torch.equal(expected.ids, plain.ids[order_of(view)]):

@@ -211,6 +211,36 @@ def test_a_gate_whose_rule_is_not_known_is_asked_what_needs_none():
     assert not asked & {"definition", "masked-groups", "weight-sum"}
     skipped = next(result for result in report.results if result.probe.id == "definition")
     assert skipped.says.en == "the rule of this gate is not known"
+    assert report.conforms is None
+    with pytest.raises(
+        ValueError, match=r"SoundGate cannot be judged \(the rule of this gate is not known\): give the"
+    ):
+        assert_conforms(SoundGate(SMALL), config)
+
+
+def test_a_failure_is_a_verdict_on_a_gate_whose_rule_is_not_known_too():
+    unknown = dataclasses.replace(SMALL, topk_method="unknown", n_group=1, topk_group=1)
+
+    def same_four(logits, _bias, _config):
+        return torch.zeros(len(logits), 4, dtype=torch.int64), torch.ones(len(logits), 4)
+
+    assert check(same_four, unknown).conforms is False
+    with pytest.raises(AssertionError, match="distinct"):
+        assert_conforms(same_four, unknown)
+
+
+def test_a_function_may_work_in_place():
+    def gate(logits, bias, config):
+        scores = logits.sigmoid_()
+        bias -= bias.mean()  # only ranks count
+        ids = (scores + bias).topk(config.num_experts_per_tok).indices
+        weights = scores.gather(-1, ids)
+        return ids, config.routed_scaling_factor * weights / weights.sum(-1, keepdim=True)
+
+    report = check(gate, dataclasses.replace(SMALL, n_group=1, topk_group=1))
+    assert [str(result) for result in report.failed("wrong")] == []
+    asked = {result.probe.id for result in report.results if result.outcome == "pass"}
+    assert {"definition", "gradient", "strides", "bias-gradient"} <= asked
 
 
 def function_with(spoiled):

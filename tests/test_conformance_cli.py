@@ -98,6 +98,24 @@ def test_json_is_one_strict_document():
     assert first["outcome"] == "pass"
 
 
+PHI = {
+    "model_type": "phimoe", "hidden_size": 32, "num_local_experts": 8, "num_experts_per_tok": 2,
+    "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2, "intermediate_size": 16,
+}  # fmt: skip
+
+
+def test_a_gate_whose_rule_is_not_known_is_no_good_verdict(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(PHI))
+    result = run(tmp_path, "--level", "wrong")
+    assert result.exit_code == 2
+    assert "No probe could tell whether it follows its definition." in result.output
+    assert "The rule of this family is not known here" in result.output
+    assert "No result differs" not in result.output
+    as_json = run(tmp_path, "--level", "wrong", "--json")
+    assert as_json.exit_code == 2
+    assert json.loads(as_json.stdout)["conforms"] is None
+
+
 @pytest.fixture
 def code(tmp_path, monkeypatch):
     """A module in the current folder, under a name of its own: imports are kept."""

@@ -23,6 +23,7 @@ TEXTS: dict[str, dict[str, Any]] = {
         "sum": "{passed} passed, {wrong} wrong, {fragile} fragile, {absent} not applicable.",
         "good": "No result differs from the definition.",
         "bad": "Results differ from the definition on lawful input: do not train or serve with this gate.",
+        "open": "No probe could tell whether it follows its definition.",
         "fragile_note": "Fragile: right until something usual happens. Each line says what.",
         "unknown": "The rule of this family is not known here: only probes that need no rule were run.",
     },
@@ -35,6 +36,7 @@ TEXTS: dict[str, dict[str, Any]] = {
         "sum": "通过 {passed}，错误 {wrong}，脆弱 {fragile}，不适用 {absent}。",
         "good": "没有任何结果与定义不同。",
         "bad": "在合法输入上结果与定义不同：不要用这个门控训练或部署。",
+        "open": "没有探针能判断它是否符合定义。",
         "fragile_note": "脆弱：现在正确，遇到常见情况就会出错。每一行说明是什么情况。",
         "unknown": "这里不知道该模型家族的规则：只运行了不需要规则的探针。",
     },
@@ -61,7 +63,7 @@ def check(
     lang: Annotated[str, typer.Option(help="en or zh.")] = "en",
     as_json: Annotated[bool, typer.Option("--json", help=JSON_HELP)] = False,
 ) -> None:
-    """Judge a gate by known traps. Exit code 0: as the definition; 1: not; 2: nothing to judge."""
+    """Judge a gate by known traps. Exit code 0: as the definition; 1: not; 2: nothing to judge, or an unknown rule."""
     check_lang(lang)
     from moesaic.conformance import LEVELS, PROBES
     from moesaic.conformance import check as judge
@@ -85,8 +87,10 @@ def check(
         for line in summary_of(report, lang):
             console.print(line, markup=False, highlight=False)
         say_command(versions_here(), None, report.gate.config.digest(), lang)
-    if not report.conforms or (strict and report.failed()):
+    if report.failed(None if strict else "wrong"):
         raise typer.Exit(1)
+    if report.conforms is None:
+        raise typer.Exit(2)
 
 
 def table_of(report: "Report", lang: str) -> "Table":
@@ -127,7 +131,8 @@ def summary_of(report: "Report", lang: str) -> list[str]:
         "wrong": len(report.failed("wrong")),
         "fragile": len(report.failed("fragile")),
     }
-    lines = [texts["sum"].format(**counts), texts["good" if report.conforms else "bad"]]
+    verdict = {True: "good", False: "bad", None: "open"}[report.conforms]
+    lines = [texts["sum"].format(**counts), texts[verdict]]
     if counts["fragile"]:
         lines.append(texts["fragile_note"])
     if not report.gate.config.rule_is_known:

@@ -72,7 +72,10 @@ def _try(gate: Gate) -> None:
 def assert_conforms(
     target: Any, config: MoEConfig | None = None, *, level: str = "wrong", allowed: Collection[str] = ()
 ) -> None:
-    """AssertionError with the numbers of every failed probe that is not in `allowed`. level="fragile" asks for both."""
+    """AssertionError with the numbers of every failed probe that is not in `allowed`. level="fragile" asks for both.
+
+    ValueError where none failed in a gate whose rule is not known: that is no verdict.
+    """
     if unknown := set(allowed) - {p.id for p in PROBES}:
         raise ValueError(f"allowed={min(unknown)!r} is no probe: use ids of moesaic.conformance.PROBES")
     __tracebackhide__ = True  # pytest shows the line of the test, not this one
@@ -80,3 +83,6 @@ def assert_conforms(
     failed = [r for r in report.failed() if r.probe.id not in allowed]
     if failed:  # no assert statement, which `python -O` would leave out
         raise AssertionError("\n".join([f"{report.gate.name} does not conform:", *map(str, failed)]))
+    if not report.judged:
+        why = next(r.says for r in report.results if r.probe.id == "definition")
+        raise ValueError(f"{report.gate.name} cannot be judged ({why}): give the MoEConfig of its rule")

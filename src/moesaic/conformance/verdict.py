@@ -175,6 +175,11 @@ class Report(NamedTuple):
         return [r for r in self.results if r.outcome == "fail" and level in (None, r.probe.level)]
 
     @property
-    def conforms(self) -> bool:
-        """No probe of the level "wrong" failed."""
-        return not self.failed("wrong")
+    def judged(self) -> bool:
+        """The gate was held against its definition, as one whose rule is not known cannot be."""
+        return any(r.probe.id == "definition" and r.outcome != "not applicable" for r in self.results)
+
+    @property
+    def conforms(self) -> bool | None:
+        """No probe of the level "wrong" failed; None where none did in a gate that was not judged."""
+        return False if self.failed("wrong") else True if self.judged else None

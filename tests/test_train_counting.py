@@ -8,6 +8,7 @@ from test_train_bias_balance import LENGTH, K, batches, small_model
 from torch import nn
 
 from moesaic.hf.modules import moe_layers
+from moesaic.train import counting
 from moesaic.train.bias_balance import BiasBalance
 from moesaic.train.counting import LoadCounter, token_mask
 
@@ -128,6 +129,26 @@ def test_replicas_of_data_parallel_count_and_are_warned_of():
     with pytest.warns(UserWarning, match=r"replicas of nn\.DataParallel .* padding with them; .*torchrun"):
         assert in_threads(lambda: replica(**padded(ids, 5))) == [None]
     assert all(load.sum() == ids.numel() * K for load in counter.take().values())
+
+
+@pytest.mark.parametrize(
+    ("backends", "device"), [("cpu:gloo,cuda:nccl", "cpu"), ("cpu:gloo,meta:nccl", "meta"), ("meta:nccl", "meta")]
+)
+def test_ranks_add_up_on_one_device_whatever_each_of_them_heard(monkeypatch, backends, device):
+    """With weights on another device than tokens, as FSDP2 offloads them, a rank without tokens waited for ever."""
+    model, used = small_model().train(), []
+    counter = LoadCounter(model, moe_layers(model), training=True)
+    distributed = {
+        "is_initialized": lambda: True, "get_backend_config": lambda _group: backends,
+        "all_reduce": lambda flat, group: used.append((flat.device.type, group)),
+    }  # fmt: skip
+    monkeypatch.setattr(counting, "_device_of", lambda _layers: torch.device("meta"))
+    for name, function in distributed.items():
+        monkeypatch.setattr(torch.distributed, name, function)
+    counter.take("group")
+    model(**padded(batches(1)[0], LENGTH))
+    counter.take("group")
+    assert used == [(device, "group")] * 2
 
 
 def test_a_mask_that_covers_a_cache_too_is_read_from_its_end_and_one_that_does_not_fit_is_none():

@@ -60,8 +60,7 @@ class LoadCounter:
         with self._lock:
             loads = {name: self._sum.pop(name, None) for name in self.layers}
         self.heard = any(load is not None for load in loads.values())
-        device = next((load.device for load in loads.values() if load is not None), None)
-        device = device or _device_of(self.layers.values())
+        device = self._device(loads, group)
         sizes = [layer.config.n_routed_experts for layer in self.layers.values()]
         flat = torch.cat(
             [
@@ -69,9 +68,18 @@ class LoadCounter:
                 for n, load in zip(sizes, loads.values(), strict=True)
             ]
         )
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
+        if _has_ranks():
             torch.distributed.all_reduce(flat, group=group)
         return dict(zip(loads, flat.split(sizes), strict=True))
+
+    def _device(self, loads: dict[str, Tensor | None], group: Any) -> torch.device:
+        """Where loads are added up. With ranks it must not depend on what one of them heard: with a backend for each
+        kind of device two kinds are two collectives, and each waits for the other."""
+        weights = _device_of(self.layers.values())
+        if not _has_ranks():
+            return next((load.device for load in loads.values() if load is not None), weights)
+        kinds = [pair.split(":")[0] for pair in torch.distributed.get_backend_config(group).split(",")]
+        return weights if weights.type in kinds else torch.device(kinds[0])  # offloaded weights, and NCCL alone
 
     def forget(self) -> None:
         """Drop what was counted on this rank since the last take."""
@@ -180,6 +188,10 @@ def token_mask(tokens: Tensor, mask: Tensor | None) -> Bool[Tensor, " T"] | None
     if mask is None or len(mask) != shape[0] or mask.shape[1] < shape[1]:
         return None
     return mask[:, mask.shape[1] - shape[1] :].detach().bool().flatten()
+
+
+def _has_ranks() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def _device_of(layers: Iterable[MoELayer]) -> torch.device:

@@ -38,7 +38,8 @@ class BalanceLoss(TrainerCallback):
     alpha: how much of it, over 0. May be set anew at any time.
     n_devices, max_devices: of "device" and "communication"; the config's groups, and how many of them a token may
         reach, unless given.
-    group: the data-parallel process group of "global_batch"; all ranks unless given.
+    group: the data-parallel process group of "global_batch"; all ranks unless given. Each of its ranks has to run as
+        many training forwards as the others, which wait for it in every layer.
 
     Forward values do not change: the gradient is added where the router's weights pass, times the gradient that the
     model's loss gets (GradScaler, accumulation). That loss is the model's own, or what `balance(loss)` was given; a

@@ -253,6 +253,23 @@ def test_what_is_not_a_run_is_refused_before_training(tmp_path):
         train(resume=tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"loss_alpha": None}, "its recipe lacks loss_alpha: go on with the moesaic that began it"),
+        ({"pages": 3}, "its recipe has 'pages', not known here: go on"),
+        ({"steps": None, "seed": None, "a\x1b": 1}, r"lacks steps and has 'a\\x1b', not known here: "),
+    ],
+)
+@pytest.mark.parametrize("finished", [False, True])
+def test_a_run_of_another_version_is_told_what_its_recipe_lacks_or_has(tmp_path, change, told, finished):
+    recipe = {name: value for name, value in (asdict(SHORT) | change).items() if value is not None}
+    record = {"size": "tiny", "seed": 0, "recipe": recipe, "history": [], "finished": finished}
+    (tmp_path / "training.json").write_text(json.dumps(record))
+    with pytest.raises(ValueError, match=rf"resume=.* is a run of another version: .*{told}"):
+        train(resume=tmp_path)
+
+
 def test_an_out_that_cannot_be_written_is_refused_before_training(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(ValueError, match=r"out=.*file is a file"):

@@ -90,14 +90,23 @@ def interrupted_run(folder: Path, *, fields: set[str]) -> dict[str, Any]:
         )
     try:
         record = json.loads((folder / RECORD).read_text("utf-8"))
-        is_run = record["recipe"].keys() == fields and all(isinstance(line, dict) for line in record["history"])
+        recipe = record["recipe"]
+        is_run = isinstance(recipe, dict) and all(isinstance(line, dict) for line in record["history"])
         is_run = is_run and isinstance(record["seed"], int) and record["size"] in SIZES
     except (OSError, ValueError, TypeError, AttributeError, KeyError):
-        is_run, record = False, {}
+        is_run, record, recipe = False, {}, {}
     if not is_run:
         raise ValueError(
             f"resume={folder} is not a run of `moesaic train` (no readable {RECORD}): give the folder of one, or start "
             "anew with --out"
+        )
+    missing, unknown = sorted(fields - recipe.keys()), sorted(recipe.keys() - fields)
+    if missing or unknown:  # defaults may not be what that version did, and other weights would come of it
+        lacks = [f"lacks {', '.join(missing)}"] if missing else []
+        has = [f"has {', '.join(map(repr, unknown))}, not known here"] if unknown else []
+        raise ValueError(
+            f"resume={folder} is a run of another version: its recipe {' and '.join(lacks + has)}: go on with the "
+            "moesaic that began it, or start anew with --out"
         )
     if record.get("finished"):
         drop_checkpoints(folder)  # where a kill came between the finished record and their end

@@ -95,6 +95,16 @@ def test_a_run_is_read_as_it_was_judged(folders):
     assert run.final.dead == 0
 
 
+def test_a_loss_that_was_no_number_is_none_in_json_too(tmp_path):
+    folder = write_run(tmp_path / "run", "none", 1)
+    record = json.loads((folder / "training.json").read_text())
+    record["history"][0]["loss"]["python"] = None
+    (folder / "training.json").write_text(json.dumps(record))
+    run = read_run(folder)
+    assert np.isnan(run.loss).tolist() == [True, False]
+    assert as_dict([run])["runs"][0]["loss"] == [None, run.loss[1]]
+
+
 def test_dead_experts_are_those_of_the_evaluation_whose_weights_were_kept(tmp_path):
     folder = write_run(tmp_path / "run", "none", 1)
     record = json.loads((folder / "training.json").read_text())

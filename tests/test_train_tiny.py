@@ -1,6 +1,7 @@
 """A training run is reproducible, can be resumed, and refuses what is wrong before it starts."""
 
 import json
+import math
 import os
 import re
 import resource
@@ -18,7 +19,7 @@ from safetensors.torch import load_file
 
 import moesaic as ms
 import moesaic.train.data
-from moesaic.train import keeping
+from moesaic.train import evaluate, keeping
 from moesaic.train.checkpoints import Checkpoints, last_checkpoint
 from moesaic.train.data import Document
 from moesaic.train.evaluate import DomainResult, HeldOut, Report
@@ -325,3 +326,40 @@ def test_the_weights_of_the_best_evaluation_are_kept(tmp_path, monkeypatch):
     assert [line["step"] for line in record["history"]] == [10, 20, 30]
     assert record["history"][0]["loads"] == loads
     assert record["history"][0]["bias"] == {"gate": [0.0] * 4}
+
+
+def test_a_loss_that_is_no_number_is_never_the_best_and_the_record_is_strict_json(tmp_path, monkeypatch):
+    """A later domain alone, then all of them, then numbers again, then a margin that is worse, infinity, and better."""
+    nan, inf = float("nan"), float("inf")
+    course, saved = [(1.0, nan), (nan, nan), (1.0, 3.0), (2.0, 4.0), (1.0, inf), (0.5, 2.0)], []
+    judged = iter(course)
+
+    def judge(_model):
+        losses = dict(zip(("english_verse", "python"), next(judged), strict=True))
+        return Report(
+            {domain: DomainResult(1, loss, 5.0) for domain, loss in losses.items()}, {"gate": {"python": [1, 2]}}
+        )
+
+    monkeypatch.setattr(keeping, "save_weights", lambda _model, _folder: saved.append(record["history"][-1]["step"]))
+    record = {"history": []}
+    keep = keeping.KeepBest(SimpleNamespace(judge=judge), tmp_path, record, every=1)
+    for step in range(1, 7):
+        keep.on_step_end(None, SimpleNamespace(global_step=step, max_steps=6), None, model=ms.Router(v3(4, 1, 1, 2)))
+    assert saved == [3, 6]
+    text = (tmp_path / "training.json").read_text()
+    history = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))["history"]
+    assert [line["worst_margin"] for line in history] == [None, None, 2.0, 1.0, None, 3.0]
+    assert [line["loss"]["python"] for line in history] == [None, None, 3.0, 4.0, None, 2.0]
+
+
+@pytest.mark.usefixtures("small_corpus")
+def test_a_run_that_diverged_says_so_also_when_it_is_resumed(tmp_path, monkeypatch):
+    """Weights too large for float16, in which they are kept; and none that were kept."""
+    wild, loss = replace(SHORT, steps=1, warmup_steps=0, learning_rate=1e30), evaluate._loss
+    for folder in (tmp_path / "large", tmp_path / "none"):
+        for arguments in ({"out": folder, "recipe": wild}, {"resume": folder}):
+            with pytest.raises(ValueError, match=r"training diverged: .* lower learning_rate"):
+                train(**arguments)
+        record = json.loads((folder / "training.json").read_text())
+        assert (record["finished"], record.get("best_step")) == (False, 1 if folder.name == "large" else None)
+        monkeypatch.setattr(evaluate, "_loss", lambda *given: math.nan * loss(*given))

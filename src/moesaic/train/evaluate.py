@@ -41,7 +41,8 @@ class Report(NamedTuple):
 
     @property
     def worst_margin(self) -> float:
-        return min(result.margin for result in self.domains.values())
+        """NaN where one of them is: nothing is worse."""
+        return float(np.min([result.margin for result in self.domains.values()]))
 
     @property
     def loss(self) -> float:

@@ -8,6 +8,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import TrainerCallback
 
 from moesaic.hf.modules import moe_layers
+from moesaic.trace.shown import finite
 from moesaic.train.evaluate import HeldOut
 from moesaic.train.run_folder import save_weights, write_record
 
@@ -33,18 +34,18 @@ class KeepBest(TrainerCallback):
         if state.global_step % self.every and state.global_step != state.max_steps:
             return
         report = self.held_out.judge(kwargs["model"])
-        best = max((line["worst_margin"] for line in self.record["history"]), default=float("-inf"))
+        margins = [line["worst_margin"] for line in self.record["history"] if line["worst_margin"] is not None]
         self.record["history"].append(
             {
                 "step": state.global_step,
-                "worst_margin": report.worst_margin,
-                "loss": {domain: result.loss for domain, result in report.domains.items()},
+                "worst_margin": finite(report.worst_margin),
+                "loss": {domain: finite(result.loss) for domain, result in report.domains.items()},
                 "max_violation": list(report.max_violation.values()),
                 "loads": report.loads,
                 "bias": biases_of(kwargs["model"]),
             }
         )
-        if report.worst_margin > best:
+        if report.worst_margin > max(margins, default=float("-inf")):
             save_weights(kwargs["model"], self.folder)
             self.record["best_step"] = state.global_step
         write_record(self.folder, self.record)

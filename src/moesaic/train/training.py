@@ -1,6 +1,7 @@
 """A model from nothing to a folder that plain transformers loads: `moesaic train`, as the shipped one was made."""
 
 import importlib.util
+import math
 import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
@@ -177,7 +178,13 @@ def _run(out: Path, record: dict[str, Any], recipe: Recipe, *, progress: bool) -
     if checkpoints.interrupted and trainer.state.global_step < recipe.steps:
         raise KeyboardInterrupt(f"after step {trainer.state.global_step}")
 
-    report = HeldOut(tokenizer).judge(AutoModelForCausalLM.from_pretrained(out))
+    kept = "best_step" in record
+    report = HeldOut(tokenizer).judge(AutoModelForCausalLM.from_pretrained(out)) if kept else None
+    if report is None or not math.isfinite(report.worst_margin):  # too large for float16, in which they are kept
+        raise ValueError(
+            f"{out}: training diverged: no weights of it have a loss that is a number: start anew with a lower "
+            "learning_rate, bias_speed or loss_alpha"
+        )
     minutes = (time.monotonic() - started) / 60
     write_record(out, record | _results(report, record, recipe, minutes) | {"parameters": model.num_parameters()})
     drop_checkpoints(out)

@@ -13,6 +13,7 @@ from jaxtyping import Float
 
 from moesaic.config import MoEConfig
 from moesaic.trace.chance.bands import Band, balance_numbers, bands_between
+from moesaic.trace.shown import finite
 from moesaic.train.data import DOMAINS
 from moesaic.train.evaluate import mixed, mixed_loss
 from moesaic.train.monitor.run_log import LOG
@@ -103,7 +104,7 @@ def read_run(folder: Path) -> Run:
             seed=record["seed"],
             setting={"size": record["size"], **recipe},
             steps=[line["step"] for line in history],
-            loss=np.array([mixed_loss(line["loss"]) for line in history]),
+            loss=np.array([_loss(line) for line in history]),
             max_vio={layer: balance_numbers(load)["max_vio"] for layer, load in loads.items()},
             loads=loads,
             bias={layer: np.array([line["bias"][layer] for line in history]) for layer in history[0]["bias"]},
@@ -119,6 +120,11 @@ def read_run(folder: Path) -> Run:
     raise ValueError(
         f"{path}: not the record of a `moesaic train` run of this version: give the folder of one, or train it again"
     )
+
+
+def _loss(line: Mapping[str, Any]) -> float:
+    """NaN where that of a domain is none, which JSON says by null."""
+    return mixed_loss({domain: math.nan if loss is None else loss for domain, loss in line["loss"].items()})
 
 
 def _final(record: dict[str, Any]) -> Final:
@@ -238,8 +244,8 @@ def as_dict(runs: Sequence[Run]) -> dict[str, Any]:
         "runs": [
             {
                 "name": run.name, "seed": run.seed, **run.setting, "evaluated": run.steps,
-                "finished": run.final is not None, "loss": [_finite(x) for x in run.loss],
-                "max_vio": {layer: [_finite(x) for x in values] for layer, values in run.max_vio.items()},
+                "finished": run.final is not None, "loss": [finite(x) for x in run.loss],
+                "max_vio": {layer: [finite(x) for x in values] for layer, values in run.max_vio.items()},
                 "made": None if run.final is None else {"command": run.final.command, **run.final.versions},
             }
             for run in runs
@@ -255,7 +261,3 @@ def as_dict(runs: Sequence[Run]) -> dict[str, Any]:
             for band in (chance_of(b.setting["size"], b.tokens),)
         ],
     }  # fmt: skip
-
-
-def _finite(value: float) -> float | None:
-    return float(value) if math.isfinite(value) else None

@@ -17,7 +17,7 @@ from foreign import (
     refused,
 )
 
-from moesaic.trace.imports import READERS
+from moesaic.trace.imports import READERS, Target
 
 
 def test_megatron_records_are_the_picks_of_the_tokens(tmp_path):
@@ -117,3 +117,32 @@ def test_megatron_stages_and_repeated_files_are_refused(tmp_path):
     assert "rank 0 has layers 1 to 4 (4) and rank 1 has 5 to 8 (4)" in refused("megatron", [here, stage], SIZES)
     again = megatron(tmp_path, megatron_lines(picked(6, seed=1)), name="c.jsonl")
     assert "step 0 of rank 0 is in" in refused("megatron", [here, again])
+
+
+def calls(*layers_and_experts) -> list[str]:
+    """Calls of one token, in the order of the file."""
+    about = {"step": 0, "rank": 0, "num_tokens": 1, "topk": 2}
+    return [json.dumps({**about, "layer": layer, "top_indices": [ids]}) for layer, ids in layers_and_experts]
+
+
+def test_megatron_micro_batches_that_agree_in_one_layer_stay_apart(tmp_path):
+    lines = calls((1, [0, 1]), (2, [0, 1]), (1, [0, 1]), (2, [4, 5]), (1, [2, 3]), (2, [6, 7]))
+    trace, notes = imported("megatron", [megatron(tmp_path, lines)], Target(n_experts=8))
+    assert trace.picks.tolist() == [[[0, 1], [0, 1], [2, 3]], [[0, 1], [4, 5], [6, 7]]]
+    assert len(notes) == 1
+
+
+def test_megatron_a_call_that_is_missing_in_the_middle_costs_its_micro_batch(tmp_path):
+    first, second, third = (megatron_lines(picked(6, seed=seed)) for seed in range(3))
+    trace, notes = imported("megatron", [megatron(tmp_path, first, second[:1] + second[2:], third)], KNOWN)
+    assert equal(trace, np.concatenate([picked(6, seed=0), picked(6, seed=2)], 1))
+    assert notes[0] == "micro-batches left out because they lack a layer: 1"
+
+
+def test_megatron_recomputes_of_two_micro_batches_make_no_third(tmp_path):
+    """Two layers, recomputed from the last one back: layer 1 of one recompute lies before layer 2 of the next."""
+    first, second = [(1, [0, 1]), (2, [2, 3])], [(1, [4, 5]), (2, [6, 7])]
+    file = megatron(tmp_path, calls(*first, *second, *first[::-1], *second[::-1]))
+    trace, notes = imported("megatron", [file], Target(n_experts=8))
+    assert trace.picks.tolist() == [[[0, 1], [4, 5]], [[2, 3], [6, 7]]]
+    assert notes[0].endswith("(a recomputed forward): 4")

@@ -3,9 +3,10 @@
 Source of the format: NVIDIA/Megatron-LM, megatron/core/transformer/moe/router_trace.py (RouterTracer, pull request
 #5220). One JSON object a line for every call of a router: {"step", "stage": "pre_dispatch", "block": "decoder" | "mtp",
 "layer", "rank", "num_tokens", "topk", "top_indices": [[...], ...]}, and "mtp_idx" in the block mtp.
-A step of training has a record a layer and micro-batch, and another one where activations are recomputed. Layers count
-from 0 where hooks wrote them (numbers of their pipeline stage) and from 1 where inference did. There are neither token
-ids nor documents in it; hidden states and logits lie in files of their own, which are not read.
+A step of training has a record a layer and micro-batch, in the order of the calls, and another one where activations
+are recomputed: layer by layer from the last one back, or some layers at once. A forward calls its layers in ascending
+order. Layers count from 0 where hooks wrote them (numbers of their pipeline stage) and from 1 where inference did.
+There are neither token ids nor documents in it; hidden states and logits lie in files of their own, which are not read.
 """
 
 import hashlib
@@ -31,7 +32,13 @@ class Call(NamedTuple):
     ids: np.ndarray
 
 
-Steps = dict[int, dict[int, list[np.ndarray]]]  # step -> layer -> ids [T, K] of each call, in order
+class Step(NamedTuple):
+    """What one rank did in one step. batches: of each micro-batch, in order, the ids [T, K] of every layer. n_repeated:
+    calls of recomputed forwards. n_incomplete: micro-batches that lack a layer."""
+
+    batches: list[list[np.ndarray]]
+    n_repeated: int
+    n_incomplete: int
 
 
 def read(files: Iterable[Path], target: Target) -> Imported:
@@ -40,7 +47,7 @@ def read(files: Iterable[Path], target: Target) -> Imported:
     Ranks that recorded the same picks (tensor parallelism) count once, and so does a recomputed forward; micro-batches
     that lack a layer are left out. ValueError, in one line, for anything else.
     """
-    ranks: dict[int, Steps] = {}
+    calls: dict[int, dict[int, list[Call]]] = {}  # rank -> step -> its calls in the order of the file
     file_of: dict[tuple[int, int], Path] = {}
     n_mtp = n_picks = 0
     for path in files:
@@ -53,30 +60,37 @@ def read(files: Iterable[Path], target: Target) -> Imported:
             n_picks += call.ids.size
             if n_picks > MOST_PICKS:
                 raise ValueError(f"{path}: more than {MOST_PICKS:,} ids in all: import less")
-            ranks.setdefault(call.rank, {}).setdefault(call.step, {}).setdefault(call.layer, []).append(call.ids)
-    if not ranks:
+            calls.setdefault(call.rank, {}).setdefault(call.step, []).append(call)
+    if not calls:
         raise ValueError("no decoder layer was traced in these files: nothing can be imported")
     notes = [note("heads", count=n_mtp)] if n_mtp else []
-    layers = _layers(ranks)
-    repeated = sum(_without_recomputes(calls) for steps in ranks.values() for calls in steps.values())
-    if repeated:
+    layers = _layers(calls)
+    ranks = {
+        rank: {step: _step(steps[step], len(layers), _where(rank, step)) for step in sorted(steps)}
+        for rank, steps in calls.items()
+    }
+    if repeated := sum(step.n_repeated for steps in ranks.values() for step in steps.values()):
         notes.append(note("recomputed", count=repeated))
     copies, distinct = without_copies(ranks, _same)
     notes += copies
-    parts, incomplete = [], 0
-    for rank, steps in distinct.items():
-        for step in sorted(steps):
-            found, lacking = _parts(steps[step], layers, f"rank {rank} step {step}")
-            parts += found
-            incomplete += lacking
-    if incomplete:
+    if incomplete := sum(step.n_incomplete for steps in distinct.values() for step in steps.values()):
         notes.append(note("incomplete", count=incomplete))
+    parts = [
+        Part(_where(rank, step), np.stack(ids))
+        for rank, steps in distinct.items()
+        for step, found in steps.items()
+        for ids in found.batches
+    ]
     if not parts:
         raise ValueError("no step has all layers: nothing can be imported")
     numbers, shifted = _numbers(layers, target)
     names = [f"decoder.layers.{number}" for number in numbers]
     imported = assemble(parts, names, numbers, target)
     return imported._replace(notes=(*notes, *shifted, note("no_documents"), *imported.notes))
+
+
+def _where(rank: int, step: int) -> str:
+    return f"rank {rank} step {step}"
 
 
 def _calls(path: Path, n_experts: int) -> Iterator[Call | None]:
@@ -118,9 +132,11 @@ def _call(record: Any, where: str, n_experts: int) -> Call | None:
     return Call(record["rank"], record["step"], record["layer"], rows.astype(np.int32))
 
 
-def _layers(ranks: Mapping[int, Steps]) -> list[int]:
+def _layers(ranks: Mapping[int, Mapping[int, Sequence[Call]]]) -> list[int]:
     """The layers of every rank. ValueError where ranks have different ones."""
-    of_rank = {rank: sorted({layer for calls in steps.values() for layer in calls}) for rank, steps in ranks.items()}
+    of_rank = {
+        rank: sorted({call.layer for calls in steps.values() for call in calls}) for rank, steps in ranks.items()
+    }
     first = min(of_rank)
     for rank, layers in of_rank.items():
         if layers != of_rank[first]:
@@ -137,42 +153,50 @@ def _span(layers: Sequence[int]) -> str:
     return f"{layers[0]} to {layers[-1]} ({len(layers)})"
 
 
-def _without_recomputes(calls: dict[int, list[np.ndarray]]) -> int:
-    """Take out calls of a layer that repeat an earlier one of the step, id for id; how many."""
-    n_repeated = 0
-    for layer, all_ids in calls.items():
-        by_content = {(ids.shape, hashlib.sha256(ids.tobytes()).digest()): ids for ids in reversed(all_ids)}
-        first = {id(ids) for ids in by_content.values()}
-        calls[layer] = [ids for ids in all_ids if id(ids) in first]
-        n_repeated += len(all_ids) - len(calls[layer])
-    return n_repeated
+def _step(calls: Sequence[Call], n_layers: int, where: str) -> Step:
+    """The forwards of one step: runs of calls of ascending layers. A run is a recompute, of a forward or of a part of
+    one, where each of its calls repeats an earlier one of its layer, id for id."""
+    seen: set[tuple[int, tuple[int, ...], bytes]] = set()
+    batches, n_repeated, n_incomplete = [], 0, 0
+    for run in _runs(calls):
+        contents = {(call.layer, call.ids.shape, hashlib.sha256(call.ids.tobytes()).digest()) for call in run}
+        if contents <= seen:
+            n_repeated += len(run)
+        elif len(run) < n_layers:
+            n_incomplete += 1
+        else:
+            if len(shapes := {call.ids.shape for call in run}) > 1:
+                raise ValueError(
+                    f"{where}: micro-batch {len(batches)} has {' and '.join(map(str, sorted(shapes)))} ids in its "
+                    "layers: they must be of the same tokens"
+                )
+            batches.append([call.ids for call in run])
+        seen |= contents
+    return Step(batches, n_repeated, n_incomplete)
 
 
-def _same(ours: Steps, theirs: Steps) -> bool:
+def _runs(calls: Sequence[Call]) -> Iterator[list[Call]]:
+    """Calls cut before each one whose layer does not lie above the layer before it."""
+    run: list[Call] = []
+    for call in calls:
+        if run and call.layer <= run[-1].layer:
+            yield run
+            run = []
+        run.append(call)
+    if run:
+        yield run
+
+
+def _same(ours: Mapping[int, Step], theirs: Mapping[int, Step]) -> bool:
     return ours.keys() == theirs.keys() and all(
-        ours[step].keys() == theirs[step].keys()
+        len(ours[step].batches) == len(theirs[step].batches)
         and all(
-            len(ours[step][layer]) == len(theirs[step][layer])
-            and all(map(np.array_equal, ours[step][layer], theirs[step][layer]))
-            for layer in ours[step]
+            np.array_equal(one, two)
+            for mine, other in zip(ours[step].batches, theirs[step].batches, strict=True)
+            for one, two in zip(mine, other, strict=True)
         )
         for step in ours
     )
-
-
-def _parts(calls: Mapping[int, list[np.ndarray]], layers: Sequence[int], where: str) -> tuple[list[Part], int]:
-    """The micro-batches of one step of one rank, and how many lack a layer."""
-    n_batches = [len(calls.get(layer, ())) for layer in layers]
-    parts = []
-    for index in range(min(n_batches)):
-        of_layer = [calls[layer][index] for layer in layers]
-        if len(shapes := {ids.shape for ids in of_layer}) > 1:
-            raise ValueError(
-                f"{where}: micro-batch {index} has {' and '.join(map(str, sorted(shapes)))} ids in its layers: "
-                "they must be of the same tokens"
-            )
-        parts.append(Part(where, np.stack(of_layer)))
-    return parts, max(n_batches) - min(n_batches)
 
 
 def _numbers(layers: Sequence[int], target: Target) -> tuple[list[int], list[Note]]:

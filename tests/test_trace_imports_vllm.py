@@ -104,6 +104,13 @@ def test_vllm_255_is_an_expert_of_256_and_padding_of_fewer(tmp_path):
     assert of_64.picks.tolist() == [[[64, 1], [2, 3], [7, 64]]]
 
 
+@pytest.mark.parametrize("n_experts", [128, 300])
+def test_vllm_signed_bytes_hold_no_id_of_no_expert_and_the_trace_does(tmp_path, n_experts):
+    np.save(tmp_path / "a.npy", np.array([[[126, 127]], [[2, -1]]], dtype=np.int8))
+    trace = READERS["vllm"]([tmp_path / "a.npy"], Target(n_experts=n_experts)).trace
+    assert trace.picks.tolist() == [[[126, 127], [2, n_experts]]]
+
+
 def test_vllm_arrays_of_moe_layers_alone_are_numbered_as_the_config_says(tmp_path):
     np.save(tmp_path / "a.npy", vllm_array(picked(5))[:, 1:])
     assert READERS["vllm"]([tmp_path / "a.npy"], KNOWN).trace.layers == tuple(f"layers.{i}" for i in range(1, 5))

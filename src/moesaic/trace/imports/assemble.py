@@ -146,7 +146,7 @@ def _missing(
 
 def _filled(part: Part, with_data: list[int], rows: np.ndarray, n_columns: int, n_experts: int) -> Tensor:
     """[L, T, K] in the trace's own type, with the number of experts where there is none."""
-    ids = part.picks[with_data][:, rows, :n_columns]
+    ids = part.picks[with_data][:, rows, :n_columns].astype(np.int32)  # 300 wraps to 44 in int8
     return torch.from_numpy(np.where(ids < 0, n_experts, ids)).to(id_dtype(n_experts))
 
 

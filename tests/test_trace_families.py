@@ -127,6 +127,7 @@ def test_scores_lead_to_the_picks_by_a_rule_of_ours_or_none_is_claimed(family):
             _ = rec.trace
         return
     trace = rec.trace
+    assert not ((trace.logits >= 0).all(-1) & ((trace.logits.sum(-1) - 1).abs() < 1e-3)).all(-1).any(), "probabilities"
     known = {config.rule_is_known for config in trace.configs}
     assert known == {family not in NOT_OURS}
     for layer in range(trace.n_layers) if known == {True} else ():

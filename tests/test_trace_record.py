@@ -10,7 +10,9 @@ from torch.utils.checkpoint import checkpoint
 
 import moesaic
 from moesaic.article import MoEGate
+from moesaic.config import MoEConfig
 from moesaic.layer.moe import DeepseekV3MoE
+from moesaic.layer.router import Router
 from moesaic.trace.recording.record import record
 from moesaic.trace.recording.watch import observe
 from moesaic.trace.rule.derive import check_layer
@@ -297,3 +299,13 @@ def test_experts_called_with_keywords_are_seen():
     with record(nn.ModuleDict({"moe": layer})) as rec:
         layer.experts(weights=routing.weights, tokens=x, expert_ids=routing.expert_ids)
     assert torch.equal(rec.trace.picks[0].long(), routing.expert_ids)
+
+
+def test_a_few_logits_that_sum_to_one_are_recorded_as_they_are():
+    router = Router(MoEConfig(hidden_size=4, n_routed_experts=4, num_experts_per_tok=1))
+    router.weight.data = torch.eye(4)
+    tokens = torch.tensor([[0.1, 0.2, 0.3, 0.4], [-3.0, 1.0, 2.0, 5.0]])
+    with record(router, "scores") as rec:
+        for token in tokens:
+            router(token[None])
+    assert torch.equal(rec.trace.logits[0], tokens)

@@ -128,6 +128,7 @@ def test_probabilities_become_logits_once_even_where_the_trace_is_taken_on_the_w
         first = rec.trace.logits.clone()
         model(ids)
     assert torch.equal(rec.trace.logits, torch.cat([first, first], 1))
+    assert torch.allclose(first.exp().sum(-1), torch.ones(()))
 
 
 def fails_after_a_forward(path):

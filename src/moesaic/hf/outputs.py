@@ -7,6 +7,8 @@ from torch import Tensor, nn
 
 from moesaic.types import Routing
 
+PROBABILITIES = ("Gemma4TextRouter", "DiffusionGemmaTextRouter")  # routers that return softmax of their logits
+
 
 def picks_of(ids: Tensor, weights: Tensor | None) -> Routing:
     """Ids [T, K] and weights [T, K] (or None) of what experts were given.
@@ -28,6 +30,12 @@ class RouterOutput(NamedTuple):
     weights: Tensor
     ids: Tensor
     place: int | None
+
+
+def gives_probabilities(router: nn.Module | None) -> bool:
+    """Whether the "logits" of a router are probabilities. Known by its class: a few logits that are above zero and sum
+    to one look the same."""
+    return any(kind.__name__ in PROBABILITIES for kind in type(router).__mro__)
 
 
 def read_router(router: nn.Module, output: Any) -> RouterOutput:

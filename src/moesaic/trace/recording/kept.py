@@ -80,7 +80,7 @@ class Kept(Generic[S]):
         for name, tensor in kept.items():
             if name not in held:
                 held[name] = self._new(f"{name}.{list(self.columns).index(rows.layer)}", tensor.dtype)
-            held[name].append(tensor.log() if name == "logits" and are_probabilities(tensor) else tensor)
+            held[name].append(tensor)
         if "ids" not in kept:
             return
         self.tallies[rows.layer].add(len(kept["ids"]))
@@ -101,13 +101,6 @@ class Kept(Generic[S]):
                 self.tokens.pop(name, None)
             elif name not in self._partly:
                 self.tokens.setdefault(name, self._new(name, numbers.dtype)).append(numbers[:, None])
-
-
-def are_probabilities(scores: Tensor) -> bool:
-    """True for rows that are no logits: some routers return what softmax made of them (gemma4)."""
-    if not len(scores) or float(scores.min()) < 0:
-        return False
-    return bool(((scores.sum(-1) - 1).abs() < 1e-3).all())
 
 
 def check_same_forwards(layers: Sequence[str], tallies: Sequence[Tally]) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from moesaic.hf.modules import MoELayer
+from moesaic.hf.outputs import gives_probabilities
 from moesaic.trace.file.limits import check_labels, check_names, check_offsets, check_range
 from moesaic.trace.recording.assemble import assemble, outline, write_file
 from moesaic.trace.recording.biases import Biases
@@ -268,7 +269,8 @@ class Recorder:
             except ValueError as error:
                 self.refusal = error
                 raise
-        columns = {"logits": logits.detach().to(torch.float32, copy=True)}
+        logits = logits.detach().to(torch.float32, copy=True)
+        columns = {"logits": logits.log() if gives_probabilities(layer.router) else logits}
         self._add(Rows(name, self._forward_of(None, len(logits)), columns))
 
     def _add(self, rows: Rows) -> None:

@@ -1,6 +1,7 @@
 """`moesaic import`: records of other engines as traces."""
 
 import gc
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated
@@ -39,7 +40,7 @@ def import_(
     if source not in FORMATS:
         known = "; ".join(f"{name} ({what})" for name, what in FORMATS.items())
         raise ValueError(f"FORMAT {source!r} is unknown: use one of {known}")
-    if twice := next((file for file in files if files.count(file) > 1), None):
+    if twice := next((file for file, times in Counter(files).items() if times > 1), None):
         raise ValueError(f"{twice} is given twice: give every file once")
     if any(out.exists() and file.exists() and out.samefile(file) for file in files):
         raise ValueError(f"--out {out} is one of the files to read: give another name")

@@ -82,7 +82,8 @@ def documents(text: str | None, files: Sequence[Path], corpus: bool, by_line: bo
 def _names(files: Sequence[Path]) -> list[str]:
     """What to call files: by name, and by as much of the path as tells those of one name apart."""
     real = [file.resolve() for file in files]
-    if twice := next((file for at, file in enumerate(files) if real[at] in real[:at]), None):
+    spelled = dict(zip(real, files, strict=True))
+    if twice := next((spelled[path] for path, times in Counter(real).items() if times > 1), None):
         raise ValueError(f"--file {twice}: is given twice, and a document counts once: leave one out")
     ends = [[file.parts[-n:] for n in range(1, len(file.parts) + 1)] for file in files]
     known = Counter(chain(*ends))

@@ -138,3 +138,18 @@ def test_from_hf_refuses_what_it_cannot_know(tmp_path):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ValueError, match="not JSON, or cut short"):
         MoEConfig.from_hf(tmp_path)
+
+
+@pytest.mark.parametrize(("experts", "groups"), [(10**12 + 1, 2), (10**30 + 57, 10**29)])
+def test_a_size_that_no_model_has_is_refused_at_once(experts, groups):
+    with pytest.raises(ValueError, match=rf"n_routed_experts={experts} is not a multiple .* n_group=\d+$") as refusal:
+        MoEConfig(hidden_size=1, n_routed_experts=experts, num_experts_per_tok=1, n_group=groups)
+    assert experts % int(str(refusal.value).rpartition("=")[2]) == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "digest"), [("deepseek-v3", "57dde957404e"), ("mixtral", "6fc65cd0ce47"), ("gpt-oss", "164481482705")]
+)
+def test_digests_stay_what_logs_of_earlier_versions_say(name, digest):
+    """A field that is added to MoEConfig is left out of them where it has its default."""
+    assert MoEConfig.preset(name).digest() == digest

@@ -507,6 +507,7 @@ ATTACKS = [
     (layer(origin="guessed"), "a layer has the origin 'guessed'"),
     (fields(n_routed_experts=0), "a config is not lawful"),
     (fields(n_routed_experts="16"), "a config is not lawful"),
+    (fields(n_routed_experts=10**12 + 1, n_group=2), "a config is not lawful"),
     (fields(surprise=1), "a config is not lawful"),
     (fields(**{"\x1b[2J": 1}), r"a config is not lawful .*\\x1b\[2J"),
     (fields(routed_scaling_factor=3.5), "a config has the hash"),

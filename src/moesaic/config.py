@@ -240,5 +240,6 @@ SIZES = (
 
 
 def _divisor_near(n: int, wanted: int) -> int:
-    """The divisor of n that is nearest to `wanted`, the smaller one of two."""
-    return min((d for d in range(1, n + 1) if n % d == 0), key=lambda d: (abs(d - wanted), d))
+    """The divisor of n that is nearest to `wanted`, the smaller one of two. Beyond 65,536 none is looked for: n may be
+    a stranger's. Beyond twice `wanted` none is nearer than 1."""
+    return min((d for d in range(1, min(n, 2 * wanted, 1 << 16) + 1) if n % d == 0), key=lambda d: (abs(d - wanted), d))

@@ -1,6 +1,7 @@
 """The file of a trace, format 1: what is written is read, any reader can read it, and nothing unlawful is let in."""
 
 import dataclasses
+import hashlib
 import json
 import math
 import random
@@ -531,13 +532,30 @@ ATTACKS = [
 def test_a_header_that_lies_is_refused_and_named(tmp_path, change, message):
     path = tmp_path / "run.safetensors"
     full().save(path)
+    rewrite_by(path, change)
+    refused(path, message)
+
+
+def rewrite_by(path, change):
     header, numbers = header_of(path)
     file = SimpleNamespace(header=header, about=json.loads(header["__metadata__"]["about"]), data=numbers)
     change(file)
     if file.about:
         header["__metadata__"]["about"] = json.dumps(file.about)
     rewrite(path, header, file.data)
-    refused(path, message)
+
+
+def test_a_config_written_before_a_field_was_there_has_its_default(tmp_path):
+    path = tmp_path / "run.safetensors"
+    full().save(path)
+
+    def older(file):
+        (config,) = file.about["configs"]
+        del config["fields"]["swiglu_up_offset"]
+        config["hash"] = hashlib.sha256(json.dumps(config["fields"], sort_keys=True).encode()).hexdigest()[:12]
+
+    rewrite_by(path, older)
+    assert_equal(load(path), full())
 
 
 def test_json_that_readers_disagree_on_is_refused(tmp_path):

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from numbers import Integral, Real
 from pathlib import Path
@@ -139,8 +140,9 @@ class MoEConfig:
         return dataclasses.asdict(self)
 
     def digest(self) -> str:
-        """Twelve hexadecimal digits that name this config in reports."""
-        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:12]
+        """Twelve hexadecimal digits that name this config in reports, and in logs that a later version may go on with:
+        a field that is added must not change them where it has its default."""
+        return digest_of(self.to_dict())
 
     def _check_types(self) -> None:
         for field in dataclasses.fields(self):
@@ -230,6 +232,11 @@ class MoEConfig:
                 raise ValueError(f"{what}={getattr(self, what)} is not known to shared experts: use n_shared_experts=0")
         elif self.shared_expert_gate or self.shared_expert_intermediate_size is not None:
             raise ValueError("n_shared_experts=0 has nothing to gate or to size: use n_shared_experts=1")
+
+
+def digest_of(fields: Mapping[str, Any]) -> str:
+    """Twelve hexadecimal digits of fields as they stand, whether this version has more of them or not."""
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:12]
 
 
 KINDS: dict[Any, str] = {bool: "True or False", int: "an integer", float: "a number", str: "a name"}

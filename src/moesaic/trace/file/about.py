@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from moesaic.config import MoEConfig
+from moesaic.config import MoEConfig, digest_of
 from moesaic.strict_json import is_count
 from moesaic.trace.file.limits import MOST_EXPERTS, MOST_PER_TOKEN, MOST_TEXT, check_seed
 from moesaic.trace.store import ORIGINS, Trace
@@ -16,9 +16,10 @@ def about(trace: Trace) -> dict[str, Any]:
     """All that is not a tensor, as the JSON of the header. Equal configs are written once."""
     distinct = list(dict.fromkeys(trace.configs))
     layers = zip(trace.layers, trace.configs, trace.origins, strict=True)
+    fields = [config.to_dict() for config in distinct]
     return {
         "layers": [{"name": name, "config": distinct.index(c), "origin": origin} for name, c, origin in layers],
-        "configs": [{"hash": config.digest(), "fields": config.to_dict()} for config in distinct],
+        "configs": [{"hash": digest_of(each), "fields": each} for each in fields],
         "missing": trace.missing,
         "labels": trace.labels,
         "pieces": None if trace.pieces is None else {str(number): text for number, text in trace.pieces.items()},
@@ -73,14 +74,15 @@ def fields_of(about: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _config(entry: object) -> MoEConfig:
+    """A config as it was written; a field that was added since has its default."""
     if not isinstance(entry, dict) or entry.keys() != {"hash", "fields"} or not isinstance(entry["fields"], dict):
         raise ValueError("a config is not described by hash and fields")
     try:
         config = MoEConfig(**entry["fields"])
     except (TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"a config is not lawful ({str(error)[:200]})") from None
-    if entry["hash"] != config.digest():
-        raise ValueError(f"a config has the hash {str(entry['hash'])[:20]!r}, its fields give {config.digest()!r}")
+    if entry["hash"] != (due := digest_of(entry["fields"])):
+        raise ValueError(f"a config has the hash {str(entry['hash'])[:20]!r}, its fields give {due!r}")
     return config
 
 

@@ -111,6 +111,11 @@ def test_nobody_can_tell_is_2_within_the_limit_that_nobody_gave(run):
         (("what-if", "a.safetensors", "--bias", "3"), "--bias '3' is not understood"),
         (("what-if", "a.safetensors", "--bias", "3:1", "--no-bias"), "--no-bias and --bias are both given"),
         (("what-if", "a.safetensors", "--bias", "1:1,2:1,1:2"), "--bias '1:1,2:1,1:2' names expert 1 twice"),
+        (
+            ("what-if", "a.safetensors", "--bias", "3:inf", "--json", "-o", "b.safetensors"),
+            "bias={3: inf} is not finite",
+        ),
+        (("what-if", "a.safetensors", "--bias", "3:1e39", "-o", "b.safetensors"), "bias={3: 1e+39} is not finite"),
         (("what-if", "a.safetensors", "-o", "a.safetensors"), "--out a.safetensors is the record itself"),
         (("what-if", "a.safetensors", "-o", "same.safetensors"), "exists already: give another file, or --force"),
         (("what-if", "a.safetensors", "-o", "none/b.safetensors"), "--out none/b.safetensors: cannot be written"),
@@ -126,6 +131,7 @@ def test_a_mistake_is_one_line(run, args, message):
     assert isinstance(result.exception, ValueError)
     assert message in str(result.exception)
     assert "\n" not in str(result.exception)
+    assert not Path("b.safetensors").exists()
 
 
 @pytest.mark.parametrize("lang", ["en", "zh"])

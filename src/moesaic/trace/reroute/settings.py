@@ -67,15 +67,20 @@ def biases(trace: Trace, bias: Bias, dropped: list[int]) -> Tensor | None:
         _check_experts("bias", bias, trace.n_experts)
         out = zeros if out is None else out.clone()
         for expert, delta in bias.items():
-            out[:, expert] += float(delta)
+            if not (shift := torch.tensor(float(delta), dtype=torch.float32, device="cpu")).isfinite():
+                raise ValueError(
+                    f"bias={{{expert}: {delta}}} is not finite: give a number, or drop_experts (--drop) for an expert "
+                    "that is never chosen"
+                )
+            out[:, expert] += shift
     elif bias is False:
         if out is None:
             raise ValueError("bias=False has nothing to leave out: this trace has no correction bias")
         out = zeros
     elif bias is not None:
         raise ValueError(f"bias={bias!r} is not understood: use False, a tensor [E] or [L, E], or {{expert: delta}}")
-    if out is not None and out.isnan().any():
-        raise ValueError("bias holds NaN: give numbers")
+    if out is not None and (out.isnan() | out.isposinf()).any():
+        raise ValueError("bias holds NaN or infinity: give numbers, or -inf for an expert that is never chosen")
     if dropped:
         out = (zeros if out is None else out).index_fill(-1, torch.tensor(dropped, device="cpu"), -torch.inf)
     return out

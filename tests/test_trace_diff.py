@@ -21,7 +21,7 @@ from moesaic.trace.compare.judge import VERDICTS
 from moesaic.trace.recording.record import record
 from moesaic.trace.reroute.what_if import what_if
 from moesaic.trace.rule.derive import derive
-from moesaic.trace.rule.margins import margin_between
+from moesaic.trace.rule.margins import margin_between, rounding_bound
 from moesaic.trace.store import Trace
 
 CONFIG = v3(32, 4, 2, 4)
@@ -473,3 +473,33 @@ def test_whoever_waits_hears_of_every_layer():
     heard, a = [], traced(logits_of(), biases_of())
     diff(a, a, done=heard.append)
     assert heard == [1] * a.n_layers
+
+
+def test_weights_of_a_rule_that_no_config_tells_are_compared_with_each_other():
+    right = traced(logits_of(), biases_of())
+    scaled = with_weights(right, lambda w: w[1].mul_(1.1))
+    assert diff(scaled, scaled).verdict == "identical"
+    found = diff(scaled, with_weights(scaled, lambda w: w[1].mul_(1.5)))
+    assert found.verdict == "different rule"
+    assert "weights of the same experts differ by 50 %" in found.judgement.reasons[0]["en"]
+    assert diff(right, scaled).verdict == diff(scaled, right).verdict == "different rule"
+
+
+def test_an_expert_that_is_never_chosen_is_no_near_tie():
+    right = traced(logits_of(), biases_of())
+    without = what_if(right, drop_experts=[3]).trace
+    for found in (diff(without_scores(right), without), diff(without, without_scores(right))):
+        assert found.verdict == "different rule", found.sentences()
+
+
+@pytest.mark.parametrize("value", [-torch.inf, torch.inf])
+def test_what_shuts_an_expert_out_does_not_widen_what_rounding_explains(value):
+    logits, bias = torch.randn(5, 32), torch.zeros(32)
+    target = torch.arange(4).expand(5, 4)
+    bound = rounding_bound(derive(logits, bias, CONFIG, target), CONFIG, torch.bfloat16)
+    bias[7] = -torch.inf
+    shut = rounding_bound(derive(logits, bias, CONFIG, target), CONFIG, torch.bfloat16)
+    assert shut.isfinite().all()
+    assert torch.allclose(shut, bound, rtol=0.5)
+    logits[:, 9] = value
+    assert rounding_bound(derive(logits, bias, CONFIG, target), CONFIG, torch.bfloat16).isfinite().all()

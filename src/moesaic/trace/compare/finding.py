@@ -53,17 +53,22 @@ def explain_layer(a: Trace, b: Trace, layer: int, precision: torch.dtype, flips:
         found = own[side]
         if found is None:
             continue
-        if float(found[0].float().mean()) > OWN:
+        if share_of(found[0]) > OWN:
             why[side] = NOT_OWN
             continue
         finding = _seen_from(finding, mine, other, layer, precision, flips.nonzero().flatten())
-        if other.logits is not None:
-            strays, off = (same_rule and own[1 - side]) or _against(mine, other, layer)
-            finding = finding._replace(
-                broken=_either(finding.broken, strays),
-                weights_broken=finding.weights_broken if off is None else _either(finding.weights_broken, off),
-            )
+        if other.logits is None:
+            continue
+        strays, off = (same_rule and own[1 - side]) or _against(mine, other, layer)
+        finding = finding._replace(broken=_either(finding.broken, strays))
+        if off is not None and (found[1] is None or share_of(found[1]) <= OWN):  # else mine weighs by another rule
+            finding = finding._replace(weights_broken=_either(finding.weights_broken, off))
     return finding._replace(why=(why[0], why[1]))
+
+
+def share_of(marked: Tensor) -> float:
+    """The share of tokens that are marked; 0 of none."""
+    return float(marked.float().mean()) if len(marked) else 0.0
 
 
 def _equal(one: Tensor | None, two: Tensor | None) -> bool:

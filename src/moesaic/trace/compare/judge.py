@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from moesaic.trace.compare.finding import Finding, is_rounded
+from moesaic.trace.compare.finding import Finding, is_rounded, share_of
 from moesaic.trace.rule.derive import dtype_of
 from moesaic.trace.shown import counted, listed, short_layers
 from moesaic.trace.store import Trace
@@ -116,19 +116,17 @@ def _broken_rule(findings: Sequence[Finding], flips: Tensor, a: Trace, b: Trace)
 
 
 def _weights_rule(findings: Sequence[Finding], precision: torch.dtype) -> dict[str, str] | None:
-    """Weights that differ where experts and past are the same: by their own scores, or by more than rounding. Judged
-    layer by layer: a fault of one layer is a fault, however many are right."""
-    off = [float(f.weights_broken.float().mean()) for f in findings if f.weights_broken is not None and len(f.tied)]
-    if off and max(off) > UNEVEN:
+    """Weights that differ where experts and past are the same: by their own scores, or, where no rule gives those of
+    one, by more than rounding. Judged layer by layer: a fault of one layer is a fault, however many are right."""
+    off = [f.weights_broken for f in findings if f.weights_broken is not None]
+    if (share := max(map(share_of, off), default=0.0)) > UNEVEN:
         return {
-            "en": f"{100 * max(off):.0f} % of the weights of a layer do not follow from the trace's own scores by the "
+            "en": f"{100 * share:.0f} % of the weights of a layer do not follow from the trace's own scores by the "
             "other's rule",
-            "zh": f"有一层 {100 * max(off):.0f}% 的权重，由自己的分数按对方的规则推不出来",
+            "zh": f"有一层 {100 * share:.0f}% 的权重，由自己的分数按对方的规则推不出来",
         }
-    if off:
-        return None
-    apart = [f.weights_apart for f in findings if f.weights_apart is not None and len(f.weights_apart)]
-    shares = [float(_beyond(layer, precision).float().mean()) for layer in apart]
+    apart = [f.weights_apart for f in findings if f.weights_apart is not None and f.weights_broken is None]
+    shares = [share_of(_beyond(layer, precision)) for layer in apart]
     if shares and max(shares) > UNEVEN:
         median = float(apart[shares.index(max(shares))].median())
         return {

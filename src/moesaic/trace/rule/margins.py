@@ -41,8 +41,9 @@ def rounding_bound(derived: dict[str, Tensor], config: MoEConfig, dtype: torch.d
     steepest = slope.gather(-1, near).amax(-1)
     counted = {"top2_sum": 2, "k_over_m_sum": max(config.num_experts_per_tok // config.topk_group, 1)}
     summed = counted.get(config.group_score_rule, 1) if "group_scores" in derived else 1
-    rounding = torch.finfo(dtype).eps * logits.pow(2).mean(-1).sqrt() * steepest
-    smallest = torch.finfo(torch.float32).eps * derived["biased"].abs().amax(-1)  # the sum with the bias rounds too
+    rounding = torch.finfo(dtype).eps * _shut_as_zero(logits).pow(2).mean(-1).sqrt() * steepest
+    largest = _shut_as_zero(derived["biased"]).abs().amax(-1)
+    smallest = torch.finfo(torch.float32).eps * largest  # the sum with the bias rounds too
     return NOISE * summed * torch.maximum(rounding, smallest)
 
 
@@ -62,6 +63,11 @@ def chosen(expert_ids: Tensor, n_experts: int) -> Tensor:
 def same_experts(expert_ids: Tensor, others: Tensor) -> Tensor:
     """Whether two choices [T, K] are of the same experts, in whatever order, bool [T]."""
     return (expert_ids.sort(-1).values == others.sort(-1).values).all(-1)
+
+
+def _shut_as_zero(values: Tensor) -> Tensor:
+    """An infinite value shuts an expert out, or in; it does not round."""
+    return values.masked_fill(values.isinf(), 0.0)
 
 
 def _highest(values: Tensor, where: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
+from moesaic import rules
 from moesaic.config import MoEConfig
 from moesaic.rules import route
 from moesaic.trace.compare.diff import diff
@@ -503,3 +504,23 @@ def test_what_shuts_an_expert_out_does_not_widen_what_rounding_explains(value):
     assert torch.allclose(shut, bound, rtol=0.5)
     logits[:, 9] = value
     assert rounding_bound(derive(logits, bias, CONFIG, target), CONFIG, torch.bfloat16).isfinite().all()
+
+
+def test_scores_are_derived_for_some_tokens_at_a_time_and_the_answer_is_the_same(monkeypatch):
+    right = traced(logits_of(), biases_of(), sequences=torch.arange(400) // 40)
+    other = traced(right.logits + 0.1 * torch.randn(right.logits.shape), right.bias, sequences=right.sequences)
+    whole, rows, score = diff(right, other), [], rules.score
+
+    def seen(logits, config):
+        rows.append(len(logits))
+        return score(logits, config)
+
+    monkeypatch.setattr(rules, "score", seen)
+    monkeypatch.setattr("moesaic.trace.rule.derive.SLICE", 7)
+    sliced = diff(right, other)
+    assert max(rows) == 7
+    assert sliced.judgement == whole.judgement
+    assert torch.allclose(sliced.margins, whole.margins, rtol=1e-6, equal_nan=True)
+    assert torch.allclose(sliced.score_differences, whole.score_differences)
+    for name in ("flips", "ties", "origins", "weight_differences"):
+        assert torch.equal(getattr(sliced, name), getattr(whole, name)), name

@@ -13,7 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from oracles import route_one
 from rich.console import Console
+from traces import assert_equal
 
+from moesaic import rules
 from moesaic.config import MoEConfig
 from moesaic.rules import route
 from moesaic.trace.file.reader import load
@@ -405,3 +407,26 @@ def test_a_question_in_the_console_is_its_sentences_and_in_a_notebook_a_table():
     assert "假如：k = 2" in html
     assert "&lt;img" in html
     assert not re.search(r"<script|<img|\u202e", html)
+
+
+def test_scores_are_routed_for_some_tokens_at_a_time_and_the_answer_is_the_same(monkeypatch):
+    trace = traced()
+    asked = [{"bias": False}, {"k": 2}, {"drop_experts": [3, 7]}, {"topk_group": 1}]
+    whole = [what_if(trace, **each) for each in asked]
+    expected, rows, score = [found.by_layer() for found in whole], [], rules.score
+
+    def seen(logits, config):
+        rows.append(len(logits))
+        return score(logits, config)
+
+    monkeypatch.setattr(rules, "score", seen)
+    monkeypatch.setattr("moesaic.trace.rule.derive.SLICE", 7)
+    for each, found, layers in zip(asked, whole, expected, strict=True):
+        sliced = what_if(trace, **each)
+        assert_equal(sliced.trace, found.trace)
+        for here, there in zip(sliced.by_layer(), layers, strict=True):
+            assert here.pop("score_lost") == pytest.approx(there.pop("score_lost"), rel=1e-6)
+            assert here == there
+    assert max(rows) == 7
+    with pytest.raises(ValueError, match=f"num_experts_per_tok=4 unmet: {len(trace)} tokens of layer"):
+        what_if(trace, drop_experts=range(13))

@@ -10,7 +10,7 @@ from torch import Tensor
 from moesaic.trace.compare.aligned import aligned, notes_of_both, tokens_checked, without_data
 from moesaic.trace.compare.finding import Finding, explain_layer
 from moesaic.trace.compare.judge import Judgement, judge, precision_of
-from moesaic.trace.rule.derive import dtype_of
+from moesaic.trace.rule.derive import dtype_of, slices
 from moesaic.trace.shown import counted, finite, listed
 from moesaic.trace.store import Trace
 
@@ -235,8 +235,12 @@ def _compare_layer(
 def _score_difference(a: Trace, b: Trace, layer: int, rows: Tensor) -> Tensor | None:
     if a.logits is None or b.logits is None:
         return None
-    here, there = a.logits[layer][rows].double(), b.logits[layer][rows].double()
-    return ((here - there).pow(2).mean() / here.pow(2).mean()).sqrt().float()
+    both = a.logits[layer], b.logits[layer]
+    apart, size = torch.zeros(2, dtype=torch.float64, device="cpu")  # sums of squares
+    for here in slices(len(a)):
+        one, two = (logits[here][rows[here]].double() for logits in both)
+        apart, size = apart + (one - two).pow(2).sum(), size + one.pow(2).sum()
+    return (apart / size).sqrt().float()
 
 
 def _from_here_on(marked: Tensor, sequences: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from moesaic.trace.rule.derive import (
     dtype_of,
     follows,
     logits_of,
+    slices,
     weight_tolerance,
     weights_follow,
     why_not_derived,
@@ -21,7 +22,7 @@ from moesaic.trace.rule.derive import (
 from moesaic.trace.rule.margins import margin_between, rounding_bound
 from moesaic.trace.store import Trace
 
-OWN = 0.01  # of a trace's tokens may fail to follow from its own scores; with more, its rule is not the one it says
+OWN = 0.01  # of a trace's tokens may not follow from its own scores; with more, its rule is not the one it says
 NOT_OWN = {"en": "its picks do not follow from its scores by its rule", "zh": "按它记录的规则，由分数推不出它的选择"}
 
 
@@ -79,14 +80,17 @@ def _seen_from(
     finding: Finding, mine: Trace, other: Trace, layer: int, precision: torch.dtype, rows: Tensor
 ) -> Finding:
     """Add how far the scores of a trace whose rule is known were from the other's choice, where the two differ."""
-    config, target = mine.configs[layer], other.picks[layer][rows].long()
-    derived = derive(logits_of(mine, layer)[rows], bias_of(mine, layer), config, target)
-    nowhere = torch.zeros(len(mine), dtype=torch.bool, device="cpu")
-    here = margin_between(derived, target, config)
-    margins = here.new_full((len(mine),), torch.nan).index_put((rows,), here)
-    near = nowhere.index_put((rows,), here <= rounding_bound(derived, config, precision))
-    check = compare(derived, target, None, config)
-    tied = nowhere.index_put((rows,), check.experts & check.tied)
+    config = mine.configs[layer]
+    tied = torch.zeros(len(mine), dtype=torch.bool, device="cpu")
+    near, margins = tied.clone(), torch.full((len(mine),), torch.nan, device="cpu")
+    for here in slices(len(rows)):
+        some = rows[here]
+        target = other.picks[layer][some].long()
+        derived = derive(logits_of(mine, layer, some), bias_of(mine, layer), config, target)
+        margins[some] = margin_between(derived, target, config)
+        near[some] = margins[some] <= rounding_bound(derived, config, precision)
+        check = compare(derived, target, None, config)
+        tied[some] = check.experts & check.tied
     return finding._replace(
         tied=finding.tied | tied,
         margins=margins if finding.margins is None else torch.fmin(finding.margins, margins),
@@ -97,20 +101,24 @@ def _seen_from(
 def _against(ruler: Trace, trace: Trace, layer: int) -> tuple[Tensor, Tensor | None]:
     """Tokens of `trace` whose picks do not follow from its own scores by the rule of `ruler`, by more than the scores'
     own rounding, and those whose weights do not, bool [T]; None where no weights were recorded."""
-    config, ids = ruler.configs[layer], trace.picks[layer].long()
+    config, bias = ruler.configs[layer], _bias_for(ruler, trace, layer)
     dtype = dtype_of(trace.dtypes.get("logits")) or torch.float32
+    tolerance = weight_tolerance(dtype_of(trace.dtypes.get("weights")))
 
     def rounded(derived: dict[str, Tensor], target: Tensor, config: MoEConfig) -> Tensor:
         nan = derived["biased"].isnan().any(-1)
         return nan | (margin_between(derived, target, config) <= rounding_bound(derived, config, dtype))
 
-    scores, _, _, allowed = follows(trace, layer, config, _bias_for(ruler, trace, layer), rounded)
-    whole = (ids < config.n_routed_experts).all(-1)  # the weight of the id E means nothing
-    strays = ~allowed & whole
-    if trace.weights is None:
-        return strays, None
-    tolerance = weight_tolerance(dtype_of(trace.dtypes.get("weights")))
-    return strays, whole & ~weights_follow(rules.weigh(scores, ids, config), trace.weights[layer], tolerance)
+    strays, off = [], []
+    for here in slices(len(trace)):
+        ids = trace.picks[layer][here].long()
+        scores, _, _, allowed = follows(logits_of(trace, layer, here), ids, config, bias, rounded)
+        whole = (ids < config.n_routed_experts).all(-1)  # the weight of the id E means nothing
+        strays.append(~allowed & whole)
+        if trace.weights is not None:
+            fits = weights_follow(rules.weigh(scores, ids, config), trace.weights[layer][here], tolerance)
+            off.append(whole & ~fits)
+    return torch.cat(strays), torch.cat(off) if off else None
 
 
 def _bias_for(mine: Trace, other: Trace, layer: int) -> Tensor | None:

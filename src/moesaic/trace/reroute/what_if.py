@@ -8,15 +8,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moesaic import rules
-from moesaic.config import MoEConfig
 from moesaic.trace.chance.bands import balance_numbers
 from moesaic.trace.chance.placement import distinct_places, place_experts
 from moesaic.trace.reroute import settings
-from moesaic.trace.rule.derive import bias_of, check_can_derive, derive, dtype_of, follows, logits_of
+from moesaic.trace.reroute.layer import Rerouted, reroute
+from moesaic.trace.rule.derive import check_can_derive, slices
 from moesaic.trace.rule.distinct import check_distinct
 from moesaic.trace.rule.given import check_trace
-from moesaic.trace.rule.margins import chosen, same_experts
+from moesaic.trace.rule.margins import chosen
 from moesaic.trace.shown import finite, missing_notes, origin_notes
 from moesaic.trace.store import Trace
 
@@ -63,9 +62,8 @@ class WhatIf:
         """Per layer: tokens flipped, assignments lost and gained; load, balance, groups and nodes before and after."""
         rows = []
         for layer, name in enumerate(self.before.layers):
-            one, two = (trace.picks[layer].long() for trace in (self.before, self.trace))
-            had, has = (chosen(ids, self.before.n_experts) for ids in (one, two))
-            loads = [there.sum(0).numpy() for there in (had, has)]
+            one, two = (trace.picks[layer] for trace in (self.before, self.trace))
+            loads, shared = _loads(one, two, self.before.n_experts)
             balance = [balance_numbers(load) for load in loads]
             reached = {
                 name: None if place is None else [_reached(ids.numpy(), place) for ids in (one, two)]
@@ -78,8 +76,8 @@ class WhatIf:
                 "flipped": int(self.flipped[layer].sum()),
                 "ties": int(self.ties[layer]),
                 "astray": int(self.astray[layer]),
-                "assignments_lost": int((had & ~has).sum()),
-                "assignments_gained": int((has & ~had).sum()),
+                "assignments_lost": int(loads[0].sum()) - shared,
+                "assignments_gained": int(loads[1].sum()) - shared,
                 "load": [load.tolist() for load in loads],
                 "max_over_mean": [finite(numbers["max_over_mean"]) for numbers in balance],
                 "cv": [finite(numbers["cv"]) for numbers in balance],
@@ -163,20 +161,15 @@ def what_if(
     configs = [
         settings.changed(config, k, n_group, topk_group, group_score, group_mask, gets_bias) for config in trace.configs
     ]
-    new_picks, weights, columns = [], [], []
-    for layer in range(trace.n_layers):
-        scores, base, tied, astray, empty = _check(trace, layer, anyway)
-        ids, flipped = _route_again(trace, layer, base, configs[layer], biases, empty)
-        new_picks.append(ids)
-        weights.append(_weights(trace, layer, configs[layer], ids, flipped))
-        lost = _score_lost(scores, trace.picks[layer].long(), ids, trace.configs[layer])
-        columns.append((flipped, tied.sum(), astray.sum(), empty.sum(), lost))
+    layers = []
+    for layer, config in enumerate(configs):
+        layers.append(reroute(trace, layer, config, None if biases is None else biases[layer], anyway=anyway))
         done(1)
-    flips, ties, strays, empties, lost = (torch.stack(column) for column in zip(*columns, strict=True))
+    found = Rerouted(*map(torch.stack, zip(*layers, strict=True)))
     after = replace(
         trace,
-        picks=torch.stack(new_picks).to(trace.picks.dtype),
-        weights=torch.stack(weights),
+        picks=found.ids,
+        weights=found.weights,
         bias=biases,
         configs=tuple(configs),
         origins=("derived",) * trace.n_layers,
@@ -185,7 +178,18 @@ def what_if(
              "group_mask": group_mask, "bias": settings.plain_bias(bias), "drop_experts": left_out or None}  # fmt: skip
     changes = {name: value for name, value in asked.items() if value is not None}
     groups = settings.groups(trace.configs[0], configs[0])
-    return WhatIf(trace, after, changes, flips, ties, strays, int(empties.sum()), lost, groups, placed)
+    return WhatIf(
+        trace,
+        after,
+        changes,
+        flipped=found.flipped,
+        ties=found.ties,
+        astray=found.astray,
+        kept=int(found.empty.sum()),
+        score_lost=found.score_lost,
+        groups=groups,
+        placement=placed,
+    )
 
 
 def _check_can_ask(trace: Trace) -> None:
@@ -200,80 +204,14 @@ def _check_can_ask(trace: Trace) -> None:
         check_can_derive(trace, layer)
 
 
-def _check(trace: Trace, layer: int, anyway: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """By the recorded rule: scores [T, E], the ids [T, K] that flips are counted from, and tokens whose record differs
-    from it by ties, by more, and that have no experts."""
-    config, ids = trace.configs[layer], trace.picks[layer].long()
-    scores, derived_ids, same, allowed = follows(trace, layer, config, bias_of(trace, layer))
-    empty = (ids >= config.n_routed_experts).all(-1)
-    astray = ~allowed & ~empty
-    if astray.any() and not anyway:
-        n, first = int(astray.sum()), int(astray.nonzero()[0])
-        partly = bool(((ids >= config.n_routed_experts).any(-1) & astray).any())
-        why = "experts are missing there" if partly else "the recorded rule is not this one"
-        raise ValueError(
-            f"layer {trace.layers[layer]!r}: unchanged settings do not give the recorded picks of {n} of {len(ids)} "
-            f"tokens, such as token {first}: {why}; correct the trace's configs, or ask anyway (anyway=True, --anyway)"
-        )
-    tied = allowed & ~same & ~empty
-    base = torch.where(tied[:, None], derived_ids, ids)  # a tie may fall as it fell: that is no flip
-    return scores, base, tied, astray, empty
-
-
-def _route_again(
-    trace: Trace,
-    layer: int,
-    base: Tensor,
-    config: MoEConfig,
-    biases: Tensor | None,
-    empty: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """Ids [T, K] by the changed rule, and who flipped, bool [T]. Where nobody did, the record stays as it is."""
-    recorded = trace.picks[layer].long()
-    bias = None if biases is None else biases[layer]
-    logits = logits_of(trace, layer)
-    if bias is None or not bias.isneginf().any():
-        scores = rules.score(logits, config).float()
-        ids = rules.select(scores if bias is None else scores + bias, config)
-    else:
-        masked = derive(logits, bias, config, recorded[:, :1])["masked"]
-        masked = masked.masked_fill(bias.isneginf(), -torch.inf)  # the mask "zero" would bring dropped experts back
-        _check_enough(masked, config, trace.layers[layer], empty)
-        ids = rules.largest(masked, config.num_experts_per_tok)
-    ids = ids.masked_fill(empty[:, None], config.n_routed_experts)
-    if ids.shape[1] != recorded.shape[1]:
-        return ids, ~empty
-    flipped = ~same_experts(ids, base)
-    return torch.where(flipped[:, None], ids, recorded), flipped
-
-
-def _check_enough(masked: Tensor, config: MoEConfig, layer: str, empty: Tensor) -> None:
-    left, k = (masked != -torch.inf).sum(-1), config.num_experts_per_tok
-    short = (left < k) & ~empty
-    if short.any():
-        raise ValueError(
-            f"drop_experts leaves num_experts_per_tok={k} unmet: {int(short.sum())} tokens of layer {layer!r} have as "
-            f"few as {int(left[short].min())} experts in their groups: drop fewer, keep more groups or use a smaller k"
-        )
-
-
-def _weights(trace: Trace, layer: int, config: MoEConfig, ids: Tensor, flipped: Tensor) -> Tensor:
-    """Weights of the new choice from unbiased scores, rounded as the recorded ones; the recorded where none changed."""
-    scores = rules.score(logits_of(trace, layer), config)  # narrow where the model weighs in its own dtype
-    weights = rules.weigh(scores, ids, config).to(dtype_of(trace.dtypes.get("weights")) or torch.float32).float()
-    if trace.weights is None or trace.weights.shape[-1] != ids.shape[-1]:
-        return weights
-    return torch.where(flipped[:, None], weights, trace.weights[layer])
-
-
-def _score_lost(scores: Tensor, before: Tensor, after: Tensor, config: MoEConfig) -> Tensor:
-    """The share of the recorded choice's summed score that the other choice gives up; tokens with NaN left out."""
-    affinity = scores.softmax(-1) if config.score_after_topk else scores
-    whole = ~scores.isnan().any(-1)
-    had, has = (
-        torch.where(chosen(ids[whole], scores.shape[1]), affinity[whole], 0.0).double().sum() for ids in (before, after)
-    )
-    return (had - has) / had
+def _loads(one: Tensor, two: Tensor, n_experts: int) -> tuple[list[np.ndarray], int]:
+    """Assignments of every expert under two choices [T, K], and how many are in both."""
+    loads, shared = np.zeros((2, n_experts), dtype=np.int64), 0
+    for here in slices(len(one)):
+        had, has = (chosen(ids[here].long(), n_experts) for ids in (one, two))
+        loads += np.stack([had.sum(0), has.sum(0)])
+        shared += int((had & has).sum())
+    return list(loads), shared
 
 
 def _reached(picks: np.ndarray, place: np.ndarray) -> float | None:

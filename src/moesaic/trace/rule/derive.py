@@ -1,6 +1,6 @@
 """Every stage of routing derived from recorded logits, and whether it leads to what was recorded."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -12,6 +12,8 @@ from moesaic.config import MoEConfig
 from moesaic.trace.rule.margins import chosen, same_experts
 from moesaic.trace.rule.stages import BIAS_NOT_RECORDED, NOT_RECORDED, RULE_UNKNOWN
 from moesaic.trace.store import Trace
+
+SLICE = 8192  # tokens whose scores are derived at once: 8 MB of 256 experts
 
 
 def dtype_of(name: str | None) -> torch.dtype | None:
@@ -33,10 +35,15 @@ def why_not_derived(trace: Trace, layer: int = 0) -> dict[str, str] | None:
     return BIAS_NOT_RECORDED if trace.configs[layer].has_correction_bias and trace.bias is None else None
 
 
-def logits_of(trace: Trace, layer: int) -> Tensor:
-    """Recorded logits [T, E] of a layer in the dtype in which the model computed them."""
+def slices(n_tokens: int) -> Iterator[slice]:
+    """Tokens in the pieces in which scores are derived: a record may be longer than memory."""
+    return (slice(start, start + SLICE) for start in range(0, n_tokens, SLICE))
+
+
+def logits_of(trace: Trace, layer: int, tokens: slice | Tensor = slice(None)) -> Tensor:
+    """Recorded logits [T, E] of a layer, or of some of its tokens, in the dtype in which the model computed them."""
     assert trace.logits is not None
-    return trace.logits[layer].to(dtype_of(trace.dtypes.get("logits")) or torch.float32)
+    return trace.logits[layer][tokens].to(dtype_of(trace.dtypes.get("logits")) or torch.float32)
 
 
 def check_can_derive(trace: Trace, layer: int = 0) -> None:
@@ -57,14 +64,17 @@ def bias_of(trace: Trace, layer: int) -> Tensor | None:
 
 
 def follows(
-    trace: Trace, layer: int, config: MoEConfig, bias: Tensor | None, tolerance: Callable[..., Tensor] | None = None
+    logits: Tensor,
+    ids: Tensor,
+    config: MoEConfig,
+    bias: Tensor | None,
+    tolerance: Callable[..., Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Which recorded tokens follow from their own logits by a rule: (scores [T, E], derived ids [T, K], same, allowed).
+    """Which recorded ids [T, K] follow from logits by a rule: (scores [T, E], derived ids [T, K], same, allowed).
 
     same: the derived set is the recorded one, bool [T]. allowed: that, or it differs by exact ties only, or, where a
     `tolerance` is given, by what it allows: it is called with the stages of those tokens, their ids and the config.
     """
-    ids, logits = trace.picks[layer].long(), logits_of(trace, layer)
     scores = rules.score(logits, config).float()
     derived_ids = rules.select(scores if bias is None else scores + bias, config)
     same = same_experts(ids, derived_ids)

@@ -5,11 +5,10 @@ import numpy as np
 from moesaic import rules
 from moesaic.config import MoEConfig
 from moesaic.trace.chance.bands import overlap
-from moesaic.trace.rule.derive import bias_of, derive, logits_of, why_not_derived
+from moesaic.trace.rule.derive import bias_of, derive, logits_of, slices, why_not_derived
 from moesaic.trace.rule.margins import same_experts
 from moesaic.trace.store import Trace
 
-SLICE = 8192  # tokens whose scores are derived at once: 8 MB of 256 experts
 TINY = np.finfo(np.float32).tiny
 AGREE = 0.99  # of the tokens must be derived as recorded; else the rule is not the one that chose
 
@@ -22,13 +21,13 @@ def routed(trace: Trace, layer: int) -> np.ndarray:
 def overlap_of(trace: Trace, layer: int) -> np.ndarray:
     """How many experts of each token plain top-k of the unbiased scores, which must be known, would take too, [T]."""
     config = trace.configs[layer]
-    logits, picks = logits_of(trace, layer), trace.picks[layer].numpy()
+    picks = trace.picks[layer].numpy()
     parts = [
         overlap(
-            picks[start : start + SLICE],
-            rules.largest(rules.score(logits[start : start + SLICE], config), config.num_experts_per_tok).numpy(),
+            picks[here],
+            rules.largest(rules.score(logits_of(trace, layer, here), config), config.num_experts_per_tok).numpy(),
         )
-        for start in range(0, len(picks), SLICE)
+        for here in slices(len(picks))
     ]
     return np.concatenate(parts) if parts else np.zeros(0)
 
@@ -42,12 +41,11 @@ def margins_of(trace: Trace, layer: int) -> np.ndarray | None:
     k, open_experts = config.num_experts_per_tok, _open_experts(config)
     if why_not_derived(trace, layer) or k >= open_experts or config.topk_method == "balanced":
         return None
-    logits, ids = logits_of(trace, layer), trace.picks[layer].long()
+    ids = trace.picks[layer].long()
     bias = bias_of(trace, layer)
     margins, same = [np.zeros(0)], 0
-    for start in range(0, len(ids), SLICE):
-        here = slice(start, start + SLICE)
-        derived = derive(logits[here], bias, config, ids[here])
+    for here in slices(len(ids)):
+        derived = derive(logits_of(trace, layer, here), bias, config, ids[here])
         best = derived["masked"].topk(k + 1, dim=-1).values.double()
         margins.append((best[:, k - 1] - best[:, k]).numpy())
         same += int(same_experts(ids[here], derived["derived_ids"]).sum())

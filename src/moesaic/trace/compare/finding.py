@@ -22,7 +22,7 @@ from moesaic.trace.rule.derive import (
 from moesaic.trace.rule.margins import margin_between, rounding_bound
 from moesaic.trace.store import Trace
 
-OWN = 0.01  # of a trace's tokens may not follow from its own scores; with more, its rule is not the one it says
+OWN = 0.01  # of a trace's tokens may fail to follow from its own scores; with more, its rule is not the one it says
 NOT_OWN = {"en": "its picks do not follow from its scores by its rule", "zh": "按它记录的规则，由分数推不出它的选择"}
 
 

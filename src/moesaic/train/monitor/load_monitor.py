@@ -34,7 +34,7 @@ def tell(alert: Alert) -> None:
 
 
 class LoadMonitor(TrainerCallback):
-    """Writes what every expert got, step by step, to a log that `moesaic watch` shows, and gives alerts.
+    """Logs step by step how the load spreads over experts, for `moesaic watch` to show, and gives alerts.
 
         trainer.add_callback(ms.LoadMonitor("runs/mine"))       # transformers' Trainer
 

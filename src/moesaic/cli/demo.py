@@ -33,10 +33,10 @@ WORDS = {
         "files": ("the figure of layer {layer}", "load of every layer beside chance", "everything recorded"),
     },
     "zh": {
-        "routing": "正在路由真实文本……",
+        "routing": "正在让模型读真实文本……",
         "model": "{model}：{layers} 个 MoE 层，{config}",
-        "sizes": "每个 token 选 {c.num_experts_per_tok} / {c.n_routed_experts} 个专家",
-        "groups": "，限于 {c.topk_group} / {c.n_group} 组",
+        "sizes": "每个 token 从 {c.n_routed_experts} 个专家中选 {c.num_experts_per_tok} 个",
+        "groups": "，限于 {c.n_group} 组中的 {c.topk_group} 组",
         "text": "{documents} 个文档共 {tokens:,} 个 token：{domains}",
         "your_text": "文本",
         "load": "1. 负载均衡吗？括号内是随机路由会得到的范围。",

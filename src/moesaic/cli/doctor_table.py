@@ -38,7 +38,7 @@ WORDS = {
         "free": "共 {all}，可用 {free}", "load_of": "最近一分钟 {load:.1f}",
         "held_back": "CPU 有 bfloat16 指令而 oneDNN 没有使用：是否设置了 ONEDNN_MAX_CPU_ISA？",
         "engines": "引擎：engine=\"auto\" 的选择，均已在本机与 float64 对照",
-        "engine_columns": ("设备", "类型", "auto"), "ok": "正确", "no": "否",
+        "engine_columns": ("设备", "类型", "auto"), "ok": "正确", "no": "不可用",
         "reference": "reference 在 float32 和 float64 下就是定义；在 16 位类型下，它用该类型逐个 token 累加权重的"
         "梯度，而其他引擎只舍入一次。",
         "elsewhere": "若有 CUDA 设备（本机没有），auto 对 {dtype} 会选择：{auto}，{reason}。",

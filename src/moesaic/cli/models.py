@@ -38,27 +38,30 @@ WORDS: dict[str, dict[str, Any]] = {
         "fields": "{name}, config {digest}", "field_columns": ("field", "value", "in config.json of {family}"),
         "rule": "the family's rule",
         "served": "its experts are computed: {verdict}", "is_refused": "its experts are {verdict}",
+        "verdicts": {},  # in words of this language
         "by_itself": "its experts are computed by the family itself, not through transformers' interface",
         "unknown_gate": "How this family routes is not known here: picks are recorded and judged, steps not derived.",
     },
     "zh": {
-        "presets": "预设：MoEConfig.preset(名称)，--config 名称", "families": "路由规则已知的模型家族",
-        "preset_columns": ("名称", "专家数", "top k", "组", "打分", "偏置", "家族"),
-        "family_columns": ("家族", "预设", "config.json 未写明的规则"),
+        "presets": "预设：MoEConfig.preset(名称)，--config 名称", "families": "路由规则已知的模型系列",
+        "preset_columns": ("名称", "专家数", "top k", "组", "打分", "偏置", "系列"),
+        "family_columns": ("系列", "预设", "config.json 未写明的规则"),
         "kept": "{all} 取 {kept}", "yes": "有", "no": "",
         "engine": "由本项目引擎计算的专家（experts_implementation=\"moesaic\"），按激活函数",
-        "engine_columns": ("专家", "家族"),
-        "themselves": "自行计算专家的家族：{names}",
+        "engine_columns": ("专家", "系列"),
+        "themselves": "自行计算专家的系列：{names}",
         "spellings": "config.json 中可用多种名称读取的字段",
         "spelling_columns": ("本项目", "也读作"),
         "conventions": "约定：config.with_convention(名称) 按该代码路由；此处为 {name} 的变化",
         "convention_columns": ("名称", "变化"), "nothing": "无",
         "details": "某一项的全部字段：moesaic models 名称",
         "fields": "{name}，配置 {digest}", "field_columns": ("字段", "值", "在 {family} 的 config.json 中"),
-        "rule": "家族的规则",
-        "served": "其专家由本项目引擎计算：{verdict}", "is_refused": "其专家不由本项目引擎计算：{verdict}",
-        "by_itself": "其专家由该家族自行计算，不经过 transformers 的接口",
-        "unknown_gate": "这里不知道该家族的路由规则：可以记录并判断其选择，不能推导各步骤。",
+        "rule": "系列的规则",
+        "served": "其专家由本项目引擎计算：{verdict}", "is_refused": "其专家不由本项目引擎计算（{verdict}）",
+        "verdicts": {"refused: normalises the output of every expert before it is weighted":
+                     "拒绝：每个专家的输出在加权之前先做归一化"},
+        "by_itself": "其专家由该系列自行计算，不经过 transformers 的接口",
+        "unknown_gate": "这里不知道该系列的路由规则：可以记录并判断其选择，不能推导各步骤。",
     },
 }  # fmt: skip
 
@@ -150,7 +153,7 @@ def _show_all(lang: str) -> None:
     console.print(drawn)
     drawn = table(say["engine"], say["engine_columns"], whole=False)
     for verdict, names in EXPERTS.items():
-        drawn.add_row(verdict, ", ".join(names.split()))
+        drawn.add_row(say["verdicts"].get(verdict, verdict), ", ".join(names.split()))
     console.print(drawn)
     console.print(say["themselves"].format(names=", ".join(BY_THEMSELVES)) + "\n", markup=False, highlight=False)
     drawn = table(say["spellings"], say["spelling_columns"])
@@ -191,7 +194,8 @@ def _show_one(name: str, found: dict[str, Any], lang: str) -> None:
     if family in BY_THEMSELVES:
         print(say["by_itself"])
     elif verdict is not None:
-        print(say["is_refused" if verdict.startswith("refused") else "served"].format(verdict=verdict))
+        words = say["is_refused" if verdict.startswith("refused") else "served"]
+        print(words.format(verdict=say["verdicts"].get(verdict, verdict)))
 
 
 def _spelled(field: str, family: str, found: dict[str, Any], say: dict[str, Any]) -> str:

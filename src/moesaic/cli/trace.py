@@ -35,7 +35,7 @@ WORDS: dict[str, dict[str, Any]] = {
     },
     "zh": {
         "reading": "正在读取", "no_name": "未命名的模型", "more": "另有 {n} 个",
-        "model": "{model}：{layers} 个 MoE 层，每个 token 选 {k} / {experts} 个专家",
+        "model": "{model}：{layers} 个 MoE 层，每个 token 从 {experts} 个专家中选 {k} 个",
         "text": "{documents}，共 {tokens}", "token": " 个 token", "document": " 个文档", "labels": "（{labels}）",
         "cut": ("文档", "{all} 个文档中有 {cut} 个"),
         "windows": "分成 {n} 个窗口分别读入，每个窗口 {window} 个 token",
@@ -46,7 +46,7 @@ WORDS: dict[str, dict[str, Any]] = {
             "ids": "每个 token 的专家", "picks": "每个 token 的专家与权重",
             "scores": "专家、权重，以及路由器的 logits 与偏置",
         },
-        "unknown_rule": "这里不知道该模型家族的路由规则：可以判断负载，不能推导各步骤。",
+        "unknown_rule": "这里不知道该模型系列的路由规则：可以判断负载，不能推导各步骤。",
         "stats": "负载均衡吗？要紧吗？", "diff": "另一份记录的路由相同吗？",
         "steps": "门控对一个 token 做了什么",
     },

@@ -62,7 +62,7 @@ def some_bias(gate: Gate, *, scale: float = 0.3, shift: float = 0.0) -> Tensor:
     """A correction bias [E]; NotApplicable where the rule has none."""
     bias = random_bias(gate.config, scale=scale, shift=shift)
     if bias is None:
-        raise NotApplicable("it has no correction bias", "它没有校正偏置")
+        raise NotApplicable("it has no correction bias", "它没有选择偏置")
     return bias
 
 

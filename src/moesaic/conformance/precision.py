@@ -220,10 +220,10 @@ def expect_ids(
     if first:
         row, got, expected, margin = first
         raise Fault(
-            f"{how}: other experts than float64 in {wrong} of {judged} rows that rounding cannot excuse; row {row} "
-            f"{short(got)} for {short(expected)}, decided by {margin:.2g}",
-            f"{how}：在舍入无法解释的 {judged} 行中，有 {wrong} 行与 float64 选的专家不同；第 {row} 行 "
-            f"{short(got)}，应为 {short(expected)}，差距 {margin:.2g}",
+            f"{how}: other experts than float64 in {wrong} of the {judged} rows whose choice rounding cannot change; "
+            f"row {row} {short(got)} for {short(expected)}, decided by {margin:.2g}",
+            f"{how}：{judged} 行的选择不受舍入左右，其中 {wrong} 行与 float64 选的专家不同；"
+            f"第 {row} 行 {short(got)}，应为 {short(expected)}，差距 {margin:.2g}",
             row=row, got=got, expected=expected, rows_wrong=wrong, rows_judged=judged,
         )  # fmt: skip
 

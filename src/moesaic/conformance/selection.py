@@ -27,7 +27,7 @@ from moesaic.conformance.verdict import Fault, GateRaised, probe
     name=("experts and weights are the definition's", "专家和权重与定义一致"),
     story=(
         "the model was trained with one rule and is served with another; it still talks, only worse",
-        "模型按一种规则训练、按另一种规则推理；它仍能说话，只是变差了",
+        "模型按一种规则训练、按另一种规则推理；它照样能输出通顺的文字，只是质量变差",
     ),
     advice=("compare with the model's own config, field by field", "与模型自己的配置逐项对照"),
     references=("NVIDIA/Megatron-LM#4168",),
@@ -68,7 +68,7 @@ def bias_shift(gate: Gate) -> None:
         "同一专家在一个 token 里出现两次：该专家算两遍，另一个专家缺席，分发缓冲区溢出",
     ),
     advice=("ids of a row must be distinct for every input", "任何输入下，一行里的编号必须互不相同"),
-    references=("rtp-llm#303",),
+    references=("alibaba/rtp-llm#303",),
     needs_rule=False,
 )
 def distinct(gate: Gate) -> None:

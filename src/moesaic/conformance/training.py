@@ -98,7 +98,7 @@ def slope(logits: list[float], expert: int, chosen: list[int], worth: list[float
     story=(
         "the bias is moved by the optimizer and by the balancing rule at once: the two fight, and the bias ends in the "
         "weights",
-        "偏置同时被优化器和平衡规则修改：两者互相对抗，偏置也随之进入权重",
+        "偏置同时被优化器和均衡规则修改：两者互相对抗，偏置也随之进入权重",
     ),
     advice=("a buffer; use it in the choice alone, detached", "用 buffer；只在选择时使用，且 detach"),
     references=("AI-Hypercomputer/maxtext#2494",),
@@ -223,7 +223,7 @@ def recompute(ready: Ready, reentrant: bool) -> list[Answer]:
     story=(
         "the gate adds to a counter or moves its bias in forward: under activation checkpointing every token counts "
         "twice, under accumulation the bias moves once a micro-batch",
-        "门控在前向里累加计数或更新偏置：激活重计算时每个 token 计两次，梯度累积时每个微批都更新一次偏置",
+        "门控在前向里累加计数或更新偏置：激活重计算时每个 token 计两次，梯度累积时每个微批次都更新一次偏置",
     ),
     advice=("overwrite in forward, add up and step outside", "前向里只覆盖，累加和更新放在外面"),
     references=("pytorch/torchtitan#1304", "pytorch/torchtitan#4148", "NVIDIA-NeMo/Automodel#3247"),

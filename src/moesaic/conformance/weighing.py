@@ -29,7 +29,7 @@ from moesaic.conformance.verdict import Fault, NotApplicable, gate_code, probe
     story=(
         "the biased score is used as the weight: the balancing bias now changes what the layer computes, and the model "
         "degrades as the bias grows",
-        "把带偏置的分数当作权重：平衡用的偏置改变了层的输出，偏置越大模型越差",
+        "把带偏置的分数当作权重：均衡用的偏置改变了层的输出，偏置越大模型越差",
     ),
     advice=("gather the weight from the unbiased scores", "从不带偏置的分数里取权重"),
     references=("vllm-project/vllm#12002",),

@@ -140,7 +140,7 @@ def test_what_if_says_what_changes_and_saves_the_new_record(run, lang):
         "what-if", "a.safetensors", "--k", "2", "--drop", "3,7", "--no-bias", "-o", "b.safetensors", "--lang", lang
     )
     assert result.exit_code == 0, result.output
-    assert {"en": "what if: k = 2, no correction bias, without e3 e7", "zh": "假如：k = 2，去掉修正偏置，去掉 e3 e7"}[
+    assert {"en": "what if: k = 2, no correction bias, without e3 e7", "zh": "假如：k = 2，去掉选择偏置，去掉 e3 e7"}[
         lang
     ] in result.output
     saved = load("b.safetensors")

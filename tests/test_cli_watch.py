@@ -51,7 +51,7 @@ def test_it_speaks_chinese(run, tmp_path):
     assert code == 0
     assert "第 20 步，共 100 步 · 每步 1.0 s · 提前停止" in out
     assert "在随机范围内" in out
-    assert "第 1–20 步没有坍缩，没有死掉的专家" in out
+    assert "第 1–20 步没有坍缩，没有死专家" in out
     assert "       9  解除  a: 有专家从未被选中" in out
 
 

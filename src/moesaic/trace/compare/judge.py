@@ -169,7 +169,7 @@ def _rule_differences(a: Trace, b: Trace) -> tuple[dict[str, str], ...]:
     if a.logits is None or b.logits is None:
         return tuple(out)
     if (a.bias is None) != (b.bias is None):
-        out.append({"en": "a correction bias is recorded in one only", "zh": "只有一方记录了修正偏置"})
+        out.append({"en": "a correction bias is recorded in one only", "zh": "只有一方记录了选择偏置"})
     elif a.bias is not None and b.bias is not None and not torch.equal(a.bias, b.bias):
         shut = a.bias.isneginf() != b.bias.isneginf()  # as a what-if leaves dropped experts
         if shut.any():
@@ -181,7 +181,7 @@ def _rule_differences(a: Trace, b: Trace) -> tuple[dict[str, str], ...]:
             en, zh = (", as much as a cast to 16 bits does", "，即转为 16 位的误差") if cast else ("", "")
             out.append({
                 "en": f"correction biases differ by up to {largest:.3g}{en}",
-                "zh": f"修正偏置最多相差 {largest:.3g}{zh}",
+                "zh": f"选择偏置最多相差 {largest:.3g}{zh}",
             })  # fmt: skip
     return tuple(out)
 

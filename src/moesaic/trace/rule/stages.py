@@ -20,7 +20,7 @@ STAGES = (
     Stage(2, "tokens", "重塑输入", "flatten", "x = hidden_states.view(-1, D)"),
     Stage(3, "logits", "线性变换", "linear", "logits = x @ weight.T"),
     Stage(4, "scores", "激活函数", "score", "scores = sigmoid(logits)"),
-    Stage(5, "biased", "添加修正偏置", "add bias", "choice = scores + bias"),
+    Stage(5, "biased", "添加选择偏置", "add bias", "choice = scores + bias"),
     Stage(6, "grouped", "重塑为组形式", "by group", "choice.view(T, G, E/G)"),
     Stage(7, "group_scores", "每组 Top-2 求和", "group score", "sum(top2(choice))"),
     Stage(8, "groups", "选择组", "pick groups", "topk(group_scores, M)"),
@@ -44,11 +44,11 @@ NO_LOGITS = {
 }
 NO_WEIGHTS = {"zh": "权重未记录", "en": "weights were not recorded"}
 DERIVED = {"zh": "推导得出，未记录", "en": "derived, not recorded"}
-BIAS_NOT_RECORDED = {"zh": "修正偏置未记录", "en": "the correction bias was not recorded"}
+BIAS_NOT_RECORDED = {"zh": "选择偏置未记录", "en": "the correction bias was not recorded"}
 RULE_UNKNOWN = {"zh": "此层的路由规则未知", "en": "the rule of this layer is not known"}
 ONE_GROUP = {"zh": "此模型没有：只有一组", "en": "not in this model: one group"}
 NO_GROUP_RULE = {"zh": "此模型没有：不按组选择", "en": "not in this model: the rule ignores groups"}
-NO_BIAS = {"zh": "此模型没有：没有修正偏置", "en": "not in this model: no correction bias"}
+NO_BIAS = {"zh": "此模型没有：没有选择偏置", "en": "not in this model: no correction bias"}
 NO_NORM = {"zh": "此模型没有：不归一化", "en": "not in this model: not normalised"}
 NO_SCALE = {"zh": "此模型没有：缩放因子为 1", "en": "not in this model: the factor is 1"}
 SCORED_LATER = {

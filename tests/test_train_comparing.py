@@ -34,7 +34,7 @@ def write_run(folder, balance, seed, *, loss=4.0, finished=True, steps=(2, 4), s
         {"step": step, "loss": {d: r.loss for d, r in rep.domains.items()}, "loads": rep.loads, "bias": bias}
         for step, rep in zip(steps, reports, strict=True)
     ]
-    recipe = {"balance": balance, "steps": 4, "evaluate_every": 2, "loss_alpha": 0.01, **recipe}
+    recipe = {"balance": balance, "steps": 4, "evaluate_every": 2, "held_out_windows": 40, "loss_alpha": 0.01} | recipe
     record = {"size": size, "seed": seed, "recipe": recipe, "history": history, "finished": finished}
     record |= {"best_step": steps[-1], "held_out": {domain: {"tokens": 10_000} for domain in DOMAINS}}
     last = reports[-1]
@@ -155,7 +155,9 @@ def test_runs_that_are_not_finished_take_no_part_in_the_spread(folders, tmp_path
     ]
     assert by_balance(runs)[1].seeds == (0, 1, 2)
     assert "not finished, so not in this table: late" in shown(balances_table(runs))
-    assert "late" in shown(runs_table(runs))
+    text = shown(runs_table(runs))
+    assert "late" in text
+    assert "40 held-out windows a domain" in text, "which the numbers below it are not of"
 
 
 @pytest.mark.parametrize(("lang", "words"), [("en", "against none"), ("zh", "相对 none")])

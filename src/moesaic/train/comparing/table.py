@@ -17,9 +17,11 @@ from moesaic.train.comparing.runs import Balance, Run, Spread, by_balance, chanc
 WORDS: dict[str, dict[str, Any]] = {
     "en": {
         "runs": ("run", "balance", "seed", "steps", "loss", "so far", "MaxVio", "so far"),
+        "evaluated": "the last evaluation, on {windows} held-out windows a domain",
         "balances": ("balance", "seeds", "loss", "against {first}", "MaxVio", "dead", "unused", "domain bits"),
         "caption": (
-            "mean ±standard deviation over seeds; held-out text, best evaluation's weights",
+            "mean ±standard deviation over seeds, on all held-out text (dead: on the windows above)",
+            "weights: those of the evaluation whose worst domain beat a Kneser-Ney bigram by most",
             "loss: nats per token, the domains in their shares; against: seed by seed",
             "MaxVio: worst layer{chance}",
             "dead: experts never chosen, all layers; unused: below a tenth of their share",
@@ -31,12 +33,14 @@ WORDS: dict[str, dict[str, Any]] = {
     },
     "zh": {
         "runs": ("运行", "均衡方法", "种子", "步数", "损失", "变化", "MaxVio", "变化"),
-        "balances": ("均衡方法", "种子数", "损失", "相对 {first}", "MaxVio", "死亡专家", "闲置专家", "领域信息"),
+        "evaluated": "最后一次评估，每个领域 {windows} 个留出窗口",
+        "balances": ("均衡方法", "种子数", "损失", "相对 {first}", "MaxVio", "死专家", "闲置专家", "领域信息"),
         "caption": (
-            "各种子的均值 ±标准差；留出集，取评估最好的那次的权重",
+            "各种子的均值 ±标准差，在整个留出集上（死专家：在上表的窗口上）",
+            "权重取自最差领域领先 Kneser-Ney 二元模型最多的那次评估",
             "损失：每 token 的 nat 数，各领域按训练占比加权；相对：同种子逐一相减",
             "MaxVio：最差的一层{chance}",
-            "死亡专家：从未被选中，各层合计；闲置专家：所得不足应得份额的十分之一",
+            "死专家：从未被选中，各层合计；闲置专家：所得不足应得份额的十分之一",
             "领域信息：由专家可知多少比特的 token 领域，各层平均",
         ),
         "chance": "；随机路由时一层为 {low:.2f} 到 {high:.2f}",
@@ -49,8 +53,11 @@ PADDING = (0, 1, 0, 0)  # so that it fits into 80 columns
 
 def runs_table(runs: Sequence[Run], lang: str = "en") -> Table:
     """Every run with its last numbers and how they got there."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=PADDING)
-    for head in words_of(WORDS, lang)["runs"]:
+    words = words_of(WORDS, lang)
+    windows = " / ".join(dict.fromkeys(str(run.setting["held_out_windows"]) for run in runs))
+    caption = words["evaluated"].format(windows=windows)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=PADDING, caption=caption, caption_justify="left")
+    for head in words["runs"]:
         table.add_column(head, no_wrap=True)
     for run, balance in zip(runs, names_of(runs), strict=True):
         loss, vio = run.loss[-1], run.worst_vio[-1]

@@ -85,7 +85,8 @@ def test_specialisation_is_the_information_between_domain_and_expert():
 def test_a_run_is_read_as_it_was_judged(folders):
     run = read_run(folders[4])
     assert (run.name, run.balance, run.seed, run.steps) == ("bias-1", "bias", 1, [2, 4])
-    assert run.setting == {"size": "tiny", "balance": "bias", "steps": 4, "evaluate_every": 2, "loss_alpha": 0.01}
+    recipe = {"balance": "bias", "steps": 4, "evaluate_every": 2, "held_out_windows": 40, "loss_alpha": 0.01}
+    assert run.setting == {"size": "tiny", **recipe}
     loads = np.array([4, 4, 4, 5]) / 17
     np.testing.assert_allclose(run.loads[LAYERS[0]][1], loads)
     np.testing.assert_allclose(run.max_vio[LAYERS[0]], [1 / 3, 4 * 5 / 17 - 1])

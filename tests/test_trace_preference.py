@@ -1,5 +1,7 @@
+import dataclasses
 import json
 import time
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -7,7 +9,7 @@ import torch
 from cases import v3
 
 from moesaic.trace.statistics import preference
-from moesaic.trace.statistics.preference import domain_preference, sequence_loads
+from moesaic.trace.statistics.preference import Untestable, domain_preference, sequence_loads
 from moesaic.trace.store import Trace
 from moesaic.types import Routing
 
@@ -26,14 +28,12 @@ def made(n_layers=2, n_sequences=40, length=60, own=0.7, lift=0.0, labels=None) 
     return Trace.from_routings(routings, CONFIG, sequences=sequences, labels=labels)
 
 
-def test_loads_by_sequence_add_up_to_the_load():
+def test_loads_by_document_add_up_to_the_load():
     trace = made(3, 5, 7)
-    loads, tokens = sequence_loads(trace, 5)
-    assert tokens.tolist() == [7] * 5
-    assert (loads.reshape(5, 3, 32).sum(-1) == 28).all()
     for layer in range(3):
-        everything = np.bincount(trace.picks[layer].flatten(), minlength=32)
-        assert loads.reshape(5, 3, 32).sum(0)[layer].tolist() == everything.tolist()
+        loads = sequence_loads(trace, layer, trace.sequences.numpy())
+        assert loads.sum(-1).tolist() == [28] * 5
+        assert loads.sum(0).tolist() == np.bincount(trace.picks[layer].flatten(), minlength=32).tolist()
 
 
 def test_sequences_with_habits_but_without_domains_give_no_findings():
@@ -84,10 +84,10 @@ def test_what_was_found_reads_back_as_plain_numbers():
 
 
 def test_lift_is_the_rate_in_the_domain_over_the_rate_in_all_text():
-    ids = torch.tensor([[0, 1, 2, 3]] * 6 + [[0, 4, 5, 6]] * 6)
+    ids = torch.tensor([[0, 1, 2, 3]] * 8 + [[0, 4, 5, 6]] * 8)
     trace = Trace.from_routings(
-        {"a": Routing(None, torch.ones(12, 4), ids)}, CONFIG,
-        sequences=torch.arange(6).repeat_interleave(2), labels=("x", "x", "x", "y", "y", "y"),
+        {"a": Routing(None, torch.ones(16, 4), ids)}, CONFIG,
+        sequences=torch.arange(8).repeat_interleave(2), labels=("x",) * 4 + ("y",) * 4,
     )  # fmt: skip
     found = domain_preference(trace)
     assert found.lift[0, 1] == pytest.approx(2.0)
@@ -96,7 +96,7 @@ def test_lift_is_the_rate_in_the_domain_over_the_rate_in_all_text():
     assert found.p_value[0, 0] == 1.0  # always used, so nowhere more
     assert np.isnan(found.lift[0, 31])
     assert found.p_value[0, 31] == 1.0  # never used
-    assert found.p_value[0, 1] > 0.05  # three sequences a domain are too few to tell
+    assert found.p_value[0, 1] == pytest.approx(2 / 70, abs=0.015)  # with x for y the statistic is the same
 
 
 def test_sequences_of_different_length_are_compared_by_rate():
@@ -130,11 +130,49 @@ def test_a_test_in_pieces_is_the_test_in_one(monkeypatch):
     assert whole.lift == pytest.approx(pieces.lift, rel=1e-5)
 
 
-def test_the_least_number_of_sequences_that_can_be_tested_is():
-    """Six sequences, three a domain, can be labelled in 20 ways, so a p-value of 0.05 is within reach."""
-    domain_preference(made(1, 6, 5), ["a", "b"] * 3, permutations=20)
-    with pytest.raises(ValueError, match="5 documents in 2 domains can be labelled in 10 ways only"):
-        domain_preference(made(1, 5, 5), ["a", "b", "a", "b", "a"], permutations=20)
+@pytest.mark.parametrize(
+    ("labels", "n_domains", "least"),
+    [
+        ("abab", 2, "0.33"),
+        ("ababab", 2, "0.1"),  # 20 labellings, but with all a for b, and all b for a, the statistic is the same
+        ("aabbcc", 3, "0.2"),
+        ("a" + "b" * 19, 2, "0.05"),  # in the mean, and below it for half of all seeds
+        ("abcdefghijklmnopqrst", 20, "1"),  # as of files with a label each
+    ],
+)
+def test_documents_that_cannot_give_a_small_p_are_refused(labels, n_domains, least):
+    n = len(labels)
+    message = f"no preference among {n} documents in {n_domains} domains could have a p-value below {least}: give more"
+    with pytest.raises(Untestable, match=message) as no:
+        domain_preference(made(1, n, 5), labels, permutations=20)
+    assert f"{n} 个文档分属 {n_domains} 个领域，任何偏好的 p 值都不会低于 {least}：" in no.value.words["zh"]
+
+
+@pytest.mark.parametrize("labels", ["aaabbbb", "aabbccc", "a" + "b" * 24])
+def test_the_fewest_documents_that_are_tested_can_be_significant(labels):
+    """Four experts for the last domain and four for all the others: nothing could be clearer."""
+    own = torch.tensor([4 * (label == labels[-1]) for label in labels])
+    ids = (own[:, None] + torch.arange(4)).repeat_interleave(9, 0)
+    trace = Trace.from_routings(
+        {"a": Routing(None, torch.ones(ids.shape), ids)},
+        CONFIG,
+        sequences=torch.arange(len(labels)).repeat_interleave(9),
+    )
+    p = [domain_preference(trace, labels, seed=seed).p_value.min() for seed in range(5)]
+    assert np.mean(p) < 0.05
+
+
+def test_memory_grows_neither_with_documents_times_domains_nor_with_labels_that_have_no_tokens(monkeypatch):
+    """600 documents of 150 domains, the last of a million sequences: members of domains in 201 shuffles are 72 MB."""
+    monkeypatch.setattr(preference, "CELLS", 300_000)
+    trace = made(1, 600, 2)
+    trace = dataclasses.replace(trace, sequences=trace.sequences + 999_400, labels=None)
+    labels = tuple(map(str, np.arange(1_000_000) % 150))
+    tracemalloc.start()
+    domain_preference(trace, labels, permutations=200)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 20e6
 
 
 def test_what_cannot_be_tested_is_refused():
@@ -143,7 +181,9 @@ def test_what_cannot_be_tested_is_refused():
         domain_preference(trace, ["a", "b", "a"])
     with pytest.raises(ValueError, match="1 domain with tokens: a preference needs at least two"):
         domain_preference(trace, ["a"] * 4)
-    with pytest.raises(ValueError, match="4 documents in 2 domains can be labelled in 6 ways only, so that no pref"):
+    with pytest.raises(
+        ValueError, match=r"no preference among 4 documents in 2 domains could have a p-value below 0\.33"
+    ):
         domain_preference(trace, ["a", "a", "b", "b"])
     with pytest.raises(ValueError, match="permutations=0 gives no p-value: use 1000"):
         domain_preference(made(1, 8, 5), permutations=0)

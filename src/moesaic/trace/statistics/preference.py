@@ -13,7 +13,7 @@ from moesaic.trace.shown import counted
 from moesaic.trace.store import Trace
 
 LEVEL = 0.05  # the level that a preference must be able to reach
-CELLS = 8_000_000  # rates of shuffles, domains and experts held at once: 32 MB
+CELLS = 8_000_000  # numbers of one kind held at once: 32 MB
 
 
 class Untestable(ValueError):
@@ -66,83 +66,96 @@ def domain_preference(
     """Test which experts are used more in one domain than in others.
 
     `labels` name the domain of every sequence; those of the trace unless given. The unit of the test is the document,
-    a sequence of the trace: tokens of one text are alike and would make anything significant. Labels are shuffled over
-    documents; each pair's
-    excess rate is put in units of its own spread over the shuffles, and the largest of all pairs in each shuffle is
-    the yardstick (max-statistic of Westfall and Young, which bounds the chance of any false finding).
+    a sequence of the trace with tokens: tokens of one text are alike and would make anything significant. Labels are
+    shuffled over documents; each pair's excess rate is put in units of its own spread over shuffles, and the largest
+    of all pairs in each shuffle is the yardstick (max-statistic of Westfall and Young, which bounds the chance of any
+    false finding).
 
     Raises ValueError where there is not one label a sequence or a token has an expert twice; Untestable where fewer
-    than two domains have tokens, or so few sequences that no shuffle could be significant.
+    than two domains have tokens, or so few documents that no preference could be significant.
     """
     check_trace(trace)
     names = _labels_of(trace, labels)
     check_distinct(trace)
     if permutations < 1:
         raise ValueError(f"permutations={permutations} gives no p-value: use 1000, say")
-    counts, n_tokens = sequence_loads(trace, len(names))  # [N, L*E], [N]
-    counts, n_tokens, names = counts[n_tokens > 0], n_tokens[n_tokens > 0], _kept(names, n_tokens > 0)
-    domains = tuple(dict.fromkeys(names))
-    if len(domains) < 2:
-        n = len(domains)
+    sequences, document = np.unique(trace.sequences.numpy(), return_inverse=True)  # a document is one with tokens
+    names = [names[sequence] for sequence in sequences.tolist()]
+    place = {name: i for i, name in enumerate(dict.fromkeys(names))}
+    if len(place) < 2:
+        n = len(place)
         raise Untestable(
             f"{counted(n, 'domain')} with tokens: a preference needs at least two",
             f"有 token 的领域只有 {n} 个，至少要两个才谈得上偏好",
         )
-    label = np.array([domains.index(name) for name in names])
-    _check_documents(label, len(domains))
+    label = np.array([place[name] for name in names], np.min_scalar_type(len(place)))
+    _check_documents(label)
     rng = np.random.default_rng(seed)
     shuffled = np.stack([label, *(rng.permutation(label) for _ in range(permutations))])
-    member = (shuffled[:, None, :] == np.arange(len(domains))[:, None]).astype(np.float32)  # [P+1, domains, N]
-    member /= (member @ n_tokens.astype(np.float32))[..., None]  # a product with counts is then a rate
-    overall = counts.sum(0) / n_tokens.sum()
-    best, observed, rate, largest = _strongest(counts, overall, member)
-    reached = permutations - np.searchsorted(np.sort(largest), observed - 1e-6, side="left")
-    shape = (trace.n_layers, trace.n_experts)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        lift = rate / overall
+    n_tokens = np.bincount(document)
+    layers = [
+        _strongest(sequence_loads(trace, layer, document), n_tokens, shuffled, len(place))
+        for layer in range(trace.n_layers)
+    ]
+    best, observed, lift, largest = (np.stack(found) for found in zip(*layers, strict=True))
+    reached = permutations - np.searchsorted(np.sort(largest.max(0)), observed - 1e-6, side="left")
     return Preferences(
-        domains=domains,
-        domain=best.reshape(shape),
-        lift=lift.astype(float).reshape(shape),
-        p_value=((1 + reached) / (1 + permutations)).reshape(shape),
+        domains=tuple(place),
+        domain=best,
+        lift=lift,
+        p_value=(1 + reached) / (1 + permutations),
         permutations=permutations,
         documents=tuple(np.bincount(label).tolist()),
     )
 
 
 def _strongest(
-    counts: np.ndarray, overall: np.ndarray, member: np.ndarray
+    counts: np.ndarray, n_tokens: np.ndarray, shuffled: np.ndarray, n_domains: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """For every pair (layer, expert): its best domain, by how many of its own spreads it is used more there, and its
-    rate there; and the largest number of spreads of any pair in each shuffle, the first of which is no shuffle."""
-    step = max(CELLS // (member.shape[0] * member.shape[1]), 1)
-    best, observed = np.zeros(len(overall), np.int64), np.zeros(len(overall), np.float32)
-    rate, largest = np.zeros(len(overall), np.float32), np.full(len(member) - 1, -np.inf, np.float32)
+    """For every expert of a layer: its best domain, by how many of its own spreads it is used more there, and its rate
+    there over that in all text; and the largest number of spreads of any expert in each shuffle.
+
+    counts: of each document and expert, [N, E]. shuffled: the domain of each document, [P+1, N]; first the true one.
+    """
+    n_shuffled, n_documents = shuffled.shape
+    step = max(CELLS // (n_shuffled * n_domains), 1)
+    rows = max(CELLS // (n_documents * n_domains), 1)
+    overall = counts.sum(0) / n_tokens.sum()
+    best, lift = np.zeros(len(overall), np.int64), np.zeros(len(overall))
+    observed = np.zeros(len(overall), np.float32)
+    largest = np.full(n_shuffled - 1, -np.inf, np.float32)
     for start in range(0, len(overall), step):
         here = slice(start, start + step)
-        excess = member @ counts[:, here].astype(np.float32)  # [P+1, domains, step]
-        own = excess[0].copy()
-        excess -= overall[here].astype(np.float32)
+        columns = np.column_stack([counts[:, here], n_tokens]).astype(np.float32)
+        rates = np.concatenate(
+            [_rates(shuffled[at : at + rows], n_domains, columns) for at in range(0, n_shuffled, rows)]
+        )  # [P+1, domains, step]
+        excess = rates - overall[here].astype(np.float32)
         spread = excess[1:].std(0)
         used = spread > 1e-9  # an expert that is never, or always, used prefers nothing
         z = np.divide(excess, spread, out=np.zeros_like(excess), where=used)
         best[here] = z[0].argmax(0)
         observed[here] = z[0].max(0)
-        rate[here] = np.take_along_axis(own, best[None, here], 0)[0]
+        with np.errstate(divide="ignore", invalid="ignore"):
+            lift[here] = np.take_along_axis(rates[0], best[None, here], 0)[0] / overall[here]
         largest = np.maximum(largest, z[1:].max(axis=(1, 2)))
-    return best, observed, rate, largest
+    return best, observed, lift, largest
 
 
-def sequence_loads(trace: Trace, n_sequences: int) -> tuple[np.ndarray, np.ndarray]:
-    """Assignments of every sequence to every (layer, expert), int64 [N, L*E], and tokens of every sequence, [N]."""
-    n_layers, e = trace.n_layers, trace.n_experts
-    sequence = trace.sequences.numpy()
-    counts = np.empty((n_sequences, n_layers, e), np.int64)
-    for layer in range(n_layers):
-        cell = sequence[:, None] * (e + 1) + trace.picks[layer].numpy()
-        here = np.bincount(cell.ravel(), minlength=n_sequences * (e + 1))
-        counts[:, layer] = here.reshape(n_sequences, e + 1)[:, :e]  # the last column is the id E, "no expert"
-    return counts.reshape(n_sequences, n_layers * e), np.bincount(sequence, minlength=n_sequences)
+def _rates(labels: np.ndarray, n_domains: int, columns: np.ndarray) -> np.ndarray:
+    """Assignments per token of every domain, [shuffles, domains, experts]; the last of the columns [N, experts + 1] is
+    the tokens of each document."""
+    member = (labels[:, None, :] == np.arange(n_domains)[:, None]).astype(np.float32)
+    sums = member @ columns
+    return sums[..., :-1] / sums[..., -1:]
+
+
+def sequence_loads(trace: Trace, layer: int, document: np.ndarray) -> np.ndarray:
+    """Assignments of every document to every expert of a layer, int64 [N, E]. document: of every token, [T]."""
+    e, n_documents = trace.n_experts, int(document.max(initial=-1)) + 1
+    cell = document[:, None] * (e + 1) + trace.picks[layer].numpy()
+    counts = np.bincount(cell.ravel(), minlength=n_documents * (e + 1))
+    return counts.reshape(n_documents, e + 1)[:, :e]  # the last column is the id E, "no expert"
 
 
 def _labels_of(trace: Trace, labels: Sequence[str] | None) -> tuple[str, ...]:
@@ -154,18 +167,22 @@ def _labels_of(trace: Trace, labels: Sequence[str] | None) -> tuple[str, ...]:
     return names
 
 
-def _check_documents(label: np.ndarray, n_domains: int) -> None:
-    """Refuse what cannot come out significant: labels that can be dealt to the documents in few ways only."""
-    sizes = np.bincount(label, minlength=n_domains)
-    ways = math.exp(min(math.lgamma(len(label) + 1) - sum(math.lgamma(size + 1) for size in sizes.tolist()), 50.0))
-    if ways < 1 / LEVEL:
+def _check_documents(label: np.ndarray) -> None:
+    """Refuse what cannot come out significant.
+
+    A preference for a domain is that for its documents. Every shuffle that deals these to it, or to another domain of
+    as many, has the same preference: of `binom(documents, those of the domain)` equally likely draws, one each.
+    """
+    sizes, alike = np.unique(np.bincount(label), return_counts=True)
+    n = len(label)
+    log_ways = [math.lgamma(n + 1) - math.lgamma(size + 1) - math.lgamma(n - size + 1) for size in sizes.tolist()]
+    least = min(
+        domains / round(math.exp(min(log, 50.0))) for domains, log in zip(alike.tolist(), log_ways, strict=True)
+    )
+    if least >= LEVEL:
+        d = int(alike.sum())
         raise Untestable(
-            f"{len(label)} documents in {n_domains} domains can be labelled in {ways:.0f} ways only, so that no "
-            f"preference could have a p-value below {LEVEL}: give more documents, four a domain, say",
-            f"{len(label)} 个文档分属 {n_domains} 个领域，只有 {ways:.0f} 种贴标签的方式，任何偏好的 p 值都到不了 "
-            f"{LEVEL} 以下：请给更多文档，例如每个领域四个",
+            f"no preference among {counted(n, 'document')} in {counted(d, 'domain')} could have a p-value below "
+            f"{least:.2g}: give more documents, four a domain, say",
+            f"{n} 个文档分属 {d} 个领域，任何偏好的 p 值都不会低于 {least:.2g}：请给更多文档，例如每个领域四个",
         )
-
-
-def _kept(names: Sequence[str], keep: np.ndarray) -> tuple[str, ...]:
-    return tuple(name for name, kept in zip(names, keep, strict=True) if kept)

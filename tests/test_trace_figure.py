@@ -193,6 +193,20 @@ def test_nan_weights_do_not_stop_the_figure():
     assert sum(patch.get_height() for patch in routing_figure(trace).axes[1].patches) == 36
 
 
+def test_weights_of_slots_without_an_expert_are_neither_drawn_nor_averaged():
+    trace = traced(v3(32, 4, 2, 4), 400)
+    trace.picks[0, :, -1], trace.weights[0, :, -1] = 32, 7.0
+    trace.picks[0, 300:], trace.weights[0, 300:] = 32, torch.nan
+    _, weights, _, flow, _ = routing_figure(trace, lang="en").axes
+    assert sum(patch.get_height() for patch in weights.patches) == 900
+    assert weights.get_xlim()[1] < 3
+    assert weights.lines[0].get_xdata()[0] == pytest.approx(trace.weights[0, :300, :3].mean())
+    total = trace.weights[0, :300, :3].sum(-1).mean()
+    assert f"[400, 4]\nsum = {total:.4g}" in texts(flow)
+    trace.picks[:] = 32
+    assert "no data" in texts(routing_figure(trace, lang="en").axes[3])
+
+
 def test_load_is_drawn_for_every_layer_over_its_chance_band():
     trace = traced(v3(32, 4, 2, 4), 400, 5)
     fig = load_figure(trace, lang="en")

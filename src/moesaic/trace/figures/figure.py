@@ -160,8 +160,8 @@ def _draw_usage(axis: "Axes", report: LayerReport, labels: dict[str, Any]) -> No
 
 
 def _draw_weights(axis: "Axes", trace: Trace, layer: int, labels: dict[str, Any]) -> None:
-    weights = trace.layer(layer).weights.numpy().ravel()
-    weights = weights[np.isfinite(weights)]
+    weights, chosen = _chosen_weights(trace, layer)
+    weights = weights[chosen & np.isfinite(weights)]
     axis.hist(weights, bins=30, alpha=0.7, color="skyblue", edgecolor="black")
     if len(weights):
         mean = weights.mean()
@@ -171,6 +171,13 @@ def _draw_weights(axis: "Axes", trace: Trace, layer: int, labels: dict[str, Any]
     axis.set_xlabel(labels["weights_x"])
     axis.set_ylabel(labels["weights_y"])
     axis.grid(True, alpha=0.3)
+
+
+def _chosen_weights(trace: Trace, layer: int) -> tuple[np.ndarray, np.ndarray]:
+    """Weights of a layer, [T, K], and which of them are of an expert: that of the id E is 0, whatever it was."""
+    routing = trace.layer(layer)
+    chosen = (routing.expert_ids < trace.n_experts).numpy()
+    return np.where(chosen, routing.weights.numpy(), 0.0), chosen
 
 
 def _draw_groups(axis: "Axes", trace: Trace, layer: int, labels: dict[str, Any]) -> None:
@@ -247,13 +254,14 @@ def _draw_flow(axis: "Axes", report: LayerReport, trace: Trace, layer: int, labe
     axis.axis("off")
     axis.set_title(labels["flow"])
     c, t = report.config, len(trace)
-    total = float(trace.layer(layer).weights.sum(-1).mean()) if t else math.nan
+    weights, chosen = _chosen_weights(trace, layer)
+    total = float(weights.sum(-1)[chosen.any(-1)].mean()) if chosen.any() else None
     facts = (
         f"[{t}, {c.hidden_size}]",
         f"[{t}, {c.n_routed_experts}]\n{c.scoring_func}",
         labels["keep"].format(g=c.n_group, m=c.topk_group) if c.n_group > 1 else labels["free"],
         labels["pick"].format(e=c.n_routed_experts, k=c.num_experts_per_tok),
-        f"[{t}, {c.num_experts_per_tok}]\n{labels['sum'].format(s=total)}" if t else labels["no_data"],
+        f"[{t}, {c.num_experts_per_tok}]\n{labels['sum'].format(s=total)}" if total is not None else labels["no_data"],
     )
     y = 6
     for x, text, color, fact in zip((1, 3, 5, 7, 9), labels["boxes"], FLOW_COLORS, facts, strict=True):

@@ -199,10 +199,12 @@ def test_slots_without_an_expert_are_said_and_counted_nowhere_else():
 
 def test_a_rule_that_keeps_fewer_groups_than_are_reached_is_seen():
     trace = scored()
-    wide = dataclasses.replace(trace, picks=torch.tensor([0, 8, 16, 24]).expand(2, 300, 4).to(torch.int16))
+    wide = dataclasses.replace(trace, picks=torch.tensor([0, 8, 16, 24]).repeat(2, 300, 1).to(torch.int16))
     assert stats(wide).values["over_limit"].tolist() == [1.0, 1.0]
     assert stats(trace).values["over_limit"].tolist() == [0.0, 0.0]
     assert stats(trace).values["groups_kept"].tolist() == [2.0, 2.0]
+    wide.picks[:, ::2] = 32  # tokens without an expert reach none
+    assert stats(wide).values["over_limit"].tolist() == [1.0, 1.0]
 
 
 @pytest.mark.parametrize("method", ["unknown", "balanced", "greedy"])

@@ -140,8 +140,8 @@ def layer_measures(
         measures["groups_kept"] = Measure(float(config.topk_group), None, "fact") if limited else NO_DATA
         measures["groups_reached"] = mean(groups, lambda: random_tokens(config)["groups_reached"])
         if limited:
-            over = float((groups > config.topk_group).mean()) if load.sum() else math.nan
-            measures["over_limit"] = Measure(over, None, "fact")
+            over = (groups if routed is None else groups[routed]) > config.topk_group
+            measures["over_limit"] = Measure(float(over.mean()), None, "fact") if load.sum() else NO_DATA
     if placement is not None:
         nodes = distinct_places(picks, placement)
         measures["nodes"] = mean(nodes, lambda: distinct_places(random_picks(config), placement))

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -64,6 +65,18 @@ def test_pairs_are_counted_as_a_loop_counts_them(codes, monkeypatch):
     assert counts.weighted == pytest.approx((per_document * share[:, None]).sum(0))
 
 
+def test_memory_does_not_grow_with_the_pairs_of_one_document(monkeypatch):
+    """100,000 tokens of one document have 600,000 pairs: 4.8 MB as codes, and twice that to sort them."""
+    monkeypatch.setattr(coselection_module, "CODES", 12_000)
+    trace = traced(random_picks(CONFIG, 1, 100_000))
+    documents, picks = Documents.of(trace), trace.picks[0].numpy()
+    tracemalloc.start()
+    count_pairs(picks, 32, documents)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1e6
+
+
 @pytest.mark.parametrize("config", [CONFIG, v3(12, 1, 1, 5), v3(64, 8, 3, 6)], ids=["32", "12", "64"])
 def test_the_rate_of_pairs_is_that_of_random_routing(config):
     picks = random_picks(config, 60_000)
@@ -118,6 +131,10 @@ def test_what_has_no_pairs_is_said():
     assert coselection(traced(torch.zeros(1, 0, 4))).pairs == ()
     with pytest.raises(ValueError, match="num_experts_per_tok=1 leaves no pairs"):
         coselection(traced(random_picks(v3(8, 1, 1, 1), 1, 9), v3(8, 1, 1, 1)))
+    with pytest.raises(
+        ValueError, match="n_routed_experts=8192 has too many pairs to count: co-selection takes 4096 at"
+    ):
+        coselection(traced(random_picks(v3(8192, 1, 1, 4), 1, 9), v3(8192, 1, 1, 4)))
     with pytest.raises(ValueError, match="alpha=2"):
         coselection(none if isinstance(none, Trace) else traced(random_picks(CONFIG, 1, 9)), alpha=2)
 

@@ -1,6 +1,7 @@
 """Pairs of experts that are chosen together more often than the rule and their loads explain."""
 
 import itertools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -18,6 +19,7 @@ from moesaic.trace.store import Trace
 
 TOGETHER = 1.5  # times what chance gives: below that, keeping the two on one node saves next to nothing
 CODES = 2_000_000  # pairs held at once: 16 MB, and twice that while they are sorted
+MOST_EXPERTS = 4096  # a dozen tables of all pairs are held, 134 MB each; no released layer has more than 2048
 
 
 class Pair(NamedTuple):
@@ -55,12 +57,16 @@ def coselection(trace: Trace, *, alpha: float = 0.05) -> Coselection:
     Chance is the rule's own rate for two experts (of one group, or of two) times both loads, scaled to the number of
     pairs that there are of these groups. A pair is found where chance gives so many in any pair of any layer with
     probability `alpha` at most (binomial tail in clumps of documents, Bonferroni). Experts that prefer the same domain
-    are chosen together too, and are found. Memory does not grow with the tokens.
+    are chosen together too, and are found. Pairs are counted piece by piece, so memory does not grow with their number.
     """
     check_trace(trace)
     check_level(alpha)
     if trace.top_k < 2:
         raise ValueError("num_experts_per_tok=1 leaves no pairs: co-selection needs two experts a token at least")
+    if trace.n_experts > MOST_EXPERTS:
+        raise ValueError(
+            f"n_routed_experts={trace.n_experts} has too many pairs to count: co-selection takes {MOST_EXPERTS} at most"
+        )
     check_distinct(trace)
     documents, e = Documents.of(trace), trace.n_experts
     tests = trace.n_layers * e * (e - 1) // 2
@@ -84,26 +90,31 @@ class PairCounts(NamedTuple):
 
 
 def count_pairs(picks: np.ndarray, n_experts: int, documents: Documents) -> PairCounts:
-    """Count pairs of one layer's picks [T, K], a range of documents at a time; the id E makes none."""
-    cells = n_experts * n_experts
+    """Count pairs of one layer's picks [T, K], documents or a piece of a long one at a time; the id E makes none."""
+    cells, k = n_experts * n_experts, picks.shape[1]
     together, squares, weighted = np.zeros(cells), np.zeros(cells), np.zeros(cells)
     picks = documents.sorted(picks)
     lengths = np.diff(documents.starts)
-    for start, stop in _ranges(documents, picks.shape[1]):
-        rows = picks[documents.starts[start] : documents.starts[stop]].astype(np.int64)
-        owner = np.repeat(np.arange(start, stop), lengths[start:stop])
-        codes = [owner[ok] * cells + code for code, ok in _codes(rows, n_experts)]
-        keys, counts = np.unique(np.concatenate(codes), return_counts=True)
-        pair, document = keys % cells, keys // cells
+    most = max(CODES * 2 // (k * (k - 1)), 1)  # tokens
+    for start, stop in _ranges(documents, most):
+        rows = picks[documents.starts[start] : documents.starts[stop]]
+        if stop - start == 1:
+            pieces = (rows[at : at + most] for at in range(0, len(rows), most))
+            counts = sum((np.bincount(_codes(piece, n_experts), minlength=cells) for piece in pieces), np.zeros(cells))
+            pair, length = np.arange(cells), lengths[start]
+        else:
+            owner = np.repeat(np.arange(start, stop), lengths[start:stop])
+            keys, counts = np.unique(_codes(rows, n_experts, owner), return_counts=True)
+            pair, length = keys % cells, lengths[keys // cells]
         together += np.bincount(pair, counts, cells)
         squares += np.bincount(pair, counts.astype(float) ** 2, cells)
-        weighted += np.bincount(pair, counts * lengths[document] / max(len(picks), 1), cells)
+        weighted += np.bincount(pair, counts * length / max(len(picks), 1), cells)
     return PairCounts(together, squares, weighted)
 
 
-def _ranges(documents: Documents, k: int) -> Iterator[tuple[int, int]]:
-    """Ranges of documents with CODES pairs at most, or one document."""
-    most, start, n = max(CODES * 2 // (k * (k - 1)), 1), 0, len(documents)
+def _ranges(documents: Documents, most: int) -> Iterator[tuple[int, int]]:
+    """Ranges of documents with `most` tokens at most, or one document."""
+    start, n = 0, len(documents)
     while start < n:
         stop = int(np.searchsorted(documents.starts, documents.starts[start] + most, side="right")) - 1
         stop = min(max(stop, start + 1), n)
@@ -111,11 +122,15 @@ def _ranges(documents: Documents, k: int) -> Iterator[tuple[int, int]]:
         start = stop
 
 
-def _codes(rows: np.ndarray, n_experts: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    for i, j in itertools.combinations(range(rows.shape[1]), 2):
+def _codes(rows: np.ndarray, n_experts: int, owner: np.ndarray | int = 0) -> np.ndarray:
+    """owner * E*E + first * E + second, int64, of every pair of experts in rows [T, K]; owner: a number of each row."""
+    rows = rows.astype(np.int64)
+    code = np.empty((math.comb(rows.shape[1], 2), len(rows)), np.int64)
+    for place, (i, j) in enumerate(itertools.combinations(range(rows.shape[1]), 2)):
         first, second = np.minimum(rows[:, i], rows[:, j]), np.maximum(rows[:, i], rows[:, j])
         ok = (second < n_experts) & (first != second)
-        yield (first * n_experts + second)[ok], ok
+        code[place] = np.where(ok, (owner * n_experts + first) * n_experts + second, -1)
+    return code[code >= 0]
 
 
 def pair_rates(config: MoEConfig) -> np.ndarray:
@@ -131,7 +146,9 @@ def _pairs_of(
     trace: Trace, layer: int, documents: Documents, by_documents: bool, tests: int, alpha: float
 ) -> list[Pair]:
     e, picks = trace.n_experts, trace.picks[layer].numpy()
-    load = np.bincount(picks.ravel(), minlength=e + 1)[:e].astype(float)
+    slots = picks.ravel()
+    pieces = (slots[at : at + CODES] for at in range(0, len(slots), CODES))
+    load = sum((np.bincount(piece, minlength=e + 1) for piece in pieces), np.zeros(e + 1))[:e]
     n_tokens = len(picks)
     if not load.sum():
         return []

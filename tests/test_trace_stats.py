@@ -1,5 +1,6 @@
 import dataclasses
 import time
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -142,12 +143,55 @@ def test_random_routing_leaves_the_band_one_time_in_ten(config):
 
 
 def test_a_band_for_many_tokens_or_experts_takes_no_time():
-    for config, n_tokens in ((ARTICLE, 256), (v3(32, 4, 2, 4), 10_000), (ARTICLE, 1_000_000)):
+    for config, n_tokens in ((ARTICLE, 256), (v3(32, 4, 2, 4), 10_000), (ARTICLE, 1_000_000), (v3(8, 1, 1, 2), 2**29)):
         chance._bands.cache_clear()
         chance._routed_pool.cache_clear()
         start = time.perf_counter()
         chance_bands(config, n_tokens)
         assert time.perf_counter() - start < 2.0  # 0.25 s measured on a free core; room for a busy machine
+
+
+def peak_of(call) -> int:
+    tracemalloc.start()
+    call()
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    return peak
+
+
+def test_a_band_for_half_a_billion_tokens_is_that_of_fewer_made_narrow():
+    many = v3(8, 1, 1, 2)
+    band, fewer = chance_bands(many, 2**29)["cv"], chance_bands(many, 2**15)["cv"]
+    assert band.mean * 2**7 == pytest.approx(fewer.mean, rel=0.05)
+    assert band.high * 2**7 == pytest.approx(fewer.high, rel=0.05)
+
+
+@pytest.mark.parametrize(("n", "p"), [(5, 0.3), (300, 0.01), (40_000, 0.125), (40_000, 0.99)])
+def test_quantiles_of_the_binomial_are_those_of_a_sum(n, p):
+    x = torch.arange(n + 1, dtype=torch.float64)
+    ways = torch.lgamma(torch.tensor(n + 1.0, dtype=torch.float64)) - torch.lgamma(x + 1) - torch.lgamma(n - x + 1)
+    cdf = (ways + x * np.log(p) + (n - x) * np.log1p(-p)).exp().cumsum(0).numpy()
+    asked = np.array([1e-12, 1e-3, 0.05, 0.5, 0.95, 1 - 1e-9])
+    assert chance._binomial_quantiles(n, p, asked).tolist() == np.searchsorted(cdf, asked).tolist()
+
+
+def test_memory_does_not_grow_with_experts_times_runs(monkeypatch):
+    wide = v3(4096, 512, 16, 16)
+    monkeypatch.setattr(chance, "POOL", 512)
+    monkeypatch.setattr(chance, "RUNS", 400)
+    found, pools = [], []
+    for cells in (10_000_000, 100_000):  # all runs at once: 13 MB for each of half a dozen arrays
+        monkeypatch.setattr(chance, "CELLS", cells)
+        chance._bands.cache_clear()
+        chance._routed_pool.cache_clear()
+        peak = peak_of(lambda: found.append(chance_bands(wide, 30_000)))
+        pools.append(chance.random_picks(wide))
+    chance._bands.cache_clear()
+    chance._routed_pool.cache_clear()
+    assert peak < 30e6
+    assert np.array_equal(*pools)
+    for name in ("cv", "max_vio", "entropy", "groups_reached"):
+        assert found[1][name].mean == pytest.approx(found[0][name].mean, rel=0.02)
 
 
 def test_bands_are_the_same_every_time():

@@ -18,6 +18,7 @@ from moesaic.trace.chance.placement import distinct_places
 
 POOL = 8192  # tokens routed by random scores; enough to know co-occurrence within 1 %
 RUNS = 2000  # random runs behind a band: the 5 % quantile then lies at 5 ± 0.5 %
+CELLS = 2_000_000  # scores, or loads of runs, held at once: 16 MB of float64; up to 1000 experts all runs at once
 EXACT_DRAWS = 5_000_000  # assignments drawn one by one, about 0.2 s; beyond, counts come from a Gaussian copula
 
 
@@ -93,9 +94,7 @@ def bands_between(
     }
     e, missed = config.n_routed_experts, (1 - config.num_experts_per_tok / config.n_routed_experts) ** n_tokens
     if 0 < missed < 1:
-        cdf = _binomial_cdf(e, missed)
-        ends_of = np.minimum(np.searchsorted(cdf, (0.05, 0.95, 0.999)), e).astype(float)
-        between["dead"] = Band(e * missed, *map(float, ends_of))
+        between["dead"] = Band(e * missed, *map(float, _binomial_quantiles(e, missed, np.array([0.05, 0.95, 0.999]))))
     return between
 
 
@@ -159,14 +158,15 @@ def copula_loads(pool: np.ndarray, config: MoEConfig, n_tokens: int, runs: int, 
     z = place * np.sqrt(inside) + whole * np.sqrt(max(groups, 0.0) / n)
     z /= np.sqrt(p * (1 - p))
     chance = torch.special.ndtr(torch.from_numpy(z.reshape(runs, e))).numpy()
-    return np.searchsorted(_binomial_cdf(n_tokens, p), chance)
+    return _binomial_quantiles(n_tokens, p, chance)
 
 
 def pair_chances(pool: np.ndarray, config: MoEConfig) -> tuple[float, float]:
     """P(a token chooses both of two given experts), of one block (see `block_size`) and of two, from its pool."""
     e, k, n = config.n_routed_experts, config.num_experts_per_tok, block_size(config)
-    in_block = (pool[:, :, None] // n == np.arange(e // n)).sum(1)  # [pool, blocks] picks of a token in each
-    pairs = float((in_block * (in_block - 1)).sum(-1).mean())  # ordered pairs of one token in one block
+    cell = np.arange(len(pool))[:, None] * (e // n) + pool // n
+    _, in_block = np.unique(cell, return_counts=True)  # picks of a token in each block that it reaches
+    pairs = float((in_block * (in_block - 1)).sum()) / len(pool)  # ordered pairs of one token in one block
     same = pairs / (e * (n - 1)) if n > 1 else 0.0
     return same, (k * (k - 1) - pairs) / (e * (e - n)) if n < e else 0.0
 
@@ -174,10 +174,14 @@ def pair_chances(pool: np.ndarray, config: MoEConfig) -> tuple[float, float]:
 @lru_cache(maxsize=256)
 def _bands(config: MoEConfig, n_tokens: int, seed: int, capacities: tuple[float, ...]) -> Mapping[str, Band]:
     rng = np.random.default_rng(seed)
-    loads = random_loads(config, n_tokens, RUNS, rng)
-    numbers = balance_numbers(loads) | {f"dropped_at_{c:g}": dropped(loads, c) for c in capacities}
+    step = max(CELLS // config.n_routed_experts, 1)
+    parts = []
+    for start in range(0, RUNS, step):
+        loads = random_loads(config, n_tokens, min(step, RUNS - start), rng)
+        parts.append(balance_numbers(loads) | {f"dropped_at_{c:g}": dropped(loads, c) for c in capacities})
     bands = {}
-    for name, values in numbers.items():
+    for name in parts[0]:
+        values = np.concatenate([part[name] for part in parts])
         low, high = np.quantile(values, (0.05, 0.95))
         limit = np.quantile(values, 0.001 if name in HIGHER_IS_BETTER else 0.999)
         bands[name] = Band(float(values.mean()), float(low), float(high), float(limit))
@@ -187,11 +191,14 @@ def _bands(config: MoEConfig, n_tokens: int, seed: int, capacities: tuple[float,
 @lru_cache(maxsize=64)
 def _routed_pool(config: MoEConfig) -> tuple[np.ndarray, np.ndarray]:
     """Ids [POOL, K] by the rule itself and, of the same scores, ids of plain top-k."""
-    generator = torch.Generator().manual_seed(0)
-    scores = torch.rand(POOL, config.n_routed_experts, generator=generator, dtype=torch.float32, device="cpu")
-    ruled = rules.select(scores, config)
-    plain = rules.largest(scores, config.num_experts_per_tok)
-    return ruled.numpy().astype(np.int32), plain.numpy().astype(np.int32)
+    generator, e, k = torch.Generator().manual_seed(0), config.n_routed_experts, config.num_experts_per_tok
+    ruled, plain = (np.empty((POOL, k), np.int32) for _ in range(2))
+    step = max(CELLS // e, 1)
+    for start in range(0, POOL, step):
+        rows = slice(start, min(start + step, POOL))
+        scores = torch.rand(rows.stop - start, e, generator=generator, dtype=torch.float32, device="cpu")
+        ruled[rows], plain[rows] = rules.select(scores, config).numpy(), rules.largest(scores, k).numpy()
+    return ruled, plain
 
 
 def random_picks(config: MoEConfig) -> np.ndarray:
@@ -217,7 +224,10 @@ def groups_reached(picks: np.ndarray, config: MoEConfig) -> np.ndarray:
 
 def overlap(picks: np.ndarray, others: np.ndarray) -> np.ndarray:
     """How many of each token's experts are also among `others`, [T], both [T, K]."""
-    return (picks[:, :, None] == others[:, None, :]).any(-1).sum(-1).astype(float)
+    found = np.zeros(len(picks))
+    for slot in range(picks.shape[1]):
+        found += (picks[:, slot, None] == others).any(-1)
+    return found
 
 
 def _rule_only(config: MoEConfig) -> MoEConfig:
@@ -234,10 +244,14 @@ def block_size(config: MoEConfig) -> int:
     return config.experts_per_group if config.limits_groups else config.n_routed_experts
 
 
-def _binomial_cdf(n: int, p: float) -> np.ndarray:
-    """P(X <= x) for x = 0..n, up to where it is 1 - 1e-15."""
-    top = min(n, int(n * p + 12 * np.sqrt(n * p) + 40))
-    x = torch.arange(top + 1, dtype=torch.float64, device="cpu")
+def _binomial_quantiles(n: int, p: float, chance: np.ndarray) -> np.ndarray:
+    """The least x with P(X <= x) >= chance, for X ~ binomial(n, p) and chances between 1e-15 and 1 - 1e-15.
+
+    Only x within 12 standard deviations of the mean are looked at: what lies outside has a chance below 1e-30.
+    """
+    reach = 12 * math.sqrt(n * p) + 40
+    least = max(int(n * p - reach), 0)
+    x = torch.arange(least, min(int(n * p + reach), n) + 1, dtype=torch.float64, device="cpu")
     ways = math.lgamma(n + 1.0) - torch.lgamma(x + 1) - torch.lgamma(n - x + 1)
     log_mass = ways + x * np.log(p) + (n - x) * np.log1p(-p)
-    return log_mass.exp().cumsum(0).numpy()
+    return np.minimum(least + np.searchsorted(log_mass.exp().cumsum(0).numpy(), chance), n)

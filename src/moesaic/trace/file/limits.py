@@ -9,7 +9,7 @@ from moesaic.trace.store import PHASES
 MOST_HEADER = 100_000_000  # bytes, the limit of safetensors itself
 MOST_SEQUENCES = 1 << 24  # a number of a sequence beyond would make every count over sequences a memory bomb
 MOST_EXPERTS = 1 << 16  # and
-MOST_PER_TOKEN = 1 << 10  # of them: statistics hold tables of their squares
+MOST_PER_TOKEN = 1 << 10  # of them: a file of some kB must not ask for tables of thousands of random tokens beyond
 MOST_TEXT = 4096  # characters of one name, label or piece
 
 

@@ -10,9 +10,9 @@ from rich.console import Console
 
 from moesaic.cli.compare import compare
 from moesaic.config import MoEConfig
-from moesaic.trace.chance.bands import bands_between
+from moesaic.trace.chance.bands import balance_numbers, random_loads
 from moesaic.train.comparing.figure import runs_figure
-from moesaic.train.comparing.runs import as_dict, by_balance, names_of, read_run, read_runs
+from moesaic.train.comparing.runs import as_dict, by_balance, chance_of, names_of, read_run, read_runs
 from moesaic.train.comparing.table import balances_table, runs_table
 from moesaic.train.evaluate import DomainResult, Report, mutual_information
 from moesaic.train.sizes import tiny_config
@@ -117,11 +117,18 @@ def test_max_vio_stands_beside_that_of_random_routing(folders):
     run = read_run(folders[0])
     assert run.assignments == pytest.approx(1 / ((3 * 0.3**2 + 0.1**2) / 12))
     tiny = MoEConfig.from_hf(tiny_config())
-    assert run.chance == bands_between(tiny, run.assignments / 4)["max_vio"]
-    band = bands_between(tiny, 10_000 / 0.28)["max_vio"]
-    assert f"random routing gives a layer {band.low:.2f} to {band.high:.2f}" in shown(balances_table([run]))
+    assert run.chance == chance_of("tiny", len(LAYERS), run.assignments / 4)
+    (found,) = by_balance([run])
+    low, high = found.chance
+    loads = random_loads(tiny, round(10_000 / 0.28), 1000 * len(LAYERS), np.random.default_rng(1))
+    worst = balance_numbers(loads)["max_vio"].reshape(1000, -1).max(1)
+    assert np.mean(worst < low) == pytest.approx(0.05, abs=0.03)
+    assert np.mean(worst > high) == pytest.approx(0.05, abs=0.03)
+    assert f"worst layer; random routing gives {low:.2f} to {high:.2f}" in shown(balances_table([run]))
     (balance,) = as_dict([run])["balances"]
-    assert balance["chance_max_vio"] == pytest.approx([band.low, band.high])
+    assert balance["chance_max_vio"] == [low, high]
+    vio = runs_figure([run]).axes[1]
+    assert vio.patches[0].get_extents().transformed(vio.transData.inverted()).intervaly == pytest.approx(run.chance)
 
 
 def test_runs_that_differ_in_more_than_the_seed_are_not_put_together(tmp_path):

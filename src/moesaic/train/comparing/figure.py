@@ -84,8 +84,8 @@ def _draw_curves(loss: "Axes", vio: "Axes", groups: dict[str, list[Run]], labels
     best = min(np.nanmin(run.loss) for run in runs)
     top = min(best + CLOSER, max(np.nanmax(run.loss) for run in runs))
     loss.set(title=labels["loss"], xlabel=labels["step"], ylabel=labels["nats"], ylim=(best - 0.05, top + 0.05))
-    band = max((run.chance for run in runs), key=lambda band: band.high)
-    vio.axhspan(band.low, band.high, color="grey", alpha=0.25, lw=0, label=labels["chance"])
+    low, high = max((run.chance for run in runs), key=lambda band: band[1])
+    vio.axhspan(low, high, color="grey", alpha=0.25, lw=0, label=labels["chance"])
     vio.set(title=labels["vio"], xlabel=labels["step"], yscale="log")
     vio.legend(frameon=False, fontsize=9, ncols=2)
 

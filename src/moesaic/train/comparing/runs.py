@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Float
 
 from moesaic.config import MoEConfig
-from moesaic.trace.chance.bands import Band, balance_numbers, bands_between
+from moesaic.trace.chance.bands import RUNS, balance_numbers, random_loads
 from moesaic.trace.shown import finite
 from moesaic.train.data import DOMAINS
 from moesaic.train.evaluate import mixed, mixed_loss
@@ -72,9 +72,10 @@ class Run(NamedTuple):
         return np.max(list(self.max_vio.values()), axis=0)
 
     @property
-    def chance(self) -> Band:
-        """MaxVio of a layer at one evaluation, were its routing random."""
-        return chance_of(self.setting["size"], self.assignments / _config(self.setting["size"]).num_experts_per_tok)
+    def chance(self) -> tuple[float, float]:
+        """`worst_vio` at one evaluation, were the routing random: 5th and 95th percentile."""
+        tokens = self.assignments / _config(self.setting["size"]).num_experts_per_tok
+        return chance_of(self.setting["size"], len(self.loads), tokens)
 
 
 def read_runs(folders: Iterable[Path]) -> list[Run]:
@@ -151,9 +152,15 @@ def _config(size: str) -> MoEConfig:
     return MoEConfig.from_hf(SIZES[size]())
 
 
-def chance_of(size: str, tokens: float) -> Band:
-    """MaxVio of a layer of that size, were so many tokens routed at random."""
-    return bands_between(_config(size), tokens)["max_vio"]
+@cache
+def chance_of(size: str, layers: int, tokens: float) -> tuple[float, float]:
+    """5th and 95th percentile of the MaxVio of the worst of so many layers, were so many tokens routed at random.
+
+    Below x lie all layers where each of them does, and random layers know nothing of each other.
+    """
+    loads = random_loads(_config(size), max(round(tokens), 1), RUNS, np.random.default_rng(0))
+    low, high = np.quantile(balance_numbers(loads)["max_vio"], (0.05 ** (1 / layers), 0.95 ** (1 / layers)))
+    return float(low), float(high)
 
 
 def names_of(runs: Sequence[Run]) -> list[str]:
@@ -181,12 +188,12 @@ class Spread(NamedTuple):
 
 
 class Balance(NamedTuple):
-    """The finished runs of one way to balance: each number of `Final` over its seeds."""
+    """The finished runs of one way to balance: each number of `Final` over its seeds. chance: see `chance_of`."""
 
     name: str
     seeds: tuple[int, ...]
     setting: dict[str, Any]
-    tokens: float
+    chance: tuple[float, float]
     loss: Spread
     max_vio: Spread
     dead: Spread
@@ -220,7 +227,8 @@ def by_balance(runs: Sequence[Run]) -> list[Balance]:
             raise ValueError(f"two runs of balance {name} with seed {twice}: leave one of them out")
         spreads = {number: Spread(tuple(getattr(final, number) for _, final in members)) for number in NUMBERS}
         run, final = members[0]
-        found.append(Balance(name, seeds, run.setting, final.tokens, **spreads))
+        chance = chance_of(run.setting["size"], len(run.loads), final.tokens)
+        found.append(Balance(name, seeds, run.setting, chance, **spreads))
     return found
 
 
@@ -251,13 +259,12 @@ def as_dict(runs: Sequence[Run]) -> dict[str, Any]:
             for run in runs
         ],
         "balances": [
-            {"name": b.name, "seeds": list(b.seeds), "chance_max_vio": [band.low, band.high]}
+            {"name": b.name, "seeds": list(b.seeds), "chance_max_vio": list(b.chance)}
             | {
                 number: {"values": list(spread.values), "mean": spread.mean, "sd": spread.sd}
                 for number in NUMBERS
                 for spread in (getattr(b, number),)
             }
             for b in by_balance(runs)
-            for band in (chance_of(b.setting["size"], b.tokens),)
         ],
     }  # fmt: skip

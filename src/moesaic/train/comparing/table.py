@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from moesaic.trace.shown import sparkline, visible, words_of
-from moesaic.train.comparing.runs import Balance, Run, Spread, by_balance, chance_of, names_of
+from moesaic.train.comparing.runs import Balance, Run, Spread, by_balance, names_of
 
 WORDS: dict[str, dict[str, Any]] = {
     "en": {
@@ -27,7 +27,7 @@ WORDS: dict[str, dict[str, Any]] = {
             "dead: experts never chosen, all layers; unused: below a tenth of their share",
             "domain bits: what an expert says of its token's domain, mean of the layers",
         ),
-        "chance": "; random routing gives a layer {low:.2f} to {high:.2f}",
+        "chance": "; random routing gives {low:.2f} to {high:.2f}",
         "one": "one seed has no spread: what differs here may be chance",
         "unfinished": "not finished, so not in this table: {names}",
     },
@@ -43,7 +43,7 @@ WORDS: dict[str, dict[str, Any]] = {
             "死专家：从未被选中，各层合计；闲置专家：所得不足应得份额的十分之一",
             "领域信息：由专家可知多少比特的 token 领域，各层平均",
         ),
-        "chance": "；随机路由时一层为 {low:.2f} 到 {high:.2f}",
+        "chance": "；随机路由时为 {low:.2f} 到 {high:.2f}",
         "one": "只有一个种子，看不出波动：这里的差别可能只是偶然",
         "unfinished": "尚未结束，未列入上表：{names}",
     },
@@ -90,8 +90,8 @@ def balances_table(runs: Sequence[Run], lang: str = "en") -> RenderableType:
 
 def _chance(balances: Sequence[Balance], words: str) -> str:
     """Empty where sizes or amounts of text differ: chance then gives several bands."""
-    bands = {chance_of(balance.setting["size"], balance.tokens) for balance in balances}
-    return words.format(low=(band := bands.pop()).low, high=band.high) if len(bands) == 1 else ""
+    bands = {balance.chance for balance in balances}
+    return words.format(low=(band := bands.pop())[0], high=band[1]) if len(bands) == 1 else ""
 
 
 def _row(balance: Balance, first: Balance) -> list[str]:

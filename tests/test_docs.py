@@ -6,6 +6,7 @@
 import argparse
 import ast
 import contextlib
+import dataclasses
 import importlib
 import inspect
 import io
@@ -20,6 +21,10 @@ from typing import NamedTuple
 
 import pytest
 import torch
+
+import moesaic
+from moesaic.config import MoEConfig
+from moesaic.families import PRESETS
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -159,6 +164,27 @@ def test_every_declared_dependency_is_listed_with_weight_and_reason(lang):
         r"^\| `([\w-]+)` \| [^|]+ \| [\d.]+ \| [^|]{2,} \|$", (DOCS / lang / "index.md").read_text(), re.M
     )
     assert sorted(rows) == sorted(re.match(r"[\w-]+", d).group() for d in declared)
+
+
+@pytest.mark.parametrize("lang", ["zh", "en"])
+def test_the_reference_has_every_field_of_a_config_its_default_and_the_presets_that_change_it(lang):
+    text = (DOCS / lang / "reference.md").read_text()
+    rows = re.findall(r"^\| `(\w+)` \| (?:`([^`]+)`|–) \| [^|]{2,} \| ([^|]{2,}) \|$", text, re.MULTILINE)
+    fields = dataclasses.fields(MoEConfig)
+    assert [name for name, _, _ in rows] == [field.name for field in fields]
+    for field, (name, default, models) in zip(fields, rows, strict=True):
+        required = field.default is dataclasses.MISSING
+        assert default == ("" if required else repr(field.default).replace("'", '"')), name
+        changing = [preset for preset, values in PRESETS.items() if values.get(name, field.default) != field.default]
+        named = [word for word in re.findall("`([^`]+)`", models) if word in PRESETS]
+        assert sorted(named) == sorted(changing if len(changing) < len(PRESETS) else []), name  # else it says "all"
+
+
+@pytest.mark.parametrize("lang", ["zh", "en"])
+def test_the_reference_has_every_public_name_once_with_its_page(lang):
+    text = (DOCS / lang / "reference.md").read_text()
+    names = re.findall(r"^\| `ms\.(\w+)` \| [^|]{2,} \| \[[^\]]+\]\([^)]+\) \|$", text, re.MULTILINE)
+    assert sorted(names) == sorted(moesaic.__all__)
 
 
 if __name__ == "__main__":

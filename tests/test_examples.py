@@ -9,6 +9,8 @@ import pytest
 import torch
 
 import moesaic as ms
+from moesaic.hf.load import load_model
+from moesaic.hf.modules import moe_layers
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -71,3 +73,15 @@ def test_the_routing_study_judges_every_layer_and_keeps_the_record(run, tmp_path
     assert (len(trace) > 1000, trace.n_sequences) == (True, 60), "a poem is a document"
     for layer in trace.layers:
         assert re.search(rf"{re.escape(layer)}: MaxVio [\d.]+ \(chance [\d.]+ to [\d.]+\): \w+", printed)
+
+
+def test_fine_tuning_lowers_the_held_out_loss_and_evens_out_the_load(run, tmp_path):
+    printed = run("hf_finetune.py", "--steps", "40", "--out", "out")
+    judged = re.findall(r"held-out loss ([\d.]+), MaxVio of the worst layer ([\d.]+)", printed)
+    (loss, max_vio), (later, evener) = ((float(a), float(b)) for a, b in judged)
+    assert later < loss
+    assert evener < max_vio
+    assert (tmp_path / "out" / "load.jsonl").read_text().count('"kind":"step"') == 40
+    (tuned, _), (shipped, _) = load_model(tmp_path / "out"), load_model()
+    for ours, before in zip(moe_layers(tuned), moe_layers(shipped), strict=True):
+        assert not torch.equal(ours.bias, before.bias)

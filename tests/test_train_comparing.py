@@ -104,6 +104,8 @@ def test_a_loss_that_was_no_number_is_none_in_json_too(tmp_path):
     run = read_run(folder)
     assert np.isnan(run.loss).tolist() == [True, False]
     assert as_dict([run])["runs"][0]["loss"] == [None, run.loss[1]]
+    runs_figure([run])
+    runs_figure([run._replace(loss=np.full(2, np.nan))])
 
 
 def test_dead_experts_are_those_of_the_evaluation_whose_weights_were_kept(tmp_path):

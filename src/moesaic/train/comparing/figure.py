@@ -81,9 +81,10 @@ def _draw_curves(loss: "Axes", vio: "Axes", groups: dict[str, list[Run]], labels
             common = [curve[np.isin(run.steps, steps)] for run, curve in zip(members, curves, strict=True)]
             axis.plot(steps, np.mean(common, axis=0), color=colour, lw=2, label=visible(name, 30))
     runs = [run for members in groups.values() for run in members]
-    best = min(np.nanmin(run.loss) for run in runs)
-    top = min(best + CLOSER, max(np.nanmax(run.loss) for run in runs))
-    loss.set(title=labels["loss"], xlabel=labels["step"], ylabel=labels["nats"], ylim=(best - 0.05, top + 0.05))
+    loss.set(title=labels["loss"], xlabel=labels["step"], ylabel=labels["nats"])
+    known = np.concatenate([run.loss[np.isfinite(run.loss)] for run in runs])
+    if len(known):  # a run that diverged at once has none
+        loss.set_ylim(known.min() - 0.05, min(known.min() + CLOSER, known.max()) + 0.05)
     low, high = max((run.chance for run in runs), key=lambda band: band[1])
     vio.axhspan(low, high, color="grey", alpha=0.25, lw=0, label=labels["chance"])
     vio.set(title=labels["vio"], xlabel=labels["step"], yscale="log")

@@ -5,7 +5,8 @@ keeps their load even, and a log says how even it is.
     python examples/hf_finetune.py --model DIR --file TEXT.txt     # yours
     moesaic watch finetuned                                        # the log, also while it trains
 
-The last tenth of the text is held out. Half a minute on two cores. The Trainer needs accelerate: the extra [train].
+The last tenth of the text is held out. Half a minute on two cores; where others use them,
+OMP_NUM_THREADS=1 is faster. The Trainer needs accelerate: the extra [train].
 """
 
 import argparse
@@ -28,15 +29,20 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=TINY, help="folder of a Hugging Face MoE model")
     parser.add_argument("--file", type=Path, help="text to learn; Henry V unless given")
     parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--speed", type=float, default=3e-3, help="how far a selection bias moves per step")
+    parser.add_argument(
+        "--speed", type=float, default=3e-3, help="of a selection bias per step; 1e-4 for softmax gates"
+    )
+    parser.add_argument("--learning-rate", type=float, default=1e-3, help="for the shipped model; 1e-5 for large ones")
     parser.add_argument("--out", type=Path, default=Path("finetuned"), help="where the model and its log go")
     args = parser.parse_args()
 
     model, tokenizer = load_model(args.model)
     train, held_out = (rows(tokenizer, part) for part in texts(args.file))
+    if not (train and held_out):
+        parser.error(f"--file {args.file}: too short: a tenth of it has to fill {WINDOW} tokens")
     arguments = TrainingArguments(
-        str(args.out), max_steps=args.steps, per_device_train_batch_size=BATCH, learning_rate=1e-3, logging_steps=10,
-        save_strategy="no", report_to="none", dataloader_pin_memory=torch.cuda.is_available(),
+        str(args.out), max_steps=args.steps, per_device_train_batch_size=BATCH, learning_rate=args.learning_rate,
+        logging_steps=10, save_strategy="no", report_to="none", dataloader_pin_memory=torch.cuda.is_available(),
         prediction_loss_only=True,  # else the Trainer keeps the logits of all that it evaluates
     )  # fmt: skip
     callbacks = [ms.BiasBalance(args.speed, add_bias=True), ms.LoadMonitor(args.out, resume=True)]
@@ -67,7 +73,8 @@ def judged(trainer: Trainer) -> str:
         loss = trainer.evaluate()["eval_loss"]
     trace = recorder.trace
     worst, band = ms.stats(trace).values["max_vio"].max(), chance_bands(trace.configs[0], len(trace))["max_vio"]
-    return f"held-out loss {loss:.3f}, MaxVio of the worst layer {worst:.2f} (chance {band.low:.2f} to {band.high:.2f})"
+    chance = f"by chance a layer has {band.low:.2f} to {band.high:.2f}"
+    return f"held-out loss {loss:.3f}, MaxVio of the worst layer {worst:.2f} ({chance})"
 
 
 if __name__ == "__main__":

@@ -13,8 +13,8 @@ from commands import runner
 from test_train_monitor_log import HEADER, alert, step, written
 
 from moesaic.cli.watch import watch
-from moesaic.train.monitor.frame import curve, duration, frame, outcome, seconds_a_step
-from moesaic.train.monitor.run_log import read_log
+from moesaic.train.monitor.frame import curve, duration, frame, outcome, outcome_words, seconds_a_step
+from moesaic.train.monitor.run_log import LogReader, read_log
 
 VERDICT = {"kind": "verdict", "step": 20, "from": 1, "status": ["chance", "no_data"]}
 END = {"kind": "end", "step": 20, "time": 30.0}
@@ -81,6 +81,22 @@ def test_a_run_that_nobody_judged_yet_is_exit_code_2_and_shown_all_the_same(run,
     assert "no line of a step yet" in out
     empty = VERDICT | {"status": ["no_data", "too_few"]}
     assert run("watch", written(tmp_path / "load.jsonl", step(1), empty))[0] == 2
+
+
+@pytest.mark.parametrize("most", [None, 50])
+def test_a_layer_that_was_never_judged_is_not_called_healthy(tmp_path, most):
+    def standing(*statuses):
+        lines = [VERDICT | {"step": 20 * (i + 1), "status": status} for i, status in enumerate(statuses)]
+        log = LogReader(written(tmp_path / "load.jsonl", step(1), *lines), most=most).poll()
+        return outcome(log), outcome_words(log)
+
+    assert standing(["chance", "too_few"]) == (
+        2,
+        "no collapse, no dead experts in 1 of 2 layers; the others had too few tokens so far",
+    )
+    assert standing(["chance", "balanced"], ["chance", "too_few"])[0] == 0, "it was judged before, and gathers again"
+    assert standing(["chance", "too_few"], ["chance", "balanced"])[0] == 0
+    assert standing(["chance", "too_few"], ["chance", "no_data"])[0] == 0, "nothing is left to judge it by"
 
 
 def test_json_is_one_document_with_the_exit_code(run, tmp_path):

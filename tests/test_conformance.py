@@ -342,6 +342,13 @@ def test_negative_weights_do_not_upset_the_count_of_scales():
     assert {"definition", "weight-sum", "underflow"} <= {result.probe.id for result in report.failed()}
 
 
+@pytest.mark.parametrize("experts", [1, 2, 3])
+def test_gates_of_very_few_experts_are_judged_too(experts):
+    report = check(ms.Router(MoEConfig(hidden_size=16, n_routed_experts=experts, num_experts_per_tok=1)))
+    assert not report.failed("wrong")
+    assert report.conforms
+
+
 def test_a_gate_that_refuses_bad_rows_passes():
     def gate(logits, bias, config):
         if not logits.isfinite().all():

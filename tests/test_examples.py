@@ -82,6 +82,9 @@ def test_fine_tuning_lowers_the_held_out_loss_and_evens_out_the_load(run, tmp_pa
     assert later < loss
     assert evener < max_vio
     assert (tmp_path / "out" / "load.jsonl").read_text().count('"kind":"step"') == 40
+    (tmp_path / "short.txt").write_text("To be, or not to be.\n" * 5)
+    with pytest.raises(SystemExit, match="2"):
+        run("hf_finetune.py", "--file", "short.txt", "--out", "short")
     (tuned, _), (shipped, _) = load_model(tmp_path / "out"), load_model()
     for ours, before in zip(moe_layers(tuned), moe_layers(shipped), strict=True):
         assert not torch.equal(ours.bias, before.bias)

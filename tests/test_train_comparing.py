@@ -108,6 +108,15 @@ def test_a_loss_that_was_no_number_is_none_in_json_too(tmp_path):
     runs_figure([run._replace(loss=np.full(2, np.nan))])
 
 
+def test_a_record_of_another_version_is_named(tmp_path):
+    folder = write_run(tmp_path / "run", "none", 1)
+    record = json.loads((folder / "training.json").read_text())
+    del record["recipe"]["held_out_windows"]
+    (folder / "training.json").write_text(json.dumps(record))
+    with pytest.raises(ValueError, match=r"not the record of a `moesaic train` run of this version"):
+        read_run(folder)
+
+
 def test_dead_experts_are_those_of_the_evaluation_whose_weights_were_kept(tmp_path):
     folder = write_run(tmp_path / "run", "none", 1)
     record = json.loads((folder / "training.json").read_text())

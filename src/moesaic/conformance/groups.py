@@ -153,7 +153,7 @@ def one_group(gate: Gate) -> None:
     name=("keeping all groups is no limit", "保留全部组等于没有限制"),
     story=(
         "topk_group = n_group must mask nothing: an off-by-one there forbids a group for ever, and its experts die",
-        "topk_group = n_group 时不应屏蔽任何组：差一错误会让某一组永远选不到，其中的专家随之死亡",
+        "topk_group = n_group 时不应屏蔽任何组：差一错误会让某一组永远选不到，其中的专家随之成为死专家",
     ),
     advice=("compare with a plain top-k", "与普通 top-k 对照"),
     references=(),

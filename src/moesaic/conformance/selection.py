@@ -173,8 +173,8 @@ def ties_groups(gate: Gate) -> None:
 
 BAD = {
     "all NaN": lambda row: torch.full_like(row, torch.nan),
-    "one NaN": lambda row: row.index_fill(0, torch.tensor([1]), torch.nan),
-    "+inf": lambda row: row.index_fill(0, torch.tensor([0, 2]), torch.inf),
+    "one NaN": lambda row: row.index_fill(0, torch.tensor([len(row) - 1]), torch.nan),
+    "+inf": lambda row: row.index_fill(0, torch.tensor([0, len(row) - 1]), torch.inf),
     "all -inf": lambda row: torch.full_like(row, -torch.inf),
 }
 

@@ -112,7 +112,7 @@ def read_run(folder: Path) -> Run:
             assignments=_evenly({domain: sum(load) for domain, load in first.items()}),
             final=_final(record) if record["finished"] else None,
         )
-        if record["size"] in SIZES and recipe["balance"] in BALANCES:
+        if record["size"] in SIZES and recipe["balance"] in BALANCES and recipe["held_out_windows"]:
             return run
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror}): give folders of `moesaic train` runs") from None

@@ -35,6 +35,7 @@ WORDS = {
         "kinds": {"collapsed": "collapsed", "dead": "dead experts", "drift": "bias drifted away",
                   "loss": "loss not finite", "gradient": "gradient not finite", "no_tokens": "no token counted"},
         "healthy": "no collapse, no dead experts in steps {first:,}–{last:,}", "sick": "sick: {what}",
+        "partly": "no collapse, no dead experts in {n} of {all} layers; the others had too few tokens so far",
         "no_verdict": "no verdict yet: it takes {n} steps and enough tokens",
         "no_tokens": "no data: no token was counted in the last steps",
         "again": "run: {command}", "with": "with {versions}, config {config}",
@@ -52,6 +53,7 @@ WORDS = {
         "kinds": {"collapsed": "坍缩", "dead": "有专家从未被选中", "drift": "偏置漂移",
                   "loss": "损失不是有限值", "gradient": "梯度不是有限值", "no_tokens": "没有数到 token"},
         "healthy": "第 {first:,}–{last:,} 步没有坍缩，没有死专家", "sick": "有问题：{what}",
+        "partly": "{all} 层中有 {n} 层没有坍缩，没有死专家；其余各层的 token 至今太少",
         "no_verdict": "还没有结论：需要 {n} 步和足够的 token",
         "no_tokens": "没有数据：最近几步一个 token 也没有数到",
         "again": "训练命令：{command}", "with": "版本 {versions}，配置 {config}",
@@ -68,11 +70,15 @@ OTHER_LINES = 13  # of a frame, beside layers, strip and alerts
 
 
 def outcome(log: RunLog) -> int:
-    """The exit code that a run deserves: 0 good, 1 sick, 2 where nothing was judged."""
+    """The exit code that a run deserves: 0 good, 1 sick, 2 where nothing was judged, or a layer had too few tokens."""
     if any(kind in BAD for kind, _ in log.active):
         return 1
-    judged = log.verdicts and any(status not in UNJUDGED for status in log.verdicts[-1]["status"])
+    judged = _n_judged(log) and "too_few" not in log.standing
     return 0 if judged and NO_TOKENS not in log.active else 2
+
+
+def _n_judged(log: RunLog) -> int:
+    return sum(status not in UNJUDGED for status in log.standing)
 
 
 def outcome_words(log: RunLog, lang: str = "en") -> str:
@@ -82,7 +88,11 @@ def outcome_words(log: RunLog, lang: str = "en") -> str:
     if code == 1:
         kinds = dict.fromkeys(words["kinds"].get(kind, kind) for kind, _ in log.active if kind in BAD)
         return words["sick"].format(what=words["comma"].join(kinds))
-    return words["no_tokens"] if NO_TOKENS in log.active else words["no_verdict"].format(n=SUSTAINED)
+    if NO_TOKENS in log.active:
+        return words["no_tokens"]
+    if n := _n_judged(log):
+        return words["partly"].format(n=n, all=len(log.standing))
+    return words["no_verdict"].format(n=SUSTAINED)
 
 
 def frame(log: RunLog, *, now: float, lang: str = "en", width: int = 100, height: int | None = None) -> RenderableType:
@@ -191,7 +201,7 @@ def _layers(
 def _cells(log: RunLog, row: int, words: dict[str, Any], lang: str) -> list[Text]:
     """What each of COLUMNS after the first says of a layer."""
     last = log.steps[-1]
-    status = log.verdicts[-1]["status"][row] or "" if log.verdicts else ""
+    status = log.standing[row] or "" if log.standing else ""
     status = "no_data" if NO_TOKENS in log.active else status
     told = STATUSES.get(status, {}).get(lang) or visible(status, 30) or words["unjudged"]
     verdict = Text(told, STYLES.get(status, "dim"))

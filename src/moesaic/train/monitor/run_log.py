@@ -39,7 +39,8 @@ def check_writable(path: Path) -> None:
 @dataclass
 class RunLog:
     """What a log says. header: its first line. Lists hold lines in their order; `resumed` is the last line of that
-    kind, `end` that of a run that came to it.
+    kind, `end` that of a run that came to it. standing: the last judgement of each layer, "too_few" only where there is
+    none yet; empty before the first verdict.
 
     most: keep at most about so many step lines, dropping every other of them where there are more; the newest stays.
     """
@@ -47,6 +48,7 @@ class RunLog:
     header: Line = field(default_factory=dict)
     steps: list[Line] = field(default_factory=list)
     verdicts: list[Line] = field(default_factory=list)
+    standing: list[str] = field(default_factory=list)
     alerts: list[Line] = field(default_factory=list)
     resumed: Line | None = None
     end: Line | None = None
@@ -101,6 +103,8 @@ class RunLog:
                 self.steps[:] = self.steps[1::2] if len(self.steps) % 2 == 0 else self.steps[::2]
         elif kind == "verdict":
             self.verdicts[:] = [line] if self.most is not None else [*self.verdicts, line]
+            before = self.standing or line["status"]
+            self.standing = [old if new == "too_few" else new for old, new in zip(before, line["status"], strict=True)]
         elif kind == "alert":
             self.alerts.append(line)
         elif kind == "resume":

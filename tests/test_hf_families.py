@@ -16,6 +16,7 @@ from hf_models import relative
 from packaging.version import Version
 from torch import nn
 
+from moesaic.cli.models import WORDS
 from moesaic.families import ENGINE
 from moesaic.hf.experts import experts_forward, serve
 
@@ -87,14 +88,19 @@ def judged(experts: nn.Module) -> str:
     return ", ".join([f"`{spec.activation}`", *words, *["biases"] * has_bias, *["not gated"] * (not spec.gated)])
 
 
-def rows() -> str:
-    """The table: what is computed, and by which families; the refused last."""
+def rows(lang: str) -> str:
+    """The table: what is computed, and by which families; the refused last, in words of the page."""
+    words = WORDS[lang]["verdicts"]
     by_verdict: dict[str, list[str]] = {}
     for family in families():
         for verdict in {judged(experts): None for experts in experts_of(family)}:
             by_verdict.setdefault(verdict, []).append(family)
     ordered = sorted(by_verdict.items(), key=lambda item: (item[0].startswith("refused"), -len(item[1]), item[0]))
-    lines = ["| | |", "|---|---|", *(f"| {verdict} | {', '.join(names)} |" for verdict, names in ordered)]
+    lines = [
+        "| | |",
+        "|---|---|",
+        *(f"| {words.get(verdict, verdict)} | {', '.join(names)} |" for verdict, names in ordered),
+    ]
     return "".join(line + "\n" for line in lines)
 
 
@@ -121,7 +127,7 @@ def test_the_page_lists_every_family(page):
     if Version(transformers.__version__) < Version(table["version"]):
         pytest.skip(f"the page lists the families of transformers {table['version']}")
     assert table["version"] == transformers.__version__
-    assert table["rows"] == rows()
+    assert table["rows"] == rows(page.parent.name)
 
 
 @pytest.mark.parametrize("page", ["README.md", "CHANGELOG.md"])
@@ -131,7 +137,9 @@ def test_the_first_pages_count_the_families_that_are_served(page):
 
 
 def write(page: Path) -> None:
-    page.write_text(TABLE.sub(lambda _: f"{transformers.__version__} -->\n\n{rows()}", page.read_text()))
+    page.write_text(
+        TABLE.sub(lambda _: f"{transformers.__version__} -->\n\n{rows(page.parent.name)}", page.read_text())
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
 import dataclasses
+import math
 import time
 import tracemalloc
 
@@ -168,11 +169,20 @@ def test_a_band_for_half_a_billion_tokens_is_that_of_fewer_made_narrow():
 
 @pytest.mark.parametrize(("n", "p"), [(5, 0.3), (300, 0.01), (40_000, 0.125), (40_000, 0.99)])
 def test_quantiles_of_the_binomial_are_those_of_a_sum(n, p):
-    x = torch.arange(n + 1, dtype=torch.float64)
-    ways = torch.lgamma(torch.tensor(n + 1.0, dtype=torch.float64)) - torch.lgamma(x + 1) - torch.lgamma(n - x + 1)
-    cdf = (ways + x * np.log(p) + (n - x) * np.log1p(-p)).exp().cumsum(0).numpy()
+    x = np.arange(n, dtype=np.longdouble)
+    log_mass = np.append(0, np.cumsum(np.log((n - x) / (x + 1) * p / (1 - p))))  # from one to the next, by their ratio
+    cdf = np.cumsum(np.exp(log_mass - log_mass.max()))
+    cdf /= cdf[-1]
     asked = np.array([1e-12, 1e-3, 0.05, 0.5, 0.95, 1 - 1e-9])
     assert chance._binomial_quantiles(n, p, asked).tolist() == np.searchsorted(cdf, asked).tolist()
+
+
+@pytest.mark.parametrize("power", [24, 29, 31, 33, 36])
+def test_quantiles_of_many_trials_are_those_of_the_normal(power):
+    n, p, asked = 2**power, 0.125, np.array([1e-7, 1e-3, 0.5, 0.999, 1 - 1e-5, 1 - 1e-9])
+    deviations = (chance._binomial_quantiles(n, p, asked) - n * p) / math.sqrt(n * p * (1 - p))
+    expected = torch.special.ndtri(torch.tensor(asked)).numpy()
+    assert np.abs(deviations - expected).max() < 0.02
 
 
 def test_memory_does_not_grow_with_experts_times_runs(monkeypatch):

@@ -77,5 +77,6 @@ def _target(weight: Tensor | None, node: Any) -> Tensor | None:
     if leaf._backward_hooks or getattr(leaf, "_post_accumulate_grad_hooks", None) or grad is None:
         return None
     plain = type(grad) is Tensor and grad.layout is torch.strided and not (grad.requires_grad or grad.is_inference())
-    same = grad.dtype == weight.dtype and grad.device == weight.device and grad.stride() == weight.stride()
+    same = grad.dtype == weight.dtype and grad.device == weight.device
+    same = same and grad.shape == weight.shape and grad.stride() == weight.stride()
     return grad if plain and same else None

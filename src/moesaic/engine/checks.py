@@ -36,7 +36,8 @@ def check_inputs(tokens: Tensor, expert_ids: Tensor, weights: Tensor, experts: E
 
 def autocasts(tokens: Tensor) -> bool:
     """Whether autocast is on that casts the operands of a matmul of `tokens`."""
-    return tokens.dtype != torch.float64 and torch.is_autocast_enabled(tokens.device.type)
+    kind = tokens.device.type
+    return tokens.dtype != torch.float64 and torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
 def check_dtypes(tokens: Tensor, experts: ExpertWeights) -> None:

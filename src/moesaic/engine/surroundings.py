@@ -38,7 +38,9 @@ def is_batched(tensor: Tensor) -> bool:
     return torch._C._functorch.is_batchedtensor(tensor) or torch._C._functorch.is_legacy_batchedtensor(tensor)
 
 
-@constant_in_graphs  # the transforms around a graph are guarded by, those in it are traced with it
+# Both are constants of a graph: torch.func's transforms in it are traced with it, those around it are guarded by. A
+# forward-mode level that is entered after compilation is not: the graph then gives no tangent.
+@constant_in_graphs
 def is_transformed() -> bool:
     """True inside torch.func.grad, vmap and their kin and under forward-mode AD."""
     return torch.autograd.forward_ad._current_level >= 0 or bool(torch._C._functorch.get_interpreter_stack())

@@ -32,10 +32,10 @@ class RouterOutput(NamedTuple):
     place: int | None
 
 
-def gives_probabilities(router: nn.Module | None) -> bool:
-    """Whether the "logits" of a router are probabilities. Known by its class: a few logits that are above zero and sum
-    to one look the same."""
-    return any(kind.__name__ in PROBABILITIES for kind in type(router).__mro__)
+def as_logits(router: nn.Module | None, scores: Tensor) -> Tensor:
+    """What a router gives as its logits; of probabilities the logarithm, which is the logits up to a constant of each
+    token. Known by its class: a few logits that are above zero and sum to one look the same."""
+    return scores.log() if any(kind.__name__ in PROBABILITIES for kind in type(router).__mro__) else scores
 
 
 def read_router(router: nn.Module, output: Any) -> RouterOutput:

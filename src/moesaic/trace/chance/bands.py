@@ -254,4 +254,5 @@ def _binomial_quantiles(n: int, p: float, chance: np.ndarray) -> np.ndarray:
     x = torch.arange(least, min(int(n * p + reach), n) + 1, dtype=torch.float64, device="cpu")
     ways = math.lgamma(n + 1.0) - torch.lgamma(x + 1) - torch.lgamma(n - x + 1)
     log_mass = ways + x * np.log(p) + (n - x) * np.log1p(-p)
-    return np.minimum(least + np.searchsorted(log_mass.exp().cumsum(0).numpy(), chance), n)
+    cdf = log_mass.exp().cumsum(0).numpy()
+    return np.minimum(least + np.searchsorted(cdf / cdf[-1], chance), n)  # of large n, lgamma has an error of its own

@@ -5,7 +5,8 @@ Source of the format: NVIDIA/Megatron-LM, megatron/core/transformer/moe/router_t
 "layer", "rank", "num_tokens", "topk", "top_indices": [[...], ...]}, and "mtp_idx" in the block mtp.
 A step of training has a record a layer and micro-batch, in the order of the calls, and another one where activations
 are recomputed: layer by layer from the last one back, or some layers at once. A forward calls its layers in ascending
-order. Layers count from 0 where hooks wrote them (numbers of their pipeline stage) and from 1 where inference did.
+order; those of a rank with several virtual pipeline stages cannot be told apart. Layers count from 0 where hooks wrote
+them (numbers of their pipeline stage) and from 1 where inference did.
 There are neither token ids nor documents in it; hidden states and logits lie in files of their own, which are not read.
 """
 

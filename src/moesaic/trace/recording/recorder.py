@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from moesaic.hf.modules import MoELayer
-from moesaic.hf.outputs import gives_probabilities
+from moesaic.hf.outputs import as_logits
 from moesaic.trace.file.limits import check_labels, check_names, check_offsets, check_range
 from moesaic.trace.recording.assemble import assemble, outline, write_file
 from moesaic.trace.recording.biases import Biases
@@ -269,9 +269,8 @@ class Recorder:
             except ValueError as error:
                 self.refusal = error
                 raise
-        logits = logits.detach().to(torch.float32, copy=True)
-        columns = {"logits": logits.log() if gives_probabilities(layer.router) else logits}
-        self._add(Rows(name, self._forward_of(None, len(logits)), columns))
+        logits = as_logits(layer.router, logits.detach().to(torch.float32, copy=True))
+        self._add(Rows(name, self._forward_of(None, len(logits)), {"logits": logits}))
 
     def _add(self, rows: Rows) -> None:
         running = self._threads.here

@@ -98,17 +98,20 @@ def count_pairs(picks: np.ndarray, n_experts: int, documents: Documents) -> Pair
     most = max(CODES * 2 // (k * (k - 1)), 1)  # tokens
     for start, stop in _ranges(documents, most):
         rows = picks[documents.starts[start] : documents.starts[stop]]
-        if stop - start == 1:
-            pieces = (rows[at : at + most] for at in range(0, len(rows), most))
-            counts = sum((np.bincount(_codes(piece, n_experts), minlength=cells) for piece in pieces), np.zeros(cells))
-            pair, length = np.arange(cells), lengths[start]
+        if len(rows) > most:  # one long document
+            counts = np.zeros(cells)
+            for at in range(0, len(rows), most):
+                counts += np.bincount(_codes(rows[at : at + most], n_experts), minlength=cells)
+            together += counts
+            squares += counts**2
+            weighted += counts * (len(rows) / len(picks))
         else:
             owner = np.repeat(np.arange(start, stop), lengths[start:stop])
             keys, counts = np.unique(_codes(rows, n_experts, owner), return_counts=True)
             pair, length = keys % cells, lengths[keys // cells]
-        together += np.bincount(pair, counts, cells)
-        squares += np.bincount(pair, counts.astype(float) ** 2, cells)
-        weighted += np.bincount(pair, counts * length / max(len(picks), 1), cells)
+            together += np.bincount(pair, counts, cells)
+            squares += np.bincount(pair, counts.astype(float) ** 2, cells)
+            weighted += np.bincount(pair, counts * length / max(len(picks), 1), cells)
     return PairCounts(together, squares, weighted)
 
 

@@ -201,6 +201,21 @@ def test_a_checkpoint_that_lacks_one_of_them_leaves_the_model_as_it_was(tmp_path
         assert lost(plain)
 
 
+def test_where_transformers_refuses_to_switch_no_bias_is_added(tmp_path, monkeypatch):
+    def locked(_name):
+        raise RuntimeError("locked")
+
+    trained(tmp_path)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(plain, "set_experts_implementation", locked)
+        with pytest.raises(ValueError, match="does not let this model change its experts: locked"):
+            ms.attach(plain)
+    assert lost(plain)
+    ms.attach(plain)
+    assert not lost(plain)
+
+
 def test_a_model_from_the_cache_of_the_hub_gets_its_biases_back(tmp_path, monkeypatch):
     snapshot = tmp_path / "models--somebody--balanced" / "snapshots" / "0123abc"
     model = trained(snapshot)

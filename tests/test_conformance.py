@@ -184,6 +184,7 @@ NOTHING_TO_JUDGE = [
     (LogitsAlone, SMALL, "LogitsAlone is no gate: a Tensor came back"),
     (NeedsIds, SMALL, "NeedsIds needs input_ids beside the hidden states"),
     (Tempered, SMALL, "its logits are not its weight times the hidden states .2 came out as 1"),
+    (Router(dataclasses.replace(SMALL, topk_method="balanced")), None, "Router deals tokens out in turn"),
     (SoundGate, dataclasses.replace(SMALL, hidden_size=8), "hidden_size=8 is below n_routed_experts=32"),
 ]
 

@@ -185,6 +185,18 @@ def test_where_there_is_nothing_to_attach_to_attach_says_so(model, reason):
         ms.attach(model())
 
 
+def test_experts_that_are_quantised_are_named_with_their_dtype():
+    class FP8Experts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.down_proj = nn.Parameter(torch.zeros(2, 4, 4).to(torch.float8_e4m3fn), requires_grad=False)
+
+    model = nn.Module()
+    model.experts = FP8Experts()
+    with pytest.raises(ValueError, match=r"computes its experts \(FP8Experts, torch.float8_e4m3fn\) itself"):
+        ms.attach(model)
+
+
 def test_one_module_that_cannot_be_served_leaves_the_whole_model_as_it_was():
     model = eager(loud("qwen3_moe"))
     experts_of(model)[-1].act_fn = nn.Mish()

@@ -45,6 +45,8 @@ def check(
     if level not in LEVELS:
         raise ValueError(f"level={level!r} is unknown: use one of {', '.join(LEVELS)}")
     gate = as_gate(target, config)
+    if gate.config.topk_method == "balanced":
+        raise ValueError(f"{gate.name} deals tokens out in turn (topk_method='balanced'): that is no gate to judge")
     _try(gate)
     results = []
     for probe in PROBES:

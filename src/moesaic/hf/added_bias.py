@@ -52,17 +52,28 @@ def add_bias(model: nn.Module) -> list[str]:
 
 
 def restore_bias(model: nn.Module) -> list[str]:
-    """Add the biases that were saved with a model and read them from its checkpoint; returns the names of their layers.
+    """Add the biases that were saved with a model, as `saved_biases` finds them; returns the names of their layers."""
+    return add_saved(model, saved_biases(model))
 
-    Nothing happens where config.json says of none or they are there already. The checkpoint is the folder that the
-    model was loaded from, or what the hub's cache has under its name. Raises ValueError, and changes nothing, where
-    that cannot be read or lacks one of the biases.
+
+def saved_biases(model: nn.Module) -> list[Tensor]:
+    """The biases that were saved with a model and not loaded, one for each router without; none where config.json says
+    of none or they are there already.
+
+    The checkpoint is the folder that the model was loaded from, or what the hub's cache has under its name. Raises
+    ValueError where that cannot be read or lacks one of the biases.
     """
     if not lost(model):
         return []
     folder = _folder_of(model)
     saved = _saved(folder)
-    biases = [_saved_bias(layer, model, saved, folder) for layer in _without_bias(model)]
+    return [_saved_bias(layer, model, saved, folder) for layer in _without_bias(model)]
+
+
+def add_saved(model: nn.Module, biases: list[Tensor]) -> list[str]:
+    """Add what `saved_biases` found; returns the names of the layers."""
+    if not biases:
+        return []
     names = add_bias(model)
     added = [layer for layer in moe_layers(model) if layer.name in names]
     for layer, bias in zip(added, biases, strict=True):

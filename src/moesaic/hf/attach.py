@@ -4,8 +4,9 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from moesaic.engine.checks import DTYPES
 from moesaic.engine.select import check_engine
-from moesaic.hf.added_bias import restore_bias
+from moesaic.hf.added_bias import add_saved, saved_biases
 from moesaic.hf.experts import NAME, is_on_seam, serve
 from moesaic.hf.modules import check_model
 from moesaic.layer.experts import Experts
@@ -24,7 +25,7 @@ def attach(model: M, *, engine: str = "auto", batch_invariant: bool = False, rec
     A selection bias that moesaic added to a family without one and that was saved with the model is read from its
     checkpoint, which plain transformers leaves out.
 
-    Raises ValueError, and switches nothing, where `model` is no module or has no such experts, one of them cannot be
+    Raises ValueError, and changes nothing, where `model` is no module or has no such experts, one of them cannot be
     served, such a bias cannot be read, or transformers does not let the model switch.
     """
     check_engine(engine, batch_invariant=batch_invariant, recompute=recompute)
@@ -41,12 +42,13 @@ def attach(model: M, *, engine: str = "auto", batch_invariant: bool = False, rec
         except ValueError:
             module.__dict__.pop("_moesaic", None)  # what was read of it before is no longer so
             raise
-    restore_bias(model)
+    biases = saved_biases(model)
     if theirs and (switch := getattr(model, "set_experts_implementation", None)):
         try:
             switch(NAME)
         except RuntimeError as error:
             raise ValueError(f"transformers does not let this model change its experts: {error}") from None
+    add_saved(model, biases)
     for module, how in zip(theirs, served, strict=True):
         module._moesaic = how
         if module.config._experts_implementation != NAME:  # a bare block, or a model inside a wrapper
@@ -58,7 +60,9 @@ def attach(model: M, *, engine: str = "auto", batch_invariant: bool = False, rec
 
 
 def _nothing_to_attach(model: nn.Module) -> str:
-    experts = {type(e).__name__ for m in model.modules() if isinstance(e := getattr(m, "experts", None), nn.Module)}
+    found = [e for m in model.modules() if isinstance(e := getattr(m, "experts", None), nn.Module)]
+    experts = {type(e).__name__ for e in found}
+    experts |= {str(weight.dtype) for e in found for weight in e.parameters() if weight.dtype not in DTYPES}
     if not experts:
         return f"nothing to attach to: {type(model).__name__} has no experts"
     return (

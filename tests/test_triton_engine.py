@@ -324,6 +324,27 @@ def test_a_gradient_that_is_negated_when_read_is_added_with_its_sign():
             close(leaf.grad, 2 * grad.double())
 
 
+@pytest.mark.parametrize("what", ["tokens", "routing weights"])
+def test_inputs_that_lie_in_a_gradient_of_the_weights_are_read_before_anything_is_added(what):
+    """The gradient of `down` is written before the kernels of other gradients read the tokens and the weights."""
+    p = problem("biases", i=40)
+    p = p._replace(grad=p.grad / 50)  # moderate numbers: they are to serve as tokens
+    leaves = leaves_of(p)
+    run(p, leaves).backward(p.grad)
+    once = [leaf.grad.clone() for leaf in leaves]
+    there = leaves[3].grad.flatten()
+    tokens, weights = p.tokens, p.weights
+    if what == "tokens":
+        tokens = there[: tokens.numel()].view(tokens.shape)
+    else:
+        weights = there[: weights.numel()].view(weights.shape)
+    again = p._replace(tokens=tokens.clone(), weights=weights.clone())
+    wanted = expected(again)[1]
+    run(again, [tokens, weights, *leaves[2:]]).backward(p.grad)
+    for leaf, before, grad in zip(leaves[2:], once[2:], wanted[2:], strict=True):
+        close(leaf.grad, before.double() + grad)
+
+
 @pytest.mark.parametrize("tokens", [1, 2])
 def test_an_operator_that_made_no_plan_trains_yet(tokens):
     p = problem(t=tokens, e=40)

@@ -22,15 +22,7 @@ import torch
 from torch import Tensor
 
 from moesaic.strict_json import is_count
-from moesaic.trace.imports.assemble import (
-    MOST_PICKS,
-    NONE,
-    Imported,
-    Part,
-    assemble,
-    without_copies,
-    without_filler,
-)
+from moesaic.trace.imports.assemble import MOST_PICKS, NONE, Imported, Part, assemble, without_copies, without_filler
 from moesaic.trace.imports.notes import note
 from moesaic.trace.imports.target import MOST_LAYERS, Target
 from moesaic.trace.imports.untrusted import counts, size_of

@@ -3,7 +3,6 @@
 import torch
 from hf_models import tiny
 
-from moesaic.hf.added_bias import RULE
 from moesaic.hf.modules import moe_layers
 from moesaic.hf.outputs import read_router
 from moesaic.layer.balance import expert_load
@@ -67,8 +66,7 @@ def explicit(model, batch, kind):
             "sequence": {"sequences": torch.arange(len(mask)) // length},
             "global_batch": {"load": expert_load(routing.expert_ids[mask], layer.config.n_routed_experts)},
         }.get(kind, {})
-        config = vars(layer.router).get(RULE, layer.config)
-        total = total + LOSSES[kind](routing, config, mask=mask, **own, **OPTIONS.get(kind, {}))
+        total = total + LOSSES[kind](routing, layer.config, mask=mask, **own, **OPTIONS.get(kind, {}))
     return output, output.loss + ALPHA * total
 
 

@@ -7,16 +7,20 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from commands import runner
 from hf_models import tiny, token_ids
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, Trainer, TrainingArguments
 from transformers.utils import logging
 
 import moesaic as ms
+from moesaic.cli.trace import trace
 from moesaic.hf.added_bias import BIAS, add_bias, lost, restore_bias
 from moesaic.hf.load import TINY, load_model
 from moesaic.hf.modules import moe_layers
 from moesaic.hf.outputs import read_router
+from moesaic.trace.file.reader import load
+from moesaic.trace.rule.derive import check_layer
 from moesaic.train.bias_balance import BiasBalance
 
 # a rule each: softmax then top-k, with and without normalisation; top-k then softmax; groups by their maximum
@@ -147,11 +151,37 @@ def test_our_own_router_gets_one_too():
     assert torch.equal(layer(x), before)
     layer.gate.e_score_correction_bias[5] = 10.0
     assert (layer.gate(x).expert_ids == 5).any(-1).all()
+    assert moe_layers(layer)[0].config == layer.gate.config, "not the block's, which has no bias"
 
 
-def trained(folder, family="qwen3_moe"):
+def assert_derived(trace):
+    """What was recorded follows from the recorded logits and biases by the rule that the record names."""
+    assert trace.bias.any()
+    for layer in range(trace.n_layers):
+        check = check_layer(trace, layer)
+        assert check.experts.all()
+        assert check.weights.all()
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "deepseek_v2"])
+def test_a_record_of_a_model_with_added_biases_derives_its_own_picks(family):
+    model, ids = tiny(family), token_ids()
+    add_bias(model)
+    for layer in moe_layers(model):
+        layer.bias.normal_(std=0.03)
+    with torch.no_grad(), ms.record(model, "scores") as rec:
+        logits = model(ids).logits
+    assert_derived(rec.trace)
+    assert {config.limits_groups for config in rec.trace.configs} == {family == "deepseek_v2"}
+    assert not ms.what_if(rec.trace).flipped.any()
+    assert next(step for step in ms.steps(rec.trace, 0, 0) if step.stage.key == "biased").value is not None
+    with torch.no_grad(), ms.replay(model, rec.trace):
+        assert torch.equal(model(ids).logits, logits)
+
+
+def trained(folder, family="qwen3_moe", **fields):
     """A model of a family without biases, saved with biases that moved."""
-    model, ids = tiny(family).train(), token_ids()
+    model, ids = tiny(family, **fields).train(), token_ids()
     balance = BiasBalance(0.05, add_bias=True).attach(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for _ in range(3):
@@ -261,6 +291,22 @@ def test_plain_transformers_says_that_it_leaves_the_bias_out_and_our_commands_re
     with torch.no_grad():
         torch.testing.assert_close(loaded(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-5)
     assert all(layer.bias.any() for layer in moe_layers(loaded))
+
+
+def test_a_saved_model_is_recorded_by_its_own_rule_after_attach_and_by_the_command(tmp_path, monkeypatch, capsys):
+    trained(tmp_path, vocab_size=4096)  # of the tokenizer
+    attached = ms.attach(AutoModelForCausalLM.from_pretrained(tmp_path))
+    with torch.no_grad(), ms.record(attached, "scores") as rec:
+        attached(token_ids())
+    assert_derived(rec.trace)
+    shutil.copy(TINY / "tokenizer.json", tmp_path)
+    shutil.copy(TINY / "tokenizer_config.json", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    capsys.readouterr()  # the progress of saving
+    code, out, err = runner(monkeypatch, capsys, trace=trace)("trace", ".", "--text", "To be", "--detail", "scores")
+    assert (code, err) == (0, "")
+    assert "moesaic steps --trace" in out, "which is offered where the rule is known"
+    assert_derived(load("run.safetensors"))
 
 
 @pytest.mark.compile

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from moesaic.config import MoEConfig
-from moesaic.hf.modules import MoELayer, moe_layers
+from moesaic.hf.modules import RULE, MoELayer, moe_layers
 from moesaic.hf.outputs import RouterOutput, read_router
 from moesaic.layer.router import Router
 from moesaic.rules import route
@@ -23,7 +23,6 @@ from moesaic.types import Routing
 
 BIAS = "e_score_correction_bias"
 FLAG = "moesaic_added_bias"  # in config.json
-RULE = "_moesaic_biased_rule"  # on a router: how it selects now
 TRIED = 64  # tokens on which the rule is proven
 SAME = 1e-2  # of the largest weight: routers in bfloat16 round theirs
 

@@ -22,6 +22,7 @@ BIAS_NAMES = ("e_score_correction_bias", "expert_bias", "moe_statics.e_score_cor
 # attributes in which wrappers keep what they wrap: torch.compile, PEFT, DDP, checkpoint_wrapper
 WRAPPED = ("_orig_mod", "base_layer", "module", "_checkpoint_wrapped_module")
 ADAPTED = "base_model.model."  # with which PEFT begins the names of a model
+RULE = "_moesaic_biased_rule"  # on a router that was given a selection bias: how it selects now
 
 
 class MoELayer(NamedTuple):
@@ -229,8 +230,11 @@ def _origin(router: nn.Module | None, experts: nn.Module) -> str | None:
 
 
 def config_of(block: nn.Module, router: nn.Module | None, experts: nn.Module, model: Any) -> MoEConfig:
-    """Ours where the block is ours; else the nearest Hugging Face config; sizes alone where that leaves the rule open
-    or contradicts what the layer holds."""
+    """What the router says itself, ours or one with an added bias; else ours where the block is ours; else the nearest
+    Hugging Face config; sizes alone where that leaves the rule open or contradicts what the layer holds."""
+    own = router.config if isinstance(router, Router) else getattr(router, RULE, None)
+    if own is not None:
+        return own
     n_experts = experts_held(experts)
     for owner in (block, experts, unwrapped(model), *_parts_with_config(model)):
         source = getattr(owner, "config", None)

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from moesaic.config import MoEConfig
-from moesaic.hf.added_bias import RULE
-from moesaic.hf.modules import MoELayer, moe_layers, parameters_of
+from moesaic.hf.modules import RULE, MoELayer, moe_layers, parameters_of
 from moesaic.hf.outputs import read_router
 from moesaic.layer.losses import LOSSES, devices, reachable
 from moesaic.trace.recording.calls import listening
@@ -76,7 +75,7 @@ class BalanceLoss(TrainerCallback):
     def attach(self, model: nn.Module) -> "BalanceLoss":
         """Balance the model's training forwards from now on. Returns self."""
         self.detach()
-        layers = [_with_its_rule(layer) for layer in moe_layers(model)]
+        layers = moe_layers(model)
         attribute = f"_moesaic_loss_{self.kind}"
         for layer in layers:
             _check_layer(layer, self.kind, self.options)
@@ -164,11 +163,6 @@ def _check_devices(kind: str, n_devices: int | None, max_devices: int | None) ->
     ):
         if value is not None and kind not in kinds:
             raise ValueError(f"{name}={value} does not matter to kind={kind!r}: leave it out, or use {kinds[-1]!r}")
-
-
-def _with_its_rule(layer: MoELayer) -> MoELayer:
-    """A router that was given a bias knows its rule, which the model's config does not."""
-    return layer._replace(config=vars(layer.router).get(RULE, layer.config)) if layer.router is not None else layer
 
 
 def _check_layer(layer: MoELayer, kind: str, options: dict[str, int]) -> None:

@@ -2,16 +2,22 @@
 
 import json
 import re
+import shutil
 
 import pytest
 import typer
 from cases import v3
+from hf_models import tiny
+from safetensors.torch import load_file, save_file
 from traces import made
 from typer.testing import CliRunner
 
 from moesaic.cli.check import check
 from moesaic.conformance import PROBES
+from moesaic.conformance.targets import find
+from moesaic.hf.added_bias import add_bias
 from moesaic.hf.load import TINY
+from moesaic.hf.modules import moe_layers
 
 app = typer.Typer()
 app.command()(check)
@@ -245,6 +251,31 @@ def test_a_damaged_model_is_refused(tmp_path):
     result = run(tmp_path)
     assert isinstance(result.exception, ValueError)
     assert "the model cannot be loaded" in str(result.exception)
+
+
+def test_weights_that_are_not_all_there_are_refused_and_never_drawn(tmp_path):
+    shutil.copytree(TINY, tmp_path, dirs_exist_ok=True)
+    state = load_file(tmp_path / "model.safetensors")
+    del state["model.layers.1.mlp.gate.weight"]
+    save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    result = run(tmp_path)
+    assert isinstance(result.exception, ValueError)
+    assert "weights are incomplete, 1 are missing, such as model.layers.1.mlp.gate.weight" in str(result.exception)
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "deepseek_v2"])
+def test_a_gate_is_judged_with_the_bias_that_was_added_to_it(family, tmp_path):
+    model = tiny(family)
+    add_bias(model)
+    for layer in moe_layers(model):
+        layer.bias.normal_()
+    model.save_pretrained(tmp_path)
+    gate = find(str(tmp_path))
+    assert dict(gate.module.named_buffers())[gate.bias_name].equal(moe_layers(model)[0].bias)
+    result = run(tmp_path)
+    rows = rows_of(result.output)
+    assert result.exit_code == 0
+    assert rows["definition"] == rows["bias-shift"] == rows["biased-weight"] == ("wrong", "pass")
 
 
 def test_help_says_that_code_is_run():

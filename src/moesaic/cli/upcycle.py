@@ -89,32 +89,22 @@ def upcycle(
 
 def _load(folder: Path, experts: int, k: int, granularity: int) -> Any:
     """The dense model; refused from its config.json alone where that is enough."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
-    from moesaic.hf.load import TELLING, check_weights
+    from moesaic.hf.load import HERE, first_line, load_network
     from moesaic.hf.upcycle import check_sizes
 
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder}: no config.json there: give the folder of a Hugging Face model")
-    here: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     try:
-        config = AutoConfig.from_pretrained(folder, **here)
+        config = AutoConfig.from_pretrained(folder, **HERE)
     except Exception as error:  # transformers raises many kinds
-        raise ValueError(f"{folder}: its config.json cannot be read ({_first_line(error)})") from None
+        raise ValueError(f"{folder}: its config.json cannot be read ({first_line(error)})") from None
     try:
         check_sizes(config, experts, k, granularity)
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from None
-    try:
-        model, found = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", **TELLING, **here)
-    except Exception as error:  # transformers, safetensors and torch each raise their own kinds
-        raise ValueError(f"{folder}: the model cannot be loaded ({_first_line(error)})") from None
-    check_weights(folder, found)
-    return model
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+    return load_network(folder, dtype="auto")
 
 
 def _described(dense: Any, moe: Any) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 import copy
 import importlib
 import sys
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,8 @@ from moesaic.conformance.building import gate_of_class, ours, router_in
 from moesaic.conformance.gates import FunctionGate, Gate, ModuleGate, replace
 from moesaic.conformance.verdict import GateRaised, NotApplicable, gate_code, in_one_line, plain_torch
 from moesaic.families import ALIASES, PRESETS
-from moesaic.hf.load import quiet_transformers
-from moesaic.hf.modules import MoELayer, moe_layers, routed_blocks
+from moesaic.hf.load import load_moe, quietly
+from moesaic.hf.modules import RULE, MoELayer, moe_layers
 from moesaic.hf_config import read_config_json
 from moesaic.layer.router import Router
 from moesaic.trace.file.reader import is_trace
@@ -88,7 +87,7 @@ def find(target: str, *, layer: int | None = None, config: str | None = None) ->
         what = "a record of a run, which moesaic stats judges" if is_trace(path) else "a binary file"
         raise ValueError(f"{target} is {what}: give a model folder, a config.json, module:Class or a preset")
     if path.is_dir() and any(next(path.glob(pattern), None) for pattern in WEIGHTS):
-        return gate_in(load(path), layer)
+        return gate_in(load_moe(path), layer)
     return gate_in(build(path), layer, random=True)
 
 
@@ -159,6 +158,8 @@ def gate_of_layer(model: nn.Module, layer: MoELayer, *, random: bool) -> ModuleG
         raise ValueError(f"{name}: nothing beside its experts looks like a router: give the gate and a MoEConfig")
     if isinstance(router, Router):
         return ModuleGate(router, config, name or "gate", ours(config, type(router)))
+    if RULE in vars(router):  # no settings of the family give a router with an added bias
+        return ModuleGate(router, config, f"{type(router).__name__} {name}")
     rebuild = hf_rebuild(type(router), nearest_config(model, name), config)
     if random:
         try:
@@ -215,24 +216,9 @@ def build(path: Path) -> nn.Module:
         raise ValueError(f"{file}: names no model_type: give the config.json of a Hugging Face model")
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    with quiet_transformers(), warnings.catch_warnings(), torch.device("meta"):
-        warnings.simplefilter("ignore")
+    with quietly(), torch.device("meta"):
         try:
             kind = given.pop("model_type")
             return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **given))
         except Exception as error:  # transformers raises many kinds
             raise ValueError(f"{file}: no model can be built ({in_one_line(error)})") from None
-
-
-def load(folder: Path) -> nn.Module:
-    """The model of a folder with its weights. Offline; runs no code of the folder."""
-    from transformers import AutoModelForCausalLM
-
-    if not list(routed_blocks(build(folder))):  # asked first: a dense model may take minutes to load
-        raise ValueError(f"{folder}: not an MoE model: it has no experts beside a gate")
-    with quiet_transformers(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            return AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        except Exception as error:  # transformers, safetensors and torch each raise their own kinds
-            raise ValueError(f"{folder}: the model cannot be loaded ({in_one_line(error)})") from None

@@ -16,6 +16,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt
 
 # `from_pretrained` then tells which weights are missing, and which are of other sizes, which it else only logs
 TELLING: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+HERE: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 
 
 def load_model(folder: str | Path = TINY) -> tuple[Any, Any]:
@@ -27,34 +28,47 @@ def load_model(folder: str | Path = TINY) -> tuple[Any, Any]:
     that are damaged, incomplete or of other sizes than its config says.
     """
     folder = Path(folder)
-    _check_is_moe(folder)
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    model = load_moe(folder)
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        raise ValueError(f"{folder}: no tokenizer there: add its tokenizer.json and tokenizer_config.json")
+    from transformers import AutoTokenizer
 
-    here: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
-    with quiet_transformers(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with quietly():
         try:
-            model, found = AutoModelForCausalLM.from_pretrained(folder, **TELLING, **here)
-        except Exception as error:  # transformers, safetensors and torch each raise their own kinds
-            raise ValueError(f"{folder}: the model cannot be loaded ({_first_line(error)})") from None
-        check_weights(folder, found)
-        try:
-            moe_layers(model)
-        except ValueError as error:
-            raise ValueError(f"{folder}: {error}") from None
-        restore_bias(model)
-        if not any((folder / name).is_file() for name in TOKENIZER_FILES):
-            raise ValueError(f"{folder}: no tokenizer there: add its tokenizer.json and tokenizer_config.json")
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(folder, **here)
-        except Exception as error:  # as above
-            raise ValueError(f"{folder}: the tokenizer cannot be loaded ({_first_line(error)})") from None
+            tokenizer = AutoTokenizer.from_pretrained(folder, **HERE)
+        except Exception as error:  # as in load_network
+            raise ValueError(f"{folder}: the tokenizer cannot be loaded ({first_line(error)})") from None
     return model.eval(), tokenizer
 
 
-def check_weights(folder: Path, found: Mapping[str, Any]) -> None:
-    """Refuse weights that do not fit the config of their folder or are not all there. found: what `from_pretrained`
-    says with TELLING."""
+def load_moe(folder: Path) -> Any:
+    """The MoE model of a folder, without its tokenizer. ValueError as of `load_model`."""
+    _check_is_moe(folder)
+    model = load_network(folder)
+    try:
+        moe_layers(model)
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from None
+    restore_bias(model)
+    return model
+
+
+def load_network(folder: Path, **options: Any) -> Any:
+    """The model of a folder, dense or not, with all of its weights. Offline; runs no code of the folder. ValueError
+    where they are damaged, incomplete or of other sizes than its config says."""
+    from transformers import AutoModelForCausalLM
+
+    with quietly():
+        try:
+            model, found = AutoModelForCausalLM.from_pretrained(folder, **TELLING, **HERE, **options)
+        except Exception as error:  # transformers, safetensors and torch each raise their own kinds
+            raise ValueError(f"{folder}: the model cannot be loaded ({first_line(error)})") from None
+    _check_weights(folder, found)
+    return model
+
+
+def _check_weights(folder: Path, found: Mapping[str, Any]) -> None:
+    """Refuse weights that do not fit the config of their folder or are not all there."""
     if misfits := sorted(found["mismatched_keys"]):
         name, in_file, by_config = misfits[0]
         raise ValueError(
@@ -83,6 +97,14 @@ def _check_is_moe(folder: Path) -> None:
 
 
 @contextmanager
+def quietly() -> Iterator[None]:
+    """`quiet_transformers`, and no warnings either."""
+    with quiet_transformers(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+@contextmanager
 def quiet_transformers() -> Iterator[None]:
     """No progress bars and no log lines below errors; put back as they were afterwards."""
     from transformers.utils import logging
@@ -98,6 +120,6 @@ def quiet_transformers() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     text = str(error).strip() or type(error).__name__
     return text.splitlines()[0][:200]

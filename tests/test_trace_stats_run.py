@@ -283,6 +283,25 @@ def test_too_few_documents_of_alike_tokens_are_no_ground_either():
     run = stats(dataclasses.replace(alike, sequences=torch.arange(24).repeat_interleave(50)))
     assert run.status == "too_few"
     assert run.layers[0].verdict() == "too few documents to judge: their tokens count as 24"
+    assert run.verdict() == (
+        "All 2 layers have too few documents to judge (their tokens are alike and count as fewer; read more "
+        "documents): layers.0, layers.1."
+    )
+    assert run.verdict("zh").startswith("全部 2 层文档都太少，无法判断（同一文档的 token 彼此相像")
+
+
+def test_too_few_tokens_and_too_few_documents_are_told_apart_in_one_run():
+    trace = scored(v3(64, 8, 4, 4), n_tokens=24)
+    alike = trace.select(torch.arange(24).repeat_interleave(50))
+    picks = alike.picks.clone()
+    picks[1, 100:] = 64  # the id for "no expert"
+    both = dataclasses.replace(
+        alike, picks=picks, weights=None, logits=None, bias=None, sequences=torch.arange(24).repeat_interleave(50)
+    )
+    tokens, documents = stats(both).verdict().splitlines()
+    assert tokens == "1 of 2 layers with too few tokens to judge (it takes 8 assignments per expert): layers.1."
+    assert documents.startswith("1 of 2 layers with too few documents to judge (their tokens are alike")
+    assert documents.endswith(": layers.0.")
 
 
 # how it is shown

@@ -54,7 +54,7 @@ def stats(
     more labels, test which experts prefer which.
 
     Exit code 0: every layer was judged and is healthy; 1: a layer is imbalanced, has dead experts or has collapsed; 2:
-    layers without data or with too few tokens, and none that is bad.
+    layers without data or with too few tokens or documents, and none that is bad.
     """
     check_lang(lang)
     factors = _factors(capacity)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from moesaic.trace.shown import NAMED, listed, short_layers, words_of
-from moesaic.trace.statistics.verdict import ENOUGH, SICK, UNJUDGED
+from moesaic.trace.statistics.verdict import ENOUGH, SICK, UNJUDGED, few_assignments
 
 if TYPE_CHECKING:
     from moesaic.trace.statistics.stats import LayerReport
@@ -29,6 +29,9 @@ WORDS = {
         "too_few": ("{n} of {all} layers with too few tokens to judge", "All {all} layers have too few tokens to judge",
                     "The one layer has too few tokens to judge",
                     " (it takes {k} assignments per expert): {e}."),
+        "alike": ("{n} of {all} layers with too few documents to judge",
+                  "All {all} layers have too few documents to judge", "The one layer has too few documents to judge",
+                  " (their tokens are alike and count as fewer; read more documents): {e}."),
         "no_data": ("{n} of {all} layers without data, so nothing is said of them", "All {all} layers are without data",
                     "The one layer has no data",
                     ": {e}."),
@@ -53,6 +56,9 @@ WORDS = {
         "too_few": ("{all} 层中有 {n} 层 token 太少，无法判断", "全部 {all} 层 token 都太少，无法判断",
                     "仅有的一层 token 太少，无法判断",
                     "（平均每个专家需要 {k} 次分配）：{e}。"),
+        "alike": ("{all} 层中有 {n} 层文档太少，无法判断", "全部 {all} 层文档都太少，无法判断",
+                  "仅有的一层文档太少，无法判断",
+                  "（同一文档的 token 彼此相像，只能算作更少的 token；请读更多文档）：{e}。"),
         "no_data": ("{all} 层中有 {n} 层没有数据，对其不作判断", "全部 {all} 层都没有数据", "仅有的一层没有数据",
                     "：{e}。"),
         "documents": "依据 {n:,} 个文档（{t:,} 个 token），结论适用于同类文本。",
@@ -99,8 +105,10 @@ def run_verdict(
     least = [report.least_seen for report in by_status.get("chance", [])]
     if least and all(map(math.isfinite, least)):
         said.append(words["seen"][count == 1].format(x=max(least)))
-    if few := by_status.get("too_few"):
-        said.append(say("too_few", len(few), k=ENOUGH, e=listed([report.layer for report in few], lang)))
+    few = by_status.get("too_few", [])
+    for key, short in (("too_few", True), ("alike", False)):
+        if found := [report.layer for report in few if few_assignments(report.load) == short]:
+            said.append(say(key, len(found), k=ENOUGH, e=listed(found, lang)))
     if without := [*(report.layer for report in by_status.get("no_data", [])), *missing]:
         said.append(say("no_data", len(without), e=listed(without, lang)))
     if judged:

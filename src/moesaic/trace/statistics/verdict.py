@@ -120,10 +120,10 @@ def status_of(
     counts: LoadCounts, test: LoadTest, numbers: Mapping[str, float], chance: Mapping[str, float], alpha: float
 ) -> str:
     """The status of a layer. numbers, chance: balance numbers of its load, and their means under random routing."""
-    load, n_experts = counts.load, len(counts.load)
+    load = counts.load
     if not load.sum():
         return "no_data"
-    if load.sum() < ENOUGH * n_experts:
+    if few_assignments(load):
         return "too_few"
     if test.p_value > alpha:
         return "too_few" if test.effective * counts.rate < ENOUGH else "chance"
@@ -135,6 +135,12 @@ def status_of(
     if len(hot(counts, test, alpha)) or len(starved(counts, test, alpha)) or spread > SPREAD:
         return "imbalanced"
     return "balanced"
+
+
+def few_assignments(load: np.ndarray) -> bool:
+    """Whether a layer of status "too_few" has too few tokens at all; else its documents are too few, whose tokens are
+    alike."""
+    return bool(load.sum() < ENOUGH * len(load))
 
 
 def hot(counts: LoadCounts, test: LoadTest, alpha: float) -> np.ndarray:
@@ -157,7 +163,7 @@ def words_of_layer(status: str, counts: LoadCounts, test: LoadTest, carriers: fl
     """The verdict on a layer in plain words, {"en": ..., "zh": ...}."""
     en, zh = STATUSES[status]["en"], STATUSES[status]["zh"]
     load, n_experts = counts.load, len(counts.load)
-    if status == "too_few" and load.sum() >= ENOUGH * n_experts:
+    if status == "too_few" and not few_assignments(load):
         n = f"{test.effective:.0f}"
         return {
             "en": f"too few documents to judge: their tokens count as {n}",

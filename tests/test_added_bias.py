@@ -246,6 +246,17 @@ def test_where_transformers_refuses_to_switch_no_bias_is_added(tmp_path, monkeyp
     assert not lost(plain)
 
 
+def test_where_a_saved_bias_cannot_be_added_the_model_stays_as_it_was(tmp_path):
+    trained(tmp_path)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path)
+    before = plain.get_experts_implementation()
+    plain.model.layers[1].mlp.gate.to("meta")
+    with pytest.raises(ValueError, match="Qwen3MoeTopKRouter has no weights yet to prove its rule with"):
+        ms.attach(plain)
+    assert plain.get_experts_implementation() == before
+    assert lost(plain)
+
+
 def test_a_model_from_the_cache_of_the_hub_gets_its_biases_back(tmp_path, monkeypatch):
     snapshot = tmp_path / "models--somebody--balanced" / "snapshots" / "0123abc"
     model = trained(snapshot)

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,15 @@ TRIED = 64  # tokens on which the rule is proven
 SAME = 1e-2  # of the largest weight: routers in bfloat16 round theirs
 
 
+class AddedBias(NamedTuple):
+    """A bias [E] for the router of a layer, and the rule by which it then selects, proven on it."""
+
+    layer: str
+    router: nn.Module
+    rule: MoEConfig
+    bias: Tensor
+
+
 def add_bias(model: nn.Module) -> list[str]:
     """Give every router that has no selection bias one of zeros; returns the names of those layers.
 
@@ -37,17 +46,7 @@ def add_bias(model: nn.Module) -> list[str]:
     router returns what its rule does not give, or that has no router of its own. A bias that was saved with the model
     and not loaded is refused too: `ms.attach(model)` brings it back.
     """
-    layers = _without_bias(model)
-    rules = {layer.name: _biased_rule(layer) for layer in layers}
-    if layers:
-        torch.compiler.reset()  # guards of graphs that were compiled before do not notice hooks that come after
-    for layer in layers:
-        assert layer.router is not None
-        _give(layer.router, rules[layer.name])
-    config = getattr(model, "config", None)
-    if layers and hasattr(config, "model_type"):  # transformers'; our own layers load strictly and need no flag
-        setattr(config, FLAG, True)
-    return [layer.name for layer in layers]
+    return add_saved(model, [_added(layer) for layer in _without_bias(model)])
 
 
 def restore_bias(model: nn.Module) -> list[str]:
@@ -55,30 +54,30 @@ def restore_bias(model: nn.Module) -> list[str]:
     return add_saved(model, saved_biases(model))
 
 
-def saved_biases(model: nn.Module) -> list[Tensor]:
+def saved_biases(model: nn.Module) -> list[AddedBias]:
     """The biases that were saved with a model and not loaded, one for each router without; none where config.json says
     of none or they are there already.
 
     The checkpoint is the folder that the model was loaded from, or what the hub's cache has under its name. Raises
-    ValueError where that cannot be read or lacks one of the biases.
+    ValueError where that cannot be read or lacks one of the biases, or where `add_bias` would refuse.
     """
     if not lost(model):
         return []
     folder = _folder_of(model)
     saved = _saved(folder)
-    return [_saved_bias(layer, model, saved, folder) for layer in _without_bias(model)]
+    return [_added(layer, _saved_bias(layer, model, saved, folder)) for layer in _without_bias(model)]
 
 
-def add_saved(model: nn.Module, biases: list[Tensor]) -> list[str]:
+def add_saved(model: nn.Module, biases: list[AddedBias]) -> list[str]:
     """Add what `saved_biases` found; returns the names of the layers."""
-    if not biases:
-        return []
-    names = add_bias(model)
-    added = [layer for layer in moe_layers(model) if layer.name in names]
-    for layer, bias in zip(added, biases, strict=True):
-        assert layer.router is not None
-        layer.router.get_buffer(BIAS).copy_(bias)
-    return names
+    if biases:
+        torch.compiler.reset()  # guards of graphs that were compiled before do not notice hooks that come after
+    for added in biases:
+        _give(added)
+    config = getattr(model, "config", None)
+    if biases and hasattr(config, "model_type"):  # transformers'; our own layers load strictly and need no flag
+        setattr(config, FLAG, True)
+    return [added.layer for added in biases]
 
 
 def lost(model: nn.Module) -> bool:
@@ -91,13 +90,19 @@ def _without_bias(model: nn.Module) -> list[MoELayer]:
     return [layer for layer in moe_layers(model) if not layer.has_bias]
 
 
-def _biased_rule(layer: MoELayer) -> MoEConfig:
-    """The rule of a layer with a selection bias in it, proven on its router."""
-    name, router, config = layer.name, layer.router, layer.config
-    if router is None:
+def _added(layer: MoELayer, bias: Tensor | None = None) -> AddedBias:
+    """What `add_saved` is to do to a layer; the bias is one of zeros unless given. ValueError as of `add_bias`."""
+    if layer.router is None:
         raise ValueError(
-            f"{name}: no router of its own returns the picks, so no bias can be added: use a balancing loss"
+            f"{layer.name}: no router of its own returns the picks, so no bias can be added: use a balancing loss"
         )
+    rule = _biased_rule(layer.name, layer.router, layer.config)
+    zeros = torch.zeros(rule.n_routed_experts, device=next(layer.router.parameters()).device, dtype=torch.float32)
+    return AddedBias(layer.name, layer.router, rule, zeros if bias is None else zeros.copy_(bias))
+
+
+def _biased_rule(name: str, router: nn.Module, config: MoEConfig) -> MoEConfig:
+    """The rule of a layer with a selection bias in it, proven on its router."""
     if not config.rule_is_known:
         raise ValueError(
             f"{name}: how {type(router).__name__} selects is not known here, so no bias can be added: use a balancing "
@@ -138,13 +143,13 @@ def _biased_rule(layer: MoELayer) -> MoEConfig:
     return rule
 
 
-def _give(router: nn.Module, rule: MoEConfig) -> None:
-    device = next(router.parameters()).device
-    router.register_buffer(BIAS, torch.zeros(rule.n_routed_experts, device=device, dtype=torch.float32))
+def _give(added: AddedBias) -> None:
+    router = added.router
+    router.register_buffer(BIAS, added.bias)
     if isinstance(router, Router):
-        router.config = rule
+        router.config = added.rule
         return
-    router.__dict__[RULE] = rule
+    router.__dict__[RULE] = added.rule
     router.register_forward_hook(_select_again)
 
 

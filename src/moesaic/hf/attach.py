@@ -26,7 +26,7 @@ def attach(model: M, *, engine: str = "auto", batch_invariant: bool = False, rec
     checkpoint, which plain transformers leaves out.
 
     Raises ValueError, and changes nothing, where `model` is no module or has no such experts, one of them cannot be
-    served, such a bias cannot be read, or transformers does not let the model switch.
+    served, such a bias cannot be read or added, or transformers does not let the model switch.
     """
     check_engine(engine, batch_invariant=batch_invariant, recompute=recompute)
     check_model(model)

@@ -7,6 +7,17 @@ from transformers import CONFIG_MAPPING
 
 from moesaic.config import MoEConfig
 from moesaic.families import PRESETS
+from moesaic.trace.imports import read_target
+
+
+@pytest.mark.parametrize("beside", [{}, {"num_experts": None}], ids=["nothing", "an empty field"])
+def test_of_a_config_with_a_text_model_inside_that_is_read(beside, tmp_path):
+    inner = {"model_type": "mixtral", "hidden_size": 32, "num_local_experts": 8, "num_experts_per_tok": 2}
+    whole = {"model_type": "sees_and_reads", "text_config": {**inner, "num_hidden_layers": 3}, **beside}
+    assert MoEConfig.from_hf(whole) == MoEConfig.from_hf(inner)
+    (tmp_path / "config.json").write_text(json.dumps(whole))
+    target = read_target(str(tmp_path))
+    assert (target.config, target.layers) == (MoEConfig.from_hf(inner), (0, 1, 2))
 
 
 @pytest.mark.parametrize(

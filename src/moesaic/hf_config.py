@@ -34,10 +34,7 @@ def read_config_json(path: Path) -> dict[str, Any]:
 
 def read_family(source: Any, known: set[str]) -> dict[str, Any]:
     """The fields in `known` that a Hugging Face config, or a plain object or dict like one, sets."""
-    given = _as_dict(source)
-    if "text_config" in given and not any(name in given for name in ALIASES["n_routed_experts"]):
-        given = _as_dict(given["text_config"])
-    given = {name: value for name, value in given.items() if value is not None}
+    given = {name: value for name, value in text_part(source).items() if value is not None}
     model_type = given.get("model_type", "")
     if not any(name in given for name in ALIASES["n_routed_experts"]):
         raise ValueError(
@@ -52,6 +49,15 @@ def read_family(source: Any, known: set[str]) -> dict[str, Any]:
         )
     read = known - set(FIXED.get(model_type, ()))
     return _with_sizes({**FAMILIES.get(model_type, {}), **_given(given, read)})
+
+
+def text_part(source: Any) -> dict[str, Any]:
+    """What a Hugging Face config says of its text model: its `text_config`, unless it names experts beside that."""
+    given = _as_dict(source)
+    inner = given.get("text_config")
+    if inner is None or any(given.get(name) is not None for name in ALIASES["n_routed_experts"]):
+        return given
+    return _as_dict(inner)
 
 
 def _read_gate(given: Mapping[str, Any], rules: Rules, decided: tuple[str, ...]) -> dict[str, Any]:

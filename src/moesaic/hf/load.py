@@ -9,7 +9,7 @@ from typing import Any
 from moesaic.families import ALIASES
 from moesaic.hf.added_bias import restore_bias
 from moesaic.hf.modules import moe_layers
-from moesaic.hf_config import read_config_json
+from moesaic.hf_config import read_config_json, text_part
 
 TINY = Path(__file__).parents[1] / "assets" / "tiny"  # the trained model that is shipped
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
@@ -88,9 +88,7 @@ def _check_is_moe(folder: Path) -> None:
         raise ValueError(
             f"{folder}: not a model folder: it has no config.json: give the folder of a Hugging Face model"
         )
-    config = read_config_json(folder)
-    inner = config.get("text_config")
-    given = {**config, **inner} if isinstance(inner, dict) else config
+    given = text_part(read_config_json(folder))
     if not any(given.get(name) for name in ALIASES["n_routed_experts"]):
         kind = given.get("model_type", "unknown")
         raise ValueError(f"{folder}: not an MoE model: the config of this {kind!r} model names no experts")

@@ -12,6 +12,7 @@ from torch import nn
 from moesaic.config import MoEConfig
 from moesaic.families import ALIASES
 from moesaic.hf.experts import is_on_seam
+from moesaic.hf_config import text_part
 from moesaic.layer.experts import Experts
 from moesaic.layer.router import Router
 
@@ -269,8 +270,7 @@ def experts_held(experts: nn.Module) -> int | None:
 
 def unknown_config(source: Any, experts: nn.Module, n_experts: int | None = None) -> MoEConfig:
     """Sizes only, topk_method="unknown": nothing may be derived from it. K is what the config says, or 1 for now."""
-    given = source.to_dict() if hasattr(source, "to_dict") else vars(source)
-    given = {**given, **(given.get("text_config") or {})}
+    given = text_part(source)
 
     def first(name: str) -> int | None:
         values = (given.get(alias) for alias in ALIASES.get(name, (name,)))

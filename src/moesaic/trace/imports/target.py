@@ -7,7 +7,7 @@ from typing import Any
 
 from moesaic.config import MoEConfig
 from moesaic.families import ALIASES, PRESETS, rule_of
-from moesaic.hf_config import read_config_json
+from moesaic.hf_config import read_config_json, text_part
 from moesaic.trace.file.limits import MOST_EXPERTS
 
 MOST_LAYERS = 1 << 12
@@ -73,7 +73,7 @@ def _of_dict(given: dict[str, Any], file: Path) -> Target:
     return Target(
         n_experts=config.n_routed_experts,
         config=config,
-        layers=moe_layer_numbers(_inner(given)),
+        layers=moe_layer_numbers(text_part(given)),
         model=Path(model).name if isinstance(model, str) else "",
     )
 
@@ -101,16 +101,9 @@ def moe_layer_numbers(config: Mapping[str, Any]) -> tuple[int, ...] | None:
     return tuple(i for i in range(first, count) if i % every == 0 and (i + 1) % step == 0 and i not in dense)
 
 
-def _inner(given: dict[str, Any]) -> dict[str, Any]:
-    """The text model's part of a config that holds several."""
-    inner = given.get("text_config")
-    has_experts = any(name in given for name in ALIASES["n_routed_experts"])
-    return inner if isinstance(inner, dict) and not has_experts else given
-
-
 def _names_no_rule(given: dict[str, Any]) -> bool:
     """Whether `from_hf` would refuse the family because nothing says how it routes."""
-    inner = _inner(given)
+    inner = text_part(given)
     return bool(inner.get("model_type")) and (
         rule_of(inner["model_type"]) is None and not {"scoring_func", "topk_method"} <= inner.keys()
     )
@@ -118,7 +111,7 @@ def _names_no_rule(given: dict[str, Any]) -> bool:
 
 def _sizes(given: dict[str, Any]) -> tuple[int, int, int]:
     """(hidden size, experts, experts per token) by any of their names."""
-    inner, found = _inner(given), []
+    inner, found = text_part(given), []
     for field in ("n_routed_experts", "num_experts_per_tok"):
         name = next((alias for alias in ALIASES[field] if inner.get(alias) is not None), None)
         if name is None:

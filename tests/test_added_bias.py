@@ -202,6 +202,9 @@ def test_added_biases_are_saved_lost_by_a_plain_reload_and_restored_by_attach(tm
     with pytest.raises(ValueError, match=r"loaded without them: call ms\.attach\(model\)"):
         BiasBalance().attach(plain)
     assert all(layer.bias is None for layer in moe_layers(plain))
+    with pytest.raises(ValueError, match=r"loaded without them: call ms\.attach\(model\)"):
+        trainer_of(plain, tmp_path / "run", BiasBalance(add_bias=True))
+    assert lost(plain), "no bias of zeros stands for the one that was saved"
     ms.attach(plain)
     assert not lost(plain)
     for a, b in zip(moe_layers(model), moe_layers(plain), strict=True):

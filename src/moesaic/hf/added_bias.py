@@ -46,6 +46,7 @@ def add_bias(model: nn.Module) -> list[str]:
     router returns what its rule does not give, or that has no router of its own. A bias that was saved with the model
     and not loaded is refused too: `ms.attach(model)` brings it back.
     """
+    check_not_lost(model)
     return add_saved(model, [_added(layer) for layer in _without_bias(model)])
 
 
@@ -84,6 +85,14 @@ def lost(model: nn.Module) -> bool:
     """Whether the config says that biases were added and some router has none."""
     flagged = bool(getattr(getattr(model, "config", None), FLAG, False))
     return flagged and bool(_without_bias(model))
+
+
+def check_not_lost(model: nn.Module) -> None:
+    if lost(model):
+        raise ValueError(
+            f"{type(model).__name__} was saved with biases that moesaic had added, and was loaded without them: call "
+            "ms.attach(model), which reads them from its checkpoint"
+        )
 
 
 def _without_bias(model: nn.Module) -> list[MoELayer]:

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from moesaic.hf.added_bias import add_bias, lost
+from moesaic.hf.added_bias import add_bias, check_not_lost
 from moesaic.hf.modules import BiasHome, MoELayer, bias_home, moe_layers, unwrapped
 from moesaic.layer.balance import RULES, BiasRule
 from moesaic.train.counting import LoadCounter, Loads
@@ -232,11 +232,7 @@ def _balancing(homes: Iterable[BiasHome]) -> list[BiasBalance]:
 
 def _layers_to_balance(model: nn.Module, *, add: bool) -> list[MoELayer]:
     """The layers with a bias; all of them where one is to be added."""
-    if lost(model):
-        raise ValueError(
-            f"{type(model).__name__} was saved with biases that moesaic had added, and was loaded without them: call "
-            "ms.attach(model), which reads them from its checkpoint"
-        )
+    check_not_lost(model)
     if any(hasattr(layer.router, SKIPPING) for layer in moe_layers(model)):
         raise ValueError(
             f"{type(model).__name__} lets tokens skip all experts and hands those to expert 0: no load tells how to "

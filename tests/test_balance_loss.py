@@ -384,12 +384,19 @@ def test_a_sequence_that_cannot_be_told_is_an_error():
     assert list(balance.values) == ["model.layers.1.mlp"]
 
 
-@pytest.mark.parametrize("family", families())
-def test_every_family_is_served_to_the_last_bit_or_refused(family):
+@pytest.fixture
+def in_training(family):
+    """The model of a family, which other tests of this process share, in training mode while this one runs."""
     found = tiny_of(family)
     if found.model is None:
         pytest.skip(f"{family} was not built: {found.reasons[0][:150]}")
-    model, layers, routings = found.model.train(), moe_layers(found.model), {}
+    yield found.model.train()
+    found.model.eval()
+
+
+@pytest.mark.parametrize("family", families())
+def test_every_family_is_served_to_the_last_bit_or_refused(family, in_training):
+    model, layers, routings = in_training, moe_layers(in_training), {}
     balance = BalanceLoss("switch", ALPHA)
     if family in REFUSED:
         with pytest.raises(ValueError, match="scores is not known here"):
@@ -426,5 +433,4 @@ def test_every_family_is_served_to_the_last_bit_or_refused(family):
     expected = gradients(model, by_hand)
     for layer in layers:
         layer.router._forward_hooks.clear()
-    model.eval()
     assert_same(injected, expected)

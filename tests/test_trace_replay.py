@@ -10,7 +10,7 @@ import torch
 from cases import v3
 from hf_every_family import families, run, tiny_of
 from hf_every_family import token_ids as few_ids
-from hf_models import CACHE, FAMILIES, MORE_FAMILIES, tiny, token_ids
+from hf_models import CACHE, FAMILIES, tiny, token_ids
 from torch.utils.checkpoint import checkpoint
 
 from moesaic import rules
@@ -27,7 +27,7 @@ from moesaic.trace.reroute.replay import replay
 from moesaic.trace.reroute.what_if import what_if
 from moesaic.trace.rule.steps import steps
 
-KNOWN = [*FAMILIES, *(name for name in MORE_FAMILIES if name in {"glm4_moe", "olmoe"})]
+KNOWN = [*FAMILIES, "granitemoe", "lfm2_moe", "minimax_m2", "nemotron_h"]  # those whose tiny model has a rule of ours
 
 
 def recorded(model, *calls, **options):

@@ -1,4 +1,4 @@
-"""The experts of Hugging Face models on our engines: the implementation "moesaic", and `attach`.
+"""The experts of Hugging Face models on our engines: the implementation "moesaic".
 
 transformers hands every experts implementation (experts module, hidden_states, top_k_index, top_k_weights), and the
 module says how its weights lie and what it puts between the two projections. What it says is read once and checked by

@@ -176,8 +176,8 @@ def test_a_broken_or_foreign_file_is_one_warning_and_the_table_serves(case, on_a
 
 def test_a_second_run_keeps_what_the_first_found_for_other_rows(home):
     first = file_of()
-    second = as_file(GPU, [Tuning("nano", "bfloat16", lambda *_: 1.0)], [{40: OTHER}], first)
-    assert parse_tuned(second, GPU) == {"bfloat16": {16: OTHER, 40: OTHER}}
+    second = as_file(GPU, [Tuning("nano", "bfloat16", lambda *_: 1.0)], [{24: OTHER}], first)
+    assert parse_tuned(second, GPU) == {"bfloat16": {16: OTHER, 24: OTHER}}
     foreign = as_file(GPU, [Tuning("nano", "float16", lambda *_: 1.0)], [{0: OTHER}], file_of(device="NVIDIA A100"))
     assert parse_tuned(foreign, GPU) == {"float16": {0: OTHER}}
     assert read_before(home / "none.json") is None
@@ -209,7 +209,7 @@ def test_options_of_bench_before_tune_are_refused(monkeypatch, capsys):
     assert "--rounds is none of tune's options" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("shape", "columns"), [("gpt-oss-20b", 64), ("qwen3-30b", 128)])
-def test_a_search_on_sm_100_begins_from_the_tiles_that_the_engine_takes(shape, columns):
+@pytest.mark.parametrize("shape", ["gpt-oss-20b", "qwen3-30b"])
+def test_a_search_on_sm_100_begins_from_the_tiles_that_the_engine_takes(shape):
     tuning = Tuning(shape, "bfloat16", lambda *_: 1.0, capability=(10, 0))
-    assert max(tuning._own(most).up.columns for most in room.ROWS) == columns
+    assert max(tuning._own(most).up.columns for most in room.ROWS) == 64, "gate and up are 128 columns of one matmul"

@@ -191,7 +191,9 @@ def _one_cell(result: Measured) -> str:
     if result.note:
         return f"{head}\n\n{result.note}"
     least = "" if result.least_ms is None else f"\n\nleast time {1e3 * result.least_ms:.4g} us"
-    kinds: dict[str, Callable[[Measured], str]] = {"memory": _memory, "kernels": _kernels, "capture": _facts}
+    kinds: dict[str, Callable[[Measured], str]] = {
+        "memory": _memory, "kernels": _kernels, "capture": _facts, "decode": _decode,
+    }  # fmt: skip
     return f"{head}{least}\n\n{kinds.get(result.cell.kind, _rows)(result)}"
 
 
@@ -203,6 +205,11 @@ def _rows(result: Measured) -> str:
         speeds = [_speed(row), "" if row.gbytes is None else f"{row.gbytes:.0f}", _share(row), _ratio(row)]
         table.append([row.name, *times, str(row.rounds or ""), *speeds, _error(row)])
     return in_markdown(table)
+
+
+def _decode(result: Measured) -> str:
+    host = ", ".join(f"{name} {us:.0f}" for name, us in result.facts.get("host_us", {}).items())
+    return f"{_rows(result)}\n\nPython and launching, us a call: {host}" if host else _rows(result)
 
 
 def _memory(result: Measured) -> str:

@@ -122,12 +122,14 @@ def fill(
 
 def run_decode(cell: GpuCell, experts: ExpertWeights, bench: Bench) -> Measured:
     """A few tokens, in a graph of many calls, each on experts that the ones before have not touched where there are
-    enough: weights come from memory. Rows "(graph)" per call, the others launched from Python one by one."""
+    enough: weights come from memory. Rows "(graph)" per call, the others launched one by one, the device kept waiting
+    until they are; what Python and launching take is in facts["host_us"]."""
     problem = make_problem(cell.problem_cell, experts)
     truth = truth_of(problem, math.inf)
     judged = judge(problem, truth, contenders_named(cell.who), bench.clock)
     routes = disjoint_ids(problem, DECODE_CALLS if bench.clock.is_cuda else 2)
     result, entrants, once, calls_in = Measured(cell), [], {}, {}
+    host_us: dict[str, float] = {}
     for entry in judged:
         result.rows.append(entry.row)
         if entry.call is None:
@@ -136,6 +138,7 @@ def run_decode(cell: GpuCell, experts: ExpertWeights, bench: Bench) -> Measured:
         add = _rotating(entry.row.name, calls)
         entrants.append(add)
         once[add.name], calls_in[add.name] = entry.seconds, 1
+        host_us[add.name] = 1e6 * bench.clock.host_seconds(calls)
         graph = Row(f"{entry.row.name} (graph)", entry.row.kind, errors=entry.row.errors)
         result.rows.append(graph)
         try:
@@ -151,7 +154,7 @@ def run_decode(cell: GpuCell, experts: ExpertWeights, bench: Bench) -> Measured:
     active = sum(len(ids.unique()) for ids in routes) / len(routes)
     phases = [_with_active(problem, active)]
     fill(result, per_call, phases, matmul_flops(problem), Ceiling(bench.flops[cell.dtype], bench.bandwidth.best))
-    result.facts = {"active_experts": active, "bytes": phases[0].bytes, "calls": len(routes)}
+    result.facts = {"active_experts": active, "bytes": phases[0].bytes, "calls": len(routes), "host_us": host_us}
     return result
 
 

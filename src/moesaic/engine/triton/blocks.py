@@ -45,16 +45,17 @@ WIDE = {
         d_hidden=Blocks(16, 64, 128, 4, 4),
         outer=Blocks(128, 128, 32, 8, 5),
     ),
-    40: Tiles(
-        up=Blocks(32, 64, 128, 4, 4),
+    24: Tiles(
+        up=Blocks(32, 64, 64, 4, 4),  # three to a multiprocessor; by 128 deep one, whose waits nothing covers
         matmul=Blocks(32, 128, 64, 4, 4),
         d_hidden=Blocks(32, 64, 128, 4, 4),
         outer=Blocks(128, 128, 32, 8, 5),
     ),
-    160: Tiles(
-        up=Blocks(64, 128, 64, 8, 4),
+    80: Tiles(
+        # 64 rows are one warpgroup's: two would cut the columns between them, and each read all of x
+        up=Blocks(64, 128, 64, 4, 4),
         matmul=Blocks(64, 128, 64, 4, 4),
-        d_hidden=Blocks(64, 128, 64, 8, 4),
+        d_hidden=Blocks(64, 128, 64, 4, 4),
         outer=Blocks(128, 256, 64, 8, 5),
     ),
     0: Tiles(
@@ -67,8 +68,8 @@ WIDE = {
 # 16-bit numbers elsewhere: half as many accumulators a program, or registers spill
 NARROW = {
     16: WIDE[16],
-    40: WIDE[40],
-    160: Tiles(
+    24: WIDE[24],
+    80: Tiles(
         up=Blocks(64, 64, 64, 4, 4),
         matmul=Blocks(64, 128, 64, 4, 4),
         d_hidden=Blocks(64, 128, 64, 8, 4),
@@ -183,8 +184,8 @@ def fitted(op: str, blocks: Blocks, itemsizes: tuple[int, int], capability: tupl
 
 
 def suited(tiles: Tiles, spec: ExpertSpec, capability: tuple[int, int]) -> Tiles:
-    """`tiles` as these experts can have them: where gate and up alternate, both are one matmul of twice the columns."""
-    if not (spec.gated and spec.interleaved):
+    """`tiles` as these experts can have them: gate and up are one matmul of twice the columns."""
+    if not spec.gated:
         return tiles
     columns = min(tiles.up.columns, WIDEST.get(capability[0], 2 * tiles.up.columns) // 2)
     return tiles._replace(up=tiles.up._replace(columns=columns))

@@ -15,6 +15,7 @@ from moesaic.engine.triton.activation import Activation, activate_backward
 from moesaic.engine.triton.blocks import Blocks
 from moesaic.engine.triton.layout import Layout
 from moesaic.engine.triton.tile import (
+    columns_of,
     halves,
     load_bias,
     multiply,
@@ -104,11 +105,11 @@ def _d_hidden(
         return
     rows = start + tl.arange(0, ROWS)
     token = tokens_of(start, valid, layout, 1, TILE)
-    column = block * COLUMNS + tl.arange(0, COLUMNS)
     steps = tl.arange(0, TILE.depth)
     g_tile = g + token[:, None] * depth + steps[None, :]
     if (d_hidden is not None) | (partials is not None):
-        a_grad, _ = multiply(g_tile, valid, matrix, expert, column, width, depth, None, TILE)
+        column, inside = columns_of(block, width, None, TILE)
+        a_grad = multiply(g_tile, valid, matrix, expert, column, inside, depth, TILE)
     else:
         a_grad = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
 

@@ -66,8 +66,9 @@ def layout(plan: Plan, k: int, block_rows: int) -> Layout:
 
 
 def most_tiles(n_assignments: int, n_experts: int, block_rows: int) -> int:
-    """No routing needs more: every expert in use leaves at most one tile that is not full."""
-    return triton.cdiv(n_assignments, block_rows) + min(n_experts, n_assignments)
+    """No routing needs more, and the worst needs as many: one row for each of many experts, the rest in full tiles."""
+    used = min(n_experts, n_assignments)
+    return used + (n_assignments - used) // block_rows
 
 
 @triton.jit(do_not_specialize=["n", "tiles"])

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from moesaic.engine.triton.blocks import Blocks
 from moesaic.engine.triton.layout import Layout
-from moesaic.engine.triton.tile import load_bias, multiply, my_rows, product, strided
+from moesaic.engine.triton.tile import columns_of, load_bias, multiply, my_rows, product, strided
 
 
 def matmul(
@@ -38,10 +38,9 @@ def _matmul(x, layout, matrix, bias, out, tiles, num_experts, depth, width, TILE
     if (expert < 0) | (expert >= num_experts):
         return
     row = tl.where(valid, tl.arange(0, TILE.rows), 0)[:, None]
-    column = block * TILE.columns + tl.arange(0, TILE.columns)
-    inside = column < width
+    column, inside = columns_of(block, width, None, TILE)
     x_tile = x + start.to(tl.int64) * depth + (row * depth + tl.arange(0, TILE.depth)[None, :])
-    total, _ = multiply(x_tile, valid, matrix, expert, column, width, depth, None, TILE)
+    total = multiply(x_tile, valid, matrix, expert, column, inside, depth, TILE)
     if bias is not None:
         total += load_bias(bias, expert, column, inside)[None, :]
     there = valid[:, None] & inside[None, :]

@@ -112,34 +112,48 @@ def tokens_of(start, valid, layout, k, TILE: tl.constexpr):
 
 
 @triton.jit
-def multiply(x_tile, valid, matrix, expert, column, across, depth, pair, TILE: tl.constexpr):
-    """(rows through some columns of the expert's matrix, rows through the columns `pair` further on), in float32; zeros
-    for the second where pair is None."""
+def columns_of(block, width, PAIRS: tl.constexpr, TILE: tl.constexpr):
+    """(the columns of this program's tile, which of them are there).
+
+    PAIRS: where they come in pairs of gate and up, `width` pairs in all, the tile has TILE.columns pairs: "apart" takes
+    columns from all gates and as many from all ups, which lie behind; "neighbours" takes what lies together. Or None.
+    """
+    COLUMNS: tl.constexpr = TILE.columns
+    if PAIRS == "apart":
+        lane = tl.arange(0, 2 * COLUMNS)
+        column = block * COLUMNS + lane % COLUMNS
+    elif PAIRS == "neighbours":
+        width = 2 * width
+        column = block * 2 * COLUMNS + tl.arange(0, 2 * COLUMNS)
+    else:
+        column = block * COLUMNS + tl.arange(0, COLUMNS)
+    inside = column < width
+    if TILE.wrapped:  # less than a mask costs; 16 numbers still lie side by side
+        column = tl.max_contiguous(tl.multiple_of(column % width, 16), 16)
+    if PAIRS == "apart":
+        column += lane // COLUMNS * width
+    return column, inside
+
+
+@triton.jit
+def multiply(x_tile, valid, matrix, expert, column, inside, depth, TILE: tl.constexpr):
+    """Rows through those columns of the expert's matrix, in float32."""
     ROWS: tl.constexpr = TILE.rows
     EVEN: tl.constexpr = TILE.even
     EVEN_DEPTH: tl.constexpr = TILE.even_depth
     w, w_expert, w_depth, w_column = matrix
-    w += expert.to(tl.int64) * w_expert
     steps = tl.arange(0, TILE.depth)
-    inside = column < across
-    if TILE.wrapped:  # less than a mask costs; 16 numbers still lie side by side
-        column = tl.max_contiguous(tl.multiple_of(column % across, 16), 16)
     ahead = tl.full((), TILE.depth, TILE.offsets) * w_depth
     lines = steps.to(TILE.offsets)[:, None] * w_depth
-    w_tile = w + (lines + column.to(TILE.offsets)[None, :] * w_column)
+    w_tile = w + expert.to(tl.int64) * w_expert + (lines + column.to(TILE.offsets)[None, :] * w_column)
     total = tl.zeros((ROWS, column.shape[0]), dtype=tl.float32)
-    pair_total = tl.zeros((ROWS, column.shape[0]), dtype=tl.float32)
-    pair_tile = w_tile if pair is None else w + (lines + (column + pair).to(TILE.offsets)[None, :] * w_column)
     for done in range(0, depth, TILE.depth):
         left = steps < depth - done
         x_now = load_tile(x_tile, valid, left, EVEN_DEPTH)
         total = dot(x_now, load_tile(w_tile, left, inside, EVEN), total, TILE)
         x_tile += TILE.depth
         w_tile += ahead
-        if pair is not None:
-            pair_total = dot(x_now, load_tile(pair_tile, left, inside, EVEN), pair_total, TILE)
-            pair_tile += ahead
-    return total, pair_total
+    return total
 
 
 @triton.jit

@@ -1,4 +1,5 @@
-"""The up projection: rows gathered while they are loaded, gate and up in two accumulators, activation in registers."""
+"""The up projection: rows gathered while they are loaded, gate and up side by side in one tile, which the widest matmul
+instruction takes at once, activation in registers."""
 
 from typing import Any, NamedTuple
 
@@ -11,7 +12,17 @@ from moesaic.engine.spec import ExpertSpec
 from moesaic.engine.triton.activation import Activation, activate
 from moesaic.engine.triton.blocks import Blocks
 from moesaic.engine.triton.layout import Layout
-from moesaic.engine.triton.tile import halves, load_bias, multiply, my_rows, product, strided, tokens_of, unzipped
+from moesaic.engine.triton.tile import (
+    columns_of,
+    halves,
+    load_bias,
+    multiply,
+    my_rows,
+    product,
+    strided,
+    tokens_of,
+    unzipped,
+)
 from moesaic.types import ExpertWeights
 
 
@@ -76,28 +87,26 @@ def _up(
     ACT: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    # a pair of gate and up is two columns that are apart, each with its accumulator, or neighbours in one accumulator
     APART: tl.constexpr = ACT.gated and not ACT.interleaved
-    ACROSS: tl.constexpr = 2 * TILE.columns if ACT.interleaved else TILE.columns
-    across = 2 * width if ACT.interleaved else width
-
+    PAIRS: tl.constexpr = "apart" if APART else "neighbours" if ACT.gated else None
+    ACROSS: tl.constexpr = 2 * TILE.columns if PAIRS == "neighbours" else TILE.columns  # of what lies together
     expert, start, valid, block = my_rows(layout, tiles, tl.cdiv(width, TILE.columns), num_experts, TILE)
     if (expert < 0) | (expert >= num_experts):
         return
     token = tokens_of(start, valid, layout, k, TILE)
-    column = block * ACROSS + tl.arange(0, ACROSS)
-    inside = column < across
+    column, inside = columns_of(block, width, PAIRS, TILE)
     x_tile = x + token[:, None] * depth + tl.arange(0, TILE.depth)[None, :]
-    gate, up = multiply(x_tile, valid, matrix, expert, column, across, depth, width if APART else None, TILE)
-
+    total = multiply(x_tile, valid, matrix, expert, column, inside, depth, TILE)
     if bias is not None:
-        gate += load_bias(bias, expert, column, inside)[None, :]
-        if APART:
-            up += load_bias(bias, expert, column + width, inside)[None, :]
+        total += load_bias(bias, expert, column, inside)[None, :]
     if hidden is not None:
         hidden += start.to(tl.int64) * (2 * width if ACT.gated else width)
     if activated is not None:
         activated += start.to(tl.int64) * width
+    if APART:
+        gate, up = halves(total)
+    else:
+        gate, up = total, total
     gates, ups = halves(gate), halves(up)
     for half in tl.static_range(2):
         first = block * ACROSS + half * (ACROSS // 2)

@@ -21,6 +21,8 @@ MATMULS = ("_up", "_matmul", "_d_hidden", "_outer")
 TOKENS = (1, 64, 300, 1024, 32768)  # one of every row of the table, and the way without a plan
 # Triton 3.9's assembler spills 16 bytes in one kernel on sm_90, and on sm_80 moves half of the multiplications ahead
 NEWER = Version(version("triton")) >= Version("3.9")
+# decoding, what was read is turned there: columns lie side by side, or weights are wider than what they multiply
+BY_WAY_OF_SHARED_MEMORY = ("gpt-oss", "gelu", "autocast")
 KERNELS = {
     "_sort_few", "_down_and_combine", "_count", "_scatter", "_layout", "_combine", "_d_weights", "_route",
     "_route_backward", *MATMULS,
@@ -74,16 +76,17 @@ def test_kernels_assemble_for(capability, dtype, layer):
     check_shared_memory(capability, made)
     for kernel in made:
         spills = capability != 90 or (NEWER and kernel["kernel"] == "_d_hidden")
-        assert kernel["stack"] <= (16 if spills else 0), f"{kernel} spills"
+        a_few = 24 if dtype == "float32" else 16 if spills else 0
+        assert kernel["stack"] <= a_few, f"{kernel} spills"
         if kernel["kernel"] in MATMULS:
             assert kernel["LDGSTS"], f"{kernel} does not load ahead"
             assert kernel["LDG\\.E\\.U16"] <= 2, f"{kernel} loads single numbers"  # biases are
-        if kernel["kernel"] == "_down_and_combine" and layer != "gpt-oss":  # whose columns lie side by side
+        if kernel["kernel"] == "_down_and_combine" and layer not in BY_WAY_OF_SHARED_MEMORY:
             assert not kernel["barriers"], f"{kernel} waits for one expert before it asks for the next one's weights"
         assert kernel["exact"] or kernel["kernel"] != "_route", f"{kernel} has scores that are not torch's"
         if kernel["kernel"] == "_down_and_combine" and layer == "ladder":
             # in the loop are half of all multiplications; the assembler moves some of them between the loads
-            share = 2 if NEWER and capability == 80 else 4
+            share = 2 if dtype == "float32" or (NEWER and capability == 80) else 4
             assert kernel["before"] <= kernel["FFMA"] // share, (
                 f"{kernel} multiplies before it asks for what comes next"
             )

@@ -119,14 +119,14 @@ def columns_of(block, width, PAIRS: tl.constexpr, TILE: tl.constexpr):
     columns from all gates and as many from all ups, which lie behind; "neighbours" takes what lies together. Or None.
     """
     COLUMNS: tl.constexpr = TILE.columns
+    ACROSS: tl.constexpr = COLUMNS if PAIRS is None else 2 * COLUMNS
+    lane = tl.arange(0, ACROSS)
     if PAIRS == "apart":
-        lane = tl.arange(0, 2 * COLUMNS)
         column = block * COLUMNS + lane % COLUMNS
-    elif PAIRS == "neighbours":
-        width = 2 * width
-        column = block * 2 * COLUMNS + tl.arange(0, 2 * COLUMNS)
     else:
-        column = block * COLUMNS + tl.arange(0, COLUMNS)
+        column = block * ACROSS + lane
+    if PAIRS == "neighbours":
+        width = 2 * width
     inside = column < width
     if TILE.wrapped:  # less than a mask costs; 16 numbers still lie side by side
         column = tl.max_contiguous(tl.multiple_of(column % width, 16), 16)

@@ -119,11 +119,14 @@ def test_when_the_time_is_up_the_tables_own_tiles_stay(monkeypatch):
 
 
 @pytest.mark.parametrize("op", room.OPS)
-def test_neighbours_differ_in_one_number_and_walkers_keep_their_rows(op):
+def test_neighbours_differ_in_one_number_or_are_half_as_large_and_walkers_keep_their_rows(op):
     blocks = Blocks(64, 128, 64, 8, 4, 8)
-    for other in neighbours(blocks, op):
+    half, *others = neighbours(blocks, op)
+    assert half == Blocks(64, 64, 64, 4, 3, 8)
+    for other in others:
         assert sum(a != b for a, b in zip(blocks, other, strict=True)) == 1
         assert op == "outer" or other.rows == blocks.rows
+    assert all(other.warps >= 4 for other in neighbours(half, op))
 
 
 def test_the_engine_takes_what_the_file_has_and_the_table_for_the_rest(on_a_gpu):

@@ -1,4 +1,4 @@
-"""Tiles for one GPU by trying: around those of the table, one change at a time, each result checked against theirs.
+"""Tiles for one GPU by trying: around those of the table, a step at a time, each result checked against theirs.
 
 The ops that walk over rows (up, matmul, d_hidden) read one layout, so they are chosen together for every number of
 rows a tile; `outer` is chosen by itself.
@@ -110,7 +110,7 @@ class Tuning:
         return next(mine, Trial(self.dtype, most, op, blocks, None, "not tried: the time was up"))
 
     def _search(self, most: int, op: str, start: Blocks, work: "Work", moves: int) -> Trial:
-        """Downhill: of all tiles that differ in one number from the best so far the best, while it gets faster."""
+        """Downhill: of all neighbours of the best tiles so far the best, while it gets faster."""
         best = self._try(most, op, start, work)
         seen = {start}
         for _ in range(moves):
@@ -200,7 +200,11 @@ class Work:
 
 
 def neighbours(blocks: Blocks, op: str) -> Iterator[Blocks]:
-    """Tiles that differ in one number; the rows of an op that walks over rows stay."""
+    """Tiles that differ in one number, after those of half the size by half the warps: two programs fit where one did,
+    and one computes while the other begins or ends. The rows of an op that walks over rows stay."""
+    half = blocks._replace(columns=blocks.columns // 2, warps=blocks.warps // 2, stages=3)
+    if half.columns >= LEAST["columns"] and half.warps >= LEAST["warps"]:
+        yield half
     numbers = blocks._asdict()
     for name, value in numbers.items():
         if name == "rows" and op in WALKERS:

@@ -16,13 +16,13 @@ from hf_every_family import families, run, tiny_of, token_ids
 from hf_models import tiny
 from packaging.version import Version
 from torch import nn
+from traces import check_layer
 
 from moesaic.families import FAMILIES, ROUTING
 from moesaic.hf.added_bias import add_bias
 from moesaic.hf.experts import is_on_seam
 from moesaic.hf.modules import moe_layers
 from moesaic.trace.recording.record import record
-from moesaic.trace.rule.derive import check_layer
 
 # what is said below by name is of this transformers; an older one has fewer families, and other reasons
 NAMED = Version(transformers.__version__) >= Version("5.24")

@@ -7,6 +7,7 @@ from cases import v3
 from hf_models import FAMILIES, tiny, token_ids
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from traces import check_layer
 
 import moesaic
 from moesaic.article import MoEGate
@@ -15,7 +16,6 @@ from moesaic.layer.moe import DeepseekV3MoE
 from moesaic.layer.router import Router
 from moesaic.trace.recording.record import record
 from moesaic.trace.recording.watch import observe
-from moesaic.trace.rule.derive import check_layer
 from moesaic.types import Routing
 
 

@@ -6,17 +6,15 @@ from cases import GRID, configs, v3
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
-from traces import made
+from traces import check_layer, made
 
 from moesaic import rules
 from moesaic.article import ASSETS
 from moesaic.config import MoEConfig
-from moesaic.layer.router import Router
 from moesaic.rules import route
 from moesaic.trace.figures.captions import LABELS
-from moesaic.trace.rule.derive import check_layer
 from moesaic.trace.rule.stages import STAGES
-from moesaic.trace.rule.steps import steps, steps_of_routing, versus_topk
+from moesaic.trace.rule.steps import steps, versus_topk
 from moesaic.trace.rule.steps_table import steps_as_dict, steps_table
 from moesaic.trace.store import Trace
 from moesaic.types import Routing
@@ -28,7 +26,11 @@ def traced(config, n_tokens=8, seed=0, bias_scale=0.1, **fields) -> Trace:
     bias = (
         torch.randn(config.n_routed_experts, generator=generator) * bias_scale if config.has_correction_bias else None
     )
-    return Trace.from_routings({"moe": route(logits, bias, config)}, config, {"moe": bias}, **fields)
+    return one_layer(route(logits, bias, config), config, bias, **fields)
+
+
+def one_layer(routing, config, bias=None, **fields) -> Trace:
+    return Trace.from_routings({"moe": routing}, config, {"moe": bias}, **fields)
 
 
 def by_key(of_token):
@@ -123,7 +125,7 @@ def test_a_wrong_config_is_found_out(wrong):
 
 def agrees(logits, ids, config):
     bias = torch.zeros(config.n_routed_experts)
-    step = by_key(steps_of_routing(route(logits, bias, config, replay=torch.tensor([ids])), bias, config))["experts"]
+    step = by_key(steps(one_layer(route(logits, bias, config, replay=torch.tensor([ids])), config, bias)))["experts"]
     return step.agrees, step.tied
 
 
@@ -189,23 +191,11 @@ def test_forced_balance_is_not_judged_by_scores():
     assert found["output"].agrees
 
 
-def test_a_live_routing_gives_its_hidden_states_too():
-    router = Router(v3(16, 4, 2, 4))
-    x = torch.randn(2, 3, 32, requires_grad=True)
-    found = by_key(
-        steps_of_routing(router(x), router.e_score_correction_bias, router.config, 4, hidden=x, batch=(2, 3))
-    )
-    assert found["input"].shape == (2, 3, 32)
-    assert torch.equal(found["tokens"].value, x[1, 1])
-    assert found["output"].agrees
-    assert not found["tokens"].value.requires_grad
-
-
 def test_a_token_with_nan_still_has_its_steps():
     config = v3(16, 4, 2, 4)
     logits = torch.randn(3, 16)
     logits[1] = torch.nan
-    trace = Trace.from_routings({"moe": route(logits, torch.zeros(16), config)}, config, {"moe": torch.zeros(16)})
+    trace = one_layer(route(logits, torch.zeros(16), config), config, torch.zeros(16))
     assert by_key(steps(trace, 0, 1))["scaled"].agrees
     assert check_layer(trace).weights.all()
 
@@ -239,7 +229,7 @@ def test_plain_topk_never_scores_less_and_differs_only_by_bias_and_groups(config
 def test_score_lost_is_a_share_of_the_score_of_topk():
     config = v3(4, 2, 1, 2)
     logits = torch.tensor([[0.9, 0.1, 0.8, 0.3]]).logit()
-    versus = versus_topk(steps_of_routing(route(logits, None, config), None, config))
+    versus = versus_topk(steps(one_layer(route(logits, None, config), config, torch.zeros(4))))
     assert versus.topk.tolist() == [0, 2]
     assert versus.only_here.tolist() == [3]
     assert versus.only_topk.tolist() == [0]
@@ -253,7 +243,7 @@ def test_the_id_for_no_expert_is_no_expert_lost():
     best = rules.largest(logits, 2)
     ids = torch.tensor([[int(best[0, 0]), 8]])
     routing = Routing(logits, torch.tensor([[1.0, 0.0]]), ids)
-    versus = versus_topk(steps_of_routing(routing, None, config))
+    versus = versus_topk(steps(one_layer(routing, config, torch.zeros(8))))
     assert versus.only_here.tolist() == []
     assert versus.only_topk.tolist() == [int(best[0, 1])]
 

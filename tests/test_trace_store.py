@@ -41,9 +41,9 @@ def test_selecting_tokens_selects_them_everywhere(tokens):
 
 def test_labels_are_one_a_sequence():
     trace = made(v3(16, 4, 2, 4), sequences=torch.arange(12) // 4)
-    assert trace.with_labels(["a", "b", "c"]).labels == ("a", "b", "c")
+    assert dataclasses.replace(trace, labels=("a", "b", "c")).labels == ("a", "b", "c")
     with pytest.raises(ValueError, match="2 labels for 3 sequences"):
-        trace.with_labels(["a", "b"])
+        dataclasses.replace(trace, labels=("a", "b"))
 
 
 def test_layers_must_agree_and_the_odd_one_is_named():

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from oracles import route_one
 from rich.console import Console
-from traces import assert_equal
+from traces import assert_equal, check_layer
 
 from moesaic import rules
 from moesaic.config import MoEConfig
@@ -22,7 +22,6 @@ from moesaic.trace.file.reader import load
 from moesaic.trace.recording.record import record
 from moesaic.trace.reroute.what_if import what_if
 from moesaic.trace.reroute.what_if_table import what_if_table
-from moesaic.trace.rule.derive import check_layer
 from moesaic.trace.rule.steps import steps
 from moesaic.trace.statistics.stats import layer_reports
 from moesaic.trace.store import Trace

@@ -21,7 +21,7 @@ from moesaic.hf.modules import bias_home, moe_layers
 from moesaic.layer.balance import nudge_bias
 from moesaic.train.bias_balance import BiasBalance
 from moesaic.train.counting import counting_loads
-from moesaic.train.schedules import constant, fading, frozen_after, warming
+from moesaic.train.schedules import fading, frozen_after, warming
 from moesaic.train.sizes import tiny_config
 
 E, K, STEPS, ROWS, LENGTH = 32, 4, 3, 4, 12
@@ -159,7 +159,6 @@ def test_a_fading_speed_is_constant_then_falls_to_zero():
 
 
 def test_schedules_begin_and_end_where_they_say():
-    assert [constant(1e-3)(progress) for progress in (0, 0.5, 1)] == [1e-3] * 3
     warm = warming(1e-3, 0.2)
     assert [warm(progress) for progress in (0, 0.1, 0.2, 1)] == pytest.approx([0, 5e-4, 1e-3, 1e-3])
     recipe = frozen_after(1e-3, 14.3 / 14.8)  # DeepSeek-V3

@@ -5,6 +5,16 @@ import dataclasses
 import torch
 
 from moesaic.rules import route
+from moesaic.trace.rule.derive import (
+    Check,
+    bias_of,
+    check_can_derive,
+    compare,
+    derive,
+    dtype_of,
+    logits_of,
+    weight_tolerance,
+)
 from moesaic.trace.store import Trace
 
 
@@ -26,3 +36,12 @@ def assert_equal(a: Trace, b: Trace) -> None:
             assert torch.equal(one, other), field.name
         else:
             assert one == other, field.name
+
+
+def check_layer(trace: Trace, layer: int = 0) -> Check:
+    """`compare` for every token of a recorded layer: the proof that config and record belong together."""
+    check_can_derive(trace, layer)
+    derived = derive(logits_of(trace, layer), bias_of(trace, layer), trace.configs[layer], trace.picks[layer].long())
+    weights = None if trace.weights is None else trace.weights[layer]
+    tolerance = weight_tolerance(dtype_of(trace.dtypes.get("weights")))
+    return compare(derived, trace.picks[layer].long(), weights, trace.configs[layer], tolerance)

@@ -194,10 +194,6 @@ class Trace:
         present = {name: t for name in axis if (t := getattr(self, name)) is not None}
         return dataclasses.replace(self, **{name: t.index_select(axis[name], index) for name, t in present.items()})
 
-    def with_labels(self, labels: Sequence[str]) -> Self:
-        """The same trace with a name for every sequence."""
-        return dataclasses.replace(self, labels=tuple(labels))
-
     def to_arrays(self) -> dict[str, np.ndarray]:
         """What was recorded as numpy arrays, by field name: "picks" int [L, T, K], "weights", and the rest present."""
         return {name: t.numpy() for name in TENSORS if (t := getattr(self, name)) is not None}

@@ -5,11 +5,6 @@ from collections.abc import Callable
 Schedule = Callable[[float], float]
 
 
-def constant(speed: float) -> Schedule:
-    """The same speed throughout, as a plain number gives. The bias keeps stepping around its place to the last step."""
-    return lambda _progress: speed
-
-
 def fading(speed: float, *, start: float = 0.7) -> Schedule:
     """Constant up to the share `start` of training, then down to 0 in a straight line: the bias comes to rest."""
     if not 0 <= start < 1:

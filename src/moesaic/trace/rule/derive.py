@@ -183,15 +183,6 @@ def _margin_is_nil(values: Tensor, k: int) -> Tensor:
     return ((least - best_left <= slack) & best_left.isfinite()).squeeze(-1)
 
 
-def check_layer(trace: Trace, layer: int = 0) -> Check:
-    """`compare` for every token of a recorded layer: the proof that config and record belong together."""
-    check_can_derive(trace, layer)
-    derived = derive(logits_of(trace, layer), bias_of(trace, layer), trace.configs[layer], trace.picks[layer].long())
-    weights = None if trace.weights is None else trace.weights[layer]
-    tolerance = weight_tolerance(dtype_of(trace.dtypes.get("weights")))
-    return compare(derived, trace.picks[layer].long(), weights, trace.configs[layer], tolerance)
-
-
 def weight_tolerance(dtype: torch.dtype | None) -> float:
     """How far derived weights may lie from recorded ones, relative to the largest: 1e-6, or two units of the dtype."""
     return max(1e-6, 2 * torch.finfo(dtype or torch.float32).eps)

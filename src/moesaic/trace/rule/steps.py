@@ -28,7 +28,6 @@ from moesaic.trace.rule.stages import (
 )  # fmt: skip
 from moesaic.trace.shown import counted, origin_notes, short_layer
 from moesaic.trace.store import Trace
-from moesaic.types import Routing
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -57,8 +56,7 @@ class Step:
 class Steps(Sequence[Step]):
     """The 15 stages of one token, in order, and whose they are.
 
-    layer, token: the layer's name and the number of the token; "" and the row for a routing that is no trace. origin:
-    where its picks were read (see Trace.origins).
+    layer, token: the layer's name and the number of the token. origin: where its picks were read (see Trace.origins).
     """
 
     steps: tuple[Step, ...]
@@ -141,35 +139,6 @@ def steps(source: Trace, layer: int = 0, token: int = 0) -> Steps:
     return Steps(of_token, source.layers[layer], range(len(source))[token], source.origins[layer])
 
 
-def steps_of_routing(
-    routing: Routing,
-    bias: Tensor | None,
-    config: MoEConfig,
-    token: int = 0,
-    *,
-    hidden: Tensor | None = None,
-    batch: tuple[int, int] | None = None,
-    logits_dtype: str | None = None,
-    weights_dtype: str | None = None,
-) -> Steps:
-    """The 15 stages of one token of a live routing. `hidden` [T, D] fills the first two; `batch` is (B, S).
-
-    Scores are computed in `logits_dtype`, weights compared in `weights_dtype`: those of the tensors unless told.
-    """
-    of_token = _steps(
-        None if routing.logits is None else routing.logits[token].detach().cpu(),
-        routing.weights[token].detach().cpu().float(),
-        routing.expert_ids[token].detach().cpu(),
-        bias,
-        config,
-        len(routing.expert_ids),
-        hidden=None if hidden is None else hidden.detach().flatten(0, -2)[token].cpu(),
-        batch=batch,
-        dtypes=(dtype_of(logits_dtype), dtype_of(weights_dtype) or routing.weights.dtype),
-    )
-    return Steps(of_token, "", range(len(routing.expert_ids))[token])
-
-
 def _steps(
     logits: Tensor | None,
     weights: Tensor | None,
@@ -178,13 +147,12 @@ def _steps(
     config: MoEConfig,
     n_tokens: int,
     *,
-    hidden: Tensor | None = None,
     batch: tuple[int, int] | None,
     dtypes: tuple[torch.dtype | None, torch.dtype | None],
     without_bias: bool = False,
 ) -> tuple[Step, ...]:
     """Of one token: logits [E], weights [K], ids [K]. without_bias: the rule has a bias that nobody recorded."""
-    values: dict[str, Tensor | tuple[Tensor, Tensor] | None] = {"input": hidden, "tokens": hidden, "logits": logits}
+    values: dict[str, Tensor | tuple[Tensor, Tensor] | None] = {"logits": logits}
     agrees: dict[str, bool | None] = {}
     tied, notes = False, notes_of(config)
     if logits is not None and config.rule_is_known:

@@ -21,7 +21,7 @@ ROOMS = [
     {"cli", "__main__"},
 ]
 TRACE_ROOMS = [
-    {"shown", "store"},
+    {"shown", "store", "depth"},
     {"file", "chance"},
     {"recording"},
     {"rule", "imports"},

@@ -1,10 +1,10 @@
 """Two records of the same tokens, put side by side, and what has to be said of them whatever they show."""
 
-import re
 from dataclasses import replace
 
 import torch
 
+from moesaic.trace.depth import depth_of
 from moesaic.trace.rule.distinct import check_distinct
 from moesaic.trace.rule.given import check_trace
 from moesaic.trace.shown import missing_notes, origin_notes, visible, words_of
@@ -32,7 +32,7 @@ def aligned(a: Trace, b: Trace) -> tuple[Trace, Trace]:
                 f"the traces cannot be compared: {here} {what} in one and {there} in the other: record both alike"
             )
     for here, there in zip(a.layers, b.layers, strict=True):
-        if _depth(here) != _depth(there) and None not in (_depth(here), _depth(there)):
+        if depth_of(here) != depth_of(there) and None not in (depth_of(here), depth_of(there)):
             raise ValueError(
                 f"the traces cannot be compared: layer {visible(here, 60)!r} of one stands where the other has "
                 f"{visible(there, 60)!r}: record the same layers"
@@ -86,9 +86,3 @@ def notes_of_both(
 def _by_sequence(trace: Trace) -> Trace:
     order = trace.sequences.argsort(stable=True)
     return trace if torch.equal(order, torch.arange(len(trace), device="cpu")) else trace.select(order)
-
-
-def _depth(name: str) -> int | None:
-    """The number in a layer's name: 3 of "model.layers.3.mlp"."""
-    found = re.findall(r"(?<![^.\s_])\d+(?![^.\s_])", name)
-    return int(found[0]) if found else None

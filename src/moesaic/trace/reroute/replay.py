@@ -1,6 +1,6 @@
 """Replay: a model run again with the experts of a record; weights come from its live logits, so gradients flow."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
@@ -14,8 +14,8 @@ from moesaic.layer.balance import expert_load
 from moesaic.layer.router import Router
 from moesaic.trace.recording.forwards import describe_forward, models_in
 from moesaic.trace.recording.watch import bound
-from moesaic.trace.reroute.reading import Reading
-from moesaic.trace.reroute.replayable import check, first_tensor, logits_in, refuse_graph
+from moesaic.trace.reroute.reading import PADDING, Reading
+from moesaic.trace.reroute.replayable import check, check_recorded, first_tensor, logits_in, refuse_graph, rows_of
 from moesaic.trace.rule.derive import weight_tolerance
 from moesaic.trace.store import Trace
 from moesaic.types import Routing
@@ -23,19 +23,33 @@ from moesaic.types import Routing
 
 @contextmanager
 def replay(
-    model: nn.Module, trace: Trace, *, weights: str = "live", config: MoEConfig | None = None
+    model: nn.Module,
+    trace: Trace,
+    *,
+    sequences: Sequence[int] | Tensor | None = None,
+    last_unrecorded: bool = False,
+    weights: str = "live",
+    config: MoEConfig | None = None,
 ) -> Iterator["Replayer"]:
     """Inside the block `model` chooses the experts of `trace`, token by token, over as many forwards as it took.
 
     A record of a whole text may be replayed in pieces with a cache, and the reverse: a token is known by its sequence
-    and its place there. Padding, which no record holds, keeps the model's own choice. Weights are made from the live
-    logits by the rule of the model's config, so the router gets its gradient; weights="recorded" takes those of the
-    trace, for layers whose rule is not known. With an unchanged model the results are bit-identical to the recorded.
+    and its place there. The rows of the batches are the sequences of the trace in their order, or those that
+    `sequences` names, one a row, as a shuffled minibatch needs it. Layers that the trace calls otherwise, as an engine
+    does, are known by their depth.
 
-    Right under activation checkpointing; a compiled model is refused. Raises ValueError, before anything runs, where
-    the trace is of another model, and in a forward whose tokens are not those of the trace.
+    Padding, which no record holds, keeps the model's own choice; so does, with last_unrecorded=True, the one token by
+    which a text is longer than its record: an engine chooses the last token and never reads it. Weights are made from
+    the live logits by the rule of the model's config, so the router gets its gradient; weights="recorded" takes those
+    of the trace, for layers whose rule is not known. With an unchanged model the results are bit-identical to the
+    recorded.
+
+    Right under activation checkpointing, if the backward runs in the block; a compiled model is refused. Raises
+    ValueError, before anything runs, where the trace is of another model, and in a forward whose tokens are not those
+    of the trace.
     """
-    replayer = Replayer(model, trace, weights, moe_layers(model, config))
+    reading = Reading(trace, sequences, last_unrecorded=last_unrecorded)
+    replayer = Replayer(model, reading, weights, moe_layers(model, config))
     with replayer.running():
         yield replayer
     if not replayer.tokens:
@@ -43,7 +57,7 @@ def replay(
 
 
 class Call(NamedTuple):
-    """One forward of one layer: which tokens of the trace it held, -1 for padding, and how to know it again."""
+    """One forward of one layer: which tokens of the trace it held, as Reading gives them, and how to know it again."""
 
     tokens: Tensor
     mark: Tensor | None
@@ -52,13 +66,13 @@ class Call(NamedTuple):
 class Replayer:
     """Puts recorded experts into a model. Made by `replay`; `tokens` counts what was replayed so far."""
 
-    def __init__(self, model: nn.Module, trace: Trace, weights: str, layers: list[MoELayer]) -> None:
-        check(model, trace, weights, layers)
-        self.model, self.trace, self.weights = model, trace, weights
+    def __init__(self, model: nn.Module, reading: Reading, weights: str, layers: list[MoELayer]) -> None:
+        check(model, reading.trace, weights, layers)
+        self.model, self.trace, self.weights = model, reading.trace, weights
         self.layers = layers
         self.tokens = 0
-        self._reading = Reading(trace)
-        self._row = {name: index for index, name in enumerate(trace.layers)}
+        self._reading = reading
+        self._row = rows_of(self.trace, layers)
         self._current: Tensor | None = None  # tokens of the forward that runs
         self._outer: list[Tensor | None] = []  # of the calls of models inside each other that are open
         self._succeeded = False  # whether the call that is about to be closed raised nothing
@@ -124,7 +138,7 @@ class Replayer:
     # the forward of a layer
 
     def _tokens_of(self, name: str, hidden: Tensor) -> Tensor:
-        """Which tokens of the trace this call of a layer holds, [n], -1 for padding."""
+        """Which tokens of the trace this call of a layer holds, [n], as Reading gives them."""
         if name not in self._row:
             raise ValueError(f"layer {name!r} runs and is not in the trace: record it too")
         rows = hidden.flatten(0, -2)
@@ -137,8 +151,8 @@ class Replayer:
         current = self._current
         if current is not None and len(current) == len(rows):
             tokens = current
-        elif current is not None and int((current >= 0).sum()) == len(rows):  # the model cut its padding out
-            tokens = current[current >= 0]
+        elif current is not None and int((current != PADDING).sum()) == len(rows):  # the model cut its padding out
+            tokens = current[current != PADDING]
         elif current is not None:
             raise ValueError(f"layer {name!r} routes {len(rows)} tokens of a forward of {len(current)}: not replayable")
         else:
@@ -146,9 +160,8 @@ class Replayer:
                 raise ValueError(
                     f"layer {name!r} runs outside of the model's forward after others inside: not replayable"
                 )
-            tokens = self._alone[name] + torch.arange(len(rows), device="cpu")
+            tokens = self._reading.alone(self._alone[name], len(rows))
             self._alone[name] += len(rows)
-            self._reading.check_room(self._alone[name])
             self.tokens = max(self.tokens, self._alone[name])
         if current is not None and name in self._ran:
             raise ValueError(f"layer {name!r} runs twice in one forward: a trace does not tell the two apart")
@@ -213,12 +226,13 @@ class Replayer:
     def _picks(
         self, layer: MoELayer, tokens: Tensor, logits: Tensor | None, own_ids: Tensor, own_weights: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Ids [n, K] of the record, the model's own for padding, and their weights."""
+        """Ids [n, K] of the record, the model's own for tokens that it does not hold, and their weights."""
         row = self._row[layer.name]
         device = own_ids.device
         read = (tokens >= 0).to(device)[:, None]
-        recorded = self.trace.picks[row][tokens.clamp(min=0)].to(device, own_ids.dtype)
-        ids = torch.where(read, recorded, own_ids)
+        recorded = self.trace.picks[row][tokens.clamp(min=0)]
+        check_recorded(self.trace, row, tokens, recorded)
+        ids = torch.where(read, recorded.to(device, own_ids.dtype), own_ids)
         if self.weights == "recorded":
             assert self.trace.weights is not None
             weights = self.trace.weights[row][tokens.clamp(min=0)].to(device, own_weights.dtype)

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from moesaic.hf.modules import MoELayer
 from moesaic.layer.router import Router
+from moesaic.trace.depth import same_layers
 from moesaic.trace.store import Trace
 
 WEIGHTS = ("live", "recorded")
@@ -18,11 +19,6 @@ def check(model: nn.Module, trace: Trace, weights: str, layers: list[MoELayer]) 
         raise ValueError(f"weights={weights!r} is unknown: use 'live' or 'recorded'")
     if any(_is_compiled(module) for module in model.modules()):
         raise ValueError("a compiled model cannot be replayed: give the model as it was before torch.compile")
-    names = [layer.name for layer in layers]
-    if strangers := [name for name in trace.layers if name not in names]:
-        raise ValueError(
-            f"the trace is of another model: it has a layer {strangers[0]!r}, and {names[0]!r} is the first of this one"
-        )
     if weights == "recorded" and trace.weights is None:
         raise ValueError("weights='recorded' has none to take: the trace holds ids only")
     for layer in layers:
@@ -41,6 +37,27 @@ def check(model: nn.Module, trace: Trace, weights: str, layers: list[MoELayer]) 
             raise ValueError(f"layer {layer.name!r} has no router and experts that can be reached: not replayable")
         if layer.origin != "experts" and not isinstance(layer.router, Router):
             raise ValueError(f"the experts of layer {layer.name!r} are not told which were chosen: not replayable")
+
+
+def rows_of(trace: Trace, layers: list[MoELayer]) -> dict[str, int]:
+    """{layer of the model: its row of the trace}, by name or, where an engine named them, by depth."""
+    names = [layer.name for layer in layers]
+    known = same_layers(trace.layers, names)
+    if strangers := [name for name in trace.layers if name not in known]:
+        raise ValueError(
+            f"the trace is of another model: it has a layer {strangers[0]!r}, and {names[0]!r} is the first of this one"
+        )
+    return {known[name]: row for row, name in enumerate(trace.layers)}
+
+
+def check_recorded(trace: Trace, row: int, tokens: Tensor, picks: Tensor) -> None:
+    """Where an engine left a token out, no expert is not what it chose. `picks` are those of `tokens`, [n, K]."""
+    if trace.origins[row] == "imported" and (empty := (picks >= trace.n_experts).all(-1) & (tokens >= 0)).any():
+        token = int(tokens[empty][0])
+        raise ValueError(
+            f"the record has no experts of token {token} (sequence {int(trace.sequences[token])}) in layer "
+            f"{trace.layers[row]!r}: leave that sequence out (sequences=), or record it again"
+        )
 
 
 def _is_compiled(module: nn.Module) -> bool:

@@ -27,7 +27,7 @@ from hypothesis import strategies as st
 
 import moesaic
 from moesaic.config import MoEConfig
-from moesaic.trace.imports import READERS, read_target, sglang, vllm
+from moesaic.trace.imports import READERS, read_target, responses, sglang
 from moesaic.trace.imports import megatron as megatron_reader
 from moesaic.trace.imports.target import moe_layer_numbers
 
@@ -168,7 +168,7 @@ def test_nothing_missing_and_empty_files_are_refused(tmp_path, name):
 
 
 def test_a_record_larger_than_a_trace_may_be_is_refused(tmp_path, monkeypatch):
-    for module in (sglang, vllm, megatron_reader):
+    for module in (sglang, responses, megatron_reader):
         monkeypatch.setattr(module, "MOST_PICKS", 79)
     for name, path in good_files(tmp_path).items():
         assert "ids" in refused(name.split()[0], [path])

@@ -12,7 +12,7 @@ from moesaic.cli.output import check_lang, print_json, progress, say_how_again
 from moesaic.cli.trace import Size, check_target, described, show
 
 FORMATS = {  # name -> what files are meant
-    "sglang": ".pt of the expert distribution recorder, mode per_token",
+    "sglang": ".pt of the expert distribution recorder, mode per_token, or the .json or .jsonl of responses",
     "vllm": "routed_experts: .npy, or the .json or .jsonl of responses",
     "megatron": "router_trace_rank*.jsonl",
 }
@@ -31,7 +31,8 @@ def import_(
     as_json: Annotated[bool, typer.Option("--json", help="Print what was imported as JSON.")] = False,
     lang: Annotated[str, typer.Option(help="en or zh.")] = "en",
 ) -> int:
-    """Read what another engine recorded into a trace: SGLang's dumps, vLLM's routed_experts, Megatron's router traces.
+    """Read what another engine recorded into a trace: dumps of SGLang, its and vLLM's routed_experts,
+    router traces of Megatron.
 
     Nothing in the files is executed, and everything in them is checked.
     """

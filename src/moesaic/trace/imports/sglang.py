@@ -1,4 +1,4 @@
-"""SGLang's expert-distribution dumps: `expert_distribution_recorder_*.pt`, one a rank.
+"""SGLang's expert-distribution dumps: `expert_distribution_recorder_*.pt`, one a rank. Its answers: sglang_answers.py.
 
 Source of the format: sgl-project/sglang, python/sglang/srt/eplb/expert_distribution.py (_DetailSinglePassGatherer,
 _DetailAccumulator, _StatAccumulator) and model_executor/forward_batch_info.py (ForwardMode).
@@ -14,6 +14,7 @@ import re
 import zipfile
 from collections import defaultdict, deque
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,10 +23,11 @@ import torch
 from torch import Tensor
 
 from moesaic.strict_json import is_count
+from moesaic.trace.imports import sglang_answers
 from moesaic.trace.imports.assemble import MOST_PICKS, NONE, Imported, Part, assemble, without_copies, without_filler
 from moesaic.trace.imports.notes import note
 from moesaic.trace.imports.target import MOST_LAYERS, Target
-from moesaic.trace.imports.untrusted import counts, size_of
+from moesaic.trace.imports.untrusted import counts, is_json, size_of
 from moesaic.trace.store import PHASES
 
 MOST_ENTRIES = 1 << 20  # of the archive
@@ -49,6 +51,14 @@ class Pass(NamedTuple):
 
 
 def read(files: Iterable[Path], target: Target) -> Imported:
+    """A trace of dumps or, where the first file is JSON, of answers with routed_experts."""
+    every = iter(files)
+    first = list(islice(every, 1))
+    reader = sglang_answers.read if any(map(is_json, first)) else read_dumps
+    return reader(chain(first, every), target)
+
+
+def read_dumps(files: Iterable[Path], target: Target) -> Imported:
     """A trace of per_token dumps: the files of all ranks of one recording. Nothing in them is executed.
 
     The dumps hold no request ids: a piece of text goes on where an earlier one ended, in the order of the batch. Ranks
@@ -109,7 +119,9 @@ def _unpickled(path: Path) -> Any:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
     except Exception:  # a damaged directory fails in many ways
-        raise ValueError(f"{path}: not a file of torch.save, or cut short") from None
+        raise ValueError(
+            f"{path}: not a file of torch.save, or cut short (answers of the server are .json or .jsonl)"
+        ) from None
     if len(entries) > MOST_ENTRIES or sum(entry.file_size for entry in entries) > size:
         raise ValueError(f"{path}: a compressed or overfull archive, which torch.save does not write")
     try:

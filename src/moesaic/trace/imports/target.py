@@ -18,12 +18,13 @@ class Target:
     """The model behind a record.
 
     config: of its MoE layers; None where only the number of experts is known. layers: numbers of the decoder layers
-    that have experts; None where nothing says so.
+    that have experts, n_layers: how many there are with the dense ones; None where nothing says so.
     """
 
     n_experts: int
     config: MoEConfig | None = None
     layers: tuple[int, ...] | None = None
+    n_layers: int | None = None
     model: str = ""
 
     @property
@@ -74,6 +75,7 @@ def _of_dict(given: dict[str, Any], file: Path) -> Target:
         n_experts=config.n_routed_experts,
         config=config,
         layers=moe_layer_numbers(text_part(given)),
+        n_layers=_number_of_layers(text_part(given)),
         model=Path(model).name if isinstance(model, str) else "",
     )
 
@@ -84,8 +86,8 @@ def moe_layer_numbers(config: Mapping[str, Any]) -> tuple[int, ...] | None:
     Source: the decoder layers of transformers 5.23 (first_k_dense_replace and moe_layer_freq of DeepSeek,
     decoder_sparse_step and mlp_only_layers of Qwen, num_dense_layers of LFM2, mlp_layer_types of the newer ones).
     """
-    count = config.get("num_hidden_layers")
-    if type(count) is not int or not 0 < count <= MOST_LAYERS:
+    count = _number_of_layers(config)
+    if count is None:
         return None
     kinds = config.get("mlp_layer_types")
     if isinstance(kinds, list) and len(kinds) == count:
@@ -99,6 +101,11 @@ def moe_layer_numbers(config: Mapping[str, Any]) -> tuple[int, ...] | None:
         return None
     every, step = max(every, 1), max(step, 1)
     return tuple(i for i in range(first, count) if i % every == 0 and (i + 1) % step == 0 and i not in dense)
+
+
+def _number_of_layers(config: Mapping[str, Any]) -> int | None:
+    count = config.get("num_hidden_layers")
+    return count if type(count) is int and 0 < count <= MOST_LAYERS else None
 
 
 def _names_no_rule(given: dict[str, Any]) -> bool:

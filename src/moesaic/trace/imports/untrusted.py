@@ -32,6 +32,13 @@ def read_bytes(path: Path, most: int = MOST_BYTES) -> bytes:
         raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
 
 
+def is_json(path: Path) -> bool:
+    """Whether a file begins as a JSON object or a list does."""
+    size_of(path)
+    with path.open("rb") as file:
+        return file.read(64).lstrip()[:1] in (b"{", b"[")
+
+
 def counts(values: Any, where: str, what: str) -> list[int]:
     """A list of whole numbers from 0."""
     if not isinstance(values, list) or not all(map(is_count, values)):

@@ -8,32 +8,22 @@ token. Ids are logical experts: uint8 up to 256 experts and uint16 above, int32 
 as zeros, so a dense layer, or a token that was not recorded, is a row of zeros; -1 turns into 255 or 65535.
 """
 
-import base64
-import binascii
 import io
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from moesaic.strict_json import is_count, parsed
-from moesaic.trace.imports.assemble import MOST_PICKS, NONE, Imported, Part, assemble, without_filler
+from moesaic.strict_json import is_count
+from moesaic.trace.imports.assemble import Imported
+from moesaic.trace.imports.responses import Choice, answers, bytes_of, choices_of, traced
 from moesaic.trace.imports.target import MOST_LAYERS, Target
 from moesaic.trace.imports.untrusted import counts, read_bytes
-from moesaic.trace.store import PHASES
 
 NPY = b"\x93NUMPY"
-
-
-class Choice(NamedTuple):
-    """One generation: ids [T, L, K] as they stand in the record, and the tokens where they were returned."""
-
-    where: str
-    ids: np.ndarray
-    prompt: list[int] | int | None = None  # ids, or only how many
-    completion: list[int] | int | None = None
+OF_SGLANG = ("meta_info", "sglext", "sgl_ext")
 
 
 def read(files: Iterable[Path], target: Target) -> Imported:
@@ -41,33 +31,7 @@ def read(files: Iterable[Path], target: Target) -> Imported:
 
     Every array is a sequence with the name of its file as label. ValueError, in one line, for anything else.
     """
-    choices: list[tuple[Choice, str]] = []
-    n_picks = 0
-    for path in files:
-        for choice in _choices(path):
-            n_picks += choice.ids.size
-            if n_picks > MOST_PICKS:
-                raise ValueError(f"{path}: more than {MOST_PICKS:,} ids in all: import less")
-            choices.append((choice, path.stem))
-    if not choices:
-        raise ValueError("no routed_experts in these files: start the server with --enable-return-routed-experts")
-    shape = choices[0][0].ids.shape[1:]
-    for choice, _ in choices:
-        if choice.ids.shape[1:] != shape:
-            raise ValueError(
-                f"{choice.where}: {choice.ids.shape[1]} layers of {choice.ids.shape[2]} ids, and "
-                f"{choices[0][0].where} has {shape[0]} of {shape[1]}: import models one by one"
-            )
-    numbers = _numbers(shape[0], target)
-    parts = [_part(choice, label, target, numbers) for choice, label in choices]
-    return assemble(parts, [f"layers.{number}" for number in numbers], numbers, target)
-
-
-def _numbers(n_layers: int, target: Target) -> list[int]:
-    """The numbers of the layers of the array: all layers of the model, or only those with experts."""
-    if target.layers is not None and n_layers == len(target.layers) and max(target.layers) >= n_layers:
-        return list(target.layers)
-    return list(range(n_layers))
+    return traced(((choice, path.stem) for path in files for choice in _choices(path)), target)
 
 
 def _choices(path: Path) -> Iterator[Choice]:
@@ -77,27 +41,17 @@ def _choices(path: Path) -> Iterator[Choice]:
         return
     if data.startswith(b"PK"):
         raise ValueError(f"{path}: an archive (.npz, .pt): save each array with numpy.save")
-    if path.suffix == ".jsonl":
-        lines = [(f"{path} line {i}", line) for i, line in enumerate(data.splitlines(), 1) if line.strip()]
-        responses = [(where, parsed(line, where)) for where, line in lines]
-    else:
-        found = parsed(data, str(path))
-        many = isinstance(found, list)
-        responses = [(f"{path} response {i}", r) for i, r in enumerate(found)] if many else [(str(path), found)]
-    for where, response in responses:
+    for where, response in answers(data, path):
         yield from _choices_of(response, where)
 
 
-def _choices_of(response: Any, where: str) -> Iterator[Choice]:
+def _choices_of(response: dict[str, Any], where: str) -> Iterator[Choice]:
     """Completions, chat completions, and a bare object with a `routed_experts`."""
-    if not isinstance(response, dict):
-        raise ValueError(f"{where}: not a response: give the JSON object that the server returned")
-    choices = response.get("choices", [response])
-    if not isinstance(choices, list) or not all(isinstance(choice, dict) for choice in choices):
-        raise ValueError(f"{where}: choices is not a list of objects")
+    if any(name in one for one in (response, *(c for _, c in choices_of(response, where))) for name in OF_SGLANG):
+        raise ValueError(f"{where}: a response of SGLang: moesaic import sglang reads it")
+    choices = choices_of(response, where)
     usage = response.get("usage") if len(choices) == 1 and isinstance(response.get("usage"), dict) else {}
-    for index, choice in enumerate(choices):
-        name = f"{where} choice {index}" if len(choices) > 1 else where
+    for name, choice in choices:
         if choice.get("routed_experts") is None:
             continue
         ids = _decoded(choice["routed_experts"], name)
@@ -116,13 +70,7 @@ def _choices_of(response: Any, where: str) -> Iterator[Choice]:
 
 
 def _decoded(value: Any, where: str) -> np.ndarray:
-    if not isinstance(value, str):
-        raise ValueError(f"{where}: routed_experts is not base64 of a .npy file, which vLLM writes from 0.22 on")
-    try:
-        data = base64.b64decode(value, validate=True)
-    except (binascii.Error, ValueError):
-        raise ValueError(f"{where}: routed_experts is not base64, or cut short") from None
-    return _array(data, where)
+    return _array(bytes_of(value, where, "a .npy file, which vLLM writes from 0.22 on"), where)
 
 
 def _array(data: bytes, where: str) -> np.ndarray:
@@ -133,7 +81,9 @@ def _array(data: bytes, where: str) -> np.ndarray:
         header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
         shape, by_column, dtype = header(file)
     except Exception:  # numpy's own errors, and those of whatever a damaged header is parsed into
-        raise ValueError(f"{where}: not a .npy array, or its header is damaged") from None
+        raise ValueError(
+            f"{where}: not a .npy array, or its header is damaged (ids of SGLang have none: moesaic import sglang)"
+        ) from None
     if dtype.hasobject or dtype.kind not in "iu" or dtype.subdtype is not None:
         raise ValueError(f"{where}: the array holds {_name(dtype)}, and expert ids are integers")
     if len(shape) != 3 or not all(is_count(length) for length in shape):
@@ -151,36 +101,3 @@ def _array(data: bytes, where: str) -> np.ndarray:
 
 def _name(dtype: np.dtype) -> str:
     return "Python objects" if dtype.hasobject else dtype.name
-
-
-def _part(choice: Choice, label: str, target: Target, numbers: Sequence[int]) -> Part:
-    ids = choice.ids
-    if ids.dtype.kind == "u":
-        if ids.dtype.itemsize > 2:
-            raise ValueError(f"{choice.where}: the array holds {ids.dtype.name}: uint8, uint16 and int32 are read")
-        ids = without_filler(ids, target.n_experts)
-    unused = (ids == 0).all(-1, keepdims=True)
-    if ids.shape[2] == 1:  # one expert a token may well be expert 0, but in a layer that has none
-        unused &= np.array([number not in (target.layers or numbers) for number in numbers])[None, :, None]
-    ids = np.where(unused, NONE, ids)
-    tokens, phases = _tokens(choice)
-    return Part(choice.where, ids.transpose(1, 0, 2), input_ids=tokens, phases=phases, label=label)
-
-
-def _tokens(choice: Choice) -> tuple[np.ndarray | None, np.ndarray | None]:
-    """Ids and phases of the tokens, where the response has them. Rows may start late (routed_experts_prompt_start)."""
-    prompt, completion, n = choice.prompt, choice.completion, len(choice.ids)
-    if prompt is None or completion is None:
-        return None, None
-    n_prompt, n_completion = (value if isinstance(value, int) else len(value) for value in (prompt, completion))
-    all_of_them = n_prompt + n_completion
-    if n > all_of_them:
-        raise ValueError(f"{choice.where}: {n} rows of ids for {n_prompt} + {n_completion} tokens")
-    start = max(all_of_them - 1 - n, 0)  # the last token was not forwarded
-    if start > n_prompt:
-        return None, None
-    phases = np.full(n, PHASES.index("decode"), dtype=np.uint8)
-    phases[: n_prompt - start] = PHASES.index("prefill")
-    if isinstance(prompt, int) or isinstance(completion, int):
-        return None, phases
-    return np.array((prompt + completion)[start : start + n], dtype=np.int64), phases

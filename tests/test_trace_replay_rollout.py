@@ -9,11 +9,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from cases import v3
 from foreign import imported
 from hf_models import tiny, token_ids
 from torch.nn import functional
 
 from moesaic.hf.modules import moe_layers
+from moesaic.layer.moe import DeepseekV3MoE
 from moesaic.trace.depth import same_layers
 from moesaic.trace.imports import read_target
 from moesaic.trace.recording.record import record
@@ -128,6 +130,30 @@ def test_a_generated_text_is_replayed_as_a_whole_and_its_last_token_is_the_model
     chosen = own.trace.picks.unflatten(1, (2, 11))
     assert not torch.equal(chosen[:, :, :10], recorded)
     assert torch.equal(picks[0, :, 10], chosen[0, :, 10])  # in the first layer nothing has parted yet
+
+
+class Cutting(torch.nn.Module):
+    """Hands its layer no padding, as a model that packs its tokens does."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.moe = torch.nn.Embedding(64, 32), DeepseekV3MoE(v3(16, 4, 2, 4))
+
+    def forward(self, input_ids, attention_mask):
+        return self.moe(self.embed(input_ids)[attention_mask.bool()])
+
+
+def test_a_model_that_cuts_its_padding_out_keeps_the_token_that_no_engine_read():
+    model, ids = Cutting(), token_ids(2, 6)
+    mask = torch.ones_like(ids)
+    with record(model) as recorder, torch.no_grad():
+        expected = model(ids, mask)
+        model(ids[:, :-1], mask[:, :-1])
+    trace = recorder.trace.select(slice(12, None))
+    padded, wider = functional.pad(ids, (3, 0)), functional.pad(mask, (3, 0))
+    with replay(model, trace, sequences=[2, 3], **OPTIONS) as replayer, torch.no_grad():
+        assert torch.equal(model(padded, wider), expected)
+    assert replayer.tokens == 10
 
 
 def test_what_does_not_belong_to_the_record_is_refused(model, trace):

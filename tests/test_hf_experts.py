@@ -1,6 +1,7 @@
 """The experts implementation "moesaic" against transformers' own."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -51,56 +52,38 @@ def test_greedy_tokens_equal_eager(family):
     assert torch.equal(ms.attach(model).generate(ids, **options), expected)
 
 
-@pytest.mark.parametrize("family", ALL)
-def test_bf16_experts_are_as_near_to_the_truth_as_eager(family):
-    model = eager(loud(family)).bfloat16()
-    calls, handles = [], []
-    for experts in experts_of(model):
-        handles.append(experts.register_forward_hook(lambda *call: calls.append(call)))
-    with torch.no_grad():
-        model(token_ids())
-        for handle in handles:
-            handle.remove()
-        ours = theirs = 0.0
-        for experts, (tokens, ids, weights), out in calls:
-            truth = copy.deepcopy(experts).double()(tokens.double(), ids, weights.double())
-            ours = max(ours, relative(experts_forward(experts, tokens, ids, weights), truth))
-            experts.config._experts_implementation = "grouped_mm"  # a family's eager form may run in float32
-            theirs = max(theirs, relative(out, truth), relative(experts(tokens, ids, weights), truth))
-            experts.config._experts_implementation = "eager"
-    assert 0 < ours <= 1.2 * theirs
+def yardstick(family):
+    """Which implementation of transformers computes the family's experts in 16 bits; this eager form is float32."""
+    return "grouped_mm" if family == "openai_privacy_filter" else "eager"
 
 
 @pytest.mark.parametrize("family", ALL)
-def test_bf16_gradients_of_experts_are_as_near_to_the_truth_as_those_of_transformers(family):
+def test_bf16_experts_and_their_gradients_are_no_farther_from_the_truth_than_those_of_transformers(family):
     model, calls = eager(loud(family)).bfloat16(), []
     with torch.no_grad(), experts_of(model)[0].register_forward_hook(lambda *call: calls.append(call)):
         for _ in range(6):  # the error of a few tokens alone is luck
             model(token_ids())
 
-    def grads_of(module, call, dtype, inputs, upstream):
+    def result_and_gradients(module, call, dtype, inputs, upstream):
         tokens, ids, weights = inputs
         tokens, weights = (t.detach().to(dtype).requires_grad_() for t in (tokens, weights))
         out = call(tokens, ids, weights)
-        return torch.autograd.grad((out * upstream.to(dtype)).sum(), [tokens, weights, *module.parameters()])
+        return out.detach(), *torch.autograd.grad(out, [tokens, weights, *module.parameters()], upstream.to(dtype))
 
     ours, theirs = 0.0, 0.0
     for experts, inputs, out in calls:
         wide, upstream = copy.deepcopy(experts).double(), torch.randn_like(out)
-        truth = grads_of(wide, wide, torch.float64, inputs, upstream)
+        truth = result_and_gradients(wide, wide, torch.float64, inputs, upstream)
+        experts.config._experts_implementation = yardstick(family)
 
         def errors(call, experts=experts, inputs=inputs, upstream=upstream, truth=truth):
-            got = grads_of(experts, call, torch.bfloat16, inputs, upstream)
+            got = result_and_gradients(experts, call, torch.bfloat16, inputs, upstream)
             return torch.tensor([(a - b).norm() / b.norm() for a, b in zip(got, truth, strict=True)])
 
-        ours = ours + errors(lambda *call, experts=experts: experts_forward(experts, *call))
-        worst = []
-        for name in ("eager", "grouped_mm"):  # a family's eager form may run in float32
-            experts.config._experts_implementation = name
-            worst.append(errors(experts))
+        ours, theirs = ours + errors(partial(experts_forward, experts)), theirs + errors(experts)
         experts.config._experts_implementation = "eager"
-        theirs = theirs + torch.maximum(*worst)
-    assert (ours <= 1.1 * theirs).all(), (ours / theirs).tolist()
+    assert (ours > 0).all()
+    assert (ours <= theirs).all(), (ours / theirs).tolist()
 
 
 @pytest.mark.compile
@@ -134,9 +117,37 @@ def test_a_whole_model_compiles_to_one_graph(family, layers, backend, dtype):
         compiled(ids)
     assert all("_moesaic" in vars(experts) for experts in experts_of(model))
     expected, expected_grads = gradients(model, ids)
-    ours = torch.cat([part.flatten() for part in (logits, *grads.values())])
-    theirs = torch.cat([part.flatten() for part in (expected, *expected_grads.values())])
-    assert (ours - theirs).norm() <= (2e-6 if dtype == torch.float32 else 0.03) * theirs.norm()
+    ours, theirs = {"logits": logits, **grads}, {"logits": expected, **expected_grads}
+    loose = 2e-6 if dtype == torch.float32 else 0.03
+    errors = {name: float((ours[name] - true).norm() / true.norm()) for name, true in theirs.items() if true.norm() > 0}
+    assert max(errors.values()) <= loose, sorted(errors.items(), key=lambda item: -item[1])[:3]
+
+
+@pytest.mark.compile
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # that torch reads of a layer's input
+@pytest.mark.parametrize("how", ["attached", "by name, after a forward"])
+def test_layers_that_are_compiled_one_by_one_share_a_graph(how):
+    """As in regional compilation; a graph that only one layer may take is compiled up to torch's limit of 8."""
+    torch.compiler.reset()
+    model, ids, graphs = loud("qwen3_moe", num_hidden_layers=3), token_ids(), []
+    if how == "attached":
+        ms.attach(model)
+    else:
+        model.set_experts_implementation("moesaic")
+        model(ids)
+
+    def counting(graph, _inputs):
+        graphs.append(graph)
+        return graph
+
+    call = partial(model, use_cache=False)  # a layer that uses a cache knows its number
+    expected, expected_grads = gradients(model, ids, call)
+    for layer in model.model.layers:
+        layer.compile(fullgraph=True, backend=counting)
+    logits, grads = gradients(model, ids, call)
+    assert len(graphs) == 1
+    assert relative(logits, expected) < 1e-6
+    assert_same_gradients(grads, expected_grads)
 
 
 @pytest.mark.compile

@@ -7,7 +7,7 @@ from torch import nn
 from moesaic.engine.checks import DTYPES
 from moesaic.engine.select import check_engine
 from moesaic.hf.added_bias import add_saved, saved_biases
-from moesaic.hf.experts import NAME, is_on_seam, serve
+from moesaic.hf.experts import NAME, forget, is_on_seam, keep, serve
 from moesaic.hf.modules import check_model
 from moesaic.layer.experts import Experts
 
@@ -40,7 +40,7 @@ def attach(model: M, *, engine: str = "auto", batch_invariant: bool = False, rec
         try:
             served.append(serve(module)._replace(**options))
         except ValueError:
-            module.__dict__.pop("_moesaic", None)  # what was read of it before is no longer so
+            forget(module)
             raise
     biases = saved_biases(model)
     if theirs and (switch := getattr(model, "set_experts_implementation", None)):
@@ -50,7 +50,7 @@ def attach(model: M, *, engine: str = "auto", batch_invariant: bool = False, rec
             raise ValueError(f"transformers does not let this model change its experts: {error}") from None
     add_saved(model, biases)
     for module, how in zip(theirs, served, strict=True):
-        module._moesaic = how
+        keep(module, how)
         if module.config._experts_implementation != NAME:  # a bare block, or a model inside a wrapper
             module.config._experts_implementation = NAME
     for module in ours:

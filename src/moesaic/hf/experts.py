@@ -48,10 +48,13 @@ def experts_forward(
 
     Raises ValueError for a module that cannot be served.
     """
-    if torch.compiler.is_compiling():  # asked first: a graph must not be guarded by the absence of what tracing it adds
-        _prepare(id(self))
+    if torch.compiler.is_compiling():
+        # Not asked for `_moesaic`: a graph must not be guarded by the absence of what tracing it adds. And an id guards
+        # a graph by the very module, so that layers compiled one by one would have one each.
+        if not getattr(self, "_moesaic_is_known", False):
+            _prepare(id(self))
     elif "_moesaic" not in self.__dict__:
-        self._moesaic = serve(self)
+        keep(self, serve(self))
     served = self._moesaic
     up = self.gate_up_proj if served.spec.gated else self.up_proj
     up_bias = down_bias = None
@@ -75,6 +78,17 @@ def _prepare(address: int) -> bool:
     if "_moesaic" not in module.__dict__:
         module.__dict__["_moesaic"] = serve(module)
     return True
+
+
+def keep(module: Any, served: Served) -> None:
+    """Compute `module` so from now on; one mark more than `_prepare` leaves says that no graph is guarded by it."""
+    module._moesaic, module._moesaic_is_known = served, True
+
+
+def forget(module: nn.Module) -> None:
+    """What was read of `module` is no longer so."""
+    for name in ("_moesaic", "_moesaic_is_known"):
+        module.__dict__.pop(name, None)
 
 
 def is_on_seam(module: nn.Module) -> bool:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from cases import HABITS, leaves_of, needs_habit, problem
 from oracles import moe_by_token
-from test_engines import OUT, VARIANTS, K, ids_of, weights_like
+from test_engines import VARIANTS, K, ids_of, weights_like
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -23,6 +23,17 @@ from moesaic.types import ExpertWeights
 SIZES = [(1, 64, 32), (3, 33, 17), (40, 64, 32), (200, 48, 24)]  # tokens, D, I
 
 
+def of_kind(variant, tokens, dtype, **sizes):
+    """A problem of one of VARIANTS, and a gradient of its result. With a clamp where gpt-oss has it: at 0.5 the error
+    of gradients is how many numbers fall on its other side."""
+    spec, layout = VARIANTS[variant]
+    spec, experts = replace(spec, limit=spec.limit and 7.0), weights_like(dtype, **sizes, **layout)
+    weights = torch.rand(tokens, K).to(dtype).requires_grad_()
+    x = torch.randn(tokens, experts.up.shape[1 if spec.transposed else 2]).to(dtype).requires_grad_()
+    upstream = torch.randn(tokens, spec.output_size(experts)).to(dtype)
+    return x, ids_of("sentinels", tokens), weights, experts, spec, upstream
+
+
 def result_and_gradients(run, x, ids, weights, experts, spec, upstream):
     out = run(x, ids, weights, experts, spec)
     return [out.detach(), *torch.autograd.grad(out, leaves_of(x, weights, experts), upstream)]
@@ -34,18 +45,26 @@ def exact(x, ids, weights, experts, spec, upstream):
     return result_and_gradients(reference, x, ids, weights, ExpertWeights(*wide), spec, upstream.double())
 
 
-@pytest.mark.parametrize(("tokens", "d", "width"), SIZES)
-@pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize("habit", HABITS)
-def test_float32_equals_the_reference_forward_and_backward(monkeypatch, with_threads, tokens, d, width, threads, habit):
-    """Each habit takes its own forms here, as it does for matrices that are not small."""
-    needs_habit(habit)
+def large_from(monkeypatch, habit, small, dtype=torch.float32):
+    """Each habit takes its own forms for matrices of more elements than `small`."""
+    needs_habit(habit, dtype)
     for room in (gemm, outer):
         monkeypatch.setattr(room, "machine", lambda: habit)
     for room in (matmul_forms, outer):
-        monkeypatch.setattr(room, "SMALL", 0)
-    given = (*problem(tokens, d, width), ExpertSpec(), torch.randn(tokens, d))
+        monkeypatch.setattr(room, "SMALL", small)
+
+
+@pytest.mark.parametrize(("tokens", "d", "width"), SIZES)
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("habit", HABITS)
+@pytest.mark.parametrize("variant", ["swiglu", "relu squared", "gpt-oss"])
+def test_float32_equals_the_reference_forward_and_backward(
+    monkeypatch, with_threads, tokens, d, width, threads, habit, variant
+):
+    large_from(monkeypatch, habit, 0)
+    monkeypatch.setattr(matmul_forms, "LEAST", matmul_forms.UNIT)  # matrices of these sizes are cut too
     with_threads(threads)
+    given = of_kind(variant, tokens, torch.float32, d=d, width=width, out=d)
     for got, true in zip(result_and_gradients(cpu, *given), exact(*given), strict=True):
         torch.testing.assert_close(got.double(), true, rtol=1e-5, atol=1e-5 * float(true.abs().max()))
 
@@ -80,20 +99,15 @@ def test_16_bit_is_no_worse_than_plain_torch_in_that_dtype(with_threads, dtype, 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("variant", [name for name in VARIANTS if name != "swiglu"])
 def test_16_bit_experts_of_every_kind_are_no_worse_than_plain_torch(dtype, variant):
-    """With a clamp where gpt-oss has it: at 0.5 the error of gradients is how many numbers fall on its other side.
-
-    The H that is kept is rounded as a product and, where it has a bias, once more, as in transformers' gpt-oss; the
+    """The H that is kept is rounded as a product and, where it has a bias, once more, as in transformers' gpt-oss; the
     yardstick rounds once. In the gradient of the routing weights a square doubles that, and nothing averages it out.
     """
-    spec, layout = VARIANTS[variant]
-    spec = replace(spec, limit=spec.limit and 7.0)
 
     def make():
-        experts, weights = weights_like(dtype, **layout), torch.rand(80, K).to(dtype).requires_grad_()
-        x = torch.randn(80, experts.up.shape[1 if spec.transposed else 2]).to(dtype).requires_grad_()
-        return x, ids_of("sentinels", 80), weights, experts, spec, torch.randn(80, OUT).to(dtype)
+        return of_kind(variant, 80, dtype)
 
-    allowed = torch.full((3 + sum(w is not None for w in make()[3]),), 1.1)
+    experts, spec = make()[3:5]
+    allowed = torch.full((3 + sum(w is not None for w in experts),), 1.1)
     if spec.activation == "relu2":
         allowed[2] = 1.6
     assert (errors(cpu, 10, make) <= allowed * errors(reference, 10, make)).all()
@@ -127,18 +141,25 @@ def test_the_check_sees_the_oracle():
 
 @pytest.mark.usefixtures("instructions")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("tokens", [9, 300])
-def test_results_repeat_bit_for_bit(monkeypatch, with_threads, dtype, tokens):
-    monkeypatch.setattr(matmul_forms, "SMALL", 1 << 15)  # between the two weights: one in the forms for large ones
+@pytest.mark.parametrize("tokens", [9, 200])
+@pytest.mark.parametrize("habit", HABITS)
+def test_results_repeat_bit_for_bit(monkeypatch, with_threads, dtype, tokens, habit):
+    """Of a weight in the forms for large ones and another in those for small ones; also added to gradients that are."""
+    large_from(monkeypatch, habit, 1 << 15, dtype)
+    monkeypatch.setattr(outer, "PART", 1 << 13)
     x, ids, weights, experts = problem(tokens, 256, 96, dtype=dtype)
-    upstream = torch.randn(tokens, 256).to(dtype)
-    runs = []
+    leaves, upstream = leaves_of(x, weights, experts), torch.randn(tokens, 256).to(dtype)
+    before, runs = [torch.randn_like(leaf) for leaf in leaves], []
     with_threads(2)
     for _ in range(3):
         out = cpu(x, ids, weights, experts, ExpertSpec())
-        runs.append([out, *torch.autograd.grad(out, leaves_of(x, weights, experts), upstream)])
+        fresh = torch.autograd.grad(out, leaves, upstream, retain_graph=True)
+        for leaf, grad in zip(leaves, before, strict=True):
+            leaf.grad = grad.clone()
+        out.backward(upstream)
+        runs.append([out, *fresh, *(leaf.grad for leaf in leaves)])
     for again in runs[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(runs[0], again, strict=True))
+        assert all(map(torch.equal, runs[0], again))
 
 
 @pytest.mark.usefixtures("instructions")
@@ -283,11 +304,12 @@ def test_memory_returns_to_the_baseline():
     x, ids, weights, experts = problem(100, 32, 16)
     with torch.no_grad(), Watch():
         out, *rest = engine.forward(x, ids, weights, experts, ExpertSpec(), keep="hidden", batch_invariant=False)
-        engine.backward(out, x, weights, experts, *rest, ExpertSpec(), engine.Gradients(1, 1, 1, 1, 0, 0))
-        del out, rest
+        for into in ((None, None), tuple(map(torch.zeros_like, experts[:2]))):  # new gradients, and added to ones
+            wanted = engine.Gradients(1, 1, 1, 1, 0, 0)
+            engine.backward(out, x, weights, experts, *rest, ExpertSpec(), wanted, *into)
+        del out, rest, into
         with torch.enable_grad():
-            for _ in range(2):  # the second adds to the gradients of the first
-                cpu(x, ids, weights, experts, ExpertSpec()).square().sum().backward()
+            cpu(x, ids, weights, experts, ExpertSpec()).square().sum().backward()
     assert len(alive) > 40
     for leaf in leaves_of(x, weights, experts):
         leaf.grad = None

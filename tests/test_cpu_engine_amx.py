@@ -3,7 +3,6 @@
 import math
 
 import pytest
-import test_engines
 import torch
 from cases import leaves_of, problem
 from test_engines import VARIANTS, E, K, weights_like
@@ -72,12 +71,9 @@ def test_every_kind_of_expert_is_as_near_to_float64_as_without(monkeypatch, vari
     monkeypatch.setattr(
         multiply.F, "grouped_mm", lambda left, *args, **kw: calls.append(left.dim()) or grouped_mm(left, *args, **kw)
     )
-    if looped:  # widths of whole 16 bytes
-        for name, size in (("D", 16), ("WIDTH", 8), ("OUT", 24)):
-            monkeypatch.setattr(test_engines, name, size)
     spec, layout = VARIANTS[variant]
-    layout = {"out": test_engines.OUT} | layout
-    experts = ExpertWeights(*(None if w is None else nn.Parameter(w) for w in weights_like(torch.bfloat16, **layout)))
+    sizes = {"d": 16, "width": 8, "out": 24} if looped else {}  # widths of whole 16 bytes
+    experts = weights_like(torch.bfloat16, **sizes, **layout)
     ids = torch.stack([torch.randperm(E)[:K] for _ in range(tokens)])
     x = torch.randn(tokens, experts.up.shape[1 if spec.transposed else 2]).bfloat16().requires_grad_()
     weights = torch.rand(tokens, K).bfloat16().requires_grad_()

@@ -1,8 +1,11 @@
 """The backward of the CPU engine: what it computes and what it leaves."""
 
+from functools import partial
+
 import pytest
 import torch
 from cases import HABITS, leaves_of, needs_habit, problem
+from test_cpu_engine import errors, of_kind
 from test_engines import VARIANTS, D, K, ids_of, weights_like
 from torch import nn
 
@@ -178,6 +181,26 @@ def test_gradients_with_a_graph_of_an_autocast_forward():
     (first,) = torch.autograd.grad(loss, experts.up, create_graph=True)
     (plain,) = torch.autograd.grad(cpu(x, ids, weights, experts, ExpertSpec()).square().sum(), experts.up)
     assert float((first - plain).detach().norm() / plain.norm()) < 5e-2
+
+
+@pytest.mark.usefixtures("instructions")
+@pytest.mark.parametrize("variant", ["swiglu", "gpt-oss"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_gradients_under_autocast_are_no_worse_than_those_of_inputs_cast_to_its_dtype(variant, dtype):
+    """Of everything, against float64: weights and gradients stay float32, also where 16 bits are multiplied."""
+
+    def autocast(*given):
+        with torch.autocast("cpu", dtype):
+            return cpu(*given)
+
+    def narrow(x, ids, weights, experts, spec):
+        experts = ExpertWeights(*(None if w is None else w.to(dtype) for w in experts))
+        return reference(x.to(dtype), ids, weights.to(dtype), experts, spec).float()
+
+    make = partial(of_kind, variant, 80, torch.float32, d=32, width=24, out=32)
+    ours, allowed = errors(autocast, 6, make), errors(narrow, 6, make)
+    assert ours.gt(0).all(), "nothing is computed in 16 bits"
+    assert (ours <= allowed).all(), (ours / allowed).tolist()
 
 
 @pytest.mark.usefixtures("instructions")

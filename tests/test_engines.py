@@ -21,12 +21,12 @@ HERE = {name: engine for name, engine in ENGINES.items() if name != "triton"}  #
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 
 
-def weights_like(dtype, *, bias=False, gated=True, transposed=False, out=OUT):
+def weights_like(dtype, *, bias=False, gated=True, transposed=False, d=D, width=WIDTH, out=OUT):
     def random(*shape):
         return (torch.randn(shape, dtype=torch.float64) / shape[-1] ** 0.5).to(dtype).requires_grad_()
 
-    u = 2 * WIDTH if gated else WIDTH
-    up, down = ((E, D, u), (E, WIDTH, out)) if transposed else ((E, u, D), (E, out, WIDTH))
+    u = 2 * width if gated else width
+    up, down = ((E, d, u), (E, width, out)) if transposed else ((E, u, d), (E, out, width))
     return ExpertWeights(random(*up), random(*down), random(E, u) if bias else None, random(E, out) if bias else None)
 
 

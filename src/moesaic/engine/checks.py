@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from moesaic.engine.spec import ExpertSpec
+from moesaic.engine.tracing import constant_in_graphs
 from moesaic.types import ExpertWeights
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # of tokens, weights and experts
@@ -37,7 +38,12 @@ def check_inputs(tokens: Tensor, expert_ids: Tensor, weights: Tensor, experts: E
 def autocasts(tokens: Tensor) -> bool:
     """Whether autocast is on that casts the operands of a matmul of `tokens`."""
     kind = tokens.device.type
-    return tokens.dtype != torch.float64 and torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return tokens.dtype != torch.float64 and _can_autocast(kind) and torch.is_autocast_enabled(kind)
+
+
+@constant_in_graphs  # which torch 2.11 cannot trace
+def _can_autocast(kind: str) -> bool:
+    return torch.amp.is_autocast_available(kind)
 
 
 def check_dtypes(tokens: Tensor, experts: ExpertWeights) -> None:

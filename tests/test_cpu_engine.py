@@ -139,10 +139,14 @@ def test_the_check_sees_the_oracle():
     assert abs(out.numpy() - moe_by_token(x, ids, weights, *experts[:2])).max() < 1e-12
 
 
+WAYS = [(torch.float32, habit, "none") for habit in HABITS]
+WAYS += [(dtype, "intel", has) for dtype in (torch.bfloat16, torch.float16) for has in ("amx", "native", "none")]
+WAYS += [(torch.bfloat16, habit, "none") for habit in HABITS[1:]]
+
+
 @pytest.mark.usefixtures("instructions")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("dtype", "habit", "instructions"), WAYS, indirect=["instructions"], ids=str)
 @pytest.mark.parametrize("tokens", [9, 200])
-@pytest.mark.parametrize("habit", HABITS)
 def test_results_repeat_bit_for_bit(monkeypatch, with_threads, dtype, tokens, habit):
     """Of a weight in the forms for large ones and another in those for small ones; also added to gradients that are."""
     large_from(monkeypatch, habit, 1 << 15, dtype)

@@ -399,14 +399,14 @@ class Garbage(SoundGate):
         return ids[: self.mood % 7 + 4], weights
 
 
-@pytest.mark.parametrize("mood", range(30))
+@pytest.mark.parametrize("mood", range(12))
 def test_whatever_a_gate_returns_is_judged_and_written_as_strict_json(mood):
     class Moody(Garbage):
         pass
 
     Moody.mood = mood
     report = check(Moody, SMALL)
-    assert not report.conforms or mood == 0
+    assert not report.conforms
     json.loads(json.dumps([r.numbers for r in report.results], allow_nan=False))
 
 

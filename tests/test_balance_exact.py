@@ -4,6 +4,8 @@ In float64 the same tokens choose the same experts however a batch is cut. (Norm
 there too, in transformers, so parameters agree to 1e-9 only.)
 """
 
+from functools import cache
+
 import pytest
 import torch
 from hf_models import COMMON, FAMILIES, tiny
@@ -91,6 +93,7 @@ def total(batch) -> int:
     return int(batch["attention_mask"][:, 1:].sum())
 
 
+@cache
 def one_process(family="deepseek_v3", *, padded=False, checkpointing=None, dtype=torch.float64, **kwargs):
     model = model_of(family, dtype=dtype)
     if checkpointing:

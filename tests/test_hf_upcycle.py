@@ -1,6 +1,7 @@
 """Upcycled Hugging Face models give the logits of the dense ones, and what could not is refused."""
 
 import re
+from itertools import product
 
 import pytest
 import torch
@@ -13,8 +14,9 @@ import moesaic as ms
 import moesaic.hf
 
 
-@pytest.mark.parametrize("granularity", [1, 2, 3])
-@pytest.mark.parametrize("name", DENSE)
+@pytest.mark.parametrize(
+    ("name", "granularity"), [*((name, 2) for name in DENSE), *product(["Llama", "Qwen3"], [1, 3])]
+)
 def test_a_model_gives_the_dense_logits_also_after_saving_and_in_every_implementation(name, granularity, tmp_path):
     model, tokens = dense(name), ids()
     expected = logits(model, tokens)

@@ -76,12 +76,12 @@ def test_the_routing_study_judges_every_layer_and_keeps_the_record(run, tmp_path
 
 
 def test_fine_tuning_lowers_the_held_out_loss_and_evens_out_the_load(run, tmp_path):
-    printed = run("hf_finetune.py", "--steps", "40", "--out", "out")
+    printed = run("hf_finetune.py", "--steps", "20", "--out", "out")
     judged = re.findall(r"held-out loss ([\d.]+), MaxVio of the worst layer ([\d.]+)", printed)
     (loss, max_vio), (later, evener) = ((float(a), float(b)) for a, b in judged)
     assert later < loss
     assert evener < max_vio
-    assert (tmp_path / "out" / "load.jsonl").read_text().count('"kind":"step"') == 40
+    assert (tmp_path / "out" / "load.jsonl").read_text().count('"kind":"step"') == 20
     (tmp_path / "short.txt").write_text("To be, or not to be.\n" * 5)
     with pytest.raises(SystemExit, match="2"):
         run("hf_finetune.py", "--file", "short.txt", "--out", "short")

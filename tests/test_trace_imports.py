@@ -129,10 +129,15 @@ def whole(tmp_path_factory) -> dict[str, bytes]:
     return {name: path.read_bytes() for name, path in good_files(tmp_path_factory.mktemp("good")).items()}
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("fuzz")
+
+
 @pytest.mark.parametrize("name", ["sglang", "vllm", "vllm json", "megatron"])
 @settings(max_examples=300)
 @given(data=st.data())
-def test_a_fuzzed_file_gives_a_lawful_trace_or_one_line(tmp_path_factory, whole, name, data):
+def test_a_fuzzed_file_gives_a_lawful_trace_or_one_line(folder, whole, name, data):
     content = bytearray(whole[name])
     for _ in range(data.draw(st.integers(1, 4))):
         at = data.draw(st.integers(0, len(content) - 1))
@@ -147,7 +152,8 @@ def test_a_fuzzed_file_gives_a_lawful_trace_or_one_line(tmp_path_factory, whole,
             content[at:at] = content[max(0, at - 16) : at]
         if not content:
             break
-    path = tmp_path_factory.mktemp("fuzz") / "a"
+    path = folder / "a"
+    path.unlink(missing_ok=True)
     path.write_bytes(bytes(content))
     try:
         trace = READERS[name.split()[0]]([path], KNOWN).trace

@@ -1,6 +1,6 @@
 """Compile the kernels that a problem launches for a GPU that is not there, and print what they need, as JSON lines.
 
-    python tests/triton_compiled.py 90 bfloat16 ladder 32768 [more token counts ...]
+    python tests/triton_compiled.py [--names] 90 bfloat16 ladder 32768 [more token counts ...]
 
 Triton brings its own assembler. A stand-in driver says which GPU it is, tensors without memory ("meta") carry shapes
 and dtypes, and every launch stops after the kernel is made. TRITON_INTERPRET must not be set.
@@ -179,7 +179,7 @@ def launch_routing(n_tokens: int, **changes) -> None:
         route.forward(logits, bias, ids, rules)
 
 
-def main(capability: int, dtype: str, layer: str, *tokens: int) -> None:
+def main(capability: int, dtype: str, layer: str, *tokens: int, names: bool) -> None:
     made = compile_for(capability)
     torch.set_float32_matmul_precision("high" if layer == "tf32" else "highest")
     for n in tokens:
@@ -191,8 +191,10 @@ def main(capability: int, dtype: str, layer: str, *tokens: int) -> None:
             launch_everything(capability, getattr(torch, dtype), LAYERS[layer], n)
             launch_routing(n)
         for key in [key for key in made if key not in before]:
-            sys.stdout.write(json.dumps({"kernel": key[0], "tokens": n, **needs(made[key])}) + "\n")
+            found = {} if names else needs(made[key])
+            sys.stdout.write(json.dumps({"kernel": key[0], "tokens": n, **found}) + "\n")
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), *sys.argv[2:4], *map(int, sys.argv[4:]))
+    given = [word for word in sys.argv[1:] if word != "--names"]
+    main(int(given[0]), *given[1:3], *map(int, given[3:]), names="--names" in sys.argv)

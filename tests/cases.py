@@ -102,6 +102,13 @@ def no_waiting() -> Iterator[None]:
             torch.cuda.set_sync_debug_mode("default")
 
 
+def in_every_way(*dtypes: torch.dtype) -> pytest.MarkDecorator:
+    """Each dtype with the `instructions` that it asks for: in 16 bits whether there are any, in bfloat16 AMX too."""
+    asked = {torch.bfloat16: ("amx", "native", "none"), torch.float16: ("native", "none")}
+    ways = [(dtype, instructions) for dtype in dtypes for instructions in asked.get(dtype, ("none",))]
+    return pytest.mark.parametrize(("dtype", "instructions"), ways, indirect=["instructions"], ids=str)
+
+
 HABITS = ["intel", "amd", "amd-avx2", "other"]  # of a BLAS, `moesaic.engine.processor.machine`
 USE_ONEDNN = {"intel": [torch.float32], "amd": [torch.float32, torch.bfloat16]}
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cases import HABITS, leaves_of, needs_habit, problem
+from cases import HABITS, in_every_way, leaves_of, needs_habit, problem
 from oracles import moe_by_token
 from test_engines import VARIANTS, K, ids_of, weights_like
 from torch import nn
@@ -81,7 +81,7 @@ def errors(run, repeats, make):
 
 
 @pytest.mark.usefixtures("instructions")
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@in_every_way(torch.bfloat16, torch.float16)
 @pytest.mark.parametrize("tokens", [1, 5, 60, 300])
 @pytest.mark.parametrize("threads", [1, 2])
 def test_16_bit_is_no_worse_than_plain_torch_in_that_dtype(with_threads, dtype, tokens, threads):
@@ -96,7 +96,7 @@ def test_16_bit_is_no_worse_than_plain_torch_in_that_dtype(with_threads, dtype, 
 
 
 @pytest.mark.usefixtures("instructions")
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@in_every_way(torch.bfloat16, torch.float16)
 @pytest.mark.parametrize("variant", [name for name in VARIANTS if name != "swiglu"])
 def test_16_bit_experts_of_every_kind_are_no_worse_than_plain_torch(dtype, variant):
     """The H that is kept is rounded as a product and, where it has a bias, once more, as in transformers' gpt-oss; the
@@ -168,7 +168,7 @@ def test_results_repeat_bit_for_bit(monkeypatch, with_threads, dtype, tokens, ha
 
 @pytest.mark.usefixtures("instructions")
 @pytest.mark.parametrize("variant", ["swiglu", "geglu", "softcapped", "plain mlp", "gpt-oss"])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@in_every_way(*DTYPES)
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("grad", [True, False])
 def test_batch_invariant_rows_do_not_depend_on_their_companions(with_threads, variant, dtype, threads, grad):

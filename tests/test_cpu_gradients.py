@@ -4,9 +4,9 @@ from functools import partial
 
 import pytest
 import torch
-from cases import HABITS, leaves_of, needs_habit, problem
+from cases import HABITS, in_every_way, leaves_of, needs_habit, problem
 from test_cpu_engine import errors, of_kind
-from test_engines import VARIANTS, D, K, ids_of, weights_like
+from test_engines import FEW, VARIANTS, D, K, ids_of, weights_like
 from torch import nn
 
 import moesaic as ms
@@ -20,7 +20,7 @@ from moesaic.types import ExpertWeights
 
 @pytest.mark.usefixtures("instructions")
 @pytest.mark.parametrize("variant", ["swiglu", "biased", "gpt-oss"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@in_every_way(torch.float32, torch.bfloat16, torch.float16)
 def test_recomputing_gives_the_same_gradients(variant, dtype):
     spec, layout = VARIANTS[variant]
     experts = ExpertWeights(*(None if w is None else nn.Parameter(w) for w in weights_like(dtype, **layout)))
@@ -147,8 +147,8 @@ def test_gradients_that_a_backward_does_not_collect_are_not_computed(monkeypatch
 @pytest.mark.parametrize("variant", ["swiglu", "gpt-oss"])
 def test_gradients_of_gradients(variant):
     spec, layout = VARIANTS[variant]
-    experts, ids = weights_like(torch.float64, **layout), ids_of("sentinels", 4)
-    x = torch.randn(4, 10, dtype=torch.float64, requires_grad=True)
+    experts, ids = weights_like(torch.float64, **layout, **FEW), ids_of("sentinels", 4)
+    x = torch.randn(4, FEW["d"], dtype=torch.float64, requires_grad=True)
     weights = torch.rand(4, K, dtype=torch.float64, requires_grad=True)
     given_weights = [w for w in experts if w is not None]
 
@@ -231,7 +231,7 @@ STRIDED = {
 
 @pytest.mark.usefixtures("instructions")
 @pytest.mark.parametrize("how", STRIDED)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@in_every_way(torch.float32, torch.bfloat16)
 @pytest.mark.parametrize("habit", HABITS)
 @pytest.mark.parametrize("tokens", [1, 5, 40])
 def test_strided_weights_compute_and_train_as_their_copies(monkeypatch, how, dtype, habit, tokens):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import HABITS, needs_habit
+from cases import HABITS, in_every_way, needs_habit
 from oracles import moe_by_token
 from test_engines import DTYPES, VARIANTS, D, E, K, ids_of, weights_like
 
@@ -29,7 +29,7 @@ def habit(request, monkeypatch):
 
 
 @pytest.mark.usefixtures("habit", "instructions")
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@in_every_way(*DTYPES)
 @pytest.mark.parametrize("kind", ["an empty expert", "all to one expert", "sentinels", "nobody"])
 @pytest.mark.parametrize("transposed", [False, True])
 def test_one_token_is_the_definition(dtype, kind, transposed):
@@ -45,7 +45,7 @@ def test_one_token_is_the_definition(dtype, kind, transposed):
 
 @pytest.mark.usefixtures("habit", "instructions")
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@in_every_way(*DTYPES)
 def test_every_kind_of_expert_computes_it(variant, dtype):
     spec, layout = VARIANTS[variant]
     experts, ids = weights_like(dtype, **layout), torch.tensor([[4, E, 1, 4, 0]])  # one of them twice, one nobody
@@ -111,7 +111,7 @@ def test_who_goes_the_short_way(monkeypatch, how, sorts):
 
 @pytest.mark.usefixtures("instructions")
 @pytest.mark.parametrize("tokens", [1, 9])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@in_every_way(torch.float32, torch.bfloat16)
 @pytest.mark.parametrize("transposed", [False, True])
 def test_experts_of_no_width_give_nothing(tokens, dtype, transposed):
     up, down = torch.zeros(E, 0, 16).to(dtype), torch.zeros(E, 16, 0).to(dtype)

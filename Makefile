@@ -21,7 +21,8 @@ test-all: lint shapes
 # Shape annotations are executed here and only here: jaxtyping and beartype do not survive torch.compile.
 SHAPED := moesaic.types,moesaic.rules,moesaic.engine,moesaic.layer
 shapes: setup
-	$(BIN)/pytest -q -p no:cacheprovider --jaxtyping-packages=$(SHAPED),beartype.beartype -m "not slow and not compile" \
+	$(BIN)/pytest $(IN_PARALLEL) -q -p no:cacheprovider --jaxtyping-packages=$(SHAPED),beartype.beartype \
+		-m "not slow and not compile" \
 		tests/test_rules.py tests/test_router.py tests/test_engines.py tests/test_moe.py tests/test_balance.py tests/test_losses.py
 
 # Both ends of what pyproject.toml admits, each in an environment of its own. They take torch as pip finds it, which

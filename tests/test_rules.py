@@ -8,13 +8,15 @@ from cases import GRID, configs, v3
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from jaxtyping import TypeCheckError
 from oracles import densify, pick, route_one
 from packaging.version import Version
 
 from moesaic.config import MoEConfig
+from moesaic.engine.plan import group_by_expert
 from moesaic.families import CONVENTIONS
-from moesaic.layer.balance import expert_load
-from moesaic.rules import few, group_scores, kept_groups, largest, route, select, sum_of_best, weigh
+from moesaic.layer.balance import expert_load, nudge_bias
+from moesaic.rules import few, greedy_topk, group_scores, kept_groups, largest, route, select, sum_of_best, weigh
 from moesaic.types import check_routing
 
 
@@ -371,3 +373,20 @@ def test_zero_tokens_route_to_nothing():
 def test_densify_is_independent_of_slot_order():
     ids, weights = torch.tensor([[2, 0]]), torch.tensor([[0.25, 0.75]])
     assert torch.equal(densify(ids, weights, 3), densify(ids.flip(1), weights.flip(1), 3))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda: greedy_topk(torch.zeros(3), v3(8, 1, 1, 2)),
+        lambda: nudge_bias(torch.zeros(3), torch.zeros(4), speed=0.1),
+        lambda: group_by_expert(torch.zeros(3, dtype=torch.long), 2),
+        lambda: check_routing(torch.zeros(3), 2),
+    ],
+    ids=["rules", "layer", "engine", "types"],
+)
+def test_make_shapes_executes_the_annotations_of_every_package_that_it_names(request, wrong):
+    if not request.config.getoption("--jaxtyping-packages"):
+        pytest.skip("in `make shapes` alone")
+    with pytest.raises(TypeCheckError):
+        wrong()

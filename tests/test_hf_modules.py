@@ -28,6 +28,15 @@ def test_moe_layers_are_found_in_the_order_in_which_they_run(family):
         assert layer.config == MoEConfig.from_hf(model.config)
 
 
+def test_experts_that_are_spread_over_ranks_are_refused_where_a_rank_is_told_of_its_own_only():
+    """As transformers 5.17 spreads them; test_expert_parallel.py has what later ones do."""
+    model = tiny("qwen3_moe")
+    for layer in moe_layers(model):
+        layer.experts.num_experts //= 2
+    with pytest.raises(ValueError, match=r"layers\.0\.mlp: its experts are spread over ranks.*use transformers 5\.24"):
+        moe_layers(model)
+
+
 def test_our_own_layers_are_found_with_their_own_config():
     first, second = DeepseekV3MoE(v3(16, 4, 2, 4, n_shared_experts=1)), MoE.classic(32, 8, 32, 6, 2)
     layers = moe_layers(nn.Sequential(first, nn.ReLU(), second))

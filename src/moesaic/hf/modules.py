@@ -12,6 +12,7 @@ from torch import nn
 from moesaic.config import MoEConfig
 from moesaic.families import ALIASES
 from moesaic.hf.experts import is_on_seam
+from moesaic.hf.spread import check_told
 from moesaic.hf_config import text_part
 from moesaic.layer.experts import Experts
 from moesaic.layer.router import Router
@@ -57,7 +58,8 @@ def moe_layers(model: nn.Module, config: MoEConfig | None = None) -> list[MoELay
 
     A bare Router is a layer without experts. `config` stands in for what the model's own says; without it a layer
     whose rule is not known gets a config of its sizes alone, topk_method="unknown". Raises ValueError, with the
-    reason, where `model` is no module, or has no layer whose picks can be seen.
+    reason, where `model` is no module, has no layer whose picks can be seen, or one whose experts are spread over ranks
+    by a transformers that tells each rank only of its own.
     """
     check_model(model)
     bare = unwrapped(model)
@@ -69,6 +71,7 @@ def moe_layers(model: nn.Module, config: MoEConfig | None = None) -> list[MoELay
         if origin is None:
             refused.append(f"{type(experts).__name__} are not told which experts were chosen")
             continue
+        check_told(name, experts)
         own = config or config_of(block, router, experts, model)
         layers.append(MoELayer(name, router, experts, own, block, origin))
     if refused and not layers:

@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from moesaic.hf.modules import MoELayer, moe_layers
+from moesaic.hf.spread import shared_by
 from moesaic.layer.balance import expert_load
 from moesaic.trace.recording.calls import listening
 from moesaic.trace.recording.forwards import models_in, read_arguments
@@ -39,6 +40,7 @@ class LoadCounter:
         self._lock = threading.Lock()  # held while that changes
         self._home = threading.get_ident()
         self._running: dict[int, Running] = {}  # by thread
+        self._copies = shared_by(model)
         self._hooks = ExitStack()
         seen_at = {
             layer.name: layer.experts if layer.origin == "experts" and layer.experts is not None else layer.router
@@ -52,7 +54,8 @@ class LoadCounter:
     def take(self, group: Any = None) -> Loads:
         """The load since the last take, by layer, over the ranks of `group` (all) where torch.distributed runs.
 
-        Starts again from zero. Every rank has to call it: it is one all-reduce, of all layers together.
+        Starts again from zero. Every rank has to call it: it is one all-reduce, of all layers together. A batch that
+        ranks of tensor parallelism share counts once, unless a `group` says who shares none.
         """
         for running in tuple(self._running.values()):
             if not running.depth:
@@ -70,6 +73,7 @@ class LoadCounter:
         )
         if _has_ranks():
             torch.distributed.all_reduce(flat, group=group)
+            flat /= self._copies if group is None else 1
         return dict(zip(loads, flat.split(sizes), strict=True))
 
     def _device(self, loads: dict[str, Tensor | None], group: Any) -> torch.device:

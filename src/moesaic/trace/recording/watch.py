@@ -3,7 +3,8 @@
 Experts on transformers' interface are watched where it looks up their implementation: each entry of that table calls
 what it called before and reports on the way. The implementation's name stays, so `generate()` may switch it; a graph
 compiled before is guarded by that entry, so it is compiled once more with the reporting operator in it, and found again
-when the watching ends. Our own experts ask for a watcher themselves. Routers, and experts of other makes, get hooks.
+when the watching ends. Our own experts ask for a watcher themselves. Routers, experts of other makes, and those spread
+over ranks get hooks.
 """
 
 import inspect
@@ -20,12 +21,14 @@ from torch.utils.hooks import RemovableHandle
 from moesaic.hf.experts import is_on_seam
 from moesaic.hf.modules import is_router
 from moesaic.hf.outputs import picks_of, read_router
+from moesaic.hf.spread import is_spread
 from moesaic.layer.experts import Experts
 from moesaic.trace.recording.telling import KEY, LOCK, forget_copied, reported, telling
 from moesaic.types import Routing
 
 Observer = Callable[[str, Routing], None]
 DETAILS = ("ids", "picks", "scores")  # what an operator in a graph is given; a graph of its own for each
+CALLED = "_moesaic_call_key"  # as KEY, on experts that are watched where they are called, not in their table
 
 NARROW = (
     "the weights of a compiled model in half precision are being recorded: its own results may differ in the last bits "
@@ -44,16 +47,21 @@ def observe(modules: Mapping[str, nn.Module], observer: Observer, detail: str = 
     """
     with ExitStack() as stack:
         for name, module in modules.items():
-            if is_on_seam(module) or isinstance(module, Experts):
+            if isinstance(module, Experts) or _is_on_table(module):
                 stack.enter_context(telling(module, _experts_reporter(name, observer)))
                 stack.enter_context(_asked(module, detail))
-            elif is_router(module) or not _takes_ids(module):
+            elif not is_on_seam(module) and (is_router(module) or not _takes_ids(module)):
                 stack.enter_context(telling(module, _router_reporter(name, observer)))
                 stack.enter_context(_hooked(module, lambda m: m.register_forward_hook(_after_router)))
             else:
-                stack.enter_context(telling(module, _experts_reporter(name, observer)))
+                stack.enter_context(telling(module, _experts_reporter(name, observer), CALLED))
                 stack.enter_context(_hooked(module, _hook_experts))
         yield
+
+
+def _is_on_table(module: nn.Module) -> bool:
+    """Experts that are spread over ranks look their implementation up there too, with ids of this rank alone."""
+    return is_on_seam(module) and not is_spread(module) and table_of(module) is not None
 
 
 def _takes_ids(module: nn.Module) -> bool:
@@ -118,7 +126,7 @@ OWN = dict(zip(DETAILS, (_own_ids, _own_picks, _own_scores), strict=True))  # wh
 
 
 def _before_experts(module: nn.Module, args: tuple, kwargs: dict | None = None) -> tuple[tuple, dict] | None:
-    key = getattr(module, KEY, None)
+    key = getattr(module, CALLED, None)
     if key is None or kwargs is None:  # torch leaves out kwargs where another thread takes the hook off just now
         return None
     tokens, ids, weights, *rest = args if len(args) >= 3 else bound(module, args, kwargs)
@@ -230,10 +238,7 @@ def _asked(module: nn.Module, detail: str) -> Iterator[None]:
                 module.watcher = OWN[max(wanted, key=DETAILS.index)] if wanted else None
         return
     found = table_of(module)
-    if found is None:  # on no table after all
-        with _hooked(module, _hook_experts):
-            yield
-        return
+    assert found is not None
     with LOCK:
         table = _tables.setdefault(id(found), _Table(found))
         table.add(detail)

@@ -50,3 +50,24 @@ def test_a_compiled_model_gets_the_same_gradient(way, kind):
     balance.detach()
     if plain is not None:
         assert_same(gradients(model, lambda: run(**batch).loss.backward()), plain)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.usefixtures("_fresh_graphs")
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.compile)])
+def test_a_call_of_a_model_without_its_head_is_a_call_of_the_model(compiled):
+    """It has its own padding and its own sequences, after an evaluation of the whole model too."""
+    model, batch = model_of("deepseek_v3", num_hidden_layers=2), batch_of()
+    padded = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    whole, body = (torch.compile(m, backend="aot_eager") if compiled else m for m in (model, model.model))
+    balance = attached("sequence", model)
+
+    def gradient(call, given):
+        return gradients(model, lambda: balance(call(**given)[0].square().mean()).backward())
+
+    for given in (padded, {"input_ids": batch["input_ids"]}):
+        expected = gradient(model, given)
+        model.eval()
+        whole(**padded)
+        model.train()
+        assert_same(gradient(lambda **given: [model.lm_head(body(**given)[0])], given), expected)

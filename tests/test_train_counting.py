@@ -171,6 +171,26 @@ def test_where_a_layer_is_given_other_tokens_than_the_model_all_of_them_count():
     assert load.sum() == 2 * 4 * K
 
 
+@pytest.mark.filterwarnings("ignore")  # Dynamo warns of its own
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.compile)])
+def test_a_call_of_a_model_without_its_head_is_a_call_of_the_model(compiled):
+    """Whose mask and mode hold, whatever the whole model was called with before."""
+    model, (ids, *_) = small_model().train(), batches(1)
+    short, plain = padded(ids, 3), {"input_ids": ids}
+    expected = loads_of(model, short, plain)
+    body, whole = (torch.compile(m, backend="aot_eager") if compiled else m for m in (model.model, model))
+    balance = BiasBalance(0.01).attach(model)
+    body(**short)
+    with torch.no_grad():
+        body(**short)  # a rollout
+    model.eval()
+    whole(**short)
+    model.train()
+    body(**plain)
+    balance.step()
+    assert same(balance.load, expected)
+
+
 @pytest.mark.compile
 @pytest.mark.filterwarnings("ignore")  # Dynamo warns of its own
 def test_a_compiled_model_does_not_count_forwards_without_gradients():

@@ -15,7 +15,7 @@ from moesaic.hf.modules import RULE, MoELayer, moe_layers, parameters_of
 from moesaic.hf.outputs import read_router
 from moesaic.layer.losses import LOSSES, devices, reachable
 from moesaic.trace.recording.calls import listening
-from moesaic.trace.recording.forwards import models_in
+from moesaic.trace.recording.forwards import bodies_in, models_in
 from moesaic.train.injection import Ledger, ledger_of
 from moesaic.types import Routing
 
@@ -97,6 +97,9 @@ class BalanceLoss(TrainerCallback):
                 hooks.enter_context(listening(part, ledger))
                 part.__dict__[attribute] = ledger.key("")
                 _hook(hooks, part, attribute, partial(_after_model, attribute=attribute), with_kwargs=True)
+            routers = [layer.router for layer in layers if layer.router is not None]
+            for part in bodies_in(model, routers):
+                hooks.enter_context(listening(part, ledger, partial(ledger.opened_in_graph, nested=True)))
             for layer in layers:
                 assert layer.router is not None
                 layer.router.__dict__[attribute] = ledger.key(layer.name)

@@ -4,6 +4,7 @@ import threading
 import warnings
 from collections.abc import Generator, Iterable, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +15,7 @@ from moesaic.hf.modules import MoELayer, moe_layers
 from moesaic.hf.spread import shared_by
 from moesaic.layer.balance import expert_load
 from moesaic.trace.recording.calls import listening
-from moesaic.trace.recording.forwards import models_in, read_arguments
+from moesaic.trace.recording.forwards import bodies_in, models_in, read_arguments
 from moesaic.trace.recording.watch import observe
 from moesaic.types import Routing
 
@@ -50,6 +51,8 @@ class LoadCounter:
         self._hooks.enter_context(observe(watched, self._count, "ids"))
         for part in models_in(model):
             self._hooks.enter_context(listening(part, self))
+        for part in bodies_in(model, watched.values()):
+            self._hooks.enter_context(listening(part, self, partial(self.opened_in_graph, nested=True)))
 
     def take(self, group: Any = None) -> Loads:
         """The load since the last take, by layer, over the ranks of `group` (all) where torch.distributed runs.
@@ -120,14 +123,20 @@ class LoadCounter:
         if not running.depth:
             self._settle(running)
 
-    def opened_in_graph(self, tokens: Tensor, mask: Tensor | None, without_grad: Tensor | None, cached: bool) -> None:
+    def opened_in_graph(
+        self, tokens: Tensor, mask: Tensor | None, idle: Tensor | None, cached: bool, *, nested: bool = False
+    ) -> None:
         """A call begins whose end nobody will tell. Its layers say whether they train."""
         del cached
         running = self._here
-        if not running.depth:
-            self._settle(running)
-            counts = False if self.training and without_grad is not None else None
-            running.forward = Forward(counts, token_mask(tokens, mask))
+        if running.depth:
+            return
+        known = token_mask(tokens, mask)
+        if known is None and nested and running.forward is not None and not running.heard:
+            known = running.forward.mask  # it is a part of the call that began last
+        self._settle(running)
+        running.forward = Forward(False if self.training and idle is not None else None, known)
+        running.heard = False
 
     @property
     def _here(self) -> "Running":
@@ -135,6 +144,7 @@ class LoadCounter:
 
     def _count(self, name: str, routing: Routing) -> None:
         layer, running = self.layers[name], self._here
+        running.heard = True
         forward = running.forward or Forward()
         if not (self._trains(layer) if forward.counts is None else forward.counts):
             return
@@ -174,6 +184,7 @@ class Running:
     def __init__(self) -> None:
         self.depth = 0  # calls of models, inside each other
         self.forward: Forward | None = None
+        self.heard = False  # whether a layer has run in it
         self.pending: list[tuple[str, Tensor]] = []  # loads of the forward that runs
 
 

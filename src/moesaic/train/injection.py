@@ -39,11 +39,18 @@ class Call:
     mask: Bool[Tensor, " T"] | None = None
     n_rows: int | None = None
     scale: Tensor | None = None  # of the backward that runs
+    heard: bool = False  # a layer has run in it
     over: bool = False  # the model returned, so what comes is no part of it
     by_hand: bool = False  # its loss was named by the user: what the model calls its loss does not count
     loads: dict[str, Tensor] = field(default_factory=dict)
     valued: set[str] = field(default_factory=set)
     repeated: set[str] = field(default_factory=set)  # layers that the backward that runs has computed again
+
+    def says(self, tokens: Tensor, mask: Tensor | None) -> None:
+        """Which tokens it has. Padding that it was told of before stays known where no mask is given."""
+        padding = token_mask(tokens, mask)
+        self.mask = self.mask if padding is None else padding
+        self.n_rows = tokens.shape[:-2].numel() if tokens.is_floating_point() else len(tokens)
 
 
 class Ledger:
@@ -88,7 +95,9 @@ class Ledger:
     def open(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
         if not self._running:
             found = read_arguments(model, args, kwargs)
-            call = self._begin(None if found is None else found.tokens, None if found is None else found.mask)
+            call = self._begin()
+            if found is not None:
+                call.says(found.tokens, found.mask)
             call.trains = model.training and torch.is_grad_enabled()
         self._running += 1
 
@@ -98,26 +107,30 @@ class Ledger:
         if not self._running and self._current is not None:
             self._current.over = True  # its loss may be noted still
 
-    def opened_in_graph(self, tokens: Tensor, mask: Tensor | None, without_grad: Tensor | None, cached: bool) -> None:
-        del without_grad, cached
-        if not self._running:
-            self._begin(tokens, mask)
+    def opened_in_graph(
+        self, tokens: Tensor, mask: Tensor | None, idle: Tensor | None, cached: bool, *, nested: bool = False
+    ) -> None:
+        del cached
+        if self._running:
+            return
+        call = self._current
+        if not nested or call is None or call.heard or call.over or not call.trains:
+            call = self._begin()  # else it is a part of the call that began last
+        call.trains = idle is None
+        call.says(tokens, mask)
 
-    def _begin(self, tokens: Tensor | None, mask: Tensor | None) -> Call:
+    def _begin(self) -> Call:
         self.backward_is_over()  # one that failed did not say so
-        call = Call(next(_numbers))
-        if tokens is not None:
-            call.mask = token_mask(tokens, mask)
-            call.n_rows = tokens.shape[:-2].numel() if tokens.is_floating_point() else len(tokens)
-        self._current = call
-        self._untied.append(call)
-        return call
+        self._current = Call(next(_numbers))
+        self._untied.append(self._current)
+        return self._current
 
     # what the operators do
 
     def describe(self, name: str, ids: Int[Tensor, "T K"], n_experts: int) -> tuple[Tensor, Tensor, Tensor]:
         """Mask [T], sequence of each token [T], and load of the step so far [E], for one call of a layer."""
         call = self._asking[name] = self._call_of(name)
+        call.heard = True
         n_tokens, device = len(ids), ids.device
         mask = torch.ones(n_tokens, dtype=torch.bool, device=device)
         if call.mask is not None and len(call.mask) == n_tokens:  # else padding was cut out, or a part ran alone
@@ -190,7 +203,7 @@ class Ledger:
         Backward goes through calls from the last to the first, and so through their recomputations.
         """
         if not is_recompute():
-            return self._begin(None, None) if self._current is None or self._current.over else self._current
+            return self._begin() if self._current is None or self._current.over else self._current
         if not self._noted:
             raise ValueError(NOT_TIED)
         call = next((call for call in reversed(self._noted) if name not in call.repeated), self._noted[-1])

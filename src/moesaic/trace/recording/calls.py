@@ -1,7 +1,7 @@
 """When a language model is called, with which tokens, and whether the call came to its end; eager and compiled."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -25,23 +25,26 @@ class Listener(Protocol):
 
     def close(self, output: Any, *, failed: bool) -> None: ...
 
-    def opened_in_graph(
-        self, tokens: Tensor, mask: Tensor | None, without_grad: Tensor | None, cached: bool
-    ) -> None: ...
+    def opened_in_graph(self, tokens: Tensor, mask: Tensor | None, idle: Tensor | None, cached: bool) -> None: ...
 
 
 _listeners: dict[nn.Module, tuple[Listener, ...]] = {}  # tuples are replaced, not changed: other threads read them
 
 
 @contextmanager
-def listening(model: nn.Module, listener: Listener) -> Iterator[None]:
-    """Inside the block `listener` hears of every call of `model`; in a compiled graph only of its begin."""
+def listening(
+    model: nn.Module, listener: Listener, begun_in_graph: Callable[..., None] | None = None
+) -> Iterator[None]:
+    """Inside the block `listener` hears of every call of `model`; in a compiled graph only of its begin.
+
+    begun_in_graph: who hears of that, instead of the listener's own `opened_in_graph`.
+    """
     with LOCK:
         if model not in _listeners:
             _hook(model)
         _listeners[model] = (*_listeners.get(model, ()), listener)
     try:
-        with telling(model, listener.opened_in_graph, KEY):
+        with telling(model, begun_in_graph or listener.opened_in_graph, KEY):
             yield
     finally:
         with LOCK:
@@ -120,8 +123,8 @@ def _begun_in_graph(model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple,
         return None
     tokens, mask, cache = found
     cached = cache is not None and mask is not None and mask.shape[1] > tokens.shape[1]
-    without_grad = None if torch.is_grad_enabled() else tokens  # a graph is guarded by that
-    copy = reported(key, tokens, mask, without_grad, cached)
+    idle = None if model.training and torch.is_grad_enabled() else tokens  # a graph is guarded by both
+    copy = reported(key, tokens, mask, idle, cached)
     return (
         tuple(copy if value is tokens else value for value in args),
         {name: copy if value is tokens else value for name, value in kwargs.items()},

@@ -1,6 +1,6 @@
 """What one call of a model says about its tokens: rows of the batch, padding, token ids, prefill or decoding."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -50,6 +50,17 @@ def models_in(model: nn.Module, *, nested: bool = False) -> list[nn.Module]:
             found.append(module)
             inside |= {id(part) for part in module.modules()}
     return found or [model]
+
+
+def bodies_in(model: nn.Module, layers: Iterable[nn.Module]) -> list[nn.Module]:
+    """What takes tokens inside of the outermost models and holds all of `layers` that those do: a model without its
+    head, which may be called by itself."""
+    found, wanted = [], set(layers)
+    for outer in models_in(model):
+        if held := wanted.intersection(outer.modules()):
+            inner = (part for part in models_in(outer, nested=True) if part is not outer)
+            found += [part for part in inner if held.issubset(part.modules())]
+    return found
 
 
 class Arguments(NamedTuple):

@@ -206,9 +206,9 @@ class Recorder:
             running.forward = None
             self._commit(running)
 
-    def opened_in_graph(self, tokens: Tensor, mask: Tensor | None, without_grad: Tensor | None, cached: bool) -> None:
+    def opened_in_graph(self, tokens: Tensor, mask: Tensor | None, idle: Tensor | None, cached: bool) -> None:
         """A call begins whose end nobody will tell."""
-        del without_grad
+        del idle
         running = self._threads.here
         if not running.depth:
             self._commit(running)

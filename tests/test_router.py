@@ -5,8 +5,9 @@ import pytest
 import torch
 from cases import GRID, v3
 from oracles import densify, tied_rows
-from transformers import DeepseekV3Config
+from transformers import DeepseekV3Config, DeepseekV4Config
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
+from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4HashRouter
 
 from moesaic.config import MoEConfig
 from moesaic.layer.moe import DeepseekV3MoE
@@ -126,6 +127,15 @@ def test_a_router_born_on_meta_gets_a_zero_bias_and_takes_a_checkpoint():
     assert torch.equal(router.e_score_correction_bias, torch.full((16,), EXACT))
 
 
+def test_a_layer_born_on_meta_that_takes_a_checkpoint_s_tensors_counts_and_moves():
+    config = v3(16, 4, 2, 4)
+    with torch.device("meta"):
+        layer = DeepseekV3MoE(config)
+    layer.load_state_dict(DeepseekV3MoE(config).state_dict(), assign=True)
+    layer.to("cpu").train()(torch.randn(3, 32))
+    assert layer.gate.load.sum() == 3 * 4
+
+
 def test_state_dict_keys_are_those_of_transformers():
     theirs = DeepseekV3TopkRouter(DeepseekV3Config(hidden_size=32))
     assert Router(v3(256, 8, 4, 8)).state_dict().keys() == theirs.state_dict().keys()
@@ -154,6 +164,18 @@ def test_dtypes_of_a_bfloat16_model_are_the_family_s(preset, logits, weights):
     router = Router(MoEConfig.preset(preset, hidden_size=32)).bfloat16()
     routing = router(torch.randn(3, 32, dtype=torch.bfloat16))
     assert (routing.logits.dtype, routing.weights.dtype) == (logits, weights)
+
+
+def test_replay_of_a_table_is_the_hash_routing_of_transformers():
+    config = DeepseekV4Config(vocab_size=50, hidden_size=32, n_routed_experts=16, num_experts_per_tok=4)
+    theirs, ours = DeepseekV4HashRouter(config), Router(MoEConfig.from_hf(config))
+    torch.nn.init.normal_(theirs.weight)
+    theirs.tid2eid = torch.stack([torch.randperm(16)[:4] for _ in range(50)])
+    ours.weight = theirs.weight
+    x, token_ids = torch.randn(2, 9, 32), torch.randint(50, (2, 9))
+    found = ours(x, replay=theirs.tid2eid[token_ids.flatten()])
+    for value, expected in zip(found, theirs(x, token_ids), strict=True):
+        assert torch.equal(value, expected)
 
 
 def test_jitter_moves_the_router_in_training_only_and_never_the_callers_tensor():

@@ -11,12 +11,24 @@ from hypothesis.extra.numpy import arrays
 from jaxtyping import TypeCheckError
 from oracles import densify, pick, route_one
 from packaging.version import Version
+from transformers.activations import ACT2FN
 
 from moesaic.config import MoEConfig
 from moesaic.engine.plan import group_by_expert
 from moesaic.families import CONVENTIONS
 from moesaic.layer.balance import expert_load, nudge_bias
-from moesaic.rules import few, greedy_topk, group_scores, kept_groups, largest, route, select, sum_of_best, weigh
+from moesaic.rules import (
+    SCORING,
+    few,
+    greedy_topk,
+    group_scores,
+    kept_groups,
+    largest,
+    route,
+    select,
+    sum_of_best,
+    weigh,
+)
 from moesaic.types import check_routing
 
 
@@ -222,6 +234,16 @@ def test_sqrtsoftplus_has_a_finite_gradient_where_it_vanishes():
     logits = torch.tensor([[-200.0, -90.0, 0.0, 3.0]], requires_grad=True)
     config = v3(4, 1, 1, 4, scoring_func="sqrtsoftplus")
     route(logits, None, config).weights[:, :2].sum().backward()
+    assert logits.grad.isfinite().all()
+
+
+def test_sqrtsoftplus_in_float16_orders_what_transformers_does():
+    """Down to its smallest number: kept at its smallest normal one, the logits from -9.7 on tied."""
+    logits = torch.linspace(-17.0, -8.0, 2000).half().requires_grad_()
+    ours, theirs = SCORING["sqrtsoftplus"](logits), ACT2FN["sqrtsoftplus"](logits)
+    assert torch.equal(ours[theirs > 0], theirs[theirs > 0])
+    assert len(ours.unique()) == len(theirs[theirs > 0].unique()) > 300
+    ours.sum().backward()
     assert logits.grad.isfinite().all()
 
 

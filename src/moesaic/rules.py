@@ -19,18 +19,16 @@ def route(
     bias: Float[Tensor, " E"] | None,
     config: MoEConfig,
     *,
-    token_ids: Int[Tensor, " T"] | None = None,
     replay: Int[Tensor, "..."] | None = None,
 ) -> Routing:
     """Decide experts and weights of every token (DeepSeek-V3, arXiv 2412.19437, sec. 2.1.2).
 
     `replay` [T, K] gives the expert ids instead of selecting them, 0 to E, E being "no expert"; weights still come from
     the live logits, so gradients flow. Its shape is checked, its values are not (that would wait for the device).
-    `token_ids` is for selections that read the vocabulary id (hash routing); those in this room ignore it.
+    Hash routing, whose experts are fixed for each id of the vocabulary, is `replay=table[token_ids]`.
 
     A NaN in a token stays in its row: ids are K distinct experts inside kept groups, weights are NaN.
     """
-    del token_ids
     scores = score(logits, config)
     if replay is None:
         choice = scores.detach() if bias is None else scores.detach() + bias
@@ -57,9 +55,14 @@ def score(logits: Float[Tensor, "T E"], config: MoEConfig) -> Float[Tensor, "T E
 SCORING = {
     "sigmoid": torch.sigmoid,
     "softmax": lambda logits: logits.softmax(dim=-1),
-    # DeepSeek-V4. Kept off zero, where the slope of the root would turn the gradient to NaN (logits below -104).
-    "sqrtsoftplus": lambda logits: F.softplus(logits).clamp_min(torch.finfo(logits.dtype).tiny).sqrt(),
+    "sqrtsoftplus": lambda logits: F.softplus(logits).clamp_min(_over_zero(logits.dtype)).sqrt(),  # DeepSeek-V4
 }
+
+
+def _over_zero(dtype: torch.dtype) -> float:
+    """What softplus is kept at, off zero, where the slope of the root would turn the gradient to NaN (float32: logits
+    below -104). In float16 the smallest number there is: below its smallest normal one are logits from -9.7 on."""
+    return 2.0**-24 if dtype == torch.float16 else torch.finfo(dtype).tiny
 
 
 def select(choice: Float[Tensor, "T E"], config: MoEConfig) -> Int[Tensor, "T K"]:

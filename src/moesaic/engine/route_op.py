@@ -90,12 +90,11 @@ def run_route(
     bias: Float[Tensor, " E"] | None,
     config: MoEConfig,
     *,
-    token_ids: Int[Tensor, " T"] | None = None,
     replay: Int[Tensor, "..."] | None = None,
 ) -> Routing:
     """`rules.route` by the operator where that serves, else by `rules.route` itself."""
     if not serves(logits, bias, config, replay):
-        return rules.route(logits, bias, config, token_ids=token_ids, replay=replay)
+        return rules.route(logits, bias, config, replay=replay)
     weights, expert_ids = torch.ops.moesaic.route(logits, bias, replay, *RouteSpec.of(config))
     return Routing(logits, weights, expert_ids)
 

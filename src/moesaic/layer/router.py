@@ -41,7 +41,7 @@ class Router(nn.Module):
         correction = torch.empty(n_experts, device=device, dtype=torch.float32) if config.has_correction_bias else None
         self.register_buffer("e_score_correction_bias", correction)
         self.register_buffer("load", torch.empty(n_experts, device=device, dtype=torch.float32), persistent=False)
-        self.register_load_state_dict_pre_hook(_widen_on_load)
+        self.register_load_state_dict_pre_hook(_before_load)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -55,12 +55,12 @@ class Router(nn.Module):
         self,
         x: Float[Tensor, "*batch D"],
         *,
-        token_ids: Int[Tensor, "*batch"] | None = None,
         replay: Int[Tensor, "..."] | None = None,
     ) -> Routing:
         """Route every token of `x`; the Routing is flat, [T, ...], batch-major.
 
-        `replay` [T, K] forces the experts and leaves the weights to the live logits; `token_ids` serves hash routing.
+        `replay` [T, K] forces the experts and leaves the weights to the live logits; hash routing, whose experts are
+        fixed for each id of the vocabulary, is `replay=table[token_ids]`.
         """
         if x.shape[-1] != self.config.hidden_size:  # before a matmul says it in terms of matrices
             raise ValueError(
@@ -75,7 +75,6 @@ class Router(nn.Module):
             logits,
             self.e_score_correction_bias,
             self.config,
-            token_ids=None if token_ids is None else token_ids.flatten(),
             replay=replay,
         )
         if self.training:
@@ -113,8 +112,14 @@ class Router(nn.Module):
         return f"{sizes}{groups}, {c.scoring_func}, {c.topk_method}"
 
 
-def _widen_on_load(_router: Router, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Take the bias from a checkpoint of any dtype, also under `assign=True`, and keep it float32."""
+def _before_load(router: Router, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Take the bias from a checkpoint of any dtype, also under `assign=True`, and keep it float32.
+
+    `load`, which no checkpoint has, goes where the weight comes from: under `assign=True` it would stay on meta.
+    """
+    weight = state_dict.get(prefix + "weight")
+    if router.load.is_meta and weight is not None and not weight.is_meta:
+        router.load = torch.zeros_like(router.load, device=weight.device)
     key = prefix + "e_score_correction_bias"
     if key in state_dict:
         state_dict[key] = state_dict[key].detach().to(torch.float32)

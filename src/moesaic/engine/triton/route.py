@@ -29,11 +29,9 @@ def route(
     bias: Float[Tensor, " E"] | None,
     config: MoEConfig,
     *,
-    token_ids: Int[Tensor, " T"] | None = None,
     replay: Int[Tensor, "..."] | None = None,
 ) -> Routing:
     """`rules.route` with scores in float32, for what `route_op.serves`. Without a gradient: `route_op` gives it one."""
-    del token_ids
     return Routing(logits, *forward(logits, bias, replay, RouteSpec.of(config)))
 
 

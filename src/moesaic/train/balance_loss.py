@@ -10,14 +10,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from moesaic.config import MoEConfig
-from moesaic.hf.modules import RULE, MoELayer, moe_layers, parameters_of
-from moesaic.hf.outputs import read_router
+from moesaic.hf.modules import RULE, MoELayer, moe_layers
 from moesaic.layer.losses import LOSSES, devices, reachable
 from moesaic.trace.recording.calls import listening
 from moesaic.trace.recording.forwards import bodies_in, models_in
-from moesaic.train.injection import Ledger, ledger_of
-from moesaic.types import Routing
+from moesaic.train.balance_operators import after_model, after_router
+from moesaic.train.injection import Ledger
 
 
 class BalanceLoss(TrainerCallback):
@@ -96,7 +94,7 @@ class BalanceLoss(TrainerCallback):
             for part in models_in(model):
                 hooks.enter_context(listening(part, ledger))
                 part.__dict__[attribute] = ledger.key("")
-                _hook(hooks, part, attribute, partial(_after_model, attribute=attribute), with_kwargs=True)
+                _hook(hooks, part, attribute, partial(after_model, attribute=attribute), with_kwargs=True)
             routers = [layer.router for layer in layers if layer.router is not None]
             for part in bodies_in(model, routers):
                 hooks.enter_context(listening(part, ledger, partial(ledger.opened_in_graph, nested=True)))
@@ -105,7 +103,7 @@ class BalanceLoss(TrainerCallback):
                 layer.router.__dict__[attribute] = ledger.key(layer.name)
                 biased = RULE in vars(layer.router)
                 after = partial(
-                    _after_router, attribute=attribute, kind=self.kind, layer=layer.name, config=layer.config,
+                    after_router, attribute=attribute, kind=self.kind, layer=layer.name, config=layer.config,
                     options=self.options, biased=biased,
                 )  # fmt: skip
                 _hook(hooks, layer.router, attribute, after)
@@ -193,96 +191,3 @@ def _hook(hooks: ExitStack, module: nn.Module, attribute: str, after: Any, *, wi
     """
     hooks.callback(module.__dict__.pop, attribute, None)
     hooks.callback(module.register_forward_hook(after, with_kwargs=with_kwargs).remove)
-
-
-# What follows may be traced into a graph: it looks at shapes and settings, and leaves the rest to operators.
-
-
-def _after_router(
-    router: nn.Module,
-    _args: tuple,
-    output: Any,
-    *,
-    attribute: str,
-    kind: str,
-    layer: str,
-    config: MoEConfig,
-    options: dict[str, int],
-    biased: bool,
-) -> Any:
-    """The router's output with weights through which the gradient of its loss comes."""
-    key = getattr(router, attribute, None)
-    if key is None or not router.training:
-        return None
-    if (getattr(router, RULE, None) is not None) != biased:
-        raise ValueError(f"{layer}: a bias was added after BalanceLoss was attached: attach it after the bias")
-    found = read_router(router, output)
-    if found.logits is None or found.place is None or found.logits.shape[-1] != config.n_routed_experts:
-        raise ValueError(
-            f"{layer}: {type(router).__name__} does not return its logits, ids and weights: use its own loss"
-        )
-    ids = found.ids.flatten(0, -2)
-    if not torch.is_grad_enabled():
-        if not torch.compiler.is_compiling():
-            ledger, name = ledger_of(key)
-            ledger.count(name, ids, config.n_routed_experts)
-        return None
-    if not found.logits.requires_grad:
-        return None
-    routing = Routing(found.logits.flatten(0, -2), found.weights.flatten(0, -2), ids)
-    mask, sequences, load = torch.ops.moesaic.balance_tokens(key, ids, config.n_routed_experts)
-    asked = {"sequence": {"sequences": sequences}, "global_batch": {"load": load}}.get(kind, {})
-    loss = LOSSES[kind](routing, config, mask=mask, **asked, **options)
-    weights, _ = torch.ops.moesaic.balance_inject(key, found.weights, loss)
-    if hasattr(output, "_replace"):
-        return type(output)(*(weights if item is found.weights else item for item in output))
-    return type(output)(weights if item is found.weights else item for item in output)
-
-
-def _after_model(model: nn.Module, args: tuple, kwargs: dict, output: Any, *, attribute: str) -> Any:
-    """The model's output with a loss that notes its gradient."""
-    key = getattr(model, attribute, None)
-    if key is None or not (model.training and torch.is_grad_enabled()):
-        return None
-    if isinstance(output, tuple):
-        loss = output[0] if output else None
-    else:
-        loss = output.get("loss") if type(output) is dict else getattr(output, "loss", None)
-    if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
-        return None
-    noted, _ = torch.ops.moesaic.balance_note(key, loss, _share(model, args, kwargs), False)
-    if isinstance(output, tuple):
-        return (noted, *output[1:])
-    if type(output) is dict:
-        return {**output, "loss": noted}
-    output.loss = noted
-    return output
-
-
-def _share(model: nn.Module, args: tuple, kwargs: dict) -> Tensor | None:
-    """Which part of the whole batch a loss is that was divided by `num_items_in_batch`, as under transformers' Trainer.
-
-    None where it is the mean of a micro-batch, which the loop then divides by their number.
-    """
-    n_items = kwargs.get("num_items_in_batch")
-    if n_items is None:
-        return None
-    given = {**dict(zip(parameters_of(model), args, strict=False)), **kwargs}
-    labels = given.get("shift_labels")
-    if labels is None:
-        labels = given.get("labels")
-        if labels is not None and _shifts_labels(model):
-            labels = labels[..., 1:]
-    if labels is None:
-        raise ValueError(
-            "the model was called with num_items_in_batch and without labels, so its part of the batch is not known: "
-            "write `loss = balance_loss(loss, share=...)`"
-        )
-    return (labels != -100).sum().double() / n_items
-
-
-def _shifts_labels(model: nn.Module) -> bool:
-    """Whether a model's loss leaves out the first label of each row, as that of causal language models does."""
-    from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
-
-    return LOSS_MAPPING.get(getattr(model, "loss_type", None) or "") is ForCausalLMLoss

@@ -1,11 +1,8 @@
-"""How the gradient of a loss that nobody adds reaches the routers: operators, and what is remembered between them.
+"""What one BalanceLoss remembers of forwards, and of the backward that runs.
 
-A router's weights pass through `moesaic::balance_inject`, whose backward gives them their gradient unchanged and the
-router's own loss a gradient of alpha times the scale of this backward. That scale, a GradScaler's or that of
-accumulation, is the gradient which the model's loss gets: it passes through `moesaic::balance_note`, whose backward
-runs before that of the routers. Operators, so that a compiled graph holds them and what they ask for at run time.
+A backward gives the balancing the scale of its own loss, which nobody knows before it runs, and checkpointing then runs
+layers again: they get what they got in their forward, whatever ran in between.
 """
-
 import itertools
 from collections import OrderedDict, deque
 from collections.abc import Callable
@@ -230,80 +227,3 @@ def ledger_of(key: Tensor) -> tuple[Ledger, str]:
     if int(key) not in _ledgers:
         raise ValueError("this forward was made for a BalanceLoss that is detached now: run it again")
     return _ledgers[int(key)]
-
-
-# The operators. What each copies is what goes on, so that no graph drops them; gradients pass through the copies.
-for schema in (
-    "balance_tokens(Tensor key, Tensor ids, int n_experts) -> (Tensor, Tensor, Tensor)",
-    "balance_inject(Tensor key, Tensor weights, Tensor loss) -> (Tensor, Tensor)",
-    "balance_scale(Tensor key, Tensor call, Tensor after, ScalarType dtype) -> Tensor",
-    "balance_note(Tensor key, Tensor loss, Tensor? share, bool by_hand) -> (Tensor, Tensor)",
-    "balance_noted(Tensor key, Tensor note, Tensor grad) -> Tensor",
-):
-    name, arguments = schema.split("(", 1)
-    torch.library.define(f"moesaic::{name}", f"({arguments}", tags=(torch.Tag.cudagraph_unsafe,))
-
-
-def _tokens(key: Tensor, ids: Tensor, n_experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    ledger, name = ledger_of(key)
-    return ledger.describe(name, ids, n_experts)
-
-
-def _tokens_fake(_key: Tensor, ids: Tensor, n_experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    n_tokens = ids.shape[0]
-    load = ids.new_empty(n_experts, dtype=torch.float64)
-    return ids.new_empty(n_tokens, dtype=torch.bool), ids.new_empty(n_tokens, dtype=torch.int64), load
-
-
-def _inject(key: Tensor, weights: Tensor, loss: Tensor) -> tuple[Tensor, Tensor]:
-    ledger, name = ledger_of(key)
-    return weights.clone(), torch.tensor(ledger.value(name, loss), device="cpu")
-
-
-def _scale(key: Tensor, call: Tensor, after: Tensor, dtype: torch.dtype) -> Tensor:
-    return ledger_of(key)[0].scale(int(call)).to(after.device, dtype)
-
-
-def _note(key: Tensor, loss: Tensor, share: Tensor | None, by_hand: bool) -> tuple[Tensor, Tensor]:
-    return loss.clone(), torch.tensor(ledger_of(key)[0].note(share, by_hand), device="cpu")
-
-
-def _noted(key: Tensor, note: Tensor, grad: Tensor) -> Tensor:
-    ledger_of(key)[0].noted(int(note), grad)
-    return grad.clone()
-
-
-def _copy_and_number(_key: Tensor, used: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(used), torch.empty((), dtype=torch.int64, device="cpu")
-
-
-IMPLEMENTATIONS = {
-    "balance_tokens": (_tokens, _tokens_fake),
-    "balance_inject": (_inject, _copy_and_number),
-    "balance_scale": (_scale, lambda _key, _call, after, dtype: after.new_empty((), dtype=dtype)),
-    "balance_note": (_note, _copy_and_number),
-    "balance_noted": (_noted, lambda _key, _note, grad: torch.empty_like(grad)),
-}
-for name, (implementation, fake) in IMPLEMENTATIONS.items():
-    # what a ledger does is for no graph: frames of an eager call between two graphs would be traced too
-    torch.library.impl(f"moesaic::{name}", "CompositeExplicitAutograd")(torch.compiler.disable(implementation))
-    torch.library.register_fake(f"moesaic::{name}")(fake)
-
-
-def _keep_number(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    ctx.key, ctx.dtype = inputs[0], inputs[2].dtype if isinstance(inputs[2], Tensor) else None
-    ctx.save_for_backward(output[1])
-
-
-def _inject_backward(ctx: Any, grad: Tensor, _number: None) -> tuple[None, Tensor, Tensor]:
-    (call,) = ctx.saved_tensors
-    return None, grad, torch.ops.moesaic.balance_scale(ctx.key, call, grad, ctx.dtype)
-
-
-def _note_backward(ctx: Any, grad: Tensor, _number: None) -> tuple[None, Tensor, None, None]:
-    (note,) = ctx.saved_tensors
-    return None, torch.ops.moesaic.balance_noted(ctx.key, note, grad), None, None
-
-
-torch.library.register_autograd("moesaic::balance_inject", _inject_backward, setup_context=_keep_number)
-torch.library.register_autograd("moesaic::balance_note", _note_backward, setup_context=_keep_number)

@@ -2,7 +2,14 @@
 
 import pytest
 import torch
-from balanced import assert_same, attached, batch_of, gradients, model_of, part
+from balanced import ALPHA, assert_same, attached, batch_of, gradients, model_of, part
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers.loss.loss_utils import ForCausalLMLoss
+
+import moesaic as ms
+from moesaic.layer.balance import expert_load
+from moesaic.layer.losses import LOSSES
 
 
 def checkpointed(model, *, reentrant):
@@ -96,3 +103,82 @@ def test_routers_that_get_no_gradient_take_no_part_and_that_is_said():
     with pytest.warns(UserWarning, match="BalanceLoss saw no router in this step"):
         balance.step()
     assert not balance.values
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")  # torch 2.11, of what runs without
+@pytest.mark.parametrize("between", [torch.no_grad, torch.enable_grad], ids=["no_grad", "enable_grad"])
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("kind", ["switch", "sequence", "global_batch"])
+def test_a_forward_that_is_in_no_loss_is_not_taken_for_the_one_that_is_recomputed(kind, reentrant, between):
+    """As references and teachers run, or what is only looked at: between a forward and the naming of its loss."""
+    first, second = (part(batch_of(), rows) for rows in (slice(0, 2), slice(2, 4)))
+    labels = first.pop("labels")
+    del second["labels"]
+    found = []
+    for again in (False, True):
+        model = model_of("deepseek_v3")
+        if again:
+            checkpointed(model, reentrant=reentrant)
+        balance = attached(kind, model)
+
+        def step(model=model, balance=balance):
+            logits = model(**first).logits
+            with between():
+                model(**second)  # as many tokens, others of which are padding
+            balance(ForCausalLMLoss(logits, labels, 64)).backward()
+
+        found.append(gradients(model, step))
+    assert_same(*found)
+
+
+class Looped(nn.Module):
+    """One layer that runs three times. again: what checkpointing runs again at once, a pass or all of them."""
+
+    def __init__(self, again=None, *, reentrant=False):
+        super().__init__()
+        torch.manual_seed(0)
+        config = ms.MoEConfig(hidden_size=8, moe_intermediate_size=6, n_routed_experts=8, num_experts_per_tok=2)
+        self.layer = ms.DeepseekV3MoE(config, engine="reference").double()
+        nn.init.normal_(self.layer.gate.weight, std=0.5)
+        self.again, self.reentrant = again, reentrant
+
+    def once(self, x):
+        return x + self.layer(x)
+
+    def all(self, x):
+        return self.once(self.once(self.once(x)))
+
+    def forward(self, hidden_states):
+        if self.again is None:
+            return self.all(hidden_states)
+        for _ in range(1 if self.again == "all" else 3):
+            run = getattr(self, self.again)
+            hidden_states = checkpoint(run, hidden_states, use_reentrant=self.reentrant)
+        return hidden_states
+
+
+@pytest.mark.parametrize("again", [None, "once", "all"])
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("kind", ["switch", "global_batch"])
+def test_each_pass_of_a_looped_layer_has_its_own_load_and_value(kind, reentrant, again):
+    """f of the global batch counts the passes so far, as it counts micro-batches."""
+    x = torch.randn(3, 5, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    plain, routings = Looped(), []
+    plain.layer.gate.register_forward_hook(lambda _module, _args, output: routings.append(output))
+    values = []
+
+    def by_hand():
+        task, load = plain(x).square().mean(), torch.zeros(8, dtype=torch.float64)
+        for routing in routings:
+            load = load + expert_load(routing.expert_ids, 8)
+            own = {"load": load} if kind == "global_batch" else {}
+            values.append(LOSSES[kind](routing, plain.layer.config, **own))
+        (task + ALPHA * sum(values)).backward()
+
+    expected, model = gradients(plain, by_hand), Looped(again, reentrant=reentrant)
+    balance = attached(kind, model)
+    found = gradients(model, lambda: balance(model(x).square().mean()).backward())
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=0, atol=1e-14)
+    balance.step()
+    torch.testing.assert_close(balance.values["layer"], sum(values).detach() / 3, rtol=0, atol=1e-14)

@@ -3,6 +3,7 @@
 A backward gives the balancing the scale of its own loss, which nobody knows before it runs, and checkpointing then runs
 layers again: they get what they got in their forward, whatever ran in between.
 """
+
 import itertools
 from collections import OrderedDict, deque
 from collections.abc import Callable
@@ -28,6 +29,15 @@ _ledgers: dict[int, tuple["Ledger", str]] = {}  # by the number in a module's ke
 
 
 @dataclass(eq=False)
+class Pass:
+    """One run of a layer in a call; a looped model has several. chosen: what its tokens chose, padding with them."""
+
+    chosen: Float[Tensor, " E"]
+    load: Float[Tensor, " E"] | None = None  # of the step so far, over all ranks
+    valued: bool = False
+
+
+@dataclass(eq=False)
 class Call:
     """One forward of a model. mask: [T] or None. n_rows: sequences in it, of equal length; None where nobody said."""
 
@@ -36,12 +46,15 @@ class Call:
     mask: Bool[Tensor, " T"] | None = None
     n_rows: int | None = None
     scale: Tensor | None = None  # of the backward that runs
-    heard: bool = False  # a layer has run in it
     over: bool = False  # the model returned, so what comes is no part of it
     by_hand: bool = False  # its loss was named by the user: what the model calls its loss does not count
-    loads: dict[str, Tensor] = field(default_factory=dict)
-    valued: set[str] = field(default_factory=set)
-    repeated: set[str] = field(default_factory=set)  # layers that the backward that runs has computed again
+    passes: dict[str, list[Pass]] = field(default_factory=dict)  # by layer
+
+    def mask_of(self, ids: Int[Tensor, "T K"]) -> Bool[Tensor, " T"]:
+        """Which tokens of a layer are no padding: all of them where it was cut out, or where a part ran alone."""
+        if self.mask is None or len(self.mask) != len(ids):
+            return torch.ones(len(ids), dtype=torch.bool, device=ids.device)
+        return self.mask.to(ids.device, copy=True)
 
     def says(self, tokens: Tensor, mask: Tensor | None) -> None:
         """Which tokens it has. Padding that it was told of before stays known where no mask is given."""
@@ -63,7 +76,7 @@ class Ledger:
         self._notes: OrderedDict[int, tuple[list[Call], bool, Tensor | None]] = OrderedDict()
         self._untied: deque[Call] = deque(maxlen=REMEMBERED)
         self._noted: list[Call] = []  # in the backward that runs
-        self._asking: dict[str, Call] = {}
+        self._asking: dict[str, tuple[Call, Pass]] = {}
         self._loads: dict[str, Tensor] = {}  # of this step so far
         self._values: dict[str, tuple[Tensor, int]] = {}
 
@@ -95,7 +108,7 @@ class Ledger:
             call = self._begin()
             if found is not None:
                 call.says(found.tokens, found.mask)
-            call.trains = model.training and torch.is_grad_enabled()
+            call.trains = torch.is_grad_enabled()
         self._running += 1
 
     def close(self, output: Any, *, failed: bool) -> None:
@@ -111,7 +124,7 @@ class Ledger:
         if self._running:
             return
         call = self._current
-        if not nested or call is None or call.heard or call.over or not call.trains:
+        if not nested or call is None or call.passes or call.over or not call.trains:
             call = self._begin()  # else it is a part of the call that began last
         call.trains = idle is None
         call.says(tokens, mask)
@@ -126,12 +139,8 @@ class Ledger:
 
     def describe(self, name: str, ids: Int[Tensor, "T K"], n_experts: int) -> tuple[Tensor, Tensor, Tensor]:
         """Mask [T], sequence of each token [T], and load of the step so far [E], for one call of a layer."""
-        call = self._asking[name] = self._call_of(name)
-        call.heard = True
+        call, found = self._asking[name] = self._pass_of(name, ids, n_experts)
         n_tokens, device = len(ids), ids.device
-        mask = torch.ones(n_tokens, dtype=torch.bool, device=device)
-        if call.mask is not None and len(call.mask) == n_tokens:  # else padding was cut out, or a part ran alone
-            mask = call.mask.to(device, copy=True)
         sequences = torch.zeros(n_tokens, dtype=torch.int64, device=device)
         if self.splits_sequences and n_tokens:
             if not call.n_rows or n_tokens % call.n_rows:
@@ -140,22 +149,20 @@ class Ledger:
                     "input_ids or inputs_embeds [batch, length, ...], or use kind='switch'"
                 )
             sequences = torch.arange(n_tokens, device=device) // (n_tokens // call.n_rows)
-        load = torch.zeros(n_experts, dtype=torch.float64, device=device)
-        if self.sums_load:
-            load = self._load(call, name, ids.masked_fill(~mask.unsqueeze(-1), n_experts), n_experts)
-        return mask, sequences, load
+        load = torch.zeros(n_experts, dtype=torch.float64, device=device) if found.load is None else found.load.clone()
+        return call.mask_of(ids), sequences, load
 
     def count(self, name: str, ids: Int[Tensor, "T K"], n_experts: int) -> None:
-        """Add the load of a layer that checkpointing runs without gradients: its recomputation comes after others."""
+        """Remember a layer that checkpointing runs without gradients: its recomputation comes after other layers."""
         call = self._current
-        if self.sums_load and call is not None and call.trains and not call.over and not is_recompute():
-            self.describe(name, ids, n_experts)
+        if call is not None and call.trains and not call.over and not is_recompute():
+            self._begin_pass(call, name, ids, n_experts)
 
     def value(self, name: str, loss: Float[Tensor, ""]) -> int:
         """Keep the value of a layer; returns the number of the call it is of."""
-        call = self._asking.pop(name)
-        if name not in call.valued:
-            call.valued.add(name)
+        call, found = self._asking.pop(name)
+        if not found.valued:
+            found.valued = True
             total, count = self._values.get(name, (0.0, 0))
             self._values[name] = (loss.detach().double() + total, count + 1)
         _remember(self._calls, call.number, call)
@@ -191,29 +198,38 @@ class Ledger:
     def backward_is_over(self) -> None:
         for call in self._noted:
             call.scale = None
-            call.repeated.clear()
         self._noted.clear()
 
-    def _call_of(self, name: str) -> Call:
-        """The call that a layer runs in; in a recomputation the one whose backward runs.
+    def _pass_of(self, name: str, ids: Int[Tensor, "T K"], n_experts: int) -> tuple[Call, Pass]:
+        """What a layer runs in; in a recomputation what it ran in before, of what the losses of this backward name.
 
-        Backward goes through calls from the last to the first, and so through their recomputations.
+        Of several it is the one that chose the same experts: nothing else tells passes and calls apart, since some of
+        them may be in no loss, and what checkpointing recomputes at once may hold several.
         """
         if not is_recompute():
-            return self._begin() if self._current is None or self._current.over else self._current
+            call = self._begin() if self._current is None or self._current.over else self._current
+            return call, self._begin_pass(call, name, ids, n_experts)
         if not self._noted:
             raise ValueError(NOT_TIED)
-        call = next((call for call in reversed(self._noted) if name not in call.repeated), self._noted[-1])
-        call.repeated.add(name)
-        return call
+        passes = [(call, found) for call in self._noted for found in call.passes.get(name, ())]
+        if not passes:  # it ran in a graph without gradients, or inside of a checkpoint: nothing was heard of it
+            call = next((call for call in reversed(self._noted) if call.trains), self._noted[-1])
+            return call, self._begin_pass(call, name, ids, n_experts)
+        if len(passes) == 1:
+            return passes[0]
+        chosen = expert_load(ids, n_experts)
+        apart = torch.stack([(found.chosen - chosen).abs().sum() for _, found in passes])
+        return passes[int(apart.argmin())]
 
-    def _load(self, call: Call, name: str, ids: Int[Tensor, "T K"], n_experts: int) -> Tensor:
-        if name not in call.loads:  # a recomputation gives what was counted before
-            load = expert_load(ids, n_experts).double()
+    def _begin_pass(self, call: Call, name: str, ids: Int[Tensor, "T K"], n_experts: int) -> Pass:
+        found = Pass(expert_load(ids, n_experts))
+        if self.sums_load:
+            load = expert_load(ids.masked_fill(~call.mask_of(ids).unsqueeze(-1), n_experts), n_experts).double()
             if torch.distributed.is_available() and torch.distributed.is_initialized():
                 torch.distributed.all_reduce(load, group=self.group)
-            call.loads[name] = self._loads[name] = self._loads.get(name, 0.0) + load
-        return call.loads[name].clone()
+            found.load = self._loads[name] = self._loads.get(name, 0.0) + load
+        call.passes.setdefault(name, []).append(found)
+        return found
 
 
 def _remember(memory: OrderedDict[int, Any], number: int, value: Any) -> None:

@@ -14,7 +14,7 @@ from moesaic.hf.modules import RULE, MoELayer, moe_layers
 from moesaic.layer.losses import LOSSES, devices, reachable
 from moesaic.trace.recording.calls import listening
 from moesaic.trace.recording.forwards import bodies_in, models_in
-from moesaic.train.balance_operators import after_model, after_router
+from moesaic.train.balance_operators import after_model, after_router, before_model
 from moesaic.train.injection import Ledger
 
 
@@ -40,9 +40,10 @@ class BalanceLoss(TrainerCallback):
 
     Forward values do not change: the gradient is added where the router's weights pass, times the gradient that the
     model's loss gets (GradScaler, accumulation). That loss is the model's own, or what `balance(loss)` was given; a
-    backward with neither raises ValueError. Padding (a 2-D attention_mask) and forwards without gradients or in
-    evaluation mode take no part. `values` has each layer's mean value in the last step. Raises ValueError for a model
-    without MoE layers, one whose routing rule is not known, and one with a BalanceLoss of this kind.
+    backward with neither raises ValueError. Sequences are rows of the batch, or what position_ids makes of packed rows.
+    Padding (a 2-D attention_mask) and forwards without gradients or in evaluation mode take no part. `values` has each
+    layer's mean value in the last step. Raises ValueError for a model without MoE layers, one whose routing rule is not
+    known, and one with a BalanceLoss of this kind.
     """
 
     def __init__(
@@ -91,13 +92,18 @@ class BalanceLoss(TrainerCallback):
         )
         with ExitStack() as hooks:
             hooks.callback(ledger.remove)
-            for part in models_in(model):
-                hooks.enter_context(listening(part, ledger))
+            before = partial(before_model, attribute=attribute)
+            models = models_in(model)
+            bodies = bodies_in(model, [layer.router for layer in layers if layer.router is not None])
+            for part in (*models, *bodies):
+                opened = partial(ledger.opened_in_graph, nested=part in bodies)
+                hooks.enter_context(listening(part, ledger, opened))
                 part.__dict__[attribute] = ledger.key("")
+                hooks.callback(part.__dict__.pop, attribute, None)
+                if self.kind == "sequence":
+                    hooks.callback(part.register_forward_pre_hook(before, with_kwargs=True).remove)
+            for part in models:
                 _hook(hooks, part, attribute, partial(after_model, attribute=attribute), with_kwargs=True)
-            routers = [layer.router for layer in layers if layer.router is not None]
-            for part in bodies_in(model, routers):
-                hooks.enter_context(listening(part, ledger, partial(ledger.opened_in_graph, nested=True)))
             for layer in layers:
                 assert layer.router is not None
                 layer.router.__dict__[attribute] = ledger.key(layer.name)

@@ -16,11 +16,13 @@ from moesaic.config import MoEConfig
 from moesaic.hf.modules import RULE, parameters_of
 from moesaic.hf.outputs import read_router
 from moesaic.layer.losses import LOSSES
+from moesaic.trace.recording.forwards import read_arguments
 from moesaic.train.injection import ledger_of
 from moesaic.types import Routing
 
 # The operators. What each copies is what goes on, so that no graph drops them; gradients pass through the copies.
 for schema in (
+    "balance_place(Tensor key, Tensor tokens, Tensor positions) -> Tensor",
     "balance_tokens(Tensor key, Tensor ids, int n_experts) -> (Tensor, Tensor, Tensor)",
     "balance_inject(Tensor key, Tensor weights, Tensor loss) -> (Tensor, Tensor)",
     "balance_scale(Tensor key, Tensor call, Tensor after, ScalarType dtype) -> Tensor",
@@ -29,6 +31,11 @@ for schema in (
 ):
     name, arguments = schema.split("(", 1)
     torch.library.define(f"moesaic::{name}", f"({arguments}", tags=(torch.Tag.cudagraph_unsafe,))
+
+
+def _place(key: Tensor, tokens: Tensor, positions: Tensor) -> Tensor:
+    ledger_of(key)[0].place(positions)
+    return tokens.clone()
 
 
 def _tokens(key: Tensor, ids: Tensor, n_experts: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -65,6 +72,7 @@ def _copy_and_number(_key: Tensor, used: Tensor, *_: Any) -> tuple[Tensor, Tenso
 
 
 IMPLEMENTATIONS = {
+    "balance_place": (_place, lambda _key, tokens, _positions: torch.empty_like(tokens)),
     "balance_tokens": (_tokens, _tokens_fake),
     "balance_inject": (_inject, _copy_and_number),
     "balance_scale": (_scale, lambda _key, _call, after, dtype: after.new_empty((), dtype=dtype)),
@@ -92,8 +100,26 @@ def _note_backward(ctx: Any, grad: Tensor, _number: None) -> tuple[None, Tensor,
     return None, torch.ops.moesaic.balance_noted(ctx.key, note, grad), None, None
 
 
+torch.library.register_autograd("moesaic::balance_place", lambda _ctx, grad: (None, grad, None))
 torch.library.register_autograd("moesaic::balance_inject", _inject_backward, setup_context=_keep_number)
 torch.library.register_autograd("moesaic::balance_note", _note_backward, setup_context=_keep_number)
+
+
+def before_model(model: nn.Module, args: tuple, kwargs: dict, *, attribute: str) -> tuple[tuple, dict] | None:
+    """Say where the tokens are in their sequences; in a graph the tokens that go on are the copy that this makes."""
+    key = getattr(model, attribute, None)
+    found = read_arguments(model, args, kwargs)
+    positions = {**dict(zip(parameters_of(model), args, strict=False)), **kwargs}.get("position_ids")
+    if key is None or found is None or not isinstance(positions, Tensor) or positions.dim() != 2:
+        return None
+    if not torch.compiler.is_compiling():
+        ledger_of(key)[0].place(positions)
+        return None
+    tokens = torch.ops.moesaic.balance_place(key, found.tokens, positions)
+    return (
+        tuple(tokens if value is found.tokens else value for value in args),
+        {name: tokens if value is found.tokens else value for name, value in kwargs.items()},
+    )
 
 
 def after_router(

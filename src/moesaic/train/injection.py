@@ -39,12 +39,13 @@ class Pass:
 
 @dataclass(eq=False)
 class Call:
-    """One forward of a model. mask: [T] or None. n_rows: sequences in it, of equal length; None where nobody said."""
+    """One forward of a model. mask: [T] or None. n_rows: rows of the batch, of equal length; None where nobody said."""
 
     number: int
     trains: bool = True  # it began with gradients on; so they are off only where checkpointing takes them away
     mask: Bool[Tensor, " T"] | None = None
     n_rows: int | None = None
+    sequences: Int[Tensor, " T"] | None = None  # which one each token is in, where positions were given
     scale: Tensor | None = None  # of the backward that runs
     over: bool = False  # the model returned, so what comes is no part of it
     by_hand: bool = False  # its loss was named by the user: what the model calls its loss does not count
@@ -61,6 +62,18 @@ class Call:
         padding = token_mask(tokens, mask)
         self.mask = self.mask if padding is None else padding
         self.n_rows = tokens.shape[:-2].numel() if tokens.is_floating_point() else len(tokens)
+
+    def sequences_of(self, name: str, ids: Int[Tensor, "T K"]) -> Int[Tensor, " T"]:
+        """Which sequence each token of a layer is in."""
+        n_tokens = len(ids)
+        if self.sequences is not None and len(self.sequences) == n_tokens:
+            return self.sequences.to(ids.device, copy=True)
+        if not self.n_rows or n_tokens % self.n_rows:
+            raise ValueError(
+                f"{name}: which of its {n_tokens} tokens are of one sequence cannot be told: call the model with "
+                "input_ids or inputs_embeds [batch, length, ...], or use kind='switch'"
+            )
+        return torch.arange(n_tokens, device=ids.device) // (n_tokens // self.n_rows)
 
 
 class Ledger:
@@ -129,6 +142,14 @@ class Ledger:
         call.trains = idle is None
         call.says(tokens, mask)
 
+    def place(self, positions: Int[Tensor, "R S"]) -> None:
+        """The position of each token of the call that runs, by which rows that hold several sequences are split."""
+        call = self._current
+        if call is None or call.n_rows is None or call.sequences is not None or is_recompute():
+            return
+        if len(positions) in (1, call.n_rows):
+            call.sequences = sequence_numbers(positions.expand(call.n_rows, -1))
+
     def _begin(self) -> Call:
         self.backward_is_over()  # one that failed did not say so
         self._current = Call(next(_numbers))
@@ -140,16 +161,11 @@ class Ledger:
     def describe(self, name: str, ids: Int[Tensor, "T K"], n_experts: int) -> tuple[Tensor, Tensor, Tensor]:
         """Mask [T], sequence of each token [T], and load of the step so far [E], for one call of a layer."""
         call, found = self._asking[name] = self._pass_of(name, ids, n_experts)
-        n_tokens, device = len(ids), ids.device
-        sequences = torch.zeros(n_tokens, dtype=torch.int64, device=device)
-        if self.splits_sequences and n_tokens:
-            if not call.n_rows or n_tokens % call.n_rows:
-                raise ValueError(
-                    f"{name}: which of its {n_tokens} tokens are of one sequence cannot be told: call the model with "
-                    "input_ids or inputs_embeds [batch, length, ...], or use kind='switch'"
-                )
-            sequences = torch.arange(n_tokens, device=device) // (n_tokens // call.n_rows)
-        load = torch.zeros(n_experts, dtype=torch.float64, device=device) if found.load is None else found.load.clone()
+        sequences = torch.zeros(len(ids), dtype=torch.int64, device=ids.device)
+        if self.splits_sequences and len(ids):
+            sequences = call.sequences_of(name, ids)
+        load = found.load
+        load = torch.zeros(n_experts, dtype=torch.float64, device=ids.device) if load is None else load.clone()
         return call.mask_of(ids), sequences, load
 
     def count(self, name: str, ids: Int[Tensor, "T K"], n_experts: int) -> None:
@@ -230,6 +246,18 @@ class Ledger:
             found.load = self._loads[name] = self._loads.get(name, 0.0) + load
         call.passes.setdefault(name, []).append(found)
         return found
+
+
+def sequence_numbers(positions: Int[Tensor, "R S"]) -> Int[Tensor, " T"]:
+    """Of each token, row by row. A sequence begins where a position does not follow the one before it.
+
+    So transformers reads packed rows too (find_packed_sequence_indices), but for positions that repeat: those are the
+    padding of packed rows, which no mask tells, and here one sequence rather than one a token.
+    """
+    step = positions.diff(dim=-1)
+    begins = torch.ones_like(positions, dtype=torch.bool)
+    begins[:, 1:] = (step != 1) & (step != 0)
+    return begins.flatten().cumsum(0) - 1
 
 
 def _remember(memory: OrderedDict[int, Any], number: int, value: Any) -> None:

@@ -439,3 +439,15 @@ def test_every_family_is_served_to_the_last_bit_or_refused(family, in_training):
     for layer in layers:
         layer.router._forward_hooks.clear()
     assert_same(injected, expected)
+
+
+def test_replicas_of_data_parallel_are_an_error():
+    """torch makes them only of models on several GPUs, so one is made by hand, as torch.nn.parallel.replicate does."""
+    model = model_of()
+    attached("switch", model)
+    router = model.model.layers[0].mlp.gate
+    replica = router._replicate_for_data_parallel()
+    for name, parameter in router.named_parameters():
+        setattr(replica, name, parameter)
+    with pytest.raises(ValueError, match=r"layers\.0\.mlp: it runs in a replica of nn.DataParallel.*torchrun"):
+        replica(torch.randn(5, 32, dtype=torch.float64))

@@ -20,6 +20,11 @@ from moesaic.trace.recording.forwards import read_arguments
 from moesaic.train.injection import ledger_of
 from moesaic.types import Routing
 
+REPLICA = (
+    "it runs in a replica of nn.DataParallel, where padding, sequences and the scale of the backward are not known: "
+    "start one process a device (torchrun), so that DistributedDataParallel is used"
+)
+
 # The operators. What each copies is what goes on, so that no graph drops them; gradients pass through the copies.
 for schema in (
     "balance_place(Tensor key, Tensor tokens, Tensor positions) -> Tensor",
@@ -138,6 +143,8 @@ def after_router(
     key = getattr(router, attribute, None)
     if key is None or not router.training:
         return None
+    if getattr(router, "_is_replica", False):
+        raise ValueError(f"{layer}: {REPLICA}")
     if (getattr(router, RULE, None) is not None) != biased:
         raise ValueError(f"{layer}: a bias was added after BalanceLoss was attached: attach it after the bias")
     found = read_router(router, output)

@@ -16,6 +16,7 @@ from moesaic.trace.recording.calls import listening
 from moesaic.trace.recording.forwards import bodies_in, models_in
 from moesaic.train.balance_operators import after_model, after_router, before_model
 from moesaic.train.injection import Ledger
+from moesaic.train.own_loss import warn_of_own_loss
 
 
 class BalanceLoss(TrainerCallback):
@@ -149,6 +150,8 @@ class BalanceLoss(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):  # noqa: ARG002 (the Trainer's signature)
         self.attach(kwargs["model"])
+        if self.kind != "z":  # which balances nothing
+            warn_of_own_loss(kwargs["model"], args)
 
     def on_optimizer_step(self, args, state, control, **kwargs):  # noqa: ARG002
         self.step()

@@ -17,6 +17,7 @@ from moesaic.hf.added_bias import add_bias, check_not_lost
 from moesaic.hf.modules import BiasHome, MoELayer, bias_home, moe_layers, unwrapped
 from moesaic.layer.balance import RULES, BiasRule
 from moesaic.train.counting import LoadCounter, Loads
+from moesaic.train.own_loss import warn_of_own_loss
 
 Speed = float | Callable[[float], float]
 
@@ -165,6 +166,7 @@ class BiasBalance(TrainerCallback):
                 other.detach()  # an error or Ctrl-C ended its Trainer, which tells no callback
         self.attach(model)
         self._training = state
+        warn_of_own_loss(model, args)
 
     @torch.no_grad()
     def on_optimizer_step(self, args, state, control, **kwargs):  # noqa: ARG002

@@ -6,13 +6,14 @@ from balanced import ALPHA, OPTIONS, attached, batch_of, explicit, hooked, model
 from hf_models import tiny, token_ids
 from torch import nn
 from transformers import Trainer, TrainingArguments
+from transformers.loss.loss_utils import ForCausalLMLoss
 
 import moesaic as ms
 from moesaic.hf.modules import moe_layers
 from moesaic.train.balance_loss import BalanceLoss
 
 
-def run_trainer(model, folder, data, balance=None, **arguments):
+def run_trainer(model, folder, data, balance=None, *, kind=Trainer, **arguments):
     arguments = {"per_device_train_batch_size": 2, "max_steps": 1, "learning_rate": 0.1} | arguments
     args = TrainingArguments(
         str(folder),
@@ -28,7 +29,7 @@ def run_trainer(model, folder, data, balance=None, **arguments):
         dataloader_pin_memory=False,
         **arguments,
     )
-    trainer = Trainer(
+    trainer = kind(
         model=model, args=args, train_dataset=data, eval_dataset=data[:2], callbacks=[balance] if balance else []
     )
     trainer.train()
@@ -78,6 +79,62 @@ def test_micro_batches_weigh_by_their_labels(tmp_path):
             parameter -= 0.1 * parameter.grad
     for (name, one), other in zip(found.named_parameters(), model.parameters(), strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-7, msg=name)
+
+
+class Outside(Trainer):
+    """The loss is computed outside of the model, a mean of the micro-batch, and a reference runs beside: as in DPO."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.model_accepts_loss_kwargs = False
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):  # noqa: ARG002
+        labels = inputs.pop("labels")
+        output = model(**inputs)
+        with torch.no_grad():
+            model(inputs["input_ids"].flip(0), attention_mask=torch.ones_like(inputs["input_ids"]).tril())
+        loss = ForCausalLMLoss(output.logits, labels, 64)
+        return (loss, output) if return_outputs else loss
+
+
+def balanced(kind, balance, *, divided):
+    """The trainer of the page on fine-tuning. divided: its loss is divided by accumulation already."""
+
+    class Balanced(kind):
+        def compute_loss(self, model, *args, **kwargs):
+            loss = super().compute_loss(model, *args, **kwargs)
+            share = 1 / self.current_gradient_accumulation_steps if divided else None
+            return balance(loss, share=share) if model.training else loss
+
+    return Balanced
+
+
+@pytest.mark.parametrize(("outside", "fields"), [(Outside, {}), (Trainer, {"label_smoothing_factor": 0.1})])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_trainer_whose_loss_is_outside_of_the_model_names_it(tmp_path, outside, fields, checkpointing):
+    def step_of(model, kind, balance, **arguments):
+        arguments = {"per_device_train_batch_size": 4, "eval_strategy": "steps", "eval_steps": 1} | fields | arguments
+        return dict(run_trainer(model, tmp_path, rows_of(4), balance, kind=kind, **arguments).named_parameters())
+
+    with pytest.raises(ValueError, match="in a Trainer at the end of a compute_loss of your own"):
+        step_of(model_of(), outside, BalanceLoss("z", ALPHA))
+    plain = step_of(model_of(), outside, None)
+    moved = []
+    for size in (4, 2):
+        balance = BalanceLoss("z", ALPHA)
+        kind = balanced(outside, balance, divided=bool(fields))
+        model = model_of()
+        if checkpointing:
+            getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+        sizes = {"per_device_train_batch_size": size, "gradient_accumulation_steps": 4 // size}
+        moved.append(step_of(model, kind, balance, **sizes))
+    within = step_of(model_of(), Trainer, BalanceLoss("z", ALPHA), label_smoothing_factor=0.0)
+    gate = "model.layers.1.mlp.gate.weight"
+    assert (moved[0][gate] - plain[gate]).abs().max() > 1e-4
+    for name, parameter in moved[0].items():
+        torch.testing.assert_close(parameter, moved[1][name], rtol=0, atol=1e-7)
+        if outside is Outside:
+            torch.testing.assert_close(parameter, within[name], rtol=0, atol=1e-7)
 
 
 def test_a_call_that_hides_its_labels_is_an_error():

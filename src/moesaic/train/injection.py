@@ -22,7 +22,8 @@ from moesaic.train.counting import token_mask
 REMEMBERED = 256  # forwards: as many may wait for one backward
 NOT_TIED = (
     "the balancing loss does not know the scale of this backward, since no loss it knows of is in it: let the model "
-    "compute the loss (give it labels), or write `loss = balance_loss(loss)` before loss.backward()"
+    "compute the loss (give it labels), or write `loss = balance_loss(loss)` before loss.backward(), in a Trainer at "
+    "the end of a compute_loss of your own"
 )
 _numbers = itertools.count()
 _ledgers: dict[int, tuple["Ledger", str]] = {}  # by the number in a module's key: whose it is, and the layer's name

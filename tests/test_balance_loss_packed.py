@@ -47,6 +47,27 @@ def test_a_packed_batch_is_balanced_as_a_padded_one_of_the_same_sequences():
 
 @pytest.mark.compile
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("compiled", [False, True])
+def test_so_it_is_where_the_model_is_called_without_its_head(compiled):
+    found = []
+    for whole in (True, False):
+        model, batch = model_of("deepseek_v3", num_hidden_layers=2), packed()
+        labels, balance = batch.pop("labels"), attached("sequence", model)
+        torch._dynamo.reset()
+        called = model if whole else model.model
+        run = torch.compile(called, backend="aot_eager") if compiled else called
+
+        def backward(model=model, run=run, batch=batch, whole=whole, balance=balance, labels=labels):
+            logits = run(**batch).logits if whole else model.lm_head(run(**batch).last_hidden_state)
+            balance(torch.nn.functional.cross_entropy(logits[0], labels[0].clamp(min=0))).backward()
+
+        found.append(gradients(model, backward))
+    assert_same(*found)
+    torch._dynamo.reset()
+
+
+@pytest.mark.compile
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("way", ["ids", "embeddings"])
 def test_so_it_is_in_a_compiled_model(way):
     torch._dynamo.reset()

@@ -1,13 +1,15 @@
 """The GPU engine as a whole: through the operator and autograd, against the reference engine in float64."""
 
 import weakref
+from functools import partial
 
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
-from triton_cases import DEVICE, ROUTINGS, SPECS, close, interpreted_operator, poisoned, problem  # noqa: F401
+import triton_cases
+from triton_cases import DEVICE, ROUTINGS, SPECS, close, interpreted_operator, poisoned  # noqa: F401
 
 from moesaic.engine import op, select
 from moesaic.engine import triton as room
@@ -19,6 +21,7 @@ from moesaic.engine.triton.blocks import INTERPRETED
 from moesaic.engine.triton.experts import backward, forward
 from moesaic.types import ExpertWeights
 
+problem = partial(triton_cases.problem, d=21, i=11)  # two tiles and one: several of each have test_triton_ops.py
 every_spec = pytest.mark.parametrize("spec", SPECS)
 every_routing = pytest.mark.parametrize("routing", ROUTINGS)
 
@@ -62,12 +65,17 @@ def without_absent(p, grads):
     return grads
 
 
+# an H that is computed again depends on the bias, the gate and how its two halves lie, not on what activates them
 @pytest.mark.parametrize(
-    ("spec", "routing"), [*((spec, "sentinels") for spec in SPECS), *(("gpt-oss", routing) for routing in ROUTINGS)]
-)
-@pytest.mark.parametrize("recompute", [False, True], ids=["", "recompute"])
-def test_result_and_gradients_are_the_reference_s(spec, routing, recompute):
-    p = problem(spec, routing)
+    ("spec", "routing", "size", "recompute"),
+    [*((spec, "sentinels", (21, 11), False) for spec in SPECS),
+     *(("gpt-oss", routing, (21, 11), False) for routing in ROUTINGS if routing != "sentinels"),
+     *((spec, "sentinels", (37, 21), False) for spec in ("silu", "gpt-oss")),
+     *((spec, "sentinels", (21, 11), True) for spec in ("silu", "gpt-oss", "not-gated"))],
+    ids=str,
+)  # fmt: skip
+def test_result_and_gradients_are_the_reference_s(spec, routing, size, recompute):
+    p = problem(spec, routing, d=size[0], i=size[1])
     out, grads = expected(p)
     leaves = leaves_of(p)
     mine = run(p, leaves, recompute=recompute)
@@ -87,11 +95,14 @@ def test_a_few_tokens_are_not_sorted(monkeypatch, spec, sentinels):
         close(run(p, [p.tokens, p.weights, *p.experts]), wanted)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("spec", ["silu", "gpt-oss", "not-gated"])
+@pytest.mark.parametrize(
+    ("dtype", "spec"),
+    [(torch.float16, "silu"), (torch.float16, "not-gated"), (torch.bfloat16, "silu"), (torch.bfloat16, "gpt-oss")],
+    ids=str,
+)
 def test_16_bits(dtype, spec):
     """float32 sums, rounded where a tensor is stored. (Interpreted, a bfloat16 is cut off instead of rounded.)"""
-    p = problem(spec).to(dtype)
+    p = triton_cases.problem(spec).to(dtype)  # of fewer numbers the largest may be small
     tolerance = {torch.float16: 2e-3, torch.bfloat16: 3e-2}[dtype]
     out, grads = expected(p)
     leaves = leaves_of(p)
@@ -113,17 +124,18 @@ def test_routing_weights_may_be_wider_than_tokens():
     close(leaves[1].grad, expected(p)[1][1], 2e-3)
 
 
-@pytest.mark.parametrize("trained", range(6), ids=Gradients._fields)
-def test_one_input_alone_is_trained(trained):
+def test_one_input_alone_is_trained():
     """Everybody else is frozen: their gradients are not computed, and this one's is the same."""
     p = problem("biases")
-    all_leaves, one = leaves_of(p), leaves_of(p)
+    all_leaves = leaves_of(p)
     run(p, all_leaves).backward(p.grad)
-    for n, leaf in enumerate(one):
-        leaf.requires_grad_(n == trained)
-    run(p, one).backward(p.grad)
-    assert [leaf.grad is not None for leaf in one] == [n == trained for n in range(6)]
-    assert torch.equal(one[trained].grad, all_leaves[trained].grad)
+    for trained, name in enumerate(Gradients._fields):
+        one = leaves_of(p)
+        for n, leaf in enumerate(one):
+            leaf.requires_grad_(n == trained)
+        run(p, one).backward(p.grad)
+        assert [leaf.grad is not None for leaf in one] == [n == trained for n in range(6)], name
+        assert torch.equal(one[trained].grad, all_leaves[trained].grad), name
 
 
 @pytest.mark.parametrize("spec", ["silu", "gpt-oss"])
@@ -139,6 +151,7 @@ def test_gradients_are_added_to_those_that_exist(spec):
         close(leaf.grad, 2 * first.double())
 
 
+@pytest.mark.skipif(DEVICE == "cpu", reason="interpreted, programs run one after another: bits repeat in any case")
 @every_routing
 def test_repeats_bit_for_bit(routing):
     p = problem("biases", routing)
@@ -219,7 +232,7 @@ def test_in_the_invariant_mode_h_is_computed_again_with_the_bits_it_had(monkeypa
 
 
 @pytest.mark.parametrize(
-    ("spec", "d", "parts"), [("silu", 64, [32, 32]), ("gpt-oss", 96, [48, 48]), ("silu", 37, [37])]
+    ("spec", "d", "parts"), [("silu", 32, [16, 16]), ("gpt-oss", 96, [48, 48]), ("silu", 21, [21])]
 )
 def test_the_tokens_gradients_in_two_halves_are_those_in_one(monkeypatch, spec, d, parts):
     p = problem(spec, "sentinels", d=d)
@@ -281,7 +294,7 @@ def test_no_tokens(k):
     )
     leaves = leaves_of(empty)
     out = run(empty, leaves)
-    assert out.shape == (0 if k else 2, 39)
+    assert out.shape == (0 if k else 2, 23)
     out.backward(empty.grad)
     assert (out == 0).all()
     for leaf in leaves:
@@ -396,10 +409,9 @@ def test_create_graph_goes_through_torch():
 
 
 @pytest.mark.parametrize("tokens", [0, 19])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_the_operator_tells_graphs_the_truth(dtype, tokens):
+def test_the_operator_tells_graphs_the_truth(tokens):
     """Shapes, dtypes and strides of every output are what the fake says, whatever is kept."""
-    p = problem("biases").to(dtype)
+    p = problem("biases").to(torch.bfloat16)  # in float32 no dtype could be wrong
     if tokens == 0:
         p = p._replace(tokens=p.tokens[:0], expert_ids=p.expert_ids[:0], weights=p.weights[:0])
     rules = p.spec.fields

@@ -4,6 +4,7 @@ import gc
 import math
 import weakref
 from dataclasses import replace
+from functools import cache
 
 import pytest
 import torch
@@ -69,15 +70,28 @@ def test_float32_equals_the_reference_forward_and_backward(
         torch.testing.assert_close(got.double(), true, rtol=1e-5, atol=1e-5 * float(true.abs().max()))
 
 
-def errors(run, repeats, make):
+def errors(found, true):
     """Of the result and of every gradient, over several problems, for the error of a few numbers alone is luck."""
-    total = 0
+    total = sum(
+        torch.tensor([[float((a - b).square().sum()), float(b.square().sum())] for a, b in zip(*pair, strict=True)])
+        for pair in zip(found, true, strict=True)
+    )
+    return (total[:, 0] / total[:, 1]).sqrt()
+
+
+@cache
+def yardstick(make, repeats, *sizes):
+    """(problems, what they are in float64, the errors of plain torch): one for whatever a CPU has for 16 bits."""
+    problems = []
     for seed in range(repeats):
         torch.manual_seed(seed)
-        given = make()
-        pairs = zip(result_and_gradients(run, *given), exact(*given), strict=True)
-        total += torch.tensor([[float((a - b).square().sum()), float(b.square().sum())] for a, b in pairs])
-    return (total[:, 0] / total[:, 1]).sqrt()
+        problems.append(make(*sizes))
+    true = [exact(*given) for given in problems]
+    return problems, true, errors([result_and_gradients(reference, *given) for given in problems], true)
+
+
+def of_tokens(dtype, tokens):
+    return *problem(tokens, 96, 48, dtype=dtype), ExpertSpec(), torch.randn(tokens, 96).to(dtype)
 
 
 @pytest.mark.usefixtures("instructions")
@@ -86,13 +100,9 @@ def errors(run, repeats, make):
 @pytest.mark.parametrize("threads", [1, 2])
 def test_16_bit_is_no_worse_than_plain_torch_in_that_dtype(with_threads, dtype, tokens, threads):
     """Every way of multiplying, whatever this machine has; the yardstick is the plain formula in the same dtype."""
-
-    def make():
-        return *problem(tokens, 96, 48, dtype=dtype), ExpertSpec(), torch.randn(tokens, 96).to(dtype)
-
+    problems, true, plain = yardstick(of_tokens, math.ceil(60 / tokens), dtype, tokens)
     with_threads(threads)
-    repeats = math.ceil(60 / tokens)
-    assert (errors(cpu, repeats, make) <= 1.1 * errors(reference, repeats, make)).all()
+    assert (errors([result_and_gradients(cpu, *given) for given in problems], true) <= 1.1 * plain).all()
 
 
 @pytest.mark.usefixtures("instructions")
@@ -102,15 +112,11 @@ def test_16_bit_experts_of_every_kind_are_no_worse_than_plain_torch(dtype, varia
     """The H that is kept is rounded as a product and, where it has a bias, once more, as in transformers' gpt-oss; the
     yardstick rounds once. In the gradient of the routing weights a square doubles that, and nothing averages it out.
     """
-
-    def make():
-        return of_kind(variant, 80, dtype)
-
-    experts, spec = make()[3:5]
-    allowed = torch.full((3 + sum(w is not None for w in experts),), 1.1)
-    if spec.activation == "relu2":
+    problems, true, plain = yardstick(of_kind, 10, variant, 80, dtype)
+    allowed = torch.full_like(plain, 1.1)
+    if VARIANTS[variant][0].activation == "relu2":
         allowed[2] = 1.6
-    assert (errors(cpu, 10, make) <= allowed * errors(reference, 10, make)).all()
+    assert (errors([result_and_gradients(cpu, *given) for given in problems], true) <= allowed * plain).all()
 
 
 @pytest.mark.parametrize("habit", HABITS)

@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import torch
 from cases import HABITS, in_every_way, leaves_of, needs_habit, problem
-from test_cpu_engine import errors, of_kind
+from test_cpu_engine import errors, of_kind, result_and_gradients, yardstick
 from test_engines import FEW, VARIANTS, D, K, ids_of, weights_like
 from torch import nn
 
@@ -197,8 +197,8 @@ def test_gradients_under_autocast_are_no_worse_than_those_of_inputs_cast_to_its_
         experts = ExpertWeights(*(None if w is None else w.to(dtype) for w in experts))
         return reference(x.to(dtype), ids, weights.to(dtype), experts, spec).float()
 
-    make = partial(of_kind, variant, 80, torch.float32, d=32, width=24, out=32)
-    ours, allowed = errors(autocast, 6, make), errors(narrow, 6, make)
+    problems, true, _ = yardstick(partial(of_kind, d=32, width=24, out=32), 6, variant, 80, torch.float32)
+    ours, allowed = (errors([result_and_gradients(run, *p) for p in problems], true) for run in (autocast, narrow))
     assert ours.gt(0).all(), "nothing is computed in 16 bits"
     assert (ours <= allowed).all(), (ours / allowed).tolist()
 

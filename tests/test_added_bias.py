@@ -10,6 +10,7 @@ import torch
 from commands import runner
 from hf_models import tiny, token_ids
 from safetensors.torch import load_file, save_file
+from traces import check_layer
 from transformers import AutoModel, AutoModelForCausalLM, Trainer, TrainingArguments
 from transformers.utils import logging
 
@@ -20,7 +21,6 @@ from moesaic.hf.load import TINY, load_model
 from moesaic.hf.modules import moe_layers
 from moesaic.hf.outputs import read_router
 from moesaic.trace.file.reader import load
-from moesaic.trace.rule.derive import check_layer
 from moesaic.train.bias_balance import BiasBalance
 
 # a rule each: softmax then top-k, with and without normalisation; top-k then softmax; groups by their maximum
@@ -192,6 +192,17 @@ def trained(folder, family="qwen3_moe", **fields):
     balance.detach()
     model.eval().save_pretrained(folder)
     return model
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_a_saved_bias_of_another_size_is_refused(tmp_path, size):
+    trained(tmp_path)
+    saved = load_file(tmp_path / "model.safetensors")
+    name = next(name for name in saved if name.endswith("e_score_correction_bias"))
+    save_file({**saved, name: torch.zeros(size)}, tmp_path / "model.safetensors", {"format": "pt"})
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=rf"its saved bias has shape \({size},\)"):
+        ms.attach(model)
 
 
 def test_added_biases_are_saved_lost_by_a_plain_reload_and_restored_by_attach(tmp_path):

@@ -4,6 +4,7 @@ import json
 import math
 import runpy
 import sys
+import time
 from functools import partial
 from pathlib import Path
 
@@ -37,11 +38,11 @@ from moesaic.bench.gpu.cells import (
     cells,
     smoke_cells,
 )
-from moesaic.bench.gpu.clock import Clock
+from moesaic.bench.gpu.clock import Clock, CudaClock
 from moesaic.bench.gpu.contenders import CONTENDERS
 from moesaic.bench.gpu.judge import DeviceLost, judge
 from moesaic.bench.gpu.limits import kernels_of, matmul_flops
-from moesaic.bench.gpu.report import KERNEL, verdicts
+from moesaic.bench.gpu.report import KERNEL, _one_cell, verdicts
 from moesaic.bench.gpu.run import Measured, disjoint_ids
 from moesaic.bench.gpu.truth import is_right, relative_error, rows_within, truth_of
 from moesaic.bench.problem import Problem
@@ -86,6 +87,8 @@ def test_the_smoke_run_measures_every_kind_of_cell_and_goes_on_where_it_ended(ru
         assert not [row for row in ours if row.note], result.cell.key
     text = (tmp_path / "report.md").read_text()
     assert "Not measured on a GPU" in text
+    assert "256 MB read" in text
+    assert "Python and launching" not in text, "on a CPU a call is its computation"
     assert "Reproduce: `python benchmarks/gpu.py --smoke --only decode`" in text
     assert out.rstrip().endswith(f"everybody's numbers: {tmp_path / 'report.md'}")
     before = (tmp_path / "journal.jsonl").read_text()
@@ -356,6 +359,23 @@ def test_targets_are_met_missed_or_not_measured():
     assert words["held for backward / (X + H + metadata)"] == "met"
     assert words["peak / (X + H + A + Y)"] == "missed"
     assert words["least speed over torch's grouped_mm"] == "met"
+
+
+def test_a_decode_cell_says_what_python_takes_of_a_call():
+    ticks, waits = [], []
+
+    class Counting(CudaClock):
+        def __init__(self):
+            pass
+
+        def wait(self):
+            waits.append(len(ticks))
+
+    seconds = Counting().host_seconds([lambda: ticks.append(time.sleep(2e-3))] * 3, rounds=3)
+    assert 2e-3 <= seconds < 0.1
+    assert waits == [0, 3, 6, 9]
+    decode = Measured(GpuCell("decode", LADDER, 1), [Row(OURS, "ours", median_ms=0.03)], {"host_us": {OURS: 90.4}})
+    assert f"Python and launching, us a call: {OURS} 90" in _one_cell(decode)
 
 
 @pytest.mark.parametrize(

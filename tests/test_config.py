@@ -7,10 +7,11 @@ from transformers import CONFIG_MAPPING
 
 from moesaic.config import MoEConfig
 from moesaic.families import PRESETS
+from moesaic.hf_config import text_part
 from moesaic.trace.imports import read_target
 
 
-@pytest.mark.parametrize("beside", [{}, {"num_experts": None}], ids=["nothing", "an empty field"])
+@pytest.mark.parametrize("beside", [{}, {"num_experts": None}, {"num_experts": 0}], ids=["nothing", "empty", "none"])
 def test_of_a_config_with_a_text_model_inside_that_is_read(beside, tmp_path):
     inner = {"model_type": "mixtral", "hidden_size": 32, "num_local_experts": 8, "num_experts_per_tok": 2}
     whole = {"model_type": "sees_and_reads", "text_config": {**inner, "num_hidden_layers": 3}, **beside}
@@ -18,6 +19,13 @@ def test_of_a_config_with_a_text_model_inside_that_is_read(beside, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(whole))
     target = read_target(str(tmp_path))
     assert (target.config, target.layers) == (MoEConfig.from_hf(inner), (0, 1, 2))
+
+
+@pytest.mark.parametrize("inner", ["foo", ["a"], 5], ids=str)
+def test_what_is_no_config_inside_is_passed_over(inner):
+    whole = {"model_type": "mixtral", "hidden_size": 32, "num_local_experts": 8, "num_experts_per_tok": 2}
+    assert text_part({"text_config": inner, "model_type": "dense"}) == {"text_config": inner, "model_type": "dense"}
+    assert MoEConfig.from_hf({**whole, "text_config": inner}) == MoEConfig.from_hf(whole)
 
 
 @pytest.mark.parametrize(

@@ -24,8 +24,8 @@ from moesaic.hf.experts import is_on_seam
 from moesaic.hf.modules import moe_layers
 from moesaic.trace.recording.record import record
 
-# what is said below by name is of this transformers; an older one has fewer families, and other reasons
-NAMED = Version(transformers.__version__) >= Version("5.24")
+# what is said below by name is of this transformers; others have other families, and other reasons
+NAMED = Version(transformers.__version__).release[:2] == (5, 24)
 NOT_BUILT = {"ernie4_5_vl_moe", "glm4v_moe", "glm5_next", "hy_v4_vl", "mimo_v2_flash", "qwen4_exp"}  # 61 of 67 are
 NOT_GENERATING = {"granitemoehybrid", "inkling2", "inkling2_loop", "jamba"}  # no layer of attention, or a short table
 ROOT = Path(__file__).parents[1]

@@ -78,7 +78,7 @@ def test_kernels_assemble_for(capability, dtype, layer):
     check_shared_memory(capability, made)
     for kernel in made:
         spills = capability != 90 or (NEWER and kernel["kernel"] == "_d_hidden")
-        a_few = 24 if dtype == "float32" else 16 if spills else 0
+        a_few = 24 if kernel["kernel"] == "_matmul" and layer == "ladder" and dtype == "float32" else 16 * spills
         assert kernel["stack"] <= a_few, f"{kernel} spills"
         if kernel["kernel"] in MATMULS:
             assert kernel["LDGSTS"], f"{kernel} does not load ahead"

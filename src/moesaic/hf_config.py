@@ -55,9 +55,8 @@ def text_part(source: Any) -> dict[str, Any]:
     """What a Hugging Face config says of its text model: its `text_config`, unless it names experts beside that."""
     given = _as_dict(source)
     inner = given.get("text_config")
-    if inner is None or any(given.get(name) is not None for name in ALIASES["n_routed_experts"]):
-        return given
-    return _as_dict(inner)
+    has_parts = isinstance(inner, Mapping) or hasattr(inner, "to_dict")
+    return _as_dict(inner) if has_parts and not any(given.get(name) for name in ALIASES["n_routed_experts"]) else given
 
 
 def _read_gate(given: Mapping[str, Any], rules: Rules, decided: tuple[str, ...]) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from moesaic.versions import versions
 WALKERS = ("up", "matmul", "d_hidden")
 OPS = (*WALKERS, "outer")
 ROWS = {16: 8, 24: 20, 80: 64, 0: 1024}  # row of the built-in table -> rows an expert to measure it with
-MOVES = 3  # changes from the table's tiles at most
+MOVES = 3  # steps away from the table's tiles at most
 GAIN = 0.02  # of the time: less is noise, and the table's tiles stay
 WARM, RUNS = 2, 7
 LARGEST = {"rows": 128, "columns": 256, "depth": 128, "warps": 8, "stages": 5, "group": 8}
@@ -200,8 +200,8 @@ class Work:
 
 
 def neighbours(blocks: Blocks, op: str) -> Iterator[Blocks]:
-    """Tiles that differ in one number, after those of half the size by half the warps: two programs fit where one did,
-    and one computes while the other begins or ends. The rows of an op that walks over rows stay."""
+    """Tiles that differ in one number, after those of half the columns by half the warps in three stages: two programs
+    fit where one did, and one computes while the other begins or ends. The rows of an op that walks over rows stay."""
     half = blocks._replace(columns=blocks.columns // 2, warps=blocks.warps // 2, stages=3)
     if half.columns >= LEAST["columns"] and half.warps >= LEAST["warps"]:
         yield half

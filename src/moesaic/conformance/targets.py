@@ -16,7 +16,7 @@ from moesaic.conformance.gates import FunctionGate, Gate, ModuleGate, replace
 from moesaic.conformance.verdict import GateRaised, NotApplicable, gate_code, in_one_line, plain_torch
 from moesaic.families import ALIASES, PRESETS
 from moesaic.hf.load import load_moe, quietly
-from moesaic.hf.modules import RULE, MoELayer, moe_layers
+from moesaic.hf.modules import MoELayer, added_rule, moe_layers
 from moesaic.hf_config import read_config_json
 from moesaic.layer.router import Router
 from moesaic.trace.file.reader import is_trace
@@ -158,7 +158,7 @@ def gate_of_layer(model: nn.Module, layer: MoELayer, *, random: bool) -> ModuleG
         raise ValueError(f"{name}: nothing beside its experts looks like a router: give the gate and a MoEConfig")
     if isinstance(router, Router):
         return ModuleGate(router, config, name or "gate", ours(config, type(router)))
-    if RULE in vars(router):  # no settings of the family give a router with an added bias
+    if added_rule(router) is not None:  # no settings of the family give a router with an added bias
         return ModuleGate(router, config, f"{type(router).__name__} {name}")
     rebuild = hf_rebuild(type(router), nearest_config(model, name), config)
     if random:

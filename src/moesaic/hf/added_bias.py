@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from moesaic.config import MoEConfig
-from moesaic.hf.modules import RULE, MoELayer, moe_layers
+from moesaic.hf.modules import RULE, MoELayer, added_rule, moe_layers
 from moesaic.hf.outputs import RouterOutput, read_router
 from moesaic.layer.router import Router
 from moesaic.rules import route
@@ -91,7 +91,8 @@ def check_not_lost(model: nn.Module) -> None:
     if lost(model):
         raise ValueError(
             f"{type(model).__name__} was saved with biases that moesaic had added, and was loaded without them: call "
-            "ms.attach(model), which reads them from its checkpoint"
+            "ms.attach(model), which reads them from its checkpoint, or for a new model of that config set "
+            f"model.config.{FLAG} = False"
         )
 
 
@@ -107,6 +108,11 @@ def _added(layer: MoELayer, bias: Tensor | None = None) -> AddedBias:
         )
     rule = _biased_rule(layer.name, layer.router, layer.config)
     zeros = torch.zeros(rule.n_routed_experts, device=next(layer.router.parameters()).device, dtype=torch.float32)
+    if bias is not None and bias.shape != zeros.shape:
+        raise ValueError(
+            f"{layer.name}: its saved bias has shape {tuple(bias.shape)} and it has {len(zeros)} experts: give the "
+            "checkpoint of this model"
+        )
     return AddedBias(layer.name, layer.router, rule, zeros if bias is None else zeros.copy_(bias))
 
 
@@ -165,7 +171,9 @@ def _give(added: AddedBias) -> None:
 def _select_again(router: nn.Module, _args: tuple, output: Any) -> tuple:
     """The router's output with picks by biased scores and their unbiased weights in the places of its own."""
     found = read_router(router, output)
-    routing = _routed(found, router.get_buffer(BIAS), getattr(router, RULE))
+    rule = added_rule(router)
+    assert rule is not None  # this hook came with it
+    routing = _routed(found, router.get_buffer(BIAS), rule)
     assert routing is not None  # proven when the bias was added
     ids = routing.expert_ids.to(found.ids.dtype).view(found.ids.shape)
     weights = routing.weights.to(found.weights.dtype).view(found.weights.shape)

@@ -233,10 +233,15 @@ def _origin(router: nn.Module | None, experts: nn.Module) -> str | None:
     return "router" if router is not None and len(parameters_of(router)) >= 1 else None
 
 
+def added_rule(router: nn.Module | None) -> MoEConfig | None:
+    """How a router selects that was given a selection bias; None for every other."""
+    return getattr(router, RULE, None)
+
+
 def config_of(block: nn.Module, router: nn.Module | None, experts: nn.Module, model: Any) -> MoEConfig:
     """What the router says itself, ours or one with an added bias; else ours where the block is ours; else the nearest
     Hugging Face config; sizes alone where that leaves the rule open or contradicts what the layer holds."""
-    own = router.config if isinstance(router, Router) else getattr(router, RULE, None)
+    own = router.config if isinstance(router, Router) else added_rule(router)
     if own is not None:
         return own
     n_experts = experts_held(experts)

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from moesaic.hf.modules import RULE, MoELayer, moe_layers
+from moesaic.hf.modules import MoELayer, added_rule, moe_layers
 from moesaic.layer.losses import LOSSES, devices, reachable
 from moesaic.trace.recording.calls import listening
 from moesaic.trace.recording.forwards import bodies_in, models_in
@@ -108,7 +108,7 @@ class BalanceLoss(TrainerCallback):
             for layer in layers:
                 assert layer.router is not None
                 layer.router.__dict__[attribute] = ledger.key(layer.name)
-                biased = RULE in vars(layer.router)
+                biased = added_rule(layer.router) is not None
                 after = partial(
                     after_router, attribute=attribute, kind=self.kind, layer=layer.name, config=layer.config,
                     options=self.options, biased=biased,

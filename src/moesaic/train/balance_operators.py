@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from moesaic.config import MoEConfig
-from moesaic.hf.modules import RULE, parameters_of
+from moesaic.hf.modules import added_rule, parameters_of
 from moesaic.hf.outputs import read_router
 from moesaic.layer.losses import LOSSES
 from moesaic.trace.recording.forwards import read_arguments
@@ -145,7 +145,7 @@ def after_router(
         return None
     if getattr(router, "_is_replica", False):
         raise ValueError(f"{layer}: {REPLICA}")
-    if (getattr(router, RULE, None) is not None) != biased:
+    if (added_rule(router) is not None) != biased:
         raise ValueError(f"{layer}: a bias was added after BalanceLoss was attached: attach it after the bias")
     found = read_router(router, output)
     if found.logits is None or found.place is None or found.logits.shape[-1] != config.n_routed_experts:

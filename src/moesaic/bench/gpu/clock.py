@@ -1,6 +1,7 @@
 """How seconds are taken: CUDA events on a GPU, the wall clock in a smoke run. And what replays a graph."""
 
 import random
+import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -40,16 +41,6 @@ class Clock:
         """Why a call cannot be put into a graph, or nothing."""
         run()
         return ""
-
-    def host_seconds(self, calls: Sequence[Callable[[], object]]) -> float:
-        """A call's share of Python and launching, when one follows the other and the device keeps up."""
-        self.wait()
-        start = time.perf_counter()
-        for call in calls:
-            call()
-        seconds = time.perf_counter() - start
-        self.wait()
-        return seconds / len(calls)
 
     def peak_of(self, run: Callable[[], Any]) -> tuple[Any, int, int]:
         """(what it returns, bytes that are allocated more after it than before, and at the peak)."""
@@ -112,6 +103,19 @@ class CudaClock(Clock):
         finally:
             torch.cuda.set_sync_debug_mode(before)
         return ""
+
+    def host_seconds(self, calls: Sequence[Callable[[], object]], rounds: int = 5) -> float:
+        """What Python and launching take of a call, while the device keeps up: the median of some rounds."""
+        found = []
+        with without_collections():
+            for _ in range(rounds):
+                self.wait()
+                start = time.perf_counter()
+                for call in calls:
+                    call()
+                found.append((time.perf_counter() - start) / len(calls))
+        self.wait()
+        return statistics.median(found)
 
     def peak_of(self, run: Callable[[], Any]) -> tuple[Any, int, int]:
         self.wait()

@@ -151,7 +151,7 @@ READING = (
     "## How to read this\n\nThe same weights, tokens and routing for everybody, routing not in the times. Who is timed "
     "agreed with float64 first, forward and, where it trains, all gradients; *error* is the largest |found - truth| / "
     "|truth| of what was compared. Medians of rounds in random order by CUDA events, before every run 256 MB "
-    "written and the device kept busy for a millisecond while Python launches; "
+    "read and the device kept busy for a millisecond while Python launches; "
     "*(graph)* rows are one call of a CUDA graph of many, each on other experts. TF/s count 6 T K D I a forward and 18 "
     "with the backward. *Of ceiling*: the least time, the sum over kernels of max(F / P, Q / B) with P and B of this "
     "run (decode and router: of the better of copy and read), over the median. *Ratio*: the best peer's median over "

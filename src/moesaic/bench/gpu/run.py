@@ -11,7 +11,7 @@ from torch import Tensor
 from moesaic.bench.ceiling import Ceiling, Phase, least_seconds
 from moesaic.bench.contenders import Call
 from moesaic.bench.gpu.cells import INVARIANT, OURS, GpuCell
-from moesaic.bench.gpu.clock import Clock, interleave
+from moesaic.bench.gpu.clock import Clock, CudaClock, interleave
 from moesaic.bench.gpu.contenders import contenders_named
 from moesaic.bench.gpu.judge import check_device, judge
 from moesaic.bench.gpu.limits import Bandwidth, kernels_of, matmul_flops
@@ -138,7 +138,8 @@ def run_decode(cell: GpuCell, experts: ExpertWeights, bench: Bench) -> Measured:
         add = _rotating(entry.row.name, calls)
         entrants.append(add)
         once[add.name], calls_in[add.name] = entry.seconds, 1
-        host_us[add.name] = 1e6 * bench.clock.host_seconds(calls)
+        if isinstance(bench.clock, CudaClock):
+            host_us[add.name] = 1e6 * bench.clock.host_seconds(calls)
         graph = Row(f"{entry.row.name} (graph)", entry.row.kind, errors=entry.row.errors)
         result.rows.append(graph)
         try:

@@ -200,8 +200,8 @@ def dot(a, b, total, TILE: tl.constexpr):
 
 @triton.jit
 def halves(tile):
-    """(left columns, right columns). What comes after a dot is done by halves, or registers spill: 1000 bytes of stack
-    in d_hidden with 128 x 128 tiles on sm_90, and none so."""
+    """(left columns, right columns): gate and up where one tile has both. What comes after a dot is done by halves, or
+    registers spill: 1000 bytes of stack in d_hidden with 128 x 128 tiles on sm_90, and none so."""
     return tile.reshape(tile.shape[0], 2, tile.shape[1] // 2).permute(0, 2, 1).split()
 
 

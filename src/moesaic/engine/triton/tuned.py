@@ -13,7 +13,7 @@ from typing import Any
 
 from moesaic.engine.triton.blocks import Blocks, Tiles
 
-FORMAT = "moesaic tiles 1"
+FORMAT = "moesaic tiles 2"
 Tuned = dict[str, dict[int, Tiles]]  # dtype -> most rows an expert, as in the built-in table -> tiles
 
 

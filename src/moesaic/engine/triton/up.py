@@ -1,5 +1,5 @@
-"""The up projection: rows gathered while they are loaded, gate and up side by side in one tile, which the widest matmul
-instruction takes at once, activation in registers."""
+"""The up projection: rows gathered while they are loaded, gate and up side by side in one tile, so that one
+instruction takes both where tiles are large, activation in registers."""
 
 from typing import Any, NamedTuple
 

@@ -138,8 +138,7 @@ def status_of(
 
 
 def few_assignments(load: np.ndarray) -> bool:
-    """Whether a layer of status "too_few" has too few tokens at all; else its documents are too few, whose tokens are
-    alike."""
+    """Fewer than ENOUGH assignments an expert."""
     return bool(load.sum() < ENOUGH * len(load))
 
 

@@ -100,6 +100,7 @@ def test_kernels_assemble_for(capability, dtype, layer):
                 assert kernel["HGMMA"], f"{kernel} leaves the fast half of the tensor cores idle"
             if kernel["kernel"] == "_up" and layer == "ladder":
                 assert kernel["HGMMA"] <= 64 // 16, f"{kernel} reads its rows once for the gate and once for up"
+                assert kernel["widest"] == 256 or kernel["tokens"] < 32768, f"{kernel} is of narrow instructions"
 
 
 @pytest.mark.slow

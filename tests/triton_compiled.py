@@ -91,8 +91,8 @@ def compile_for(capability: int) -> dict[tuple[str, str], object]:
 
 
 def needs(kernel) -> dict[str, int]:
-    """Registers, bytes of stack (what spilled) and of shared memory, how often some instructions occur, what the last
-    load from memory waits for, and whether divisions and exponentials are exact."""
+    """Registers, bytes of stack (what spilled) and of shared memory, how often some instructions occur, columns of the
+    widest matmul, what the last load from memory waits for, and whether divisions and exponentials are exact."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
@@ -103,7 +103,8 @@ def needs(kernel) -> dict[str, int]:
         name: len(re.findall(rf"\b{name}\b", code)) for name in ("HGMMA", "HMMA", "LDGSTS", "FFMA", r"LDG\.E\.U16")
     }
     exact = not re.search(r"div\.full|ex2\.approx\.f32", kernel.asm["ptx"])  # libdevice's own steps are .ftz
-    return {**found, "shared": kernel.metadata.shared, "exact": exact, **waits(code), **count}
+    widest = max((int(n) for n in re.findall(r"wgmma\.mma_async\S*\.m64n(\d+)k", kernel.asm["ptx"])), default=0)
+    return {**found, "shared": kernel.metadata.shared, "exact": exact, "widest": widest, **waits(code), **count}
 
 
 def waits(code: str) -> dict[str, int]:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from cases import HABITS, in_every_way, leaves_of, needs_habit, problem
 from oracles import moe_by_token
-from test_engines import VARIANTS, K, ids_of, weights_like
+from test_engines import DTYPES, VARIANTS, K, ids_of, weights_like
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 

@@ -112,6 +112,31 @@ def test_a_block_takes_several_batches_and_a_sequence_more_than_once(model, trac
             model(**batch)
 
 
+@pytest.mark.parametrize("cut", [slice(3, None), slice(0, 6)], ids=["left", "right"])
+def test_a_text_that_was_cut_is_refused_at_the_end_unless_its_record_is_cut_too(model, trace, cut):
+    """At the left its tokens got the experts of others, and nothing in the forward could tell."""
+    ids = token_ids(1, LENGTHS[1])[:, cut]
+    message = "sequence 1 of the trace has 8 tokens and the model ran 6 of it: cut the record as the text was cut"
+    with pytest.raises(ValueError, match=message), replay(model, trace, sequences=[1], **OPTIONS), torch.no_grad():
+        model(input_ids=ids)
+    place = torch.arange(len(trace)) - int((trace.sequences < 1).sum())
+    part = trace.select((trace.sequences == 1) & (place >= (cut.start or 0)) & (place < (cut.stop or 8)))
+    with replay(model, part, sequences=[1], **OPTIONS) as replayer, torch.no_grad():
+        model(input_ids=ids)
+    assert replayer.tokens == len(part)
+
+
+@pytest.mark.parametrize("options", [{"sequences": [0, 1, 2]}, {}], ids=["named", "all"])
+def test_a_text_that_was_asked_for_and_did_not_run_is_told_unless_an_error_ends_the_block(model, trace, options):
+    batch, _ = batch_of([0, 1])
+    message = "sequence 2 of the trace has 3 tokens and the model ran 0 of it: say with sequences= which run"
+    with pytest.raises(ValueError, match=message), replay(model, trace, **options, **OPTIONS), torch.no_grad():
+        model(**batch)
+    with pytest.raises(KeyError, match="mine"), replay(model, trace, **options, **OPTIONS), torch.no_grad():  # noqa: PT012
+        model(**batch)
+        raise KeyError("mine")
+
+
 def test_a_generated_text_is_replayed_as_a_whole_and_its_last_token_is_the_models(model):
     with record(model) as recorder:
         text = model.generate(token_ids(2, 6), max_new_tokens=5, min_new_tokens=5, do_sample=False)

@@ -27,6 +27,7 @@ class Reading:
         self._order = trace.sequences.argsort(stable=True)  # tokens, sequence by sequence
         length = torch.bincount(trace.sequences, minlength=1)
         self.in_order = sequences is None
+        self._whole = last_unrecorded or not self.in_order  # who trains gives texts whole
         self._rows = torch.arange(len(length), device="cpu") if sequences is None else _checked(sequences, length)
         self._length = length[self._rows]  # of the sequence that each row is
         self._begin = (length.cumsum(0) - length)[self._rows]
@@ -69,6 +70,20 @@ class Reading:
     def began(self) -> bool:
         """Whether any token was handed out."""
         return bool(self._read.any())
+
+    def check_whole(self) -> None:
+        """Every text that was asked for was read to the end of its record: of one that was cut at its beginning, each
+        token took the experts of an earlier one."""
+        if not self._whole or not self.began:
+            return
+        if len(short := (self._read < self._length).nonzero()):
+            row = int(short[0])
+            length, read = int(self._length[row]), int(self._read[row])
+            raise ValueError(
+                f"sequence {int(self._rows[row])} of the trace has {length} tokens and the model ran {read} of it: "
+                + ("cut the record as the text was cut (Trace.select)" if read else "say with sequences= which run")
+                + ", or give every text whole"
+            )
 
     def undo(self) -> None:
         """Take back what the last forward took."""

@@ -45,8 +45,9 @@ def replay(
     recorded.
 
     Right under activation checkpointing, if the backward runs in the block; a compiled model is refused. Raises
-    ValueError, before anything runs, where the trace is of another model, and in a forward whose tokens are not those
-    of the trace.
+    ValueError, before anything runs, where the trace is of another model; in a forward whose tokens are not those of
+    the trace; and, with `sequences` or last_unrecorded=True, at the end of a block that did not run every text to the
+    end of its record.
     """
     reading = Reading(trace, sequences, last_unrecorded=last_unrecorded)
     replayer = Replayer(model, reading, weights, moe_layers(model, config))
@@ -54,6 +55,7 @@ def replay(
         yield replayer
     if not replayer.tokens:
         raise ValueError("nothing was replayed: no forward of this model ran in the block, or it was compiled before")
+    reading.check_whole()
 
 
 class Call(NamedTuple):

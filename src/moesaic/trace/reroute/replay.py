@@ -15,7 +15,15 @@ from moesaic.layer.router import Router
 from moesaic.trace.recording.forwards import describe_forward, models_in
 from moesaic.trace.recording.watch import bound
 from moesaic.trace.reroute.reading import PADDING, Reading
-from moesaic.trace.reroute.replayable import check, check_recorded, first_tensor, logits_in, refuse_graph, rows_of
+from moesaic.trace.reroute.replayable import (
+    check,
+    check_recorded,
+    first_tensor,
+    logits_in,
+    refuse_balance,
+    refuse_graph,
+    rows_of,
+)
 from moesaic.trace.rule.derive import weight_tolerance
 from moesaic.trace.store import Trace
 from moesaic.types import Routing
@@ -201,8 +209,9 @@ class Replayer:
         return hook
 
     def _look_at_router(self, layer: MoELayer) -> Any:
-        def hook(_router: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+        def hook(router: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
             refuse_graph()
+            refuse_balance(router, layer.name)
             tokens = self._tokens_of(layer.name, first_tensor(args, kwargs))
             logits = logits_in(output, layer.config.n_routed_experts)
             if logits is None and self.weights == "live":

@@ -64,6 +64,15 @@ def _is_compiled(module: nn.Module) -> bool:
     return type(module).__name__ == "OptimizedModule" or getattr(module, "_compiled_call_impl", None) is not None
 
 
+def refuse_balance(router: nn.Module, name: str) -> None:
+    """A BalanceLoss on a router that keeps its own picks, while its experts run those of the record."""
+    if router.training and (kinds := [kind for kind in vars(router) if kind.startswith("_moesaic_loss_")]):
+        raise ValueError(
+            f"BalanceLoss({kinds[0].removeprefix('_moesaic_loss_')!r}) would balance what the router of layer {name!r} "
+            "chooses, and its experts run what was recorded: detach() it for replay, which only our own Router balances"
+        )
+
+
 def refuse_graph() -> None:
     if torch.compiler.is_compiling():
         raise ValueError("replay does not run in a compiled graph: leave torch.compile out")

@@ -6,6 +6,8 @@ import pytest
 import torch
 from cases import v3
 from hf_models import tiny, token_ids
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 import moesaic as ms
 from moesaic.layer.losses import switch_loss
@@ -62,3 +64,25 @@ def test_the_replayed_picks_of_our_own_router_are_those_that_are_balanced(weight
     torch.testing.assert_close(layer.gate.weight.grad, expected)
     balance.step()
     torch.testing.assert_close(balance.values[""], switch_loss(seen[0], layer.gate.config).detach())
+
+
+class Waits(TorchDispatchMode):
+    """Counts the fractions that are read as Python numbers: on a GPU each of them waits for it."""
+
+    n = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.n += func is torch.ops.aten._local_scalar_dense.default and args[0].is_floating_point()
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_recomputation_with_one_forward_to_choose_from_waits_for_nothing():
+    layer, x = DeepseekV3MoE(v3(16, 4, 2, 4)).train(), torch.randn(2, 8, 32, requires_grad=True)
+    with ms.record(layer) as recorder, torch.no_grad():
+        layer(x)
+    with ms.replay(layer, recorder.trace):
+        loss = checkpoint(layer, x, use_reentrant=False).sum()
+        with Waits() as waits:
+            loss.backward()
+    assert layer.gate.weight.grad is not None
+    assert waits.n == 0

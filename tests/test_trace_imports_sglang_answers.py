@@ -86,6 +86,10 @@ def broken():
     def held(value):
         return {"meta_info": {"routed_experts": value}}
 
+    def sized(prompt, completion):
+        meta = {"prompt_tokens": 3, "completion_tokens": 3, "routed_experts": flat(picked(5))}
+        return {"input_ids": prompt, "output_ids": completion, "meta_info": meta}
+
     return [
         ("cut", held(cut), r"396 bytes are no whole tokens of 5 layers x 4 experts x 4 bytes: cut short, or give the"),
         ("not asked for", {"text": "…", "meta_info": {"id": "x"}}, "ask SGLang for return_routed_experts in every req"),
@@ -94,6 +98,8 @@ def broken():
         ("of vLLM", {"choices": [{"routed_experts": encoded(vllm_array(picked(5)))}]}, "moesaic import vllm reads it"),
         ("of the first alone", first, "2 choices, and SGLang returns the routed_experts of the first alone"),
         ("too many tokens", {**good, "input_ids": [1], "output_ids": [2]}, r"5 rows of ids for 1 \+ 1 tokens"),
+        ("fewer ids", sized([5, 6], [8, 9, 10]), "input_ids has 2 ids, and prompt_tokens is 3: give this request's"),
+        ("more ids", sized([5, 6, 7], [8] * 4), "output_ids has 4 ids, and completion_tokens is 3: give this"),
         ("other ids", {**good, "input_ids": ["a"]}, "input_ids is not a list of whole numbers"),
         ("no answers", [3], "response 0: not a response"),
         ("an expert twice", held(flat(picked(5) * 0 + 3)), "token 0 of layers.1 chose one expert twice"),

@@ -76,5 +76,8 @@ def _told(choice: Mapping[str, Any], usage: Any, where: str) -> list[list[int] |
     for field, name in (("input_ids", "prompt_tokens"), ("output_ids", "completion_tokens")):
         count = next((one[name] for one in sizes if is_count(one.get(name))), None)
         ids = choice.get(field)
-        told.append(ids if ids is not None and count in (None, len(counts(ids, where, field))) else count)
+        n = count if ids is None else len(counts(ids, where, field))
+        if count not in (None, n):
+            raise ValueError(f"{where}: {field} has {n} ids, and {name} is {count}: give this request's, or none")
+        told.append(count if ids is None else ids)
     return told

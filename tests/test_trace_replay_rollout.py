@@ -4,11 +4,14 @@ import base64
 import copy
 import io
 import json
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import transformers
 from cases import v3
 from foreign import imported
 from hf_models import tiny, token_ids
@@ -74,6 +77,11 @@ def forced(model, picks):
     return model
 
 
+def checkpoint_layers(model) -> None:
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+
+
 def trained(model, batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """The logits of all tokens that are none of the padding, and the gradients of a loss on them."""
     logits = model(**batch, use_cache=False).logits[batch["attention_mask"].bool()]
@@ -90,8 +98,7 @@ def test_an_imported_rollout_is_trained_on_in_a_shuffled_padded_batch(model, tra
     expected, gradients = trained(forced(model, picks).train(), batch)
     model.train()
     if checkpointed:
-        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
+        checkpoint_layers(model)
     with replay(model, trace, sequences=rows, **OPTIONS) as replayer:
         logits, found = trained(model, batch)
     assert replayer.tokens == sum(LENGTHS[row] - 1 for row in rows)
@@ -234,6 +241,61 @@ def test_token_ids_of_a_response_prove_that_it_is_the_same_text(model, tmp_path)
         replay(model, trace, **OPTIONS),
     ):
         model(input_ids=torch.tensor([[0, 5, 6, 7, 8, 9]]))
+
+
+def trainer_of(model, trace, batch, folder, rows):
+    """The Trainer that the page shows, on two texts at a time, four a step."""
+    page = Path(__file__).parents[1] / "docs" / "en" / "what-if-and-diff.md"
+    code = next(c for c in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL) if "ReplayTrainer" in c)
+    exec(code, names := {"replay": replay, "rollouts": trace})
+    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    data = [{**{key: x[row] for key, x in batch.items()}, "labels": labels[row], "rollout": row} for row in rows]
+    held_out = [{key: value for key, value in row.items() if key != "rollout"} for row in data[:2]]
+    args = transformers.TrainingArguments(
+        str(folder), use_cpu=True, report_to="none", disable_tqdm=True, save_strategy="no", optim="sgd",
+        lr_scheduler_type="constant", learning_rate=1.0, max_grad_norm=0.0, num_train_epochs=1,
+        dataloader_pin_memory=False, train_sampling_strategy="sequential", per_device_train_batch_size=2,
+        gradient_accumulation_steps=2, remove_unused_columns=False,
+    )  # fmt: skip
+    return names["ReplayTrainer"](model=model, args=args, train_dataset=data, eval_dataset=held_out)
+
+
+def trained_by_hand(model, batch, picks, rows):
+    """SGD on four texts a step, two at a time, with the experts of the rollouts."""
+    picks = picks.unflatten(1, batch["input_ids"].shape)
+    for step in (rows[:4], rows[4:]):
+        n_labels = int(batch["attention_mask"][step, 1:].sum())
+        for texts in (step[:2], step[2:]):
+            other = forced(model, picks[:, texts].flatten(1, 2)).train()
+            ids, mask = batch["input_ids"][texts], batch["attention_mask"][texts]
+            logits = other(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1][mask[:, 1:].bool()]
+            (functional.cross_entropy(logits, ids[:, 1:][mask[:, 1:].bool()], reduction="sum") / n_labels).backward()
+            for mine, its in zip(model.parameters(), other.parameters(), strict=True):
+                mine.grad = its.grad if mine.grad is None else mine.grad + its.grad
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.sub_(parameter.grad)
+        model.zero_grad()
+    return dict(model.named_parameters())
+
+
+@pytest.mark.parametrize("checkpointed", [False, True], ids=["", "checkpointed"])
+def test_the_trainer_of_the_page_trains_as_a_loop_by_hand_and_evaluates(model, trace, tmp_path, checkpointed):
+    rows = [3, 0, 1, 2, 1, 3, 2, 0]
+    batch, picks = batch_of(range(len(LENGTHS)))
+    expected = trained_by_hand(copy.deepcopy(model), batch, picks, rows)
+    before = copy.deepcopy(dict(model.named_parameters()))
+    if checkpointed:
+        checkpoint_layers(model)
+    trainer = trainer_of(model, trace, batch, tmp_path, rows)
+    trainer.train()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter, expected[name], msg=name)
+        assert not torch.allclose(parameter, before[name])
+    ids, mask = batch["input_ids"][[3, 0]], batch["attention_mask"][[3, 0]]
+    with torch.no_grad():
+        own = model(input_ids=ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100)).loss.item()
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(own)
 
 
 @pytest.mark.parametrize(

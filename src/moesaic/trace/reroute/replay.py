@@ -57,8 +57,9 @@ def replay(
     the trace; and, with `sequences` or last_unrecorded=True, at the end of a block that did not run every text to the
     end of its record.
     """
+    layers = moe_layers(model, config)
     reading = Reading(trace, sequences, last_unrecorded=last_unrecorded)
-    replayer = Replayer(model, reading, weights, moe_layers(model, config))
+    replayer = Replayer(model, reading, weights, layers)
     with replayer.running():
         yield replayer
     if not replayer.tokens:

@@ -10,6 +10,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 import moesaic as ms
 from moesaic.layer.balance import expert_load
 from moesaic.layer.losses import LOSSES
+from moesaic.train.injection import REMEMBERED
 
 
 def checkpointed(model, *, reentrant):
@@ -182,3 +183,22 @@ def test_each_pass_of_a_looped_layer_has_its_own_load_and_value(kind, reentrant,
         torch.testing.assert_close(found[name], gradient, rtol=0, atol=1e-14)
     balance.step()
     torch.testing.assert_close(balance.values["layer"], sum(values).detach() / 3, rtol=0, atol=1e-14)
+
+
+def test_a_forward_waits_for_its_loss_through_any_number_of_calls_without_gradients():
+    """As many as generating a text makes."""
+    x = torch.randn(3, 5, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    found = []
+    for n_calls in (0, REMEMBERED + 1):
+        model = Looped()
+        balance = attached("switch", model)
+
+        def step(model=model, balance=balance, n_calls=n_calls):
+            y = model(x)
+            with torch.no_grad():
+                for _ in range(n_calls):
+                    model(x[:1, :1])
+            balance(y.square().mean()).backward()
+
+        found.append(gradients(model, step))
+    assert_same(*found)

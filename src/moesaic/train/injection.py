@@ -43,7 +43,7 @@ class Call:
     """One forward of a model. mask: [T] or None. n_rows: rows of the batch, of equal length; None where nobody said."""
 
     number: int
-    trains: bool = True  # it began with gradients on; so they are off only where checkpointing takes them away
+    trains: bool  # it began with gradients on; so they are off only where checkpointing takes them away
     mask: Bool[Tensor, " T"] | None = None
     n_rows: int | None = None
     sequences: Int[Tensor, " T"] | None = None  # which one each token is in, where positions were given
@@ -89,6 +89,7 @@ class Ledger:
         self._calls: OrderedDict[int, Call] = OrderedDict()
         self._notes: OrderedDict[int, tuple[list[Call], bool, Tensor | None]] = OrderedDict()
         self._untied: deque[Call] = deque(maxlen=REMEMBERED)
+        self._idle: deque[Call] = deque(maxlen=2)  # without gradients, as reentrant checkpointing runs a whole model
         self._noted: list[Call] = []  # in the backward that runs
         self._asking: dict[str, tuple[Call, Pass]] = {}
         self._loads: dict[str, Tensor] = {}  # of this step so far
@@ -109,7 +110,7 @@ class Ledger:
     def take(self) -> dict[str, Tensor]:
         """The mean value of each layer since the last take; starts the next step."""
         values = {name: total / count for name, (total, count) in self._values.items()}
-        for memory in (self._values, self._loads, self._calls, self._notes, self._untied):
+        for memory in (self._values, self._loads, self._calls, self._notes, self._untied, self._idle):
             memory.clear()
         self._current = None
         return values
@@ -119,10 +120,9 @@ class Ledger:
     def open(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
         if not self._running:
             found = read_arguments(model, args, kwargs)
-            call = self._begin()
+            call = self._begin(torch.is_grad_enabled())
             if found is not None:
                 call.says(found.tokens, found.mask)
-            call.trains = torch.is_grad_enabled()
         self._running += 1
 
     def close(self, output: Any, *, failed: bool) -> None:
@@ -137,10 +137,9 @@ class Ledger:
         del cached
         if self._running:
             return
-        call = self._current
-        if not nested or call is None or call.passes or call.over or not call.trains:
-            call = self._begin()  # else it is a part of the call that began last
-        call.trains = idle is None
+        call, trains = self._current, idle is None
+        if not nested or call is None or call.passes or call.over or call.trains != trains:
+            call = self._begin(trains)  # else it is a part of the call that began last
         call.says(tokens, mask)
 
     def place(self, positions: Int[Tensor, "R S"]) -> None:
@@ -151,10 +150,10 @@ class Ledger:
         if len(positions) in (1, call.n_rows):
             call.sequences = sequence_numbers(positions.expand(call.n_rows, -1))
 
-    def _begin(self) -> Call:
+    def _begin(self, trains: bool) -> Call:
         self.backward_is_over()  # one that failed did not say so
-        self._current = Call(next(_numbers))
-        self._untied.append(self._current)
+        self._current = Call(next(_numbers), trains)
+        (self._untied if trains else self._idle).append(self._current)
         return self._current
 
     # what the operators do
@@ -187,8 +186,10 @@ class Ledger:
 
     def note(self, share: Tensor | None, by_hand: bool) -> int:
         """A loss was computed: by the model, of the call that runs, or by the user, of all calls since the last."""
-        calls = list(self._untied) if by_hand else [call for call in (self._current,) if call is not None]
+        calls = [call for call in (self._current,) if call is not None]
         if by_hand:
+            calls = [*self._idle, *self._untied]
+            self._idle.clear()
             self._untied.clear()
             for call in calls:
                 call.by_hand, call.over = True, call.over or not self._running
@@ -224,7 +225,7 @@ class Ledger:
         them may be in no loss, and what checkpointing recomputes at once may hold several.
         """
         if not is_recompute():
-            call = self._begin() if self._current is None or self._current.over else self._current
+            call = self._begin(True) if self._current is None or self._current.over else self._current
             return call, self._begin_pass(call, name, ids, n_experts)
         if not self._noted:
             raise ValueError(NOT_TIED)

@@ -96,6 +96,32 @@ def test_a_backward_that_failed_leaves_no_scale_for_the_next(reentrant):
         model(**batch).logits.square().mean().backward()
 
 
+@pytest.mark.parametrize("reentrant", [None, True])
+def test_a_forward_that_failed_is_in_no_load_and_in_no_value(reentrant):
+    """A loop that catches it, for want of memory, say, goes on with a smaller batch."""
+    batch, found = batch_of(), []
+
+    def fail(*_):
+        raise RuntimeError("out of memory")
+
+    for disturbed in (False, True):
+        model = model_of("deepseek_v3")
+        if reentrant is not None:
+            checkpointed(model, reentrant=reentrant)
+        balance = attached("global_batch", model)
+        model(**part(batch, slice(0, 1))).loss.backward()
+        if disturbed:
+            hook = model.lm_head.register_forward_hook(fail)
+            with pytest.raises(RuntimeError, match="out of memory"):
+                model(**batch)
+            hook.remove()
+        found.append(gradients(model, lambda m=model, b=balance: b(m(**part(batch, slice(1, 3))).loss).backward()))
+        balance.step()
+        found.append(balance.values)
+    assert_same(found[0], found[2])
+    assert_same(found[1], found[3])
+
+
 def test_routers_that_get_no_gradient_take_no_part_and_that_is_said():
     model, batch = model_of("deepseek_v3").requires_grad_(False), batch_of()
     model.lm_head.requires_grad_(True)

@@ -94,6 +94,7 @@ class Ledger:
         self._asking: dict[str, tuple[Call, Pass]] = {}
         self._loads: dict[str, Tensor] = {}  # of this step so far
         self._values: dict[str, tuple[Tensor, int]] = {}
+        self._before = self._loads, self._values  # before the call that runs
 
     def key(self, name: str) -> Tensor:
         """A tensor by which operators find this ledger and a layer."""
@@ -120,16 +121,24 @@ class Ledger:
     def open(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
         if not self._running:
             found = read_arguments(model, args, kwargs)
+            self._before = self._loads.copy(), self._values.copy()
             call = self._begin(torch.is_grad_enabled())
             if found is not None:
                 call.says(found.tokens, found.mask)
         self._running += 1
 
     def close(self, output: Any, *, failed: bool) -> None:
-        del output, failed
+        """It is over; what it counted goes with it if it `failed`."""
+        del output
         self._running = max(0, self._running - 1)
-        if not self._running and self._current is not None:
-            self._current.over = True  # its loss may be noted still
+        call = self._current
+        if self._running or call is None:
+            return
+        call.over = True  # its loss may be noted still
+        if failed:
+            self._loads, self._values = self._before
+            if call in self._untied:
+                self._untied.remove(call)
 
     def opened_in_graph(
         self, tokens: Tensor, mask: Tensor | None, idle: Tensor | None, cached: bool, *, nested: bool = False

@@ -29,6 +29,12 @@ def batch_of(rows=4, length=8, *, padded=True):
     return {"input_ids": ids, "attention_mask": mask, "labels": ids}
 
 
+def checkpointed(model, *, reentrant):
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": reentrant})
+    return model
+
+
 def part(batch, rows):
     return {name: value[rows] for name, value in batch.items()}
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from balanced import ALPHA, assert_same, attached, batch_of, gradients, model_of, part
+from balanced import ALPHA, assert_same, attached, batch_of, checkpointed, gradients, model_of, part
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.loss.loss_utils import ForCausalLMLoss
@@ -11,12 +11,6 @@ import moesaic as ms
 from moesaic.layer.balance import expert_load
 from moesaic.layer.losses import LOSSES
 from moesaic.train.injection import REMEMBERED
-
-
-def checkpointed(model, *, reentrant):
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable({"use_reentrant": reentrant})
-    return model
 
 
 def test_what_runs_without_gradients_between_micro_batches_is_in_no_load():
@@ -228,3 +222,21 @@ def test_a_forward_waits_for_its_loss_through_any_number_of_calls_without_gradie
 
         found.append(gradients(model, step))
     assert_same(*found)
+
+
+def test_a_whole_model_may_be_in_a_checkpoint():
+    """Reentrant ones run it without gradients first, and which of several such forwards runs again nobody can tell."""
+    x = torch.randn(3, 5, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    model = Looped()
+    balance = attached("switch", model)
+
+    def gradient(run):
+        return gradients(model, lambda: balance(run().square().mean()).backward())
+
+    expected = gradient(lambda: model(x))
+    for reentrant in (False, True):
+        assert_same(gradient(lambda r=reentrant: checkpoint(model, x, use_reentrant=r)), expected)
+    with pytest.raises(ValueError, match=r"layer: which of several forwards .* use_reentrant=False"):
+        gradient(lambda: checkpoint(model, x, use_reentrant=True) + checkpoint(model, -x, use_reentrant=True))
+    two = [gradient(lambda r=r: r(x) + r(-x)) for r in (model, lambda y: checkpoint(model, y, use_reentrant=False))]
+    assert_same(*two)

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from balanced import assert_same, attached, batch_of, gradients, model_of
+from balanced import assert_same, attached, batch_of, checkpointed, gradients, model_of, part
+from transformers.loss.loss_utils import ForCausalLMLoss
 
 
 @pytest.fixture
@@ -35,8 +36,7 @@ def test_a_compiled_model_gets_the_same_gradient(way, kind):
     expected = gradients(eager, lambda: eager(**batch).loss.backward())
     model = model_of("deepseek_v3", num_hidden_layers=2)
     if "reentrant" in way:
-        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable({"use_reentrant": way == "reentrant"})
+        checkpointed(model, reentrant=way == "reentrant")
     run = layer_by_layer(model) if way == "by layer" else torch.compile(model, backend="aot_eager")
     plain = None
     if way == "attached after compiling":
@@ -71,3 +71,30 @@ def test_a_call_of_a_model_without_its_head_is_a_call_of_the_model(compiled):
         whole(**padded)
         model.train()
         assert_same(gradient(lambda **given: [model.lm_head(body(**given)[0])], given), expected)
+
+
+@pytest.mark.compile
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.usefixtures("_fresh_graphs")
+def test_compiled_layers_that_checkpointing_runs_again_are_told_apart():
+    """Two forwards of as many tokens, of which other ones are padding, in one backward; before them one in no loss."""
+    halves = [part(batch_of(), rows) for rows in (slice(0, 2), slice(2, 4))]
+    labels = [half.pop("labels") for half in halves]
+    found = []
+    for compiled in (False, True):
+        model = model_of("deepseek_v3", num_hidden_layers=2)
+        if compiled:
+            model = layer_by_layer(checkpointed(model, reentrant=True))
+        balance = attached("global_batch", model)
+
+        def step(model=model, balance=balance):
+            with torch.no_grad():
+                model(**halves[1])
+            logits = [model(**half).logits for half in halves]
+            balance(sum(ForCausalLMLoss(*pair, 64) for pair in zip(logits, labels, strict=True))).backward()
+
+        found.append(gradients(model, step))
+        balance.step()
+        found.append(balance.values)
+    assert_same(found[0], found[2])
+    assert_same(found[1], found[3])

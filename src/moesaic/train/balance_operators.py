@@ -28,6 +28,7 @@ REPLICA = (
 # The operators. What each copies is what goes on, so that no graph drops them; gradients pass through the copies.
 for schema in (
     "balance_place(Tensor key, Tensor tokens, Tensor positions) -> Tensor",
+    "balance_count(Tensor key, Tensor ids, Tensor weights, int n_experts) -> Tensor",
     "balance_tokens(Tensor key, Tensor ids, int n_experts) -> (Tensor, Tensor, Tensor)",
     "balance_inject(Tensor key, Tensor weights, Tensor loss) -> (Tensor, Tensor)",
     "balance_scale(Tensor key, Tensor call, Tensor after, ScalarType dtype) -> Tensor",
@@ -41,6 +42,12 @@ for schema in (
 def _place(key: Tensor, tokens: Tensor, positions: Tensor) -> Tensor:
     ledger_of(key)[0].place(positions)
     return tokens.clone()
+
+
+def _count(key: Tensor, ids: Tensor, weights: Tensor, n_experts: int) -> Tensor:
+    ledger, name = ledger_of(key)
+    ledger.count(name, ids, n_experts)
+    return weights.clone()
 
 
 def _tokens(key: Tensor, ids: Tensor, n_experts: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -78,6 +85,7 @@ def _copy_and_number(_key: Tensor, used: Tensor, *_: Any) -> tuple[Tensor, Tenso
 
 IMPLEMENTATIONS = {
     "balance_place": (_place, lambda _key, tokens, _positions: torch.empty_like(tokens)),
+    "balance_count": (_count, lambda _key, _ids, weights, _n_experts: torch.empty_like(weights)),
     "balance_tokens": (_tokens, _tokens_fake),
     "balance_inject": (_inject, _copy_and_number),
     "balance_scale": (_scale, lambda _key, _call, after, dtype: after.new_empty((), dtype=dtype)),
@@ -147,27 +155,28 @@ def after_router(
         raise ValueError(f"{layer}: {REPLICA}")
     if (added_rule(router) is not None) != biased:
         raise ValueError(f"{layer}: a bias was added after BalanceLoss was attached: attach it after the bias")
-    found = read_router(router, output)
-    if found.logits is None or found.place is None or found.logits.shape[-1] != config.n_routed_experts:
+    found, n_experts = read_router(router, output), config.n_routed_experts
+    if found.logits is None or found.place is None or found.logits.shape[-1] != n_experts:
         raise ValueError(
             f"{layer}: {type(router).__name__} does not return its logits, ids and weights: use its own loss"
         )
     ids = found.ids.flatten(0, -2)
     if not torch.is_grad_enabled():
-        if not torch.compiler.is_compiling():
-            ledger, name = ledger_of(key)
-            ledger.count(name, ids, config.n_routed_experts)
-        return None
+        return _with(output, found.weights, torch.ops.moesaic.balance_count(key, ids, found.weights, n_experts))
     if not found.logits.requires_grad:
         return None
     routing = Routing(found.logits.flatten(0, -2), found.weights.flatten(0, -2), ids)
-    mask, sequences, load = torch.ops.moesaic.balance_tokens(key, ids, config.n_routed_experts)
+    mask, sequences, load = torch.ops.moesaic.balance_tokens(key, ids, n_experts)
     asked = {"sequence": {"sequences": sequences}, "global_batch": {"load": load}}.get(kind, {})
     loss = LOSSES[kind](routing, config, mask=mask, **asked, **options)
     weights, _ = torch.ops.moesaic.balance_inject(key, found.weights, loss)
-    if hasattr(output, "_replace"):
-        return type(output)(*(weights if item is found.weights else item for item in output))
-    return type(output)(weights if item is found.weights else item for item in output)
+    return _with(output, found.weights, weights)
+
+
+def _with(output: Any, weights: Tensor, copy: Tensor) -> Any:
+    """What a router returned, with a copy of the weights in their place."""
+    items = (copy if item is weights else item for item in output)
+    return type(output)(*items) if hasattr(output, "_replace") else type(output)(items)
 
 
 def after_model(model: nn.Module, args: tuple, kwargs: dict, output: Any, *, attribute: str) -> Any:

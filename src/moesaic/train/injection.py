@@ -25,6 +25,10 @@ NOT_TIED = (
     "compute the loss (give it labels), or write `loss = balance_loss(loss)` before loss.backward(), in a Trainer at "
     "the end of a compute_loss of your own"
 )
+NOT_TOLD = (
+    "which of several forwards without gradients this backward runs again cannot be told: checkpoint the model with "
+    "use_reentrant=False, or its layers rather than the model"
+)
 _numbers = itertools.count()
 _ledgers: dict[int, tuple["Ledger", str]] = {}  # by the number in a module's key: whose it is, and the layer's name
 
@@ -90,7 +94,7 @@ class Ledger:
         self._notes: OrderedDict[int, tuple[list[Call], bool, Tensor | None]] = OrderedDict()
         self._untied: deque[Call] = deque(maxlen=REMEMBERED)
         self._idle: deque[Call] = deque(maxlen=2)  # without gradients, as reentrant checkpointing runs a whole model
-        self._noted: list[Call] = []  # in the backward that runs
+        self._noted: dict[int, Call] = {}  # in the backward that runs
         self._asking: dict[str, tuple[Call, Pass]] = {}
         self._loads: dict[str, Tensor] = {}  # of this step so far
         self._values: dict[str, tuple[Tensor, int]] = {}
@@ -212,7 +216,7 @@ class Ledger:
         for call in calls:
             if by_hand or not call.by_hand:
                 call.scale = grad.detach().double() * (1.0 if share is None else share.to(grad.device))
-                self._noted.append(call)
+                self._noted[call.number] = call
         torch.autograd.Variable._execution_engine.queue_callback(self.backward_is_over)
 
     def scale(self, number: int) -> Tensor:
@@ -223,7 +227,7 @@ class Ledger:
         return call.scale * self.alpha()
 
     def backward_is_over(self) -> None:
-        for call in self._noted:
+        for call in self._noted.values():
             call.scale = None
         self._noted.clear()
 
@@ -238,10 +242,12 @@ class Ledger:
             return call, self._begin_pass(call, name, ids, n_experts)
         if not self._noted:
             raise ValueError(NOT_TIED)
-        passes = [(call, found) for call in self._noted for found in call.passes.get(name, ())]
-        if not passes:  # it ran in a graph without gradients, or inside of a checkpoint: nothing was heard of it
-            call = next((call for call in reversed(self._noted) if call.trains), self._noted[-1])
-            return call, self._begin_pass(call, name, ids, n_experts)
+        passes = [(call, found) for call in self._noted.values() for found in call.passes.get(name, ())]
+        if not passes:  # the whole model ran in a checkpoint: nothing was heard of it
+            calls = [call for call in self._noted.values() if not call.trains] or list(self._noted.values())
+            if len(calls) > 1:
+                raise ValueError(f"{name}: {NOT_TOLD}")
+            return calls[0], self._begin_pass(calls[0], name, ids, n_experts)
         if len(passes) == 1:
             return passes[0]
         chosen = expert_load(ids, n_experts)

@@ -234,6 +234,38 @@ def test_the_loss_that_is_named_decides_and_not_the_one_that_the_model_returns()
     assert_same(gradients(model, lambda: balance(model(**batch).loss, share=0.0).backward()), plain)
 
 
+def test_a_loss_of_the_model_counts_where_the_backward_reaches_no_named_one():
+    """Two losses of two forwards, of which one is named; of both over one forward the named one counts."""
+    model, batch = model_of(), batch_of()
+    halves = [part(batch, rows) for rows in (slice(0, 2), slice(2, 4))]
+    balance = attached("switch", model)
+
+    def apart():
+        model(**halves[0]).loss.backward()
+        balance(model(**halves[1]).loss * 3).backward()
+
+    def across():
+        own = model(**halves[0]).loss
+        named = balance(model(**halves[1]).loss * 3)
+        own.backward()
+        named.backward()
+
+    assert_same(gradients(model, apart), gradients(model, across))
+
+    def named_alone():
+        loss = model(**batch).loss
+        (balance(3 * loss) + loss.detach()).backward()
+
+    def both(turned):
+        loss = model(**batch).loss
+        losses = [balance(3 * loss), loss * 0]
+        sum(losses[::-1] if turned else losses).backward()
+
+    expected = gradients(model, named_alone)
+    for turned in (False, True):
+        assert_same(gradients(model, lambda turned=turned: both(turned)), expected)
+
+
 @pytest.mark.parametrize("reentrant", [None, False, True])
 def test_a_backward_without_a_loss_that_is_known_is_an_error(reentrant):
     model, batch = model_of(), batch_of()

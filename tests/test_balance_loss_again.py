@@ -205,6 +205,30 @@ def test_each_pass_of_a_looped_layer_has_its_own_load_and_value(kind, reentrant,
     torch.testing.assert_close(balance.values["layer"], sum(values).detach() / 3, rtol=0, atol=1e-14)
 
 
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")  # torch 2.11, of what runs without
+@pytest.mark.parametrize("named", [False, True])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_forwards_that_chose_alike_are_recomputed_each_with_its_own_load(reentrant, named):
+    """As the same batch twice in one backward: the global load that the second saw is that of both."""
+    one, two = (part(batch_of(), rows) for rows in (slice(0, 2), slice(2, 4)))
+    found = []
+    for again in (False, True):
+        model = model_of("deepseek_v3")
+        if again:
+            checkpointed(model, reentrant=reentrant)
+        balance = attached("global_batch", model)
+
+        def step(model=model, balance=balance):
+            loss = sum(weight * model(**batch).loss for weight, batch in ((1, one), (3, two), (5, one)))
+            (balance(loss) if named else loss).backward()
+
+        found.append(gradients(model, step))
+        step()  # once more, after what the first backward ran again
+        found.append(gradients(model, step))
+    assert_same(found[0], found[2])
+    assert_same(found[1], found[3])
+
+
 def test_a_forward_waits_for_its_loss_through_any_number_of_calls_without_gradients():
     """As many as generating a text makes."""
     x = torch.randn(3, 5, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))

@@ -53,7 +53,7 @@ class Call:
     sequences: Int[Tensor, " T"] | None = None  # which one each token is in, where positions were given
     scale: Tensor | None = None  # of the backward that runs
     over: bool = False  # the model returned, so what comes is no part of it
-    by_hand: bool = False  # its loss was named by the user: what the model calls its loss does not count
+    by_hand: bool = False  # by a loss that the user named: then what the model calls its loss does not count
     passes: dict[str, list[Pass]] = field(default_factory=dict)  # by layer
 
     def mask_of(self, ids: Int[Tensor, "T K"]) -> Bool[Tensor, " T"]:
@@ -95,6 +95,7 @@ class Ledger:
         self._untied: deque[Call] = deque(maxlen=REMEMBERED)
         self._idle: deque[Call] = deque(maxlen=2)  # without gradients, as reentrant checkpointing runs a whole model
         self._noted: dict[int, Call] = {}  # in the backward that runs
+        self._again: set[Pass] = set()  # what that backward has run again
         self._asking: dict[str, tuple[Call, Pass]] = {}
         self._loads: dict[str, Tensor] = {}  # of this step so far
         self._values: dict[str, tuple[Tensor, int]] = {}
@@ -205,7 +206,7 @@ class Ledger:
             self._idle.clear()
             self._untied.clear()
             for call in calls:
-                call.by_hand, call.over = True, call.over or not self._running
+                call.over = call.over or not self._running
         number = next(_numbers)
         _remember(self._notes, number, (calls, by_hand, share))
         return number
@@ -215,6 +216,7 @@ class Ledger:
         calls, by_hand, share = self._notes.get(number, ([], False, None))
         for call in calls:
             if by_hand or not call.by_hand:
+                call.by_hand = by_hand
                 call.scale = grad.detach().double() * (1.0 if share is None else share.to(grad.device))
                 self._noted[call.number] = call
         torch.autograd.Variable._execution_engine.queue_callback(self.backward_is_over)
@@ -228,31 +230,35 @@ class Ledger:
 
     def backward_is_over(self) -> None:
         for call in self._noted.values():
-            call.scale = None
+            call.scale, call.by_hand = None, False
         self._noted.clear()
+        self._again.clear()
 
     def _pass_of(self, name: str, ids: Int[Tensor, "T K"], n_experts: int) -> tuple[Call, Pass]:
         """What a layer runs in; in a recomputation what it ran in before, of what the losses of this backward name.
 
         Of several it is the one that chose the same experts: nothing else tells passes and calls apart, since some of
-        them may be in no loss, and what checkpointing recomputes at once may hold several.
+        them may be in no loss, and what checkpointing recomputes at once may hold several. Of those that chose alike,
+        as of a batch that comes twice, it is the last that was not run again yet: a backward goes from the last on.
         """
         if not is_recompute():
             call = self._begin(True) if self._current is None or self._current.over else self._current
             return call, self._begin_pass(call, name, ids, n_experts)
         if not self._noted:
             raise ValueError(NOT_TIED)
-        passes = [(call, found) for call in self._noted.values() for found in call.passes.get(name, ())]
+        passes = [(call, found) for call in self._noted.values() for found in call.passes.get(name, ())[::-1]]
         if not passes:  # the whole model ran in a checkpoint: nothing was heard of it
             calls = [call for call in self._noted.values() if not call.trains] or list(self._noted.values())
             if len(calls) > 1:
                 raise ValueError(f"{name}: {NOT_TOLD}")
             return calls[0], self._begin_pass(calls[0], name, ids, n_experts)
-        if len(passes) == 1:
-            return passes[0]
-        chosen = expert_load(ids, n_experts)
-        apart = torch.stack([(found.chosen - chosen).abs().sum() for _, found in passes])
-        return passes[int(apart.argmin())]
+        passes.sort(key=lambda one: (one[1] in self._again, -one[0].number))
+        nearest = 0
+        if len(passes) > 1:
+            chosen = expert_load(ids, n_experts)
+            nearest = int(torch.stack([(found.chosen - chosen).abs().sum() for _, found in passes]).argmin())
+        self._again.add(passes[nearest][1])
+        return passes[nearest]
 
     def _begin_pass(self, call: Call, name: str, ids: Int[Tensor, "T K"], n_experts: int) -> Pass:
         found = Pass(expert_load(ids, n_experts))

@@ -3,7 +3,11 @@
 import pytest
 import torch
 from balanced import assert_same, attached, batch_of, checkpointed, gradients, model_of, part
+from torch._dynamo.testing import CompileCounterWithBackend
 from transformers.loss.loss_utils import ForCausalLMLoss
+
+from moesaic.hf.attach import attach
+from moesaic.hf.modules import moe_layers
 
 
 @pytest.fixture
@@ -50,6 +54,32 @@ def test_a_compiled_model_gets_the_same_gradient(way, kind):
     balance.detach()
     if plain is not None:
         assert_same(gradients(model, lambda: run(**batch).loss.backward()), plain)
+
+
+@pytest.mark.compile
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.usefixtures("_fresh_graphs")
+def test_layers_share_one_graph_which_goes_with_the_last_loss():
+    model, batch = attach(model_of("deepseek_v3", num_hidden_layers=4)), batch_of()
+    plain = gradients(model, lambda: model(**batch).loss.backward())
+    losses = [attached(kind, model) for kind in ("switch", "global_batch")]
+    expected = gradients(model, lambda: model(**batch).loss.backward())
+    values = {}
+    for loss in losses:
+        loss.step()
+        values[loss.kind] = loss.values
+    counter = CompileCounterWithBackend("aot_eager")
+    for layer in moe_layers(model):
+        layer.block.compile(backend=counter, fullgraph=True)
+    assert_same(gradients(model, lambda: model(**batch).loss.backward()), expected)
+    for loss in losses:
+        loss.step()
+        assert loss.values == values[loss.kind]
+        loss.detach()
+    assert len(values["switch"]) == 3
+    assert counter.frame_count == 1
+    assert_same(gradients(model, lambda: model(**batch).loss.backward()), plain)
+    assert counter.frame_count == 2
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
+from moesaic.config import MoEConfig
 from moesaic.hf.modules import MoELayer, added_rule, moe_layers
 from moesaic.layer.losses import LOSSES, devices, reachable
 from moesaic.trace.recording.calls import listening
@@ -76,10 +77,9 @@ class BalanceLoss(TrainerCallback):
         """Balance the model's training forwards from now on. Returns self."""
         self.detach()
         layers = moe_layers(model)
-        attribute = f"_moesaic_loss_{self.kind}"
         for layer in layers:
             _check_layer(layer, self.kind, self.options)
-            if attribute in vars(layer.router):
+            if self._attribute in vars(layer.router):
                 raise ValueError(
                     f"{type(model).__name__} has a BalanceLoss of kind {self.kind!r} already: its gradient would count "
                     "twice; call its detach() first"
@@ -93,31 +93,50 @@ class BalanceLoss(TrainerCallback):
         )
         with ExitStack() as hooks:
             hooks.callback(ledger.remove)
-            before = partial(before_model, attribute=attribute)
-            models = models_in(model)
-            bodies = bodies_in(model, [layer.router for layer in layers if layer.router is not None])
-            for part in (*models, *bodies):
-                opened = partial(ledger.opened_in_graph, nested=part in bodies)
-                hooks.enter_context(listening(part, ledger, opened))
-                part.__dict__[attribute] = ledger.key("")
-                hooks.callback(part.__dict__.pop, attribute, None)
-                if self.kind == "sequence":
-                    hooks.callback(part.register_forward_pre_hook(before, with_kwargs=True).remove)
-            for part in models:
-                _hook(hooks, part, attribute, partial(after_model, attribute=attribute), with_kwargs=True)
-            for layer in layers:
-                assert layer.router is not None
-                layer.router.__dict__[attribute] = ledger.key(layer.name)
-                biased = added_rule(layer.router) is not None
-                after = partial(
-                    after_router, attribute=attribute, kind=self.kind, layer=layer.name, config=layer.config,
-                    options=self.options, biased=biased,
-                )  # fmt: skip
-                _hook(hooks, layer.router, attribute, after)
+            self._hook(hooks, model, layers, ledger)
             self._key = ledger.key("")
             self._hooks = hooks.pop_all()
         self._ledger, self._stepped = ledger, False
         return self
+
+    def _hook(self, hooks: ExitStack, model: nn.Module, layers: list[MoELayer], ledger: Ledger) -> None:
+        """Put hooks and keys on the model, to be taken off together: graphs are guarded by the keys.
+
+        By what is called too, so that it is the same for equal layers: they may then share a graph.
+        """
+        attribute = self._attribute
+
+        def mark(module: nn.Module, name: str) -> None:
+            module.__dict__[attribute] = ledger.key(name)
+            hooks.callback(module.__dict__.pop, attribute, None)
+
+        models = models_in(model)
+        bodies = bodies_in(model, [layer.router for layer in layers if layer.router is not None])
+        for part in (*models, *bodies):
+            opened = partial(ledger.opened_in_graph, nested=part in bodies)
+            hooks.enter_context(listening(part, ledger, opened))
+            mark(part, "")
+            if self.kind == "sequence":
+                before = partial(before_model, attribute=attribute)
+                hooks.callback(part.register_forward_pre_hook(before, with_kwargs=True).remove)
+            if part in models:
+                after = partial(after_model, attribute=attribute)
+                hooks.callback(part.register_forward_hook(after, with_kwargs=True).remove)
+        after_routers: dict[tuple[MoEConfig, bool], partial] = {}
+        for layer in layers:
+            assert layer.router is not None
+            mark(layer.router, layer.name)
+            biased = added_rule(layer.router) is not None
+            after = partial(
+                after_router, attribute=attribute, kind=self.kind, config=layer.config, options=self.options,
+                biased=biased,
+            )  # fmt: skip
+            after = after_routers.setdefault((layer.config, biased), after)
+            hooks.callback(layer.router.register_forward_hook(after).remove)
+
+    @property
+    def _attribute(self) -> str:
+        return f"_moesaic_loss_{self.kind}"
 
     def detach(self) -> None:
         """Take the hooks off the model."""
@@ -191,12 +210,3 @@ def _check_layer(layer: MoELayer, kind: str, options: dict[str, int]) -> None:
                 f"{layer.name}: all experts are on one device, which is always balanced: use n_devices=2 or more"
             )
         reachable(layer.config, d, options.get("max_devices"))
-
-
-def _hook(hooks: ExitStack, module: nn.Module, attribute: str, after: Any, *, with_kwargs: bool = False) -> None:
-    """Have `after` called after each call of a module that has its key in `attribute`.
-
-    Graphs are guarded by that key, so the hooks go from them with it.
-    """
-    hooks.callback(module.__dict__.pop, attribute, None)
-    hooks.callback(module.register_forward_hook(after, with_kwargs=with_kwargs).remove)

@@ -142,7 +142,6 @@ def after_router(
     *,
     attribute: str,
     kind: str,
-    layer: str,
     config: MoEConfig,
     options: dict[str, int],
     biased: bool,
@@ -152,13 +151,15 @@ def after_router(
     if key is None or not router.training:
         return None
     if getattr(router, "_is_replica", False):
-        raise ValueError(f"{layer}: {REPLICA}")
+        raise ValueError(f"{ledger_of(key)[1]}: {REPLICA}")
     if (added_rule(router) is not None) != biased:
-        raise ValueError(f"{layer}: a bias was added after BalanceLoss was attached: attach it after the bias")
+        name = ledger_of(key)[1]
+        raise ValueError(f"{name}: a bias was added after BalanceLoss was attached: attach it after the bias")
     found, n_experts = read_router(router, output), config.n_routed_experts
     if found.logits is None or found.place is None or found.logits.shape[-1] != n_experts:
+        name = ledger_of(key)[1]
         raise ValueError(
-            f"{layer}: {type(router).__name__} does not return its logits, ids and weights: use its own loss"
+            f"{name}: {type(router).__name__} does not return its logits, ids and weights: use its own loss"
         )
     ids = found.ids.flatten(0, -2)
     if not torch.is_grad_enabled():

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import transformers as hf
 from balanced import ALPHA, OPTIONS, attached, batch_of, explicit, hooked, model_of
 from hf_models import tiny, token_ids
 from torch import nn
@@ -11,6 +12,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 import moesaic as ms
 from moesaic.hf.modules import moe_layers
 from moesaic.train.balance_loss import BalanceLoss
+from moesaic.train.balance_operators import _share
 
 
 def run_trainer(model, folder, data, balance=None, *, kind=Trainer, **arguments):
@@ -79,6 +81,17 @@ def test_micro_batches_weigh_by_their_labels(tmp_path):
             parameter -= 0.1 * parameter.grad
     for (name, one), other in zip(found.named_parameters(), model.parameters(), strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-7, msg=name)
+
+
+def test_a_decoder_beside_an_encoder_is_given_its_labels_shifted_so_that_all_of_them_count():
+    config = hf.SwitchTransformersConfig(
+        vocab_size=64, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_sparse_encoder_layers=1, num_heads=2,
+        num_experts=4, num_decoder_layers=2, num_sparse_decoder_layers=1,
+    )  # fmt: skip
+    labels = token_ids(2, 8)
+    given = {"labels": labels, "num_items_in_batch": labels.numel()}
+    assert _share(hf.SwitchTransformersForConditionalGeneration(config), (), given) == 1
+    assert _share(model_of(), (), given) == 14 / 16
 
 
 class Outside(Trainer):

@@ -223,7 +223,12 @@ def _share(model: nn.Module, args: tuple, kwargs: dict) -> Tensor | None:
 
 
 def _shifts_labels(model: nn.Module) -> bool:
-    """Whether a model's loss leaves out the first label of each row, as that of causal language models does."""
+    """Whether a model's loss leaves out the first label of each row, as that of causal language models does.
+
+    As the Trainer's own `_loss_shifts_labels`: a decoder beside an encoder gets tokens that are shifted already.
+    """
     from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return False
     return LOSS_MAPPING.get(getattr(model, "loss_type", None) or "") is ForCausalLMLoss

@@ -1,8 +1,10 @@
 """BalanceLoss in compiled models: the eager model's gradient, bit for bit."""
 
+import copy
+
 import pytest
 import torch
-from balanced import assert_same, attached, batch_of, checkpointed, gradients, model_of, part
+from balanced import assert_same, attached, batch_of, checkpointed, gradients, hooked, model_of, part
 from torch._dynamo.testing import CompileCounterWithBackend
 from transformers.loss.loss_utils import ForCausalLMLoss
 
@@ -128,3 +130,26 @@ def test_compiled_layers_that_checkpointing_runs_again_are_told_apart():
         found.append(balance.values)
     assert_same(found[0], found[2])
     assert_same(found[1], found[3])
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.usefixtures("_fresh_graphs")
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.compile)])
+def test_a_copy_of_a_balanced_model_takes_no_part_until_it_has_a_loss_of_its_own(compiled):
+    model, batch = model_of("deepseek_v3", num_hidden_layers=2), batch_of()
+    other = batch | {"input_ids": batch["input_ids"].flip(1)}
+    plain = gradients(model, lambda: model(**other).loss.backward())
+    balance = attached("sequence", model)
+    copied = copy.deepcopy(model)
+    if compiled:
+        layer_by_layer(model), layer_by_layer(copied)
+    expected = gradients(model, lambda: model(**batch).loss.backward())
+    assert_same(gradients(copied, lambda: copied(**other).loss.backward()), plain)
+    balance.step()
+    own = attached("sequence", copied)
+    balance.detach()
+    assert_same(gradients(copied, lambda: copied(**batch).loss.backward()), expected)
+    own.step()
+    assert own.values == balance.values
+    own.detach()
+    assert not hooked(copied)

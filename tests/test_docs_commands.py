@@ -43,7 +43,9 @@ def test_every_command_and_every_option_is_on_the_page_and_no_other(page):
 
 
 def test_the_commands_about_records_in_the_readme_work_when_copied_in_order(tmp_path, monkeypatch, capsys):
-    block = re.search(r"^```sh\n(moesaic trace --corpus.*?)^```$", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    block = re.search(
+        r"^```sh\n(moesaic trace --corpus.*?)^```$", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL
+    )
     lines = [shlex.split(line, comments=True) for line in block.group(1).splitlines()]
     about = {"trace": trace, "stats": stats, "steps": steps, "what_if": what_if, "diff": diff}
     mine = [words[1:] for words in lines if words[1].replace("-", "_") in about]

@@ -16,7 +16,7 @@ from moesaic.layer.losses import LOSSES, devices, reachable
 from moesaic.trace.recording.calls import listening
 from moesaic.trace.recording.forwards import bodies_in, models_in
 from moesaic.train.balance_operators import after_model, after_router, before_model
-from moesaic.train.injection import Ledger
+from moesaic.train.injection import Ledger, is_heard
 from moesaic.train.own_loss import warn_of_own_loss
 
 
@@ -45,7 +45,7 @@ class BalanceLoss(TrainerCallback):
     backward with neither raises ValueError. Sequences are rows of the batch, or what position_ids makes of packed rows.
     Padding (a 2-D attention_mask) and forwards without gradients or in evaluation mode take no part. `values` has each
     layer's mean value in the last step. Raises ValueError for a model without MoE layers, one whose routing rule is not
-    known, and one with a BalanceLoss of this kind.
+    known, and one with a BalanceLoss of this kind. A copy of the model (EMA, teacher) takes no part.
     """
 
     def __init__(
@@ -79,7 +79,8 @@ class BalanceLoss(TrainerCallback):
         layers = moe_layers(model)
         for layer in layers:
             _check_layer(layer, self.kind, self.options)
-            if self._attribute in vars(layer.router):
+            key = vars(layer.router).get(self._attribute)
+            if key is not None and is_heard(key):
                 raise ValueError(
                     f"{type(model).__name__} has a BalanceLoss of kind {self.kind!r} already: its gradient would count "
                     "twice; call its detach() first"
@@ -107,6 +108,7 @@ class BalanceLoss(TrainerCallback):
         attribute = self._attribute
 
         def mark(module: nn.Module, name: str) -> None:
+            _forget_copied(module, attribute)
             module.__dict__[attribute] = ledger.key(name)
             hooks.callback(module.__dict__.pop, attribute, None)
 
@@ -210,3 +212,10 @@ def _check_layer(layer: MoELayer, kind: str, options: dict[str, int]) -> None:
                 f"{layer.name}: all experts are on one device, which is always balanced: use n_devices=2 or more"
             )
         reachable(layer.config, d, options.get("max_devices"))
+
+
+def _forget_copied(module: nn.Module, attribute: str) -> None:
+    """Take off the hooks that came with a copy of a balanced module: they would do their work a second time."""
+    for hooks in (module._forward_pre_hooks, module._forward_hooks):
+        for number in [n for n, hook in hooks.items() if getattr(hook, "keywords", {}).get("attribute") == attribute]:
+            del hooks[number]

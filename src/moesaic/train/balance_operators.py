@@ -5,6 +5,9 @@ router's own loss a gradient of alpha times the scale of this backward. That sca
 accumulation, is the gradient which the model's loss gets: it passes through `moesaic::balance_note`, whose backward
 runs before that of the routers. Operators, so that a compiled graph holds them and what they ask for at run time. The
 hooks may be traced into it: they look at shapes and settings, and leave the rest to operators.
+
+A copy of a balanced model has copies of its hooks and keys, and nobody hears of it: eager hooks find that out first. A
+graph may be that of the original, so there the operators do; its calls and losses have the number UNHEARD.
 """
 
 from typing import Any
@@ -17,9 +20,10 @@ from moesaic.hf.modules import added_rule, parameters_of
 from moesaic.hf.outputs import read_router
 from moesaic.layer.losses import LOSSES
 from moesaic.trace.recording.forwards import read_arguments
-from moesaic.train.injection import ledger_of
+from moesaic.train.injection import is_heard, ledger_of
 from moesaic.types import Routing
 
+UNHEARD = -1
 REPLICA = (
     "it runs in a replica of nn.DataParallel, where padding, sequences and the scale of the backward are not known: "
     "start one process a device (torchrun), so that DistributedDataParallel is used"
@@ -40,7 +44,8 @@ for schema in (
 
 
 def _place(key: Tensor, tokens: Tensor, positions: Tensor) -> Tensor:
-    ledger_of(key)[0].place(positions)
+    if is_heard(key):
+        ledger_of(key)[0].place(positions)
     return tokens.clone()
 
 
@@ -51,6 +56,9 @@ def _count(key: Tensor, ids: Tensor, weights: Tensor, n_experts: int) -> Tensor:
 
 
 def _tokens(key: Tensor, ids: Tensor, n_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    if not is_heard(key):
+        mask, sequences, load = _tokens_fake(key, ids, n_experts)
+        return mask.zero_(), sequences.zero_(), load.zero_()
     ledger, name = ledger_of(key)
     return ledger.describe(name, ids, n_experts)
 
@@ -62,20 +70,27 @@ def _tokens_fake(_key: Tensor, ids: Tensor, n_experts: int) -> tuple[Tensor, Ten
 
 
 def _inject(key: Tensor, weights: Tensor, loss: Tensor) -> tuple[Tensor, Tensor]:
-    ledger, name = ledger_of(key)
-    return weights.clone(), torch.tensor(ledger.value(name, loss), device="cpu")
+    number = UNHEARD
+    if is_heard(key):
+        ledger, name = ledger_of(key)
+        number = ledger.value(name, loss)
+    return weights.clone(), torch.tensor(number, device="cpu")
 
 
 def _scale(key: Tensor, call: Tensor, after: Tensor, dtype: torch.dtype) -> Tensor:
+    if int(call) == UNHEARD:
+        return after.new_zeros((), dtype=dtype)
     return ledger_of(key)[0].scale(int(call)).to(after.device, dtype)
 
 
 def _note(key: Tensor, loss: Tensor, share: Tensor | None, by_hand: bool) -> tuple[Tensor, Tensor]:
-    return loss.clone(), torch.tensor(ledger_of(key)[0].note(share, by_hand), device="cpu")
+    number = ledger_of(key)[0].note(share, by_hand) if is_heard(key) else UNHEARD
+    return loss.clone(), torch.tensor(number, device="cpu")
 
 
 def _noted(key: Tensor, note: Tensor, grad: Tensor) -> Tensor:
-    ledger_of(key)[0].noted(int(note), grad)
+    if int(note) != UNHEARD:
+        ledger_of(key)[0].noted(int(note), grad)
     return grad.clone()
 
 
@@ -118,9 +133,15 @@ torch.library.register_autograd("moesaic::balance_inject", _inject_backward, set
 torch.library.register_autograd("moesaic::balance_note", _note_backward, setup_context=_keep_number)
 
 
+def _key_of(module: nn.Module, attribute: str) -> Tensor | None:
+    """The key of a balanced module; None where it is balanced no longer, or, in eager mode, a copy of one that is."""
+    key = getattr(module, attribute, None)
+    return key if key is None or torch.compiler.is_compiling() or is_heard(key) else None
+
+
 def before_model(model: nn.Module, args: tuple, kwargs: dict, *, attribute: str) -> tuple[tuple, dict] | None:
     """Say where the tokens are in their sequences; in a graph the tokens that go on are the copy that this makes."""
-    key = getattr(model, attribute, None)
+    key = _key_of(model, attribute)
     found = read_arguments(model, args, kwargs)
     positions = {**dict(zip(parameters_of(model), args, strict=False)), **kwargs}.get("position_ids")
     if key is None or found is None or not isinstance(positions, Tensor) or positions.dim() != 2:
@@ -147,7 +168,7 @@ def after_router(
     biased: bool,
 ) -> Any:
     """The router's output with weights through which the gradient of its loss comes."""
-    key = getattr(router, attribute, None)
+    key = _key_of(router, attribute)
     if key is None or not router.training:
         return None
     if getattr(router, "_is_replica", False):
@@ -182,7 +203,7 @@ def _with(output: Any, weights: Tensor, copy: Tensor) -> Any:
 
 def after_model(model: nn.Module, args: tuple, kwargs: dict, output: Any, *, attribute: str) -> Any:
     """The model's output with a loss that notes its gradient."""
-    key = getattr(model, attribute, None)
+    key = _key_of(model, attribute)
     if key is None or not (model.training and torch.is_grad_enabled()):
         return None
     if isinstance(output, tuple):

@@ -30,7 +30,8 @@ NOT_TOLD = (
     "use_reentrant=False, or its layers rather than the model"
 )
 _numbers = itertools.count()
-_ledgers: dict[int, tuple["Ledger", str]] = {}  # by the number in a module's key: whose it is, and the layer's name
+# by the number in a module's key: whose it is, the layer's name, and the key; a copy of the module has a copy of that
+_ledgers: dict[int, tuple["Ledger", str, Tensor]] = {}
 
 
 @dataclass(eq=False)
@@ -104,10 +105,11 @@ class Ledger:
     def key(self, name: str) -> Tensor:
         """A tensor by which operators find this ledger and a layer."""
         number = next(_numbers)
-        _ledgers[number] = self, name
-        self.keys.append(number)
         with torch.inference_mode(False):
-            return torch.tensor(number, device="cpu")
+            key = torch.tensor(number, device="cpu")
+        _ledgers[number] = self, name, key
+        self.keys.append(number)
+        return key
 
     def remove(self) -> None:
         for number in self.keys:
@@ -293,4 +295,10 @@ def ledger_of(key: Tensor) -> tuple[Ledger, str]:
     """Whose a key is, and the name of the layer."""
     if int(key) not in _ledgers:
         raise ValueError("this forward was made for a BalanceLoss that is detached now: run it again")
-    return _ledgers[int(key)]
+    return _ledgers[int(key)][:2]
+
+
+def is_heard(key: Tensor) -> bool:
+    """Whether it is the key of a module that a BalanceLoss is attached to, not that of a copy (EMA, teacher)."""
+    number = int(key)
+    return number in _ledgers and _ledgers[number][2].data_ptr() == key.data_ptr()

@@ -19,7 +19,11 @@ from moesaic.train.monitor.run_log import read_log
 E, K = 8, 2
 DEALS_INSIDE = find_spec("transformers.distributed.expert_parallel") is not None
 SHARED = {"tp_size": 2, "ep_size": 2}  # both ranks run the same batch
-WAYS = {"own batches": {"fsdp_size": 2, "ep_size": 2}, "a shared batch": SHARED}
+OWN = {"fsdp_size": 2, "ep_size": 2}
+WAYS = {  # and how our engines come to compute
+    "own batches": (OWN, "not"), "own batches, ours": (OWN, "by name"),
+    "a shared batch": (SHARED, "not"), "a shared batch, ours": (SHARED, "attached"),
+}  # fmt: skip
 pytestmark = pytest.mark.skipif(torch.accelerator.is_available(), reason="transformers would need a GPU for each rank")
 
 
@@ -39,7 +43,7 @@ def save_model(folder: Path) -> None:
 
 
 def load_model(folder: Path, **options) -> torch.nn.Module:
-    return hf.AutoModelForCausalLM.from_pretrained(folder, experts_implementation="eager", **options)
+    return hf.AutoModelForCausalLM.from_pretrained(folder, **{"experts_implementation": "eager"} | options)
 
 
 def batch() -> dict[str, torch.Tensor]:
@@ -64,7 +68,7 @@ def recorded(model: torch.nn.Module, given: dict[str, torch.Tensor]) -> dict[str
 
 
 def learnt(model: torch.nn.Module, given: dict[str, torch.Tensor], log: Path) -> dict[str, torch.Tensor]:
-    """What one step of training counts, and the gradient of the first router."""
+    """What one step of training counts, and the gradients of the first layer."""
     balance, loss = ms.BiasBalance(0.01).attach(model), ms.BalanceLoss("global_batch", 0.5).attach(model)
     monitor = ms.LoadMonitor(log, loads=True).attach(model)
     model.train()(**given, labels=given["input_ids"]).loss.backward()
@@ -72,12 +76,9 @@ def learnt(model: torch.nn.Module, given: dict[str, torch.Tensor], log: Path) ->
         each.step()
     monitor.detach()
     first = moe_layers(model)[0]
-    grad = first.router.weight.grad
-    return {
-        "load": torch.stack(list(balance.load.values())),
-        "bias": first.bias.clone(),
-        "grad": grad.full_tensor() if hasattr(grad, "full_tensor") else grad,
-    }
+    grads = {"router's": first.router.weight.grad, "experts'": first.experts.gate_up_proj.grad}
+    whole = {name: grad.full_tensor() if hasattr(grad, "full_tensor") else grad for name, grad in grads.items()}
+    return {"load": torch.stack(list(balance.load.values())), "bias": first.bias.clone()} | whole
 
 
 def one_rank(rank: int, folder: Path, results) -> None:
@@ -89,8 +90,10 @@ def one_rank(rank: int, folder: Path, results) -> None:
     if not DEALS_INSIDE:
         model = load_model(folder, distributed_config=DistributedConfig(tp_size=2, enable_expert_parallel=True))
         results[rank] = refusals(model, folder)
-    for way, sizes in WAYS.items() if DEALS_INSIDE else ():
-        model = load_model(folder, distributed_config=DistributedConfig(**sizes))
+    for way, (sizes, ours) in WAYS.items() if DEALS_INSIDE else ():
+        named = {"experts_implementation": "moesaic"} if ours == "by name" else {}
+        model = load_model(folder, distributed_config=DistributedConfig(**sizes), **named)
+        model = ms.attach(model) if ours == "attached" else model
         given = batch() if sizes is SHARED else halves()[rank]
         told = recorded(model, given) | learnt(model, given, folder / f"{way}.jsonl")
         results[rank, way] = {name: value.numpy() for name, value in told.items()}
@@ -130,7 +133,7 @@ def test_two_ranks_tell_what_one_does_or_refuse(tmp_path):
         return
     of_halves, of_all = [recorded(model, half) for half in halves()], recorded(model, batch())
     of_all |= learnt(model, batch(), tmp_path / "one.jsonl")
-    for way, sizes in WAYS.items():
+    for way, (sizes, _) in WAYS.items():
         for rank in range(2):
             expected = of_all if sizes is SHARED else of_all | of_halves[rank]
             for name, value in results[rank, way].items():

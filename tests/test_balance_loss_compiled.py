@@ -140,9 +140,9 @@ def test_a_copy_of_a_balanced_model_takes_no_part_until_it_has_a_loss_of_its_own
     other = batch | {"input_ids": batch["input_ids"].flip(1)}
     plain = gradients(model, lambda: model(**other).loss.backward())
     balance = attached("sequence", model)
-    copied = copy.deepcopy(model)
-    if compiled:
-        layer_by_layer(model), layer_by_layer(copied)
+    copied, teacher = copy.deepcopy(model), copy.deepcopy(model)
+    for each in (model, copied, teacher) if compiled else ():
+        layer_by_layer(each)
     expected = gradients(model, lambda: model(**batch).loss.backward())
     assert_same(gradients(copied, lambda: copied(**other).loss.backward()), plain)
     balance.step()
@@ -153,3 +153,5 @@ def test_a_copy_of_a_balanced_model_takes_no_part_until_it_has_a_loss_of_its_own
     assert own.values == balance.values
     own.detach()
     assert not hooked(copied)
+    with torch.no_grad():
+        assert torch.isfinite(teacher(**batch).loss)

@@ -50,8 +50,9 @@ def _place(key: Tensor, tokens: Tensor, positions: Tensor) -> Tensor:
 
 
 def _count(key: Tensor, ids: Tensor, weights: Tensor, n_experts: int) -> Tensor:
-    ledger, name = ledger_of(key)
-    ledger.count(name, ids, n_experts)
+    if is_heard(key):
+        ledger, name = ledger_of(key)
+        ledger.count(name, ids, n_experts)
     return weights.clone()
 
 

@@ -318,3 +318,16 @@ def test_layers_that_the_model_does_not_have_are_refused(model, trace):
     other = replace(trace, layers=("layers.0", "layers.1", "layers.5"))
     with pytest.raises(ValueError, match=r"it has a layer 'layers.5', and 'model.layers.0.mlp' is the first"):
         replay(model, other).__enter__()
+
+
+def test_a_batch_that_is_refused_takes_nothing_from_the_record(model, trace):
+    right, _ = batch_of([0, 1])
+    wrong, _ = batch_of([1, 0])
+    with torch.no_grad():
+        with replay(model, trace, sequences=[0, 1], **OPTIONS):
+            expected = model(**right).logits
+        with replay(model, trace, sequences=[0, 1], **OPTIONS) as replayer:
+            with pytest.raises(ValueError, match="sequence 0"):
+                model(**wrong)
+            assert not replayer.tokens
+            assert torch.equal(model(**right).logits, expected)

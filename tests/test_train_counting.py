@@ -1,5 +1,7 @@
 """Loads counted while forwards run in several threads, and in compiled graphs."""
 
+import contextlib
+import functools
 import threading
 
 import pytest
@@ -187,6 +189,24 @@ def test_a_call_of_a_model_without_its_head_is_a_call_of_the_model(compiled):
     whole(**short)
     model.train()
     body(**plain)
+    balance.step()
+    assert same(balance.load, expected)
+
+
+def test_a_part_whose_error_the_model_catches_takes_nothing_from_the_rest():
+    model, (ids, *_) = small_model().train(), batches(1)
+    expected, forward = loads_of(model, {"input_ids": ids}), model.forward
+    balance = BiasBalance(0.01).attach(model)
+
+    @functools.wraps(forward)
+    def caught(*args, **kwargs):
+        found = forward(*args, **kwargs)
+        with contextlib.suppress(ValueError):
+            model.model()  # without tokens
+        return found
+
+    model.forward = caught
+    model(ids)
     balance.step()
     assert same(balance.load, expected)
 

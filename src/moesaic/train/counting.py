@@ -118,9 +118,9 @@ class LoadCounter:
         if not running.depth:  # it began before anybody counted
             return
         running.depth -= 1
-        if failed:
-            running.pending.clear()
         if not running.depth:
+            if failed:  # and not a part of it whose error it caught
+                running.pending.clear()
             self._settle(running)
 
     def opened_in_graph(

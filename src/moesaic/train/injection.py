@@ -144,8 +144,9 @@ class Ledger:
         call.over = True  # its loss may be noted still
         if failed:
             self._loads, self._values = self._before
-            if call in self._untied:
-                self._untied.remove(call)
+            for waiting in (self._untied, self._idle):
+                if call in waiting:
+                    waiting.remove(call)
 
     def opened_in_graph(
         self, tokens: Tensor, mask: Tensor | None, idle: Tensor | None, cached: bool, *, nested: bool = False

@@ -37,8 +37,16 @@ class Reading:
 
     def take(self, forward: Forward) -> Tensor:
         """Tokens of the trace in the order of this forward's, int64 [n], PADDING or UNRECORDED for others. `forward`
-        as `describe_forward` gives it. ValueError where they are not there, or are other tokens."""
+        as `describe_forward` gives it. ValueError where they are not there, or are other tokens; nothing is then taken.
+        """
         self._before = self._read.clone(), deepcopy(self._numbers)
+        try:
+            return self._take(forward)
+        except ValueError:
+            self.undo()
+            raise
+
+    def _take(self, forward: Forward) -> Tensor:
         kept = torch.ones_like(forward.rows, dtype=torch.bool) if forward.keep is None else forward.keep
         rows = self._numbers.of(forward)
         if self.in_order and len(self._rows) == 1:  # a record that does not tell texts apart is read in its order

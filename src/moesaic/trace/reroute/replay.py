@@ -71,7 +71,7 @@ class Call(NamedTuple):
     """One forward of one layer: which tokens of the trace it held, as Reading gives them, and how to know it again."""
 
     tokens: Tensor
-    mark: Tensor | None
+    mark: Tensor
 
 
 class Replayer:
@@ -105,7 +105,7 @@ class Replayer:
                     hook = router.register_forward_hook(self._own_router(layer), with_kwargs=True, prepend=True)
                     stack.callback(hook.remove)
                     continue
-                assert router is not None  # _check refuses others
+                assert router is not None  # `check` refuses others
                 assert experts is not None
                 stack.callback(router.register_forward_hook(self._look_at_router(layer), with_kwargs=True).remove)
                 hook = experts.register_forward_pre_hook(self._before_experts(layer), with_kwargs=True, prepend=True)
@@ -188,7 +188,7 @@ class Replayer:
             raise ValueError(f"layer {name!r} runs again in the backward of a forward that was not replayed")
         if len(calls) == 1:
             return calls[0].tokens  # nothing to tell apart, so nothing to wait for on a GPU
-        apart = [float((call.mark - mark).abs().max()) for call in calls if call.mark is not None]
+        apart = torch.stack([(call.mark - mark).abs().max() for call in calls]).tolist()
         best = [call.tokens for call, distance in zip(calls, apart, strict=True) if not distance > min(apart)]
         picks = self.trace.picks[self._row[name]]
         if any(not torch.equal(picks[tokens], picks[best[0]]) for tokens in best[1:]):

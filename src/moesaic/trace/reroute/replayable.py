@@ -69,7 +69,8 @@ def refuse_balance(router: nn.Module, name: str) -> None:
     if router.training and (kinds := [kind for kind in vars(router) if kind.startswith("_moesaic_loss_")]):
         raise ValueError(
             f"BalanceLoss({kinds[0].removeprefix('_moesaic_loss_')!r}) would balance what the router of layer {name!r} "
-            "chooses, and its experts run what was recorded: detach() it for replay, which only our own Router balances"
+            "chooses, and its experts run what was recorded: detach() it, or use our own Router, which is balanced "
+            "in replay (of a copy: make it before the BalanceLoss is attached)"
         )
 
 

@@ -60,7 +60,9 @@ def test_every_family_is_replayed_routed_again_and_shown_or_refused_by_its_unkno
         if trace.logits is not None:
             assert not what_if(trace).flipped.any()
     else:
-        with pytest.raises(ValueError, match="is not known"):
+        # a new deepseek_v4 hashes every token to expert 0, as often as it has slots
+        reason = "has expert e0 twice" if family == "deepseek_v4" else "is not known"
+        with pytest.raises(ValueError, match=reason):
             what_if(trace)
         with pytest.raises(ValueError, match="is not known, so its weights cannot be made again"):
             replay(model, trace).__enter__()

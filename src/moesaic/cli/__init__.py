@@ -11,6 +11,7 @@ import typer
 
 from moesaic import __version__
 from moesaic.cli.bench import bench, tune
+from moesaic.cli.bench_generate import generate
 from moesaic.cli.check import check
 from moesaic.cli.compare import compare
 from moesaic.cli.demo import demo
@@ -35,6 +36,7 @@ app = typer.Typer(
 )
 benches = typer.Typer(invoke_without_command=True)
 benches.callback()(bench)
+benches.command()(generate)
 benches.command()(tune)
 # in the order of use: look first, then judge, then what is for builders
 for command in (demo, trace, steps, stats, diff, what_if, check):

@@ -91,7 +91,7 @@ def trace(
     replaces = check_target(out)
     network, tokenizer = load_model(model or TINY)
     most, window = sources.window_of(network, window)
-    network = _moved(network, device)
+    network = moved(network, device)
     tokens = sources.tokens_of(tokenizer, documents, window)
     sources.check_before(network, tokens)
     with quiet_transformers(), progress(WORDS[lang]["reading"], len(tokens.sequences)) as done:
@@ -216,7 +216,7 @@ def _in_words(size: int) -> str:
     return f"{size / 1e6:.1f} MB" if size >= 1e6 else f"{size / 1e3:.1f} kB"
 
 
-def _moved(model: Any, device: str) -> Any:
+def moved(model: Any, device: str) -> Any:
     try:
         return model.to(device)
     except (RuntimeError, AssertionError):  # torch has no one kind for an unknown or a missing device

@@ -143,9 +143,10 @@ def anchors_of(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize(
-    "page", [ROOT / "README.md", DOCS / "README.md", *PAGES], ids=lambda p: f"{p.parent.name}/{p.name}"
-)
+OTHERS = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "docs/README.md", "benchmarks/README.md")]
+
+
+@pytest.mark.parametrize("page", [*OTHERS, *PAGES], ids=lambda p: f"{p.parent.name}/{p.name}")
 def test_links_inside_the_book_resolve(page):
     for target in LINK.findall(FENCE.sub("", page.read_text())):
         if "://" in target:
@@ -154,6 +155,11 @@ def test_links_inside_the_book_resolve(page):
         other = (page.parent / name).resolve() if name else page
         assert other.exists(), f"{page.name}: {target}"
         assert not anchor or anchor in anchors_of(other), f"{page.name}: no heading for {target}"
+
+
+def test_every_report_is_linked_from_the_table_of_its_machine():
+    linked = LINK.findall((ROOT / "benchmarks" / "README.md").read_text())
+    assert {path.name for path in ROOT.glob("benchmarks/20*.md")} <= set(linked)
 
 
 @pytest.mark.parametrize("lang", ["zh", "en"])

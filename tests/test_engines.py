@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from inspect import signature
 
 import numpy as np
 import pytest
@@ -289,6 +290,21 @@ def test_a_spec_is_made_again_from_its_fields(variant):
     spec = VARIANTS[variant][0]
     assert ExpertSpec(*spec.fields) == spec
     assert len(spec.fields) == len(dataclasses.fields(spec))
+
+
+@pytest.mark.parametrize("option", ["batch_invariant", "recompute"])
+@pytest.mark.parametrize("name", HERE)
+def test_an_engine_takes_an_option_or_the_refusal_names_those_that_do(name, option):
+    able = [engine for engine in ENGINES if option in signature(ENGINES[engine]).parameters]
+    x, ids, weights, experts = torch.randn(9, D), ids_of("sentinels", 9), torch.rand(9, K), weights_like(torch.float32)
+    if name in able:
+        engine = select_engine(name, x.device, x.dtype, **{option: True})
+        expected = HERE[name](x, ids, weights, experts, ExpertSpec())
+        assert torch.allclose(engine(x, ids, weights, experts, ExpertSpec()), expected, atol=1e-6)
+    else:
+        message = f"engine='{name}' has no {option}: use one of {', '.join(map(repr, able))}"
+        with pytest.raises(ValueError, match=f"^{message}$"):
+            check_engine(name, **{option: True})
 
 
 def test_engines_are_chosen_by_name_once():

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from inspect import signature
 
 import torch
 from torch import Tensor
@@ -18,12 +19,7 @@ Engine = Callable[..., Tensor]
 
 ENGINES: dict[str, Engine] = {"reference": reference, "grouped": grouped, "cpu": cpu, "triton": gpu.triton}
 AUTO = {"cpu": "cpu", "cuda": "triton"}  # device type -> what "auto" takes there where it can; else "grouped"
-OPTIONS = {
-    "reference": {"batch_invariant"},
-    "grouped": set(),
-    "cpu": {"batch_invariant", "recompute"},
-    "triton": {"batch_invariant", "recompute"},
-}
+OPTIONS = {name: {*signature(engine).parameters} for name, engine in ENGINES.items()}  # so none is forgotten
 
 
 def check_engine(name: str, *, batch_invariant: bool = False, recompute: bool = False) -> str:
@@ -49,9 +45,8 @@ def select_engine(
     if not batch_invariant and not recompute:
         return ENGINES[chosen]
     check_engine(chosen, batch_invariant=batch_invariant, recompute=recompute)
-    if chosen == "reference":  # invariant by definition
-        return reference
-    return partial(ENGINES[chosen], batch_invariant=batch_invariant, recompute=recompute)
+    asked = {"batch_invariant": batch_invariant, "recompute": recompute}
+    return partial(ENGINES[chosen], **{option: True for option, wanted in asked.items() if wanted})
 
 
 @constant_in_graphs  # what a device can is asked while a graph is traced, not in it

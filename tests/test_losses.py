@@ -127,7 +127,7 @@ def test_the_global_batch_loss_of_parts_is_the_switch_loss_of_the_whole():
 
 
 def test_devices_count_as_deepseek_v2_says():
-    config = config_of(k=3, n_group=4, topk_group=2)
+    config = config_of(k=3, topk_method="group_limited_greedy", n_group=4, topk_group=2)
     logits = torch.randn(13, E, dtype=torch.float64)
     p, routing = logits.softmax(-1), routed(logits, config)
     per_device = p.view(13, D, -1).sum(-1).mean(0)
@@ -148,7 +148,9 @@ def test_a_token_may_reach_the_devices_that_its_experts_can_lie_on_unless_groups
     assert communication_loss(routing, config, n_devices=4).item() == pytest.approx(1.0)
     assert communication_loss(routing, config, n_devices=8).item() == pytest.approx(1.0)  # K reach four of them
     assert communication_loss(routing, config, n_devices=4, max_devices=2).item() == pytest.approx(2.0)
-    grouped = config_of(n_group=4, topk_group=2)
+    named = config_of(n_group=4)  # devices that the rule does not limit
+    assert communication_loss(routing, named).item() == pytest.approx(1.0)
+    grouped = config_of(topk_method="group_limited_greedy", n_group=4, topk_group=2)
     assert communication_loss(routing, grouped).item() == pytest.approx(2.0)
     assert communication_loss(routing, grouped, n_devices=8).item() == pytest.approx(1.0)
     with pytest.raises(ValueError, match="max_devices=5 of 4 devices cannot be: use 1 to 4, or leave it out"):

@@ -214,6 +214,8 @@ def test_another_width_is_named_with_what_fits():
 
 def test_repr_says_what_it_does():
     assert repr(Router(v3(16, 4, 2, 4))) == "Router(32 -> top 4 of 16, groups=4 (keep 2), sigmoid, noaux_tc)"
+    unused = v3(16, 4, 2, 4, topk_method="greedy")
+    assert repr(Router(unused)) == "Router(32 -> top 4 of 16, sigmoid, greedy)"
 
 
 def test_load_counts_the_last_training_forward_and_is_not_saved():

@@ -108,6 +108,11 @@ def test_groups_kept_are_not_shown_where_nothing_tells_them():
     assert {c.get_label() for c in picks_only.containers} == {LABELS["zh"]["reached"]}
 
 
+def test_groups_that_the_rule_ignores_are_not_said_to_be_kept():
+    flow = texts(routing_figure(traced(v3(32, 4, 2, 4, topk_method="greedy"))).axes[3])
+    assert LABELS["zh"]["free"] in flow
+
+
 def overlapping(fig):
     """Pairs of texts of one panel that cover each other, and texts that leave the figure."""
     renderer, edges = fig.canvas.get_renderer(), fig.bbox

@@ -166,14 +166,14 @@ def _values(gate: MoEGate, x: Tensor, routing: Routing, trace: Trace, lang: str)
         "w_std": weights.std(), "balance": _balance(trace, lang),
         "has": {
             name for name, there in {
-                "bias": bias is not None, "groups": config.n_group > 1, "scored": not config.score_after_topk,
+                "bias": bias is not None, "groups": config.limits_groups, "scored": not config.score_after_topk,
                 "norm": config.norm_topk_prob and ids.shape[1] > 1,
             }.items() if there
         },
     }  # fmt: skip
     if bias is not None:
         shown["bias_stat"] = _stat(bias)
-    if config.n_group > 1:
+    if config.limits_groups:
         by_group = group_scores(choice, config)
         kept = kept_groups(by_group, config)
         experts = expand_groups(kept, config)

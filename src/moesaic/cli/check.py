@@ -98,7 +98,7 @@ def table_of(report: "Report", lang: str) -> "Table":
     from rich.text import Text
 
     texts, config = TEXTS[lang], report.gate.config
-    groups = texts["groups"].format(kept=config.topk_group, n=config.n_group) if config.n_group > 1 else ""
+    groups = texts["groups"].format(kept=config.topk_group, n=config.n_group) if config.limits_groups else ""
     scoring = config.scoring_func if config.rule_is_known else "?"
     title = texts["title"].format(
         gate=shown(report.gate.name),

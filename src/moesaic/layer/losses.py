@@ -192,9 +192,10 @@ def devices(config: MoEConfig, n_devices: int | None) -> int:
 
 
 def reachable(config: MoEConfig, d: int, max_devices: int | None) -> int:
-    """M: unless given, topk_group where the D devices are the config's groups, else as many as K experts can lie on."""
+    """M: unless given, topk_group where the D devices are groups that the rule limits, else as many as K experts can
+    lie on."""
     if max_devices is None:
-        return config.topk_group if d == config.n_group else min(config.num_experts_per_tok, d)
+        return config.topk_group if config.limits_groups and d == config.n_group else min(config.num_experts_per_tok, d)
     if not 1 <= max_devices <= d:
         raise ValueError(f"max_devices={max_devices} of {d} devices cannot be: use 1 to {d}, or leave it out")
     return max_devices

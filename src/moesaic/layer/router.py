@@ -107,7 +107,7 @@ class Router(nn.Module):
 
     def extra_repr(self) -> str:
         c = self.config
-        groups = f", groups={c.n_group} (keep {c.topk_group})" if c.n_group > 1 else ""
+        groups = f", groups={c.n_group} (keep {c.topk_group})" if c.limits_groups else ""
         sizes = f"{c.hidden_size} -> top {c.num_experts_per_tok} of {c.n_routed_experts}"
         return f"{sizes}{groups}, {c.scoring_func}, {c.topk_method}"
 

@@ -259,7 +259,7 @@ def _draw_flow(axis: "Axes", report: LayerReport, trace: Trace, layer: int, labe
     facts = (
         f"[{t}, {c.hidden_size}]",
         f"[{t}, {c.n_routed_experts}]\n{c.scoring_func}",
-        labels["keep"].format(g=c.n_group, m=c.topk_group) if c.n_group > 1 else labels["free"],
+        labels["keep"].format(g=c.n_group, m=c.topk_group) if c.limits_groups else labels["free"],
         labels["pick"].format(e=c.n_routed_experts, k=c.num_experts_per_tok),
         f"[{t}, {c.num_experts_per_tok}]\n{labels['sum'].format(s=total)}" if total is not None else labels["no_data"],
     )

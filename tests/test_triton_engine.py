@@ -476,3 +476,10 @@ def test_what_auto_takes_on_a_gpu():
     assert select.best_engine("cuda", torch.bfloat16)[0] == "triton"
     assert select.best_engine("cuda", torch.float64)[0] == "grouped"
     assert select.best_engine("mps", torch.bfloat16)[0] == "grouped"
+
+
+def test_auto_asks_the_gpu_that_the_tensors_are_on(monkeypatch):
+    """An A100 that is the current device, and a T4 beside it."""
+    monkeypatch.setattr(room, "_capability", {None: (8, 0), 0: (8, 0), 1: (7, 5)}.get)
+    assert select.select_engine("auto", torch.device("cuda", 0), torch.float16) is select.ENGINES["triton"]
+    assert select.select_engine("auto", torch.device("cuda", 1), torch.float16) is select.ENGINES["grouped"]

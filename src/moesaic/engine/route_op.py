@@ -107,7 +107,7 @@ def serves(logits: Tensor, bias: Tensor | None, config: MoEConfig, replay: Tenso
     """
     widened = config.score_dtype == "float32" and logits.dtype in (torch.bfloat16, torch.float16)
     return (
-        not gpu.why_not("cuda")
+        not gpu.why_not("cuda", index=logits.device.index)
         and (widened or logits.dtype == torch.float32)
         and (bias is None or _fits_bias(bias, logits))
         and (replay is None or _fits(replay, logits, config.num_experts_per_tok))

@@ -1,4 +1,4 @@
-"""Name -> engine. A named engine is taken or refused; only "auto" chooses, by device type and dtype."""
+"""Name -> engine. A named engine is taken or refused; only "auto" chooses, by device and dtype."""
 
 from collections.abc import Callable
 from functools import partial
@@ -41,7 +41,7 @@ def select_engine(
     name: str, device: torch.device, dtype: torch.dtype, *, batch_invariant: bool = False, recompute: bool = False
 ) -> Engine:
     """The engine for tensors of this device and dtype. "auto" takes what `best_engine` names."""
-    chosen = _auto(device.type, dtype) if name == "auto" else name
+    chosen = _auto(device.type, dtype, device.index) if name == "auto" else name
     if not batch_invariant and not recompute:
         return ENGINES[chosen]
     check_engine(chosen, batch_invariant=batch_invariant, recompute=recompute)
@@ -50,9 +50,9 @@ def select_engine(
 
 
 @constant_in_graphs  # what a device can is asked while a graph is traced, not in it
-def _auto(device_type: str, dtype: torch.dtype) -> str:
+def _auto(device_type: str, dtype: torch.dtype, index: int | None = None) -> str:
     chosen = AUTO.get(device_type, "grouped")
-    return "grouped" if chosen == "triton" and gpu.why_not(device_type, dtype) else chosen
+    return "grouped" if chosen == "triton" and gpu.why_not(device_type, dtype, index) else chosen
 
 
 def best_engine(device_type: str, dtype: torch.dtype) -> tuple[str, str]:

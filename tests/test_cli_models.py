@@ -120,6 +120,7 @@ def test_a_preset_shows_every_field_with_its_value_and_spelling(run):
         ("megatron", "group_score=k_over_m_sum"),
         ("classic", "relu"),
         ("kimi_k2", "noaux_tc"),
+        ("openai_privacy_filter", "1/K"),
     ],
 )
 def test_every_kind_of_name_is_answered(run, name, said):

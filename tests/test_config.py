@@ -152,6 +152,11 @@ def test_from_hf_refuses_what_it_cannot_know(tmp_path):
         MoEConfig.from_hf(CONFIG_MAPPING["phimoe"]())  # it chooses by a comparison of its own
     with pytest.raises(ValueError, match="hidden_size is missing"):
         MoEConfig.from_hf({"model_type": "mixtral", "num_experts": 8, "num_experts_per_tok": 2})
+    divided_by_k = {"model_type": "openai_privacy_filter", "hidden_size": 8, "num_local_experts": 4}
+    with pytest.raises(ValueError, match="num_experts_per_tok is missing from the config"):
+        MoEConfig.from_hf(divided_by_k)
+    with pytest.raises(ValueError, match="num_experts_per_tok=0 must be at least 1"):
+        MoEConfig.from_hf({**divided_by_k, "num_experts_per_tok": 0})
     with pytest.raises(ValueError, match=r"nowhere: no such file or folder: give a model folder or a config\.json"):
         MoEConfig.from_hf(tmp_path / "nowhere")
     (tmp_path / "config.json").write_text("{")

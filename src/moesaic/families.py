@@ -1,6 +1,6 @@
 """Released models as data: presets, how each Hugging Face family spells, routes and computes, where codes disagree."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 # How families route: only what their config.json does not say itself.
@@ -34,16 +34,7 @@ ALL_IN_MODEL_DTYPE = {**IN_MODEL_DTYPE, "score_dtype": "model"}
 GROUPS = ("n_group", "topk_group", "norm_topk_prob", "routed_scaling_factor")
 SOFTMAX_OF_KEPT = {**SOFTMAX, "score_after_topk": True, "norm_topk_prob": False}
 ALWAYS_NORMALISED = {"norm_topk_prob": True, "norm_eps": 0.0}
-Rules = dict[str, Any] | Callable[[Mapping[str, Any]], dict[str, Any]]
-
-
-def _openai_privacy_filter(given: Mapping[str, Any]) -> dict[str, Any]:
-    """The weights of gpt-oss, divided by K."""
-    scale = 1.0 / given["num_experts_per_tok"]
-    return {**SOFTMAX_OF_KEPT, "router_dtype": "float32", "router_bias": True, "routed_scaling_factor": scale}
-
-
-ROUTING: dict[str, tuple[Rules, tuple[str, ...]]] = {
+ROUTING: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     **dict.fromkeys(
         (
             "axk1", "bailing_hybrid", "deepseek_v32", "dots3_note_text", "exaone_moe", "glm4_moe_lite",
@@ -101,7 +92,9 @@ ROUTING: dict[str, tuple[Rules, tuple[str, ...]]] = {
         ("n_group", "topk_group", "routed_scaling_factor"),
     ),
     "muse_spark_text": ({**V3, "norm_topk_prob": True, "norm_eps": 1e-15}, ("routed_scaling_factor",)),
-    "openai_privacy_filter": (_openai_privacy_filter, ()),
+    "openai_privacy_filter": (  # the weights of gpt-oss, divided by K
+        {**SOFTMAX_OF_KEPT, "router_dtype": "float32", "router_bias": True, "routed_scaling_factor": "1/K"}, (),
+    ),
     **dict.fromkeys(
         ("flex_olmo", "mellum", "qwen3_next"),
         (SOFTMAX, ("norm_topk_prob",)),
@@ -145,7 +138,7 @@ def rule_of(family: str) -> dict[str, Any] | None:
     if family in FAMILIES:
         return FAMILIES[family]
     rules, _ = ROUTING.get(family) or ROUTING.get(f"{family}_text") or (None, ())
-    return rules({"num_experts_per_tok": 1}) if callable(rules) else rules
+    return rules
 
 
 PRESETS: dict[str, dict[str, Any]] = {

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from moesaic.families import ALIASES, FAMILIES, FIXED, GATE_SIZES, ROUTING, Rules
+from moesaic.families import ALIASES, FAMILIES, FIXED, GATE_SIZES, ROUTING
 from moesaic.strict_json import parsed
 
 MOST_BYTES = 64 << 20  # the largest published ones hold some 100 KiB
@@ -41,7 +41,12 @@ def read_family(source: Any, known: set[str]) -> dict[str, Any]:
             f"model_type={model_type!r} has no experts (no {', '.join(ALIASES['n_routed_experts'])}): not an MoE model"
         )
     if model_type in ROUTING:
-        return _read_gate(given, *ROUTING[model_type])
+        rules, read = ROUTING[model_type]
+        fields = _with_sizes({**rules, **_given(given, {*read, *GATE_SIZES})})
+        if rules.get("routed_scaling_factor") == "1/K":
+            k = fields["num_experts_per_tok"]
+            fields["routed_scaling_factor"] = 1 / k if type(k) is int and k else 1.0  # MoEConfig refuses another K
+        return fields
     if model_type and model_type not in FAMILIES and not {"scoring_func", "topk_method"} <= given.keys():
         raise ValueError(
             f"model_type={model_type!r} is not a family known here and its config has no scoring_func and topk_method: "
@@ -57,12 +62,6 @@ def text_part(source: Any) -> dict[str, Any]:
     inner = given.get("text_config")
     has_parts = isinstance(inner, Mapping) or hasattr(inner, "to_dict")
     return _as_dict(inner) if has_parts and not any(given.get(name) for name in ALIASES["n_routed_experts"]) else given
-
-
-def _read_gate(given: Mapping[str, Any], rules: Rules, decided: tuple[str, ...]) -> dict[str, Any]:
-    """The fields of a family of which only the routing is known."""
-    fixed = rules(given) if callable(rules) else rules
-    return _with_sizes({**fixed, **_given(given, {*decided, *GATE_SIZES})})
 
 
 def _given(given: Mapping[str, Any], names: set[str]) -> dict[str, Any]:

@@ -211,10 +211,7 @@ CONVENTIONS: dict[str, dict[str, Any] | Callable[[Any], dict[str, Any]]] = {
 }
 
 # Preset -> its family in transformers; the classic MoE is none of them.
-FAMILY_OF = {
-    "deepseek-v3": "deepseek_v3", "deepseek-v2": "deepseek_v2", "glm4-moe": "glm4_moe", "mixtral": "mixtral",
-    "qwen3-moe": "qwen3_moe", "olmoe": "olmoe", "gpt-oss": "gpt_oss",
-}  # fmt: skip
+FAMILY_OF = {name: family for name in PRESETS if (family := name.replace("-", "_")) in FAMILIES}
 # Family -> our field -> how its config.json of transformers 5.24 spells it; most fields of V3 have our own names.
 SIZES = ("hidden_size", "n_routed_experts", "num_experts_per_tok", "moe_intermediate_size", "hidden_act")
 OWN = dict.fromkeys(SIZES)  # spelled as ours

@@ -42,18 +42,20 @@ def read_family(source: Any, known: set[str]) -> dict[str, Any]:
         )
     if model_type in ROUTING:
         rules, read = ROUTING[model_type]
-        fields = _with_sizes({**rules, **_given(given, {*read, *GATE_SIZES})})
-        if rules.get("routed_scaling_factor") == "1/K":
-            k = fields["num_experts_per_tok"]
-            fields["routed_scaling_factor"] = 1 / k if type(k) is int and k else 1.0  # MoEConfig refuses another K
-        return fields
-    if model_type and model_type not in FAMILIES and not {"scoring_func", "topk_method"} <= given.keys():
+    elif model_type and model_type not in FAMILIES and not {"scoring_func", "topk_method"} <= given.keys():
         raise ValueError(
             f"model_type={model_type!r} is not a family known here and its config has no scoring_func and topk_method: "
             f"build MoEConfig(...) by hand, or use one of {', '.join(FAMILIES)}"
         )
-    read = known - set(FIXED.get(model_type, ()))
-    return _with_sizes({**FAMILIES.get(model_type, {}), **_given(given, read)})
+    else:
+        rules, read = FAMILIES.get(model_type, {}), known - set(FIXED.get(model_type, ()))
+    fields = {**rules, **_given(given, {*read, *GATE_SIZES})}
+    if missing := {"hidden_size", "num_experts_per_tok"} - set(fields):
+        raise ValueError(f"{min(missing)} is missing from the config: add it")
+    if rules.get("routed_scaling_factor") == "1/K":
+        k = fields["num_experts_per_tok"]
+        fields["routed_scaling_factor"] = 1 / k if type(k) is int and k else 1.0  # MoEConfig refuses another K
+    return fields
 
 
 def text_part(source: Any) -> dict[str, Any]:
@@ -68,12 +70,6 @@ def _given(given: Mapping[str, Any], names: set[str]) -> dict[str, Any]:
     """What a config sets of these fields, whatever it calls them."""
     found = {name: next((a for a in ALIASES.get(name, (name,)) if a in given), None) for name in names}
     return {name: given[alias] for name, alias in found.items() if alias is not None}
-
-
-def _with_sizes(fields: dict[str, Any]) -> dict[str, Any]:
-    if missing := {"hidden_size", "num_experts_per_tok"} - set(fields):
-        raise ValueError(f"{min(missing)} is missing from the config: add it")
-    return fields
 
 
 def _as_dict(source: Any) -> dict[str, Any]:

@@ -274,8 +274,9 @@ def test_shared_gate_scales_the_shared_experts():
 def test_the_gate_alone_and_the_layer_without_shared_experts_say_what_they_lack():
     with pytest.raises(ValueError, match="moe_intermediate_size=None makes a gate without experts"):
         MoE(v3(16, 4, 2, 4, moe_intermediate_size=None))
-    with pytest.raises(ValueError, match="n_shared_experts=2 needs a layer that has them: use DeepseekV3MoE"):
-        MoE(v3(16, 4, 2, 4, n_shared_experts=2))
+    for layer in (MoE, type("Block", (MoE,), {})):
+        with pytest.raises(ValueError, match="n_shared_experts=2 needs a layer that has them: use DeepseekV3MoE"):
+            layer(v3(16, 4, 2, 4, n_shared_experts=2))
     with pytest.raises(ValueError, match="engine='warp' is unknown"):
         MoE(v3(16, 4, 2, 4), engine="warp")
 

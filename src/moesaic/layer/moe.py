@@ -28,7 +28,7 @@ class MoE(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if config.n_shared_experts and type(self) is MoE:
+        if config.n_shared_experts and not isinstance(self, DeepseekV3MoE):
             raise ValueError(
                 f"n_shared_experts={config.n_shared_experts} needs a layer that has them: use DeepseekV3MoE"
             )

@@ -156,7 +156,7 @@ class MoEConfig:
                 raise ValueError(f"{name}={value!r} is not a bool: use True or False")
             elif kind is int and (isinstance(value, bool) or not isinstance(value, Integral)):
                 raise ValueError(f"{name}={value!r} is not an integer: give a whole number, unquoted")
-            elif kind is float and (isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value)):
+            elif kind is float and (isinstance(value, bool) or not isinstance(value, Real) or not _is_finite(value)):
                 raise ValueError(f"{name}={value!r} is not a finite number: give one such as 1.0")
             else:
                 object.__setattr__(self, name, kind(value))  # numpy's integers, or 1 for 1.0: one spelling, one digest
@@ -189,7 +189,7 @@ class MoEConfig:
         if experts % groups:
             raise ValueError(
                 f"n_routed_experts={experts} is not a multiple of n_group={groups}: "
-                f"use {math.ceil(experts / groups) * groups} experts or n_group={_divisor_near(experts, groups)}"
+                f"use {-(-experts // groups) * groups} experts or n_group={_divisor_near(experts, groups)}"
             )
         if kept > groups:
             raise ValueError(f"topk_group={kept} exceeds n_group={groups}: use at most {groups}")
@@ -204,7 +204,7 @@ class MoEConfig:
         if k > within_reach:
             raise ValueError(
                 f"num_experts_per_tok={k} exceeds the {within_reach} experts of topk_group={kept} groups: "
-                f"use topk_group={math.ceil(k / self.experts_per_group)} or num_experts_per_tok={within_reach}"
+                f"use topk_group={-(-k // self.experts_per_group)} or num_experts_per_tok={within_reach}"
             )
         if self.group_score_rule == "k_over_m_sum" and not 1 <= k // kept <= self.experts_per_group:
             raise ValueError(
@@ -244,6 +244,13 @@ SIZES = (
     "hidden_size", "n_routed_experts", "num_experts_per_tok", "moe_intermediate_size", "output_size",
     "n_shared_experts", "shared_expert_intermediate_size", "n_group", "topk_group",
 )  # fmt: skip
+
+
+def _is_finite(value: Real) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number beyond every float
+        return False
 
 
 def _divisor_near(n: int, wanted: int) -> int:

@@ -79,7 +79,7 @@ def _config(entry: object) -> MoEConfig:
         raise ValueError("a config is not described by hash and fields")
     try:
         config = MoEConfig(**entry["fields"])
-    except (TypeError, ValueError, OverflowError) as error:
+    except (TypeError, ValueError) as error:
         raise ValueError(f"a config is not lawful ({str(error)[:200]})") from None
     if entry["hash"] != (due := digest_of(entry["fields"])):
         raise ValueError(f"a config has the hash {str(entry['hash'])[:20]!r}, its fields give {due!r}")

@@ -121,6 +121,8 @@ def test_a_router_born_on_meta_gets_a_zero_bias_and_takes_a_checkpoint():
     with torch.device("meta"):
         router = Router(v3(16, 4, 2, 4))
     assert router.e_score_correction_bias.is_meta
+    routing = router(torch.empty(3, 32, device="meta"))  # which has no autocast
+    assert (routing.logits.shape, routing.weights.shape) == ((3, 16), (3, 4))
     router = router.to_empty(device="cpu")
     assert router.e_score_correction_bias.eq(0).all()
     router.load_state_dict(router_with_bias().state_dict(), assign=True)

@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from moesaic.config import MoEConfig
+from moesaic.engine.checks import autocasts
 from moesaic.engine.route_op import run_route
 from moesaic.layer.balance import expert_load
 from moesaic.rules import route
@@ -90,7 +91,7 @@ class Router(nn.Module):
         if self.config.router_dtype == "float32":  # promoted rather than cast, so that float64 stays exact
             wide = torch.promote_types(tokens.dtype, torch.float32)
             tokens, weight, bias = tokens.to(wide), weight.to(wide), None if bias is None else bias.to(wide)
-            if torch.is_autocast_enabled(tokens.device.type):  # asking takes 0.3 us, the context 5
+            if autocasts(tokens):  # asking takes 0.5 us, the context 5
                 with torch.autocast(tokens.device.type, enabled=False):
                     return F.linear(tokens, weight, bias)
         return F.linear(tokens, weight, bias)

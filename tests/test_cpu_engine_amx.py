@@ -110,6 +110,16 @@ def test_what_is_recomputed_is_what_was_kept(wanted):
     assert all(torch.equal(a, b) for a, b in zip(kept, again, strict=True))
 
 
+def test_matrices_of_two_layouts_make_a_layer():
+    """`up` as HF has it, which AMX multiplies, and `down` a transposed view, which it does not; 21 rows."""
+    x, ids, weights, experts = problem(7, 32, 24, dtype=torch.bfloat16)
+    view = experts.down.detach().mT.contiguous().mT
+    with torch.no_grad():
+        expected = cpu(x, ids, weights, experts, ExpertSpec())
+        out = cpu(x, ids, weights, experts._replace(down=view), ExpertSpec())
+    torch.testing.assert_close(out, expected)
+
+
 @pytest.mark.parametrize("transposed", [False, True])
 def test_what_is_added_to_rows_is_row_major(monkeypatch, transposed):
     """Adding columns takes 4.5 instead of 0.5 ms for 512 x 2048: column-major are the forward's products with weights

@@ -120,6 +120,8 @@ class Multiply:
     ) -> Tensor:
         """By torch's own loop over the experts, in parts of the weights where that is faster."""
         weights, step = stack[loads.span], part_of(stack, table, loads.average)
+        if x.stride(0) == 1 and x.stride(1) * x.dtype.itemsize % 16:  # as `_turned` left it, which the loop refuses
+            x = x.contiguous()
         if step >= stack.shape[2]:
             result = F.grouped_mm(x, weights, offs=loads.offsets)
             return result if out is None else out.copy_(result)

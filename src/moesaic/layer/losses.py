@@ -156,7 +156,7 @@ def chosen_share(routing: Routing, config: MoEConfig, mask: Mask = None) -> Floa
     """f: assignments per expert over those at perfect balance, from the ids that were used; float64, as counts are."""
     ids = masked_ids(routing, config, mask)
     load = expert_load(ids, config.n_routed_experts).double()
-    return load * config.n_routed_experts / (ids.shape[-1] * token_count(load, mask, len(ids)))
+    return load * config.n_routed_experts / (ids.shape[-1] * token_count(ids, mask))
 
 
 def wide_logits(routing: Routing, mask: Mask) -> Float[Tensor, "T E"]:
@@ -173,11 +173,10 @@ def masked_ids(routing: Routing, config: MoEConfig, mask: Mask) -> Int[Tensor, "
     return ids if mask is None else ids.masked_fill(~mask.unsqueeze(-1), config.n_routed_experts)
 
 
-def token_count(like: Float[Tensor, "*any"], mask: Mask, n_tokens: int | None = None) -> Float[Tensor, ""]:
+def token_count(like: Num[Tensor, "T *any"], mask: Mask) -> Num[Tensor, ""]:
     """How many tokens there are, at least 1, so that nothing divides by 0. Without a mask the rows of `like`."""
-    if mask is not None:
-        return mask.sum().to(like.dtype).clamp_min(1)
-    return like.new_full((), max(1, len(like) if n_tokens is None else n_tokens))
+    n = like.new_full((), len(like)) if mask is None else mask.sum().to(like.dtype)
+    return n.clamp_min(1)
 
 
 def devices(config: MoEConfig, n_devices: int | None) -> int:

@@ -38,6 +38,13 @@ def run_trainer(model, folder, data, balance=None, *, kind=Trainer, **arguments)
     return model
 
 
+class Interrupted(Trainer):
+    """Its first step ends as by Ctrl-C, which the Trainer tells no callback."""
+
+    def training_step(self, *_args, **_kwargs):
+        raise KeyboardInterrupt
+
+
 def rows_of(count, length=8):
     ids = torch.randint(3, 64, (count, length), generator=torch.Generator().manual_seed(1))
     return [{"input_ids": row, "labels": row} for row in ids]
@@ -61,6 +68,29 @@ def test_the_trainer_accumulates_to_the_same_step_as_one_large_batch(tmp_path, k
     for name, parameter in moved[0].items():
         for other in moved[1:]:
             torch.testing.assert_close(parameter, other[name], rtol=0, atol=1e-7)  # its loss is float32
+
+
+def test_a_trainer_that_was_interrupted_leaves_the_model_to_the_next_one(tmp_path):
+    """Whatever kind of loss that one has: the old loss is no part of its gradient."""
+    model, left = model_of(), [BalanceLoss(kind, ALPHA) for kind in ("switch", "z")]
+    for balance in left:
+        with pytest.raises(KeyboardInterrupt):
+            run_trainer(model, tmp_path, rows_of(2), balance, kind=Interrupted)
+    again, expected = (run_trainer(m, tmp_path, rows_of(2), BalanceLoss("z", ALPHA)) for m in (model, model_of()))
+    assert not hooked(again)
+    for one, other in zip(again.parameters(), expected.parameters(), strict=True):
+        assert torch.equal(one, other)
+    with pytest.raises(ValueError, match="attached to no model"):
+        left[1].step()
+
+
+def test_a_trainer_leaves_a_loss_of_ones_own_loop_alone_and_refuses_a_second_of_its_kind(tmp_path):
+    model = model_of()
+    balance = attached("switch", model)
+    run_trainer(model, tmp_path, rows_of(2), BalanceLoss("z", ALPHA))
+    balance.step()
+    with pytest.raises(ValueError, match="has a BalanceLoss of kind 'switch' already"):
+        run_trainer(model, tmp_path, rows_of(2), BalanceLoss("switch", ALPHA))
 
 
 def test_micro_batches_weigh_by_their_labels(tmp_path):

@@ -16,7 +16,7 @@ from moesaic.layer.losses import LOSSES, devices, reachable
 from moesaic.trace.recording.calls import listening
 from moesaic.trace.recording.forwards import bodies_in, models_in
 from moesaic.train.balance_operators import after_model, after_router, before_model
-from moesaic.train.injection import Ledger, is_heard
+from moesaic.train.injection import Ledger, is_heard, ledger_of
 from moesaic.train.own_loss import warn_of_own_loss
 
 
@@ -70,6 +70,7 @@ class BalanceLoss(TrainerCallback):
         self._ledger: Ledger | None = None
         self._key: Tensor | None = None
         self._stepped = False
+        self._training: Any = None  # the state of the Trainer that attached it
 
     # a loop of your own
 
@@ -79,15 +80,14 @@ class BalanceLoss(TrainerCallback):
         layers = moe_layers(model)
         for layer in layers:
             _check_layer(layer, self.kind, self.options)
-            key = vars(layer.router).get(self._attribute)
-            if key is not None and is_heard(key):
-                raise ValueError(
-                    f"{type(model).__name__} has a BalanceLoss of kind {self.kind!r} already: its gradient would count "
-                    "twice; call its detach() first"
-                )
+        if any(other.kind == self.kind for other in _balancing(layers)):
+            raise ValueError(
+                f"{type(model).__name__} has a BalanceLoss of kind {self.kind!r} already: its gradient would count "
+                "twice; call its detach() first"
+            )
         torch.compiler.reset()  # guards of graphs that were compiled before do not notice hooks that come after
         ledger = Ledger(
-            lambda: self.alpha,
+            self,
             sums_load=self.kind == "global_batch",
             splits_sequences=self.kind == "sequence",
             group=self.group,
@@ -138,12 +138,12 @@ class BalanceLoss(TrainerCallback):
 
     @property
     def _attribute(self) -> str:
-        return f"_moesaic_loss_{self.kind}"
+        return f"{KEY}{self.kind}"
 
     def detach(self) -> None:
         """Take the hooks off the model."""
         self._hooks.close()
-        self._ledger = self._key = None
+        self._ledger = self._key = self._training = None
 
     def __call__(self, loss: Float[Tensor, ""], *, share: float | Tensor | None = None) -> Float[Tensor, ""]:
         """The same loss, by whose gradient the balancing is scaled: of all forwards since the last one given.
@@ -170,7 +170,11 @@ class BalanceLoss(TrainerCallback):
     # transformers' Trainer
 
     def on_train_begin(self, args, state, control, **kwargs):  # noqa: ARG002 (the Trainer's signature)
+        for other in _balancing(moe_layers(kwargs["model"])):
+            if other._training is not None and other._training is not state:
+                other.detach()  # an error or Ctrl-C ended its Trainer, which tells no callback
         self.attach(kwargs["model"])
+        self._training = state
         if self.kind != "z":  # which balances nothing
             warn_of_own_loss(kwargs["model"], args)
 
@@ -181,6 +185,7 @@ class BalanceLoss(TrainerCallback):
         self.detach()
 
 
+KEY = "_moesaic_loss_"  # on a balanced module, with the kind after it: by which the operators find who balances it
 NOTHING_SEEN = (
     "BalanceLoss saw no router in this step: is the model that trains the one it is attached to, in training mode and "
     "with gradients on?"
@@ -212,6 +217,13 @@ def _check_layer(layer: MoELayer, kind: str, options: dict[str, int]) -> None:
                 f"{layer.name}: all experts are on one device, which is always balanced: use n_devices=2 or more"
             )
         reachable(layer.config, d, options.get("max_devices"))
+
+
+def _balancing(layers: list[MoELayer]) -> list[BalanceLoss]:
+    """Every BalanceLoss, of any kind, that these layers have."""
+    found = (item for layer in layers if layer.router is not None for item in vars(layer.router).items())
+    keys = (value for name, value in found if name.startswith(KEY) and is_heard(value))
+    return list(dict.fromkeys(ledger_of(key)[0].owner for key in keys))
 
 
 def _forget_copied(module: nn.Module, attribute: str) -> None:

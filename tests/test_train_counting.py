@@ -2,7 +2,9 @@
 
 import contextlib
 import functools
+import gc
 import threading
+import weakref
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from moesaic.hf.modules import moe_layers
 from moesaic.train import counting
 from moesaic.train.bias_balance import BiasBalance
 from moesaic.train.counting import LoadCounter, token_mask
+from moesaic.train.monitor.load_monitor import LoadMonitor
 
 
 def in_threads(*runs) -> list[BaseException | None]:
@@ -52,6 +55,22 @@ def loads_of(model, *calls) -> dict[str, torch.Tensor]:
         model(**call)
     counter.remove()
     return counter.take()
+
+
+@pytest.mark.filterwarnings("ignore:.*unclosed file")  # the log, which nobody closes either
+@pytest.mark.parametrize("watch", [lambda _folder: BiasBalance(), LoadMonitor], ids=["balance", "monitor"])
+def test_whoever_is_dropped_without_detach_lets_go_of_the_model(tmp_path, watch):
+    """As a cell of a notebook leaves it that is stopped, or run again."""
+    model = small_model().train()
+    watching = watch(tmp_path / "first").attach(model)
+    model(batches(1)[0])
+    del watching
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
+    watching, gone = watch(tmp_path / "second").attach(model), weakref.ref(model)
+    model(batches(1)[0])
+    del watching, model
+    gc.collect()
+    assert gone() is None
 
 
 def padded(ids: torch.Tensor, start: int) -> dict[str, torch.Tensor]:

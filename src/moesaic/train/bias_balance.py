@@ -98,6 +98,7 @@ class BiasBalance(TrainerCallback):
         _warn_of_adapters(model, layers)
         homes = {layer.name: _home(layer) for layer in layers}
         self._counter = LoadCounter(model, layers, training=True)
+        self._uncount = weakref.finalize(self, self._counter.remove)  # hooks keep the model alive
         for home in homes.values():
             _widen(home)
             _attached[home.owner] = weakref.ref(self)
@@ -107,7 +108,7 @@ class BiasBalance(TrainerCallback):
     def detach(self) -> None:
         """Take the counting off the model; the biases stay as they are."""
         if self._counter is not None:
-            self._counter.remove()
+            self._uncount()
             for home in self._homes.values():
                 _attached.pop(home.owner, None)
         self._counter = self._training = None

@@ -4,6 +4,7 @@ import hashlib
 import shlex
 import sys
 import time
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from itertools import accumulate, pairwise
@@ -114,6 +115,7 @@ class LoadMonitor(TrainerCallback):
         if isinstance(after, str):
             raise ValueError(after)
         self._counter = LoadCounter(model, self._layers, training=True)
+        self._uncount = weakref.finalize(self, self._counter.remove)  # hooks keep the model alive
         self.steps = self._written = after
         self._losses, self._pending, self._chosen = [], None, None
         return self
@@ -277,7 +279,7 @@ class LoadMonitor(TrainerCallback):
 
     def _release(self) -> None:
         if self._counter is not None:
-            self._counter.remove()
+            self._uncount()
         if self._log is not None:
             self._log.close()
         self._counter = self._log = self._judge = self._pending = None

@@ -24,10 +24,6 @@ NOT_TIED = (
     "compute the loss (give it labels), or write `loss = balance_loss(loss)` before loss.backward(), in a Trainer at "
     "the end of a compute_loss of your own"
 )
-NOT_TOLD = (
-    "which of several forwards without gradients this backward runs again cannot be told: checkpoint the model with "
-    "use_reentrant=False, or its layers rather than the model"
-)
 _numbers = itertools.count()
 # by the number in a module's key: whose it is, the layer's name, and the key; a copy of the module has a copy of that
 _ledgers: dict[int, tuple["Ledger", str, Tensor]] = {}
@@ -38,7 +34,7 @@ class Pass:
     """One run of a layer in a call; a looped model has several. chosen: what its tokens chose, padding with them."""
 
     chosen: Float[Tensor, " E"]
-    load: Float[Tensor, " E"] | None = None  # of the step so far, over all ranks
+    load: Float[Tensor, " E"] | None = None  # of the step so far, over all ranks; None until it is known to train
     valued: bool = False
 
 
@@ -93,7 +89,8 @@ class Ledger:
         self._calls: OrderedDict[int, Call] = OrderedDict()
         self._notes: OrderedDict[int, tuple[list[Call], bool, Tensor | None]] = OrderedDict()
         self._untied: deque[Call] = deque(maxlen=REMEMBERED)
-        self._idle: deque[Call] = deque(maxlen=2)  # without gradients, as reentrant checkpointing runs a whole model
+        # without gradients, as reentrant checkpointing runs a whole model first, or as a text is generated
+        self._idle: deque[Call] = deque(maxlen=REMEMBERED)
         self._noted: dict[int, Call] = {}  # in the backward that runs
         self._again: set[Pass] = set()  # what that backward has run again
         self._asking: dict[str, tuple[Call, Pass]] = {}
@@ -177,6 +174,7 @@ class Ledger:
     def describe(self, name: str, ids: Int[Tensor, "T K"], n_experts: int) -> tuple[Tensor, Tensor, Tensor]:
         """Mask [T], sequence of each token [T], and load of the step so far [E], for one call of a layer."""
         call, found = self._asking[name] = self._pass_of(name, ids, n_experts)
+        self._sum_load(name, call, found, ids)
         sequences = torch.zeros(len(ids), dtype=torch.int64, device=ids.device)
         if self.splits_sequences and len(ids):
             sequences = call.sequences_of(name, ids)
@@ -185,10 +183,12 @@ class Ledger:
         return call.mask_of(ids), sequences, load
 
     def count(self, name: str, ids: Int[Tensor, "T K"], n_experts: int) -> None:
-        """Remember a layer that checkpointing runs without gradients: its recomputation comes after other layers."""
+        """Remember a layer that runs without gradients: checkpointing may run it again, after other layers."""
         call = self._current
-        if call is not None and call.trains and not call.over and not is_recompute():
-            self._begin_pass(call, name, ids, n_experts)
+        if call is not None and not call.over and not is_recompute():
+            found = self._begin_pass(call, name, ids, n_experts)
+            if call.trains:
+                self._sum_load(name, call, found, ids)
 
     def value(self, name: str, loss: Float[Tensor, ""]) -> int:
         """Keep the value of a layer; returns the number of the call it is of."""
@@ -241,20 +241,16 @@ class Ledger:
 
         Of several it is the one that chose the same experts: nothing else tells passes and calls apart, since some of
         them may be in no loss, and what checkpointing recomputes at once may hold several. Of those that chose alike,
-        as of a batch that comes twice, it is the last that was not run again yet: a backward goes from the last on.
+        as of a batch that comes twice, it is the last that was not run again yet: a backward goes from the last on. One
+        of a call without gradients comes after all others: it need not be a checkpoint's.
         """
         if not is_recompute():
             call = self._begin(True) if self._current is None or self._current.over else self._current
             return call, self._begin_pass(call, name, ids, n_experts)
-        if not self._noted:
-            raise ValueError(NOT_TIED)
         passes = [(call, found) for call in self._noted.values() for found in call.passes.get(name, ())[::-1]]
-        if not passes:  # the whole model ran in a checkpoint: nothing was heard of it
-            calls = [call for call in self._noted.values() if not call.trains] or list(self._noted.values())
-            if len(calls) > 1:
-                raise ValueError(f"{name}: {NOT_TOLD}")
-            return calls[0], self._begin_pass(calls[0], name, ids, n_experts)
-        passes.sort(key=lambda one: (one[1] in self._again, -one[0].number))
+        if not passes:
+            raise ValueError(NOT_TIED)
+        passes.sort(key=lambda one: (not one[0].trains, one[1] in self._again, -one[0].number))
         nearest = 0
         if len(passes) > 1:
             chosen = expert_load(ids, n_experts)
@@ -264,13 +260,18 @@ class Ledger:
 
     def _begin_pass(self, call: Call, name: str, ids: Int[Tensor, "T K"], n_experts: int) -> Pass:
         found = Pass(expert_load(ids, n_experts))
-        if self.sums_load:
-            load = expert_load(ids.masked_fill(~call.mask_of(ids).unsqueeze(-1), n_experts), n_experts).double()
-            if torch.distributed.is_available() and torch.distributed.is_initialized():
-                torch.distributed.all_reduce(load, group=self.group)
-            found.load = self._loads[name] = self._loads.get(name, 0.0) + load
         call.passes.setdefault(name, []).append(found)
         return found
+
+    def _sum_load(self, name: str, call: Call, found: Pass, ids: Int[Tensor, "T K"]) -> None:
+        """Once a pass; all ranks in the same order."""
+        if not self.sums_load or found.load is not None:
+            return
+        n_experts = len(found.chosen)
+        load = expert_load(ids.masked_fill(~call.mask_of(ids).unsqueeze(-1), n_experts), n_experts).double()
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(load, group=self.group)
+        found.load = self._loads[name] = self._loads.get(name, 0.0) + load
 
 
 def sequence_numbers(positions: Int[Tensor, "R S"]) -> Int[Tensor, " T"]:

@@ -17,7 +17,7 @@ from transformers import (
 )
 
 import moesaic as ms
-from moesaic.hf.modules import bias_home, moe_layers
+from moesaic.hf.modules import moe_layers
 from moesaic.layer.balance import nudge_bias
 from moesaic.train.bias_balance import BiasBalance
 from moesaic.train.counting import counting_loads
@@ -324,7 +324,7 @@ def test_what_a_skipped_step_counted_is_dropped():
 def test_a_bias_in_bfloat16_becomes_float32_and_small_steps_arrive():
     model = small_model().bfloat16().train()
     for layer in moe_layers(model):
-        home = bias_home(layer.router, layer.block)
+        home = layer.home
         home.put(torch.full_like(home.bias, 0.5))
         assert home.bias.dtype == torch.bfloat16
     balance = BiasBalance(1e-3).attach(model)
@@ -402,7 +402,7 @@ def test_a_bias_that_is_a_parameter_of_shape_1_by_e_moves_in_place():
     )  # fmt: skip
     torch.manual_seed(0)
     model = Ernie4_5_MoeForCausalLM(config).train()
-    assert bias_home(moe_layers(model)[0].router, moe_layers(model)[0].block).bias.shape == (1, 8)
+    assert moe_layers(model)[0].home.bias.shape == (1, 8)
     balance = BiasBalance(0.01).attach(model)
     steps_of_a_plain_loop(model, balance, batches(1))
     for layer, load in zip(moe_layers(model), balance.load.values(), strict=True):

@@ -9,7 +9,7 @@ from hf_models import tiny, token_ids
 from torch import nn
 
 from moesaic.hf.added_bias import BIAS
-from moesaic.hf.modules import bias_home, moe_layers
+from moesaic.hf.modules import moe_layers
 from moesaic.train.bias_balance import BiasBalance
 
 
@@ -97,5 +97,5 @@ def test_biases_that_an_adapter_would_not_save_are_warned_of(wrapped):
 
 def test_a_bias_in_the_copy_is_found_where_it_lies():
     model = PeftModel(tiny("deepseek_v3"), modules_to_save="gate")
-    homes = [bias_home(layer.router, layer.block) for layer in moe_layers(model)]
+    homes = [layer.home for layer in moe_layers(model)]
     assert all(home.name in home.owner._buffers for home in homes)

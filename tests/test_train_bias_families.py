@@ -5,7 +5,7 @@ import torch
 from hf_every_family import MODELS, families, tiny_of, token_ids
 from torch import nn
 
-from moesaic.hf.modules import bias_home, moe_layers
+from moesaic.hf.modules import moe_layers
 from moesaic.train.bias_balance import BiasBalance
 
 NAMES = ("e_score_correction_bias", "expert_bias")  # as their code has them
@@ -42,7 +42,7 @@ def test_every_bias_of_a_family_is_found_moved_by_the_load_and_moves_the_choice(
             assert load.sum() == ids.numel() * layer.config.num_experts_per_tok
             assert load.unique().numel() > 1
             torch.testing.assert_close(layer.bias - bias, 0.25 * (load.mean() - load).sign().float())
-            bias_home(layer.router, layer.block).bias.data.flatten()[0] = 100.0
+            layer.home.bias.data.flatten()[0] = 100.0
         model(input_ids=ids)
         balance.step()
         for layer in layers:
@@ -50,7 +50,7 @@ def test_every_bias_of_a_family_is_found_moved_by_the_load_and_moves_the_choice(
     finally:
         balance.detach()
         for layer, bias in zip(layers, before, strict=True):
-            bias_home(layer.router, layer.block).bias.data.flatten().copy_(bias)
+            layer.home.bias.data.flatten().copy_(bias)
         model.eval()
 
 

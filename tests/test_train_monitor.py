@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from test_train_bias_balance import rows, run, small_model
+from test_train_bias_balance import rows, run, small_model, without_bias
 from torch import nn
 
 import moesaic as ms
@@ -435,6 +435,25 @@ def test_a_disk_that_fills_up_ends_the_log_and_not_the_training(tmp_path, capsys
     monitor.detach()
     assert capsys.readouterr().err.count("cannot be written any more (No space left on device), the log ends") == 1
     assert len(read_log(tmp_path).steps) == 1
+
+
+def test_a_bias_that_is_added_after_the_log_began_is_in_it_and_the_log_goes_on_with_it(tmp_path):
+    model = without_bias().train()
+    monitor = ms.LoadMonitor(tmp_path).attach(model)
+    balance = ms.BiasBalance(0.01, add_bias=True).attach(model)
+    ids = torch.randint(0, 64, (2, 12))
+    for watching in (monitor, ms.LoadMonitor(tmp_path, resume=True)):
+        if watching is not monitor:
+            watching.attach(model)
+        model(input_ids=ids)
+        balance.step()
+        watching.step()
+        watching.detach()
+    biases = [json.loads(line).get("bias") for line in (tmp_path / "load.jsonl").read_text().splitlines()]
+    steps = [bias for bias in biases if bias]
+    assert [[least, most] for least, most, _ in steps[0]] == [[-0.01, 0.01]] * len(moe_layers(model))
+    assert len(steps) == 2
+    balance.detach()
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from torch import nn
 
 from moesaic.config import MoEConfig
 from moesaic.families import ALIASES
+from moesaic.hf.bias_home import BiasHome, bias_home
 from moesaic.hf.experts import is_on_seam
 from moesaic.hf.spread import check_told
 from moesaic.hf_config import text_part
@@ -19,8 +20,6 @@ from moesaic.layer.router import Router
 
 ROUTER_NAMES = ("gate", "router")  # what families call the router beside their `experts`
 ROUTER_CLASSES = ("Router", "Gate", "Gating")  # how its class name ends where it is called something else
-# the selection bias as a name in the router, in a part of it, or in the block that hands it to the router
-BIAS_NAMES = ("e_score_correction_bias", "expert_bias", "moe_statics.e_score_correction_bias")
 # attributes in which wrappers keep what they wrap: torch.compile, PEFT, DDP, checkpoint_wrapper
 WRAPPED = ("_orig_mod", "base_layer", "module", "_checkpoint_wrapped_module")
 ADAPTED = "base_model.model."  # with which PEFT begins the names of a model
@@ -44,13 +43,18 @@ class MoELayer(NamedTuple):
     origin: str = "experts"
 
     @property
+    def home(self) -> BiasHome | None:
+        """Where its selection bias is kept, if it has one."""
+        return None if self.router is None else bias_home(self.router, self.block)
+
+    @property
     def has_bias(self) -> bool:
-        return self.router is not None and bias_home(self.router, self.block) is not None
+        return self.home is not None
 
     @property
     def bias(self) -> torch.Tensor | None:
-        """The live correction bias, [E], where there is one; a copy of all of it where FSDP2 shards it."""
-        return None if self.router is None else correction_bias(self.router, self.block)
+        """The selection bias as `BiasHome.whole` gives it, where there is one."""
+        return None if (home := self.home) is None else home.whole
 
 
 def moe_layers(model: nn.Module, config: MoEConfig | None = None) -> list[MoELayer]:
@@ -157,47 +161,6 @@ def _router_in(block: nn.Module, experts: nn.Module) -> nn.Module | None:
     return alike[0] if len(alike) == 1 else None
 
 
-class BiasHome(NamedTuple):
-    """Where a selection bias is kept: `owner.name`, a buffer or a parameter."""
-
-    owner: nn.Module
-    name: str
-
-    @property
-    def bias(self) -> torch.Tensor:
-        """The live tensor in its own shape, [E] or [1, E]."""
-        return getattr(self.owner, self.name)
-
-    def put(self, bias: torch.Tensor) -> None:
-        """Another tensor in its place, of another dtype, say."""
-        if self.name in self.owner._parameters:
-            bias = nn.Parameter(bias, requires_grad=False)
-        setattr(self.owner, self.name, bias)
-
-
-def bias_home(router: nn.Module, block: nn.Module | None = None) -> BiasHome | None:
-    """Where a router has its selection bias: in itself, in a part of it, or in the `block` that hands it over."""
-    for owner in (router, block):
-        for path in BIAS_NAMES if owner is not None else ():
-            *parts, name = path.split(".")
-            found: Any = owner
-            for part in parts:
-                found = getattr(found, part, None)
-            if isinstance(found, nn.Module) and isinstance(getattr(found, name, None), torch.Tensor):
-                return BiasHome(found, name)
-    return None
-
-
-def correction_bias(router: nn.Module, block: nn.Module | None = None) -> torch.Tensor | None:
-    """The selection bias of a router, [E], where it has one: its own, or one that `block` hands to it."""
-    home = bias_home(router, block)
-    if home is None:
-        return None
-    bias: Any = home.bias
-    whole = bias.full_tensor() if hasattr(bias, "full_tensor") else bias  # FSDP2 shards parameters
-    return whole.flatten()
-
-
 def is_router(module: nn.Module) -> bool:
     """A router holds one [E, D] weight itself; an experts module holds stacks of matrices, [E, ., .]."""
     weight = getattr(module, "weight", None)
@@ -245,6 +208,7 @@ def config_of(block: nn.Module, router: nn.Module | None, experts: nn.Module, mo
     if own is not None:
         return own
     n_experts = experts_held(experts)
+    home = None if router is None else bias_home(router, block)
     for owner in (block, experts, unwrapped(model), *_parts_with_config(model)):
         source = getattr(owner, "config", None)
         if isinstance(source, MoEConfig):
@@ -255,11 +219,9 @@ def config_of(block: nn.Module, router: nn.Module | None, experts: nn.Module, mo
             config = MoEConfig.from_hf(source)
         except ValueError:
             return unknown_config(source, experts, n_experts)
-        has_bias = router is not None and bias_home(router, block) is not None
-        if n_experts not in (None, config.n_routed_experts) or has_bias != config.has_correction_bias:
+        if n_experts not in (None, config.n_routed_experts) or (home is not None) != config.has_correction_bias:
             return unknown_config(source, experts, n_experts)
         return config
-    home = None if router is None else bias_home(router, block)
     if home is not None:  # a model of the user's own: the bias says how many experts there are
         return unknown_config(SimpleNamespace(), experts, n_experts or home.bias.numel())
     raise ValueError(f"{type(block).__name__} has no config: give moe_layers(model, config=MoEConfig(...))")

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from moesaic.hf.added_bias import add_bias, check_not_lost
-from moesaic.hf.modules import BiasHome, MoELayer, bias_home, moe_layers, unwrapped
+from moesaic.hf.bias_home import BiasHome
+from moesaic.hf.modules import MoELayer, moe_layers, unwrapped
 from moesaic.layer.balance import RULES, BiasRule
 from moesaic.train.counting import LoadCounter, Loads
 from moesaic.train.own_loss import warn_of_own_loss
@@ -96,7 +97,7 @@ class BiasBalance(TrainerCallback):
         if self.add_bias:
             add_bias(model)
         _warn_of_adapters(model, layers)
-        homes = {layer.name: _home(layer) for layer in layers}
+        homes = {layer.name: home for layer in layers if (home := layer.home) is not None}
         self._counter = LoadCounter(model, layers, training=True)
         self._uncount = weakref.finalize(self, self._counter.remove)  # hooks keep the model alive
         for home in homes.values():
@@ -194,7 +195,8 @@ class BiasBalance(TrainerCallback):
         for name, home in self._homes.items():
             _widen(home, name)  # the model may have been cast since
         for name, home in self._homes.items():
-            _move_bias(home, self.rule, loads[name], speeds[name])
+            bias = home.whole.detach()
+            home.fill(self.rule(bias, loads[name].to(bias.device), speed=speeds[name]))
 
     def _speed_at(self, layer: str, progress: float) -> float:
         speed = self._speed_of(layer)
@@ -263,20 +265,14 @@ def _warn_of_adapters(model: nn.Module, layers: Sequence[MoELayer]) -> None:
 
 
 def _homes_in(model: nn.Module) -> list[BiasHome]:
-    return [_home(layer) for layer in moe_layers(model) if layer.has_bias]
-
-
-def _home(layer: MoELayer) -> BiasHome:
-    home = None if layer.router is None else bias_home(layer.router, layer.block)
-    assert home is not None
-    return home
+    return [home for layer in moe_layers(model) if (home := layer.home) is not None]
 
 
 def _widen(home: BiasHome, name: str | None = None) -> None:
     """Make a bias in half precision float32, in which small steps arrive. `name` is given while it trains."""
     if not _is_narrow(home):
         return
-    if name is not None and hasattr(home.bias, "full_tensor"):
+    if name is not None and home.is_sharded:
         raise ValueError(
             f"{name}: FSDP2 holds its bias in {home.bias.dtype}, where small steps are lost, and takes no other after "
             "the first forward: attach BiasBalance before it"
@@ -286,15 +282,3 @@ def _widen(home: BiasHome, name: str | None = None) -> None:
 
 def _is_narrow(home: BiasHome) -> bool:
     return home.bias.dtype not in (torch.float32, torch.float64)
-
-
-def _move_bias(home: BiasHome, rule: BiasRule, load: Float[Tensor, " E"], speed: float) -> None:
-    bias: Any = home.bias
-    sharded = hasattr(bias, "full_tensor")  # by FSDP2, in families where it is a parameter
-    whole = bias.full_tensor() if sharded else bias
-    moved = rule(whole.detach().flatten(), load.to(whole.device), speed=speed).view(whole.shape)
-    if sharded:
-        from torch.distributed.tensor import distribute_tensor
-
-        moved = distribute_tensor(moved, bias.device_mesh, bias.placements)
-    bias.copy_(moved)

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 import moesaic
-from moesaic.config import MoEConfig
-from moesaic.hf.modules import BiasHome, MoELayer, bias_home, moe_layers, unwrapped, with_sizes
+from moesaic.config import MoEConfig, digest_of
+from moesaic.hf.modules import MoELayer, moe_layers, unwrapped, with_sizes
 from moesaic.train.counting import LoadCounter
 from moesaic.train.monitor.alerts import Alert, Judge
 from moesaic.train.monitor.lines import FORMAT, VERSION
@@ -91,7 +91,6 @@ class LoadMonitor(TrainerCallback):
         self.steps = 0
         self._counter: LoadCounter | None = None
         self._layers: list[MoELayer] = []
-        self._homes: list[BiasHome | None] = []
         self._rules: list[MoEConfig] = []
         self._chosen: dict[str, int] | None = None  # how many experts a token was given when the rules were made
         self._log: LogWriter | None = None
@@ -109,7 +108,6 @@ class LoadMonitor(TrainerCallback):
         """
         self._release()
         self._layers = moe_layers(model)
-        self._homes = [None if x.router is None else bias_home(x.router, x.block) for x in self._layers]
         header = self._header(model, step or 0)
         after = shared(self._open(header, step) if is_first_rank() else None)
         if isinstance(after, str):
@@ -166,9 +164,9 @@ class LoadMonitor(TrainerCallback):
 
     def on_train_end(self, args, state, control, **kwargs):  # noqa: ARG002
         if self._counter is not None and self.steps > self._written:
-            if args.load_best_model_at_end and state.best_model_checkpoint is not None:
-                self._homes = [None] * len(self._homes)  # the biases are that checkpoint's by now
-            self._take()  # all ranks come here, which nobody knows of a loop that an error may have ended
+            best = args.load_best_model_at_end and state.best_model_checkpoint is not None
+            # the biases are that checkpoint's by now; all ranks come here, which nobody knows of a loop that failed
+            self._take(with_biases=not best)
         self.detach()
 
     # inside
@@ -176,14 +174,15 @@ class LoadMonitor(TrainerCallback):
     def _line_is_due(self) -> bool:
         return self.steps % self.every == 0 or self.steps == self.total_steps
 
-    def _take(self) -> None:
+    def _take(self, *, with_biases: bool = True) -> None:
         """What was counted and where the biases are, on every rank, since both may be shared."""
         assert self._counter is not None
         parts = list(self._counter.take(self.group).values())
         flat = torch.cat(parts).cpu().numpy()  # one transfer
         ends = [0, *accumulate(len(part) for part in parts)]
         loads = [flat[start:end] for start, end in pairwise(ends)]
-        self._pending = (self.steps, self.steps - self._written, loads, read_biases(self._homes))
+        biases = read_biases([layer.home if with_biases else None for layer in self._layers])
+        self._pending = (self.steps, self.steps - self._written, loads, biases)
         self._written = self.steps
 
     def _write(self) -> None:
@@ -262,9 +261,9 @@ class LoadMonitor(TrainerCallback):
         return step
 
     def _header(self, model: nn.Module, step: int) -> dict[str, Any]:
-        rows = zip(self._layers, read_biases(self._homes), strict=True)
+        rows = zip(self._layers, read_biases([layer.home for layer in self._layers]), strict=True)
         layers = [
-            {"name": x.name, "experts": x.config.n_routed_experts, "config": x.config.digest(), "bias": bias}
+            {"name": x.name, "experts": x.config.n_routed_experts, "config": _digest(x.config), "bias": bias}
             for x, bias in rows
         ]
         configs = " ".join(f"{layer['name']}={layer['config']}" for layer in layers)
@@ -283,6 +282,12 @@ class LoadMonitor(TrainerCallback):
         if self._log is not None:
             self._log.close()
         self._counter = self._log = self._judge = self._pending = None
+
+
+def _digest(config: MoEConfig) -> str:
+    """Of what stays the same where a layer is given a selection bias: that is no other model."""
+    changed = ("topk_method", "group_score", "n_group", "topk_group")
+    return digest_of({name: value for name, value in config.to_dict().items() if name not in changed})
 
 
 def _program(path: str) -> str:

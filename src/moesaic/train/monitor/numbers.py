@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from moesaic.config import MoEConfig
-from moesaic.hf.modules import BiasHome
+from moesaic.hf.bias_home import BiasHome
 from moesaic.trace.chance.bands import Band, bands_between
 
 PERCENTILES = (0, 25, 50, 75, 90, 95, 100)
@@ -84,13 +84,12 @@ def _chance(rule: MoEConfig, n_tokens: int) -> dict[str, Band]:
 @torch.no_grad()
 def read_biases(homes: Sequence[BiasHome | None]) -> list[Any]:
     """[least, greatest, mean] of the bias of each layer, None where it has none: one transfer from the device."""
-    found: list[Any] = [None if home is None else home.bias for home in homes]
-    whole = [bias.full_tensor() if hasattr(bias, "full_tensor") else bias for bias in found if bias is not None]
-    if not whole:  # FSDP2 shards parameters, and every rank has to ask for all of them
+    whole = [home.whole for home in homes if home is not None]
+    if not whole:
         return [None] * len(homes)
-    values = torch.cat([bias.flatten().float().to(whole[0].device) for bias in whole]).cpu().numpy()
-    numbers = iter(bias_numbers(values, [bias.numel() for bias in whole]))
-    return [None if bias is None else next(numbers) for bias in found]
+    values = torch.cat([bias.float().to(whole[0].device) for bias in whole]).cpu().numpy()
+    numbers = iter(bias_numbers(values, [len(bias) for bias in whole]))
+    return [None if home is None else next(numbers) for home in homes]
 
 
 def bias_numbers(values: np.ndarray, sizes: Sequence[int]) -> list[list[float | None]]:

@@ -15,7 +15,7 @@ from moesaic.hf.modules import MoELayer, added_rule, moe_layers
 from moesaic.layer.losses import LOSSES, devices, reachable
 from moesaic.trace.recording.calls import listening
 from moesaic.trace.recording.forwards import bodies_in, models_in
-from moesaic.train.balance_operators import after_model, after_router, before_model
+from moesaic.train.balance_operators import after_model, after_router
 from moesaic.train.injection import Ledger, is_heard, ledger_of
 from moesaic.train.own_loss import warn_of_own_loss
 
@@ -117,13 +117,10 @@ class BalanceLoss(TrainerCallback):
         for part in (*models, *bodies):
             opened = partial(ledger.opened_in_graph, nested=part in bodies)
             hooks.enter_context(listening(part, ledger, opened))
+        for part in models:
             mark(part, "")
-            if self.kind == "sequence":
-                before = partial(before_model, attribute=attribute)
-                hooks.callback(part.register_forward_pre_hook(before, with_kwargs=True).remove)
-            if part in models:
-                after = partial(after_model, attribute=attribute)
-                hooks.callback(part.register_forward_hook(after, with_kwargs=True).remove)
+            after = partial(after_model, attribute=attribute)
+            hooks.callback(part.register_forward_hook(after, with_kwargs=True).remove)
         after_routers: dict[tuple[MoEConfig, bool], partial] = {}
         for layer in layers:
             assert layer.router is not None

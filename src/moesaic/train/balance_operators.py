@@ -19,7 +19,6 @@ from moesaic.config import MoEConfig
 from moesaic.hf.modules import added_rule, parameters_of
 from moesaic.hf.outputs import read_router
 from moesaic.layer.losses import LOSSES
-from moesaic.trace.recording.forwards import read_arguments
 from moesaic.train.injection import is_heard, ledger_of
 from moesaic.types import Routing
 
@@ -31,7 +30,6 @@ REPLICA = (
 
 # The operators. What each copies is what goes on, so that no graph drops them; gradients pass through the copies.
 for schema in (
-    "balance_place(Tensor key, Tensor tokens, Tensor positions) -> Tensor",
     "balance_count(Tensor key, Tensor ids, Tensor weights, int n_experts) -> Tensor",
     "balance_tokens(Tensor key, Tensor ids, int n_experts) -> (Tensor, Tensor, Tensor)",
     "balance_inject(Tensor key, Tensor weights, Tensor loss) -> (Tensor, Tensor)",
@@ -41,12 +39,6 @@ for schema in (
 ):
     name, arguments = schema.split("(", 1)
     torch.library.define(f"moesaic::{name}", f"({arguments}", tags=(torch.Tag.cudagraph_unsafe,))
-
-
-def _place(key: Tensor, tokens: Tensor, positions: Tensor) -> Tensor:
-    if is_heard(key):
-        ledger_of(key)[0].place(positions)
-    return tokens.clone()
 
 
 def _count(key: Tensor, ids: Tensor, weights: Tensor, n_experts: int) -> Tensor:
@@ -100,7 +92,6 @@ def _copy_and_number(_key: Tensor, used: Tensor, *_: Any) -> tuple[Tensor, Tenso
 
 
 IMPLEMENTATIONS = {
-    "balance_place": (_place, lambda _key, tokens, _positions: torch.empty_like(tokens)),
     "balance_count": (_count, lambda _key, _ids, weights, _n_experts: torch.empty_like(weights)),
     "balance_tokens": (_tokens, _tokens_fake),
     "balance_inject": (_inject, _copy_and_number),
@@ -129,7 +120,6 @@ def _note_backward(ctx: Any, grad: Tensor, _number: None) -> tuple[None, Tensor,
     return None, torch.ops.moesaic.balance_noted(ctx.key, note, grad), None, None
 
 
-torch.library.register_autograd("moesaic::balance_place", lambda _ctx, grad: (None, grad, None))
 torch.library.register_autograd("moesaic::balance_inject", _inject_backward, setup_context=_keep_number)
 torch.library.register_autograd("moesaic::balance_note", _note_backward, setup_context=_keep_number)
 
@@ -138,23 +128,6 @@ def _key_of(module: nn.Module, attribute: str) -> Tensor | None:
     """The key of a balanced module; None where it is balanced no longer, or, in eager mode, a copy of one that is."""
     key = getattr(module, attribute, None)
     return key if key is None or torch.compiler.is_compiling() or is_heard(key) else None
-
-
-def before_model(model: nn.Module, args: tuple, kwargs: dict, *, attribute: str) -> tuple[tuple, dict] | None:
-    """Say where the tokens are in their sequences; in a graph the tokens that go on are the copy that this makes."""
-    key = _key_of(model, attribute)
-    found = read_arguments(model, args, kwargs)
-    positions = {**dict(zip(parameters_of(model), args, strict=False)), **kwargs}.get("position_ids")
-    if key is None or found is None or not isinstance(positions, Tensor) or positions.dim() != 2:
-        return None
-    if not torch.compiler.is_compiling():
-        ledger_of(key)[0].place(positions)
-        return None
-    tokens = torch.ops.moesaic.balance_place(key, found.tokens, positions)
-    return (
-        tuple(tokens if value is found.tokens else value for value in args),
-        {name: tokens if value is found.tokens else value for name, value in kwargs.items()},
-    )
 
 
 def after_router(

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from moesaic.hf.modules import MoELayer, moe_layers
 from moesaic.hf.spread import shared_by
 from moesaic.layer.balance import expert_load
-from moesaic.trace.recording.calls import listening
+from moesaic.trace.recording.calls import IDLE, listening
 from moesaic.trace.recording.forwards import bodies_in, models_in, read_arguments
 from moesaic.trace.recording.watch import observe
 from moesaic.types import Routing
@@ -124,10 +124,10 @@ class LoadCounter:
             self._settle(running)
 
     def opened_in_graph(
-        self, tokens: Tensor, mask: Tensor | None, idle: Tensor | None, cached: bool, *, nested: bool = False
+        self, tokens: Tensor, mask: Tensor | None, positions: Tensor | None, flag: int, *, nested: bool = False
     ) -> None:
         """A call begins whose end nobody will tell. Its layers say whether they train."""
-        del cached
+        del positions
         running = self._here
         if running.depth:
             return
@@ -135,7 +135,7 @@ class LoadCounter:
         if known is None and nested and running.forward is not None and not running.heard:
             known = running.forward.mask  # it is a part of the call that began last
         self._settle(running)
-        running.forward = Forward(False if self.training and idle is not None else None, known)
+        running.forward = Forward(False if self.training and flag & IDLE else None, known)
         running.heard = False
 
     @property

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from moesaic.hf.modules import is_recompute
 from moesaic.layer.balance import expert_load
+from moesaic.trace.recording.calls import IDLE
 from moesaic.trace.recording.forwards import read_arguments
 from moesaic.train.counting import token_mask
 
@@ -122,13 +123,14 @@ class Ledger:
     # calls of the model
 
     def open(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
+        found = read_arguments(model, args, kwargs)
         if not self._running:
-            found = read_arguments(model, args, kwargs)
             self._before = self._loads.copy(), self._values.copy()
             call = self._begin(torch.is_grad_enabled())
             if found is not None:
                 call.says(found.tokens, found.mask)
         self._running += 1
+        self._place(None if found is None else found.positions)
 
     def close(self, output: Any, *, failed: bool) -> None:
         """It is over; what it counted goes with it if it `failed`."""
@@ -145,23 +147,22 @@ class Ledger:
                     waiting.remove(call)
 
     def opened_in_graph(
-        self, tokens: Tensor, mask: Tensor | None, idle: Tensor | None, cached: bool, *, nested: bool = False
+        self, tokens: Tensor, mask: Tensor | None, positions: Tensor | None, flag: int, *, nested: bool = False
     ) -> None:
-        del cached
-        if self._running:
-            return
-        call, trains = self._current, idle is None
-        if not nested or call is None or call.passes or call.over or call.trains != trains:
-            call = self._begin(trains)  # else it is a part of the call that began last
-        call.says(tokens, mask)
+        if not self._running:
+            call, trains = self._current, not flag & IDLE
+            if not nested or call is None or call.passes or call.over or call.trains != trains:
+                call = self._begin(trains)  # else it is a part of the call that began last
+            call.says(tokens, mask)
+        self._place(positions)
 
-    def place(self, positions: Int[Tensor, "R S"]) -> None:
+    def _place(self, positions: Tensor | None) -> None:
         """The position of each token of the call that runs, by which rows that hold several sequences are split."""
         call = self._current
-        if call is None or call.n_rows is None or call.sequences is not None or is_recompute():
+        if not self.splits_sequences or positions is None or call is None or call.n_rows is None:
             return
-        if len(positions) in (1, call.n_rows):
-            call.sequences = sequence_numbers(positions.expand(call.n_rows, -1))
+        if call.sequences is None and len(positions) in (1, call.n_rows):
+            call.sequences = sequence_numbers(positions.long().expand(call.n_rows, -1))
 
     def _begin(self, trains: bool) -> Call:
         self.backward_is_over()  # one that failed did not say so

@@ -13,6 +13,7 @@ from moesaic.trace.recording.forwards import read_arguments
 from moesaic.trace.recording.telling import LOCK, forget_copied, reported, telling
 
 KEY = "_moesaic_model_key"  # on a watched model: its number, as a tensor
+IDLE, CACHED = 1, 2  # the flag of a call in a graph, added up: it does not train; it goes on from a cache
 # Graphs are guarded by the numbers of hooks that are called after errors too. Theirs is new for each hook, ours is not,
 # so that the graph of an earlier recording fits again.
 HOOK = -20117
@@ -25,7 +26,7 @@ class Listener(Protocol):
 
     def close(self, output: Any, *, failed: bool) -> None: ...
 
-    def opened_in_graph(self, tokens: Tensor, mask: Tensor | None, idle: Tensor | None, cached: bool) -> None: ...
+    def opened_in_graph(self, tokens: Tensor, mask: Tensor | None, positions: Tensor | None, flag: int) -> None: ...
 
 
 _listeners: dict[nn.Module, tuple[Listener, ...]] = {}  # tuples are replaced, not changed: other threads read them
@@ -121,10 +122,11 @@ def _begun_in_graph(model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple,
     key = getattr(model, KEY, None)
     if key is None or found is None:
         return None
-    tokens, mask, cache = found
-    cached = cache is not None and mask is not None and mask.shape[1] > tokens.shape[1]
-    idle = None if model.training and torch.is_grad_enabled() else tokens  # a graph is guarded by both
-    copy = reported(key, tokens, mask, idle, cached)
+    tokens, mask, cache, positions = found
+    flag = 0 if model.training and torch.is_grad_enabled() else IDLE  # a graph is guarded by both
+    if cache is not None and mask is not None and mask.shape[1] > tokens.shape[1]:
+        flag += CACHED
+    copy = reported(key, tokens, mask, positions, flag)
     return (
         tuple(copy if value is tokens else value for value in args),
         {name: copy if value is tokens else value for name, value in kwargs.items()},

@@ -69,6 +69,7 @@ class Arguments(NamedTuple):
     tokens: Tensor  # token ids [rows, length], embeddings [rows, length, D], or hidden states [..., D]
     mask: Tensor | None  # a 2-D attention mask, 1 where there is a token
     cache: Any
+    positions: Tensor | None  # [rows or 1, length], where each token is in its sequence
 
 
 def read_arguments(model: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> Arguments | None:
@@ -88,7 +89,10 @@ def read_arguments(model: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> 
     mask = given.get("attention_mask")
     if not isinstance(mask, Tensor) or mask.dim() != 2:
         mask = None
-    return Arguments(tokens, mask, cache_in(given))
+    positions = given.get("position_ids")
+    if not isinstance(positions, Tensor) or positions.dim() != 2:
+        positions = None
+    return Arguments(tokens, mask, cache_in(given), positions)
 
 
 def forward_of(

@@ -15,7 +15,7 @@ from moesaic.hf.outputs import as_logits
 from moesaic.trace.file.limits import check_labels, check_names, check_offsets, check_range
 from moesaic.trace.recording.assemble import assemble, outline, write_file
 from moesaic.trace.recording.biases import Biases
-from moesaic.trace.recording.calls import listening
+from moesaic.trace.recording.calls import CACHED, listening
 from moesaic.trace.recording.columns import Column
 from moesaic.trace.recording.forwards import Forward, cache_of, describe_forward, forward_of, models_in, unseen
 from moesaic.trace.recording.kept import Kept, Rows, on_cpu
@@ -206,13 +206,13 @@ class Recorder:
             running.forward = None
             self._commit(running)
 
-    def opened_in_graph(self, tokens: Tensor, mask: Tensor | None, idle: Tensor | None, cached: bool) -> None:
+    def opened_in_graph(self, tokens: Tensor, mask: Tensor | None, positions: Tensor | None, flag: int) -> None:
         """A call begins whose end nobody will tell."""
-        del idle
+        del positions
         running = self._threads.here
         if not running.depth:
             self._commit(running)
-            running.forward = forward_of(tokens, mask, cached=cached)
+            running.forward = forward_of(tokens, mask, cached=bool(flag & CACHED))
             running.silent = True
 
     def _check_heard(self) -> None:

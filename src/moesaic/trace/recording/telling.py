@@ -30,12 +30,12 @@ _told: dict[int, Told] = {}  # by the number of the module
 # graph. Ids have no gradient, embeddings do, and it passes through; what is only reported is detached before.
 torch.library.define(
     "moesaic::watch",
-    "(Tensor key, Tensor used, Tensor? first, Tensor? second, bool flag) -> Tensor",
+    "(Tensor key, Tensor used, Tensor? first, Tensor? second, int flag) -> Tensor",
     tags=(torch.Tag.cudagraph_unsafe,),
 )
 
 
-def _watch(key: Tensor, used: Tensor, first: Tensor | None, second: Tensor | None, flag: bool) -> Tensor:
+def _watch(key: Tensor, used: Tensor, first: Tensor | None, second: Tensor | None, flag: int) -> Tensor:
     tell(key, used, first, second, flag)
     return used.clone()
 
@@ -45,7 +45,7 @@ torch.library.register_fake("moesaic::watch")(lambda _key, used, *_: torch.empty
 torch.library.register_autograd("moesaic::watch", lambda _ctx, grad: (None, grad, None, None, None))
 
 
-def tell(key: Tensor, used: Tensor, first: Tensor | None = None, second: Tensor | None = None, flag: bool = False):
+def tell(key: Tensor, used: Tensor, first: Tensor | None = None, second: Tensor | None = None, flag: int = 0) -> None:
     """Report one call to everybody who watches this module, unless it is the second forward of checkpointing.
 
     A copy of a watched module (copy.deepcopy, pickle) carries a copy of its key; nobody watches the copy.
@@ -58,7 +58,7 @@ def tell(key: Tensor, used: Tensor, first: Tensor | None = None, second: Tensor 
 
 
 def reported(
-    key: Tensor | None, used: Tensor, first: Tensor | None = None, second: Tensor | None = None, flag: bool = False
+    key: Tensor | None, used: Tensor, first: Tensor | None = None, second: Tensor | None = None, flag: int = 0
 ) -> Tensor:
     """`used` itself, reported; in a graph, which alone is told `flag`, a copy made by the operator that reports.
 

@@ -69,7 +69,7 @@ def _takes_ids(module: nn.Module) -> bool:
 
 
 def _experts_reporter(name: str, observer: Observer) -> Callable[..., None]:
-    def told(ids: Tensor, weights: Tensor | None, _second: None, in_narrow_graph: bool) -> None:
+    def told(ids: Tensor, weights: Tensor | None, _second: None, in_narrow_graph: int) -> None:
         if in_narrow_graph:
             warnings.warn(NARROW, stacklevel=2)  # shown once, as Python's filter has it
         observer(name, picks_of(ids, weights))
@@ -78,7 +78,7 @@ def _experts_reporter(name: str, observer: Observer) -> Callable[..., None]:
 
 
 def _router_reporter(name: str, observer: Observer) -> Callable[..., None]:
-    def told(ids: Tensor, weights: Tensor | None, logits: Tensor | None, _flag: bool) -> None:
+    def told(ids: Tensor, weights: Tensor | None, logits: Tensor | None, _flag: int) -> None:
         logits = None if logits is None else logits.flatten(0, -2)
         observer(name, Routing(logits, *picks_of(ids, weights)[1:]))
 
@@ -101,7 +101,7 @@ def _watched(original: Callable[..., Tensor] | None, detail: str) -> Callable[..
         if (key := getattr(self, KEY, None)) is not None:
             tokens, ids, weights = args if len(args) == 3 else bound(self, args, kwargs)
             told = None if detail == "ids" else weights
-            ids = reported(key, ids, told, flag=told is not None and not ours and tokens.itemsize < 4)
+            ids = reported(key, ids, told, flag=int(told is not None and not ours and tokens.itemsize < 4))
             args, kwargs = (tokens, ids, weights), {}
         compute = type(self).forward.__wrapped__ if original is None else original
         return compute(self, *args, **kwargs)
@@ -130,7 +130,7 @@ def _before_experts(module: nn.Module, args: tuple, kwargs: dict | None = None) 
     if key is None or kwargs is None:  # torch leaves out kwargs where another thread takes the hook off just now
         return None
     tokens, ids, weights, *rest = args if len(args) >= 3 else bound(module, args, kwargs)
-    used = reported(key, ids, weights, flag=tokens.itemsize < 4)
+    used = reported(key, ids, weights, flag=int(tokens.itemsize < 4))
     return None if used is ids else ((tokens, used, weights, *rest), {})
 
 

@@ -12,10 +12,12 @@ from moesaic.config import MoEConfig
 from moesaic.hf.modules import MoELayer, is_recompute, moe_layers
 from moesaic.layer.balance import expert_load
 from moesaic.layer.router import Router
+from moesaic.trace.recording.calls import listening
 from moesaic.trace.recording.forwards import describe_forward, models_in
 from moesaic.trace.recording.watch import bound
 from moesaic.trace.reroute.reading import PADDING, Reading
 from moesaic.trace.reroute.replayable import (
+    IN_GRAPH,
     check,
     check_recorded,
     first_tensor,
@@ -86,7 +88,6 @@ class Replayer:
         self._row = rows_of(self.trace, layers)
         self._current: Tensor | None = None  # tokens of the forward that runs
         self._outer: list[Tensor | None] = []  # of the calls of models inside each other that are open
-        self._succeeded = False  # whether the call that is about to be closed raised nothing
         self._ran: set[str] = set()  # layers that ran in it
         self._alone = dict.fromkeys(self._row, 0)  # tokens that a layer took outside of any forward of the model
         self._calls: dict[str, list[Call]] = {name: [] for name in self._row}
@@ -97,8 +98,6 @@ class Replayer:
     def running(self) -> Iterator[None]:
         """Inside the block the hooks are there."""
         with ExitStack() as stack:
-            for module in models_in(self.model, nested=True):
-                stack.callback(module.register_forward_pre_hook(self._open, with_kwargs=True, prepend=True).remove)
             for layer in self.layers:
                 router, experts = layer.router, layer.experts
                 if isinstance(router, Router):
@@ -111,16 +110,12 @@ class Replayer:
                 hook = experts.register_forward_pre_hook(self._before_experts(layer), with_kwargs=True, prepend=True)
                 stack.callback(hook.remove)
             for module in models_in(self.model, nested=True):  # after the hooks of layers: a bare gate is both
-                stack.callback(module.register_forward_hook(self._succeed).remove)
-                stack.callback(module.register_forward_hook(self._close, always_call=True).remove)
+                stack.enter_context(listening(module, self))
             yield
 
-    # the forward of the model
+    # calls of the model
 
-    def _open(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
-        refuse_graph()
-        if is_recompute():
-            return
+    def open(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
         if not self._outer:
             self._ran.clear()
         self._outer.append(self._current)
@@ -128,23 +123,21 @@ class Replayer:
             forward = describe_forward(model, args, kwargs)
             self._current = None if forward is None else self._reading.take(forward)
 
-    def _succeed(self, _model: nn.Module, _args: tuple, _output: Any) -> None:
-        """Called only where the forward raised nothing, whatever it returned, None too."""
-        self._succeeded = True
-
-    def _close(self, _model: nn.Module, _args: tuple, _output: Any) -> None:
-        """Called in any case, after `_succeed`."""
-        succeeded, self._succeeded = self._succeeded, False
-        if is_recompute() or not self._outer:
+    def close(self, output: Any, *, failed: bool) -> None:
+        del output
+        if not self._outer:
             return
         current, self._current = self._current, self._outer.pop()
         if current is None or self._current is not None:
             return
-        if not succeeded:  # its tokens are still to come
+        if failed:  # its tokens are still to come
             self._reading.undo()
         elif self._ran:
             self.tokens += int((current >= 0).sum())
         self._now.clear()
+
+    def opened_in_graph(self, *_args: Any, **_kwargs: Any) -> None:
+        raise ValueError(IN_GRAPH)
 
     # the forward of a layer
 

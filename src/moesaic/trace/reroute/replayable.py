@@ -11,6 +11,7 @@ from moesaic.trace.depth import same_layers
 from moesaic.trace.store import Trace
 
 WEIGHTS = ("live", "recorded")
+IN_GRAPH = "replay does not run in a compiled graph: leave torch.compile out"
 
 
 def check(model: nn.Module, trace: Trace, weights: str, layers: list[MoELayer]) -> None:
@@ -76,7 +77,7 @@ def refuse_balance(router: nn.Module, name: str) -> None:
 
 def refuse_graph() -> None:
     if torch.compiler.is_compiling():
-        raise ValueError("replay does not run in a compiled graph: leave torch.compile out")
+        raise ValueError(IN_GRAPH)
 
 
 def first_tensor(args: tuple, kwargs: dict) -> Tensor:

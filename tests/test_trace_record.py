@@ -279,7 +279,11 @@ def test_a_detail_that_is_not_known_is_refused():
 
 def test_observe_reports_every_call_with_live_tensors():
     layer, seen = DeepseekV3MoE(v3(16, 4, 2, 4)), []
-    with observe({"gate": layer.gate, "experts": layer.experts}, lambda name, routing: seen.append((name, routing))):
+
+    def see(name, routing):
+        seen.append((name, routing))
+
+    with observe({"gate": layer.gate}, see, routers=True), observe({"experts": layer.experts}, see):
         layer(torch.randn(2, 3, 32))
     assert [name for name, _ in seen] == ["gate", "experts"]
     gate, experts = (routing for _, routing in seen)

@@ -161,12 +161,6 @@ def _router_in(block: nn.Module, experts: nn.Module) -> nn.Module | None:
     return alike[0] if len(alike) == 1 else None
 
 
-def is_router(module: nn.Module) -> bool:
-    """A router holds one [E, D] weight itself; an experts module holds stacks of matrices, [E, ., .]."""
-    weight = getattr(module, "weight", None)
-    return isinstance(module, Router) or (isinstance(weight, torch.Tensor) and weight.dim() == 2)
-
-
 def is_recompute() -> bool:
     """True inside the second forward of activation checkpointing, which runs within a backward.
 

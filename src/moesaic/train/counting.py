@@ -43,15 +43,13 @@ class LoadCounter:
         self._running: dict[int, Running] = {}  # by thread
         self._copies = shared_by(model)
         self._hooks = ExitStack()
-        seen_at = {
-            layer.name: layer.experts if layer.origin == "experts" and layer.experts is not None else layer.router
-            for layer in layers
-        }
-        watched = {name: module for name, module in seen_at.items() if module is not None}
-        self._hooks.enter_context(observe(watched, self._count, "ids"))
+        experts = {x.name: x.experts for x in layers if x.origin == "experts" and x.experts is not None}
+        routers = {x.name: x.router for x in layers if x.name not in experts and x.router is not None}
+        self._hooks.enter_context(observe(experts, self._count, "ids"))
+        self._hooks.enter_context(observe(routers, self._count, "ids", routers=True))
         for part in models_in(model):
             self._hooks.enter_context(listening(part, self))
-        for part in bodies_in(model, watched.values()):
+        for part in bodies_in(model, [*experts.values(), *routers.values()]):
             self._hooks.enter_context(listening(part, self, partial(self.opened_in_graph, nested=True)))
 
     def take(self, group: Any = None) -> Loads:

@@ -76,7 +76,7 @@ class Recorder:
             raise ValueError(f"layer {blind[0]!r} has no router that can be watched: use detail='picks'")
         with ExitStack() as stack:
             stack.enter_context(observe(experts, self._take_picks, self.detail))
-            stack.enter_context(observe(routers, self._take_routing))
+            stack.enter_context(observe(routers, self._take_routing, routers=True))
             for module in models_in(self.model):  # after the hooks of layers: a bare gate reports before its call ends
                 stack.enter_context(listening(module, self))
             try:

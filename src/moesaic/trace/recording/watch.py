@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from moesaic.hf.experts import is_on_seam
-from moesaic.hf.modules import is_router
 from moesaic.hf.outputs import picks_of, read_router
 from moesaic.hf.spread import is_spread
 from moesaic.layer.experts import Experts
@@ -37,22 +36,24 @@ NARROW = (
 
 
 @contextmanager
-def observe(modules: Mapping[str, nn.Module], observer: Observer, detail: str = "picks") -> Iterator[None]:
+def observe(
+    modules: Mapping[str, nn.Module], observer: Observer, detail: str = "picks", *, routers: bool = False
+) -> Iterator[None]:
     """Hand every call of the watched modules to `observer`; the modules' own results are untouched.
 
-    A router is reported after its call, with logits. An experts module is reported before its call, with the ids and
-    weights it was given and logits None: that is what the model really used. Recomputation under activation
+    Experts are reported before their call, with the ids and weights they were given and logits None: that is what the
+    model really used. `routers` are reported after theirs, with logits. Recomputation under activation
     checkpointing is not reported again. Tensors are the live ones: copy what you keep. detail="ids" leaves weights out
     of compiled graphs.
     """
     with ExitStack() as stack:
         for name, module in modules.items():
-            if isinstance(module, Experts) or _is_on_table(module):
-                stack.enter_context(telling(module, _experts_reporter(name, observer)))
-                stack.enter_context(_asked(module, detail))
-            elif not is_on_seam(module) and (is_router(module) or not _takes_ids(module)):
+            if routers:
                 stack.enter_context(telling(module, _router_reporter(name, observer)))
                 stack.enter_context(_hooked(module, lambda m: m.register_forward_hook(_after_router)))
+            elif isinstance(module, Experts) or _is_on_table(module):
+                stack.enter_context(telling(module, _experts_reporter(name, observer)))
+                stack.enter_context(_asked(module, detail))
             else:
                 stack.enter_context(telling(module, _experts_reporter(name, observer), CALLED))
                 stack.enter_context(_hooked(module, _hook_experts))
@@ -62,10 +63,6 @@ def observe(modules: Mapping[str, nn.Module], observer: Observer, detail: str = 
 def _is_on_table(module: nn.Module) -> bool:
     """Experts that are spread over ranks look their implementation up there too, with ids of this rank alone."""
     return is_on_seam(module) and not is_spread(module) and table_of(module) is not None
-
-
-def _takes_ids(module: nn.Module) -> bool:
-    return len(inspect.signature(module.forward).parameters) >= 3
 
 
 def _experts_reporter(name: str, observer: Observer) -> Callable[..., None]:

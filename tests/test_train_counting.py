@@ -12,9 +12,10 @@ from test_train_bias_balance import LENGTH, K, batches, small_model
 from torch import nn
 
 from moesaic.hf.modules import moe_layers
+from moesaic.trace.recording.forwards import token_mask
 from moesaic.train import counting
 from moesaic.train.bias_balance import BiasBalance
-from moesaic.train.counting import LoadCounter, token_mask
+from moesaic.train.counting import LoadCounter
 from moesaic.train.monitor.load_monitor import LoadMonitor
 
 

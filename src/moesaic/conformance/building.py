@@ -11,7 +11,7 @@ from moesaic.config import MoEConfig
 from moesaic.conformance.gates import ModuleGate, replace
 from moesaic.conformance.verdict import gate_code
 from moesaic.families import ALIASES
-from moesaic.hf.modules import routed_blocks
+from moesaic.hf.modules import blocks
 from moesaic.layer.router import Router
 
 
@@ -56,7 +56,7 @@ def gate_of_class(module_class: type[nn.Module], config: MoEConfig, name: str = 
 
 def router_in(module: nn.Module) -> nn.Module:
     """The router of a layer that holds experts beside it, or the module itself."""
-    return next((router for _, router, _ in routed_blocks(module)), module)
+    return next((router for _, _, router, _ in blocks(module) if router is not None), module)
 
 
 def construct(module_class: Callable[..., nn.Module], settings: MoEConfig) -> nn.Module:

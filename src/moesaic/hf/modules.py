@@ -115,13 +115,6 @@ def blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Module | None,
             yield ".".join(parts).removeprefix(ADAPTED), block, router, experts
 
 
-def routed_blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Module]]:
-    """(name, router, experts) of every block that has both, in forward order."""
-    for name, _block, router, experts in blocks(model):
-        if router is not None:
-            yield name, router, experts
-
-
 def unwrapped(module: nn.Module) -> nn.Module:
     """What a compiled, adapted or distributed wrapper wraps; the module itself where it is none."""
     while True:

@@ -15,8 +15,9 @@ from moesaic.hf.modules import MoELayer, moe_layers
 from moesaic.hf.spread import shared_by
 from moesaic.layer.balance import expert_load
 from moesaic.trace.recording.calls import IDLE, listening
-from moesaic.trace.recording.forwards import bodies_in, models_in, read_arguments
+from moesaic.trace.recording.forwards import bodies_in, models_in, read_arguments, token_mask
 from moesaic.trace.recording.watch import observe
+from moesaic.train.ranks import has_ranks
 from moesaic.types import Routing
 
 Loads = dict[str, Float[Tensor, " E"]]  # by the layer's name, float64 counts
@@ -72,7 +73,7 @@ class LoadCounter:
                 for n, load in zip(sizes, loads.values(), strict=True)
             ]
         )
-        if _has_ranks():
+        if has_ranks():
             torch.distributed.all_reduce(flat, group=group)
             flat /= self._copies if group is None else 1
         return dict(zip(loads, flat.split(sizes), strict=True))
@@ -81,7 +82,7 @@ class LoadCounter:
         """Where loads are added up. With ranks it must not depend on what one of them heard: with a backend for each
         kind of device two kinds are two collectives, and each waits for the other."""
         weights = _device_of(self.layers.values())
-        if not _has_ranks():
+        if not has_ranks():
             return next((load.device for load in loads.values() if load is not None), weights)
         kinds = [pair.split(":")[0] for pair in torch.distributed.get_backend_config(group).split(",")]
         return weights if weights.type in kinds else torch.device(kinds[0])  # offloaded weights, and NCCL alone
@@ -190,21 +191,6 @@ REPLICA = (
     "a MoE layer ran in another thread and in no call of the model, as replicas of nn.DataParallel do: its tokens are "
     "counted, and padding with them; start one process a device (torchrun), so that DistributedDataParallel is used"
 )
-
-
-def token_mask(tokens: Tensor, mask: Tensor | None) -> Bool[Tensor, " T"] | None:
-    """A 2-D attention mask as one flag a token of this call; None where it does not fit, so that all are tokens.
-
-    With a cache it covers the past too, of which no token is here.
-    """
-    shape = tokens.shape[:2]
-    if mask is None or len(mask) != shape[0] or mask.shape[1] < shape[1]:
-        return None
-    return mask[:, mask.shape[1] - shape[1] :].detach().bool().flatten()
-
-
-def _has_ranks() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def _device_of(layers: Iterable[MoELayer]) -> torch.device:

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from moesaic.hf.modules import is_recompute
 from moesaic.layer.balance import expert_load
 from moesaic.trace.recording.calls import IDLE
-from moesaic.trace.recording.forwards import read_arguments
-from moesaic.train.counting import token_mask
+from moesaic.trace.recording.forwards import read_arguments, rows_and_length, token_mask
+from moesaic.train.ranks import has_ranks
 
 REMEMBERED = 256  # forwards: as many may wait for one backward
 NOT_TIED = (
@@ -63,7 +63,7 @@ class Call:
         """Which tokens it has. Padding that it was told of before stays known where no mask is given."""
         padding = token_mask(tokens, mask)
         self.mask = self.mask if padding is None else padding
-        self.n_rows = tokens.shape[:-2].numel() if tokens.is_floating_point() else len(tokens)
+        self.n_rows, _ = rows_and_length(tokens)
 
     def sequences_of(self, name: str, ids: Int[Tensor, "T K"]) -> Int[Tensor, " T"]:
         """Which sequence each token of a layer is in."""
@@ -270,7 +270,7 @@ class Ledger:
             return
         n_experts = len(found.chosen)
         load = expert_load(ids.masked_fill(~call.mask_of(ids).unsqueeze(-1), n_experts), n_experts).double()
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
+        if has_ranks():
             torch.distributed.all_reduce(load, group=self.group)
         found.load = self._loads[name] = self._loads.get(name, 0.0) + load
 

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
+from jaxtyping import Bool
 from torch import Tensor, nn
 
 from moesaic.hf.modules import parameters_of
@@ -95,24 +96,34 @@ def read_arguments(model: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> 
     return Arguments(tokens, mask, cache_in(given), positions)
 
 
+def rows_and_length(tokens: Tensor) -> tuple[int, int]:
+    """Of token ids [rows, length], or of [..., length, D]; a plain [T, D] is one sequence."""
+    shape = tokens.shape[:-1] if tokens.is_floating_point() else tokens.shape
+    return shape[:-1].numel(), shape[-1]
+
+
+def token_mask(tokens: Tensor, mask: Tensor | None) -> Bool[Tensor, " T"] | None:
+    """A 2-D attention mask as one flag a token of this call; None where it does not fit, so that all are tokens.
+
+    With a cache it covers the past too, of which no token is here.
+    """
+    n_rows, length = rows_and_length(tokens)
+    if mask is None or len(mask) != n_rows or mask.shape[1] < length:
+        return None
+    return mask[:, mask.shape[1] - length :].detach().bool().flatten()
+
+
 def forward_of(
     tokens: Tensor, mask: Tensor | None, *, cached: bool = False, cache: int = 0, of_tokens: bool = True
 ) -> Forward:
     """The description of a call with these tokens; a mask that does not fit them is not a padding mask."""
-    ids = None
-    if not tokens.is_floating_point():
-        ids, (n_rows, length) = tokens, tokens.shape
-    elif tokens.dim() == 3:
-        n_rows, length = tokens.shape[:2]
-    else:
-        n_rows, length = tokens.shape[:-2].numel(), tokens.shape[-2]  # [..., S, D]; a plain [T, D] is one sequence
-    keep = None
-    if mask is not None and len(mask) == n_rows and mask.shape[1] >= length:
-        keep = mask[:, mask.shape[1] - length :].detach().flatten().bool().cpu()  # with a cache it covers the past too
-        keep = None if keep.all() else keep
+    n_rows, length = rows_and_length(tokens)
+    ids = None if tokens.is_floating_point() else tokens
+    keep = token_mask(tokens, mask)
+    keep = None if keep is None else keep.cpu()
     return Forward(
         rows=torch.arange(n_rows, device="cpu").repeat_interleave(length),
-        keep=keep,
+        keep=None if keep is None or keep.all() else keep,
         input_ids=None if ids is None else ids.detach().flatten().to("cpu", torch.int64),
         continues=cached,
         decoding=cached and length == 1,

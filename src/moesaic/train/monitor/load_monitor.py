@@ -23,9 +23,9 @@ from moesaic.train.counting import LoadCounter
 from moesaic.train.monitor.alerts import Alert, Judge
 from moesaic.train.monitor.lines import FORMAT, VERSION
 from moesaic.train.monitor.numbers import load_numbers, read_biases
-from moesaic.train.monitor.ranks import is_first_rank, shared
 from moesaic.train.monitor.run_log import LogWriter, check_writable, log_path, open_log
 from moesaic.train.monitor.trackers import Send, scalars, sender
+from moesaic.train.ranks import is_first_rank, shared
 from moesaic.versions import versions
 
 

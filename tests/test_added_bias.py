@@ -390,7 +390,9 @@ def test_a_late_callback_with_a_checkpoint_is_told_where_it_belongs(tmp_path):
     trainer_of(model, tmp_path, BiasBalance(0.05, add_bias=True), max_steps=2).train()
     trainer = trainer_of(tiny("qwen3_moe"), tmp_path, BiasBalance({"*": 0.0}, add_bias=True), max_steps=4)
     late = BiasBalance(0.05, add_bias=True)
-    trainer = Trainer(model=tiny("qwen3_moe"), args=trainer.args, train_dataset=trainer.train_dataset)
-    trainer.add_callback(late)
-    with pytest.raises(ValueError, match=r"give BiasBalance to Trainer\(callbacks="):
-        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    given = {"args": trainer.args, "train_dataset": trainer.train_dataset}
+    added = Trainer(model=tiny("qwen3_moe"), **given)
+    added.add_callback(late)
+    for trainer in (added, Trainer(model_init=lambda: tiny("qwen3_moe"), callbacks=[late], **given)):
+        with pytest.raises(ValueError, match=r"use Trainer\(model, callbacks=.*without model_init and add_callback"):
+            trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))

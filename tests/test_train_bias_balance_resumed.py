@@ -91,7 +91,7 @@ def test_a_bias_is_resumed_to_the_last_bit_where_the_model_is_in_bfloat16(tmp_pa
 def test_a_late_callback_warns_that_the_bias_of_a_checkpoint_was_rounded(tmp_path):
     run(small_model().bfloat16(), BiasBalance(0.0011), tmp_path, max_steps=2, save_strategy="steps", save_steps=2)
     late = Late(BiasBalance(0.0011))
-    with pytest.warns(UserWarning, match=r"lost their last bits: give BiasBalance to Trainer\(callbacks="):
+    with pytest.warns(UserWarning, match=r"lost their last bits: use Trainer\(model, callbacks="):
         run(
             small_model().bfloat16(), late, tmp_path / "again", max_steps=3,
             resume_from_checkpoint=str(tmp_path / "checkpoint-2"),

@@ -157,8 +157,7 @@ class BiasBalance(TrainerCallback):
         model = kwargs["model"]
         if self.add_bias and state is not None and state.global_step and any(not x.has_bias for x in moe_layers(model)):
             raise ValueError(
-                "the checkpoint that training goes on from was loaded before its added biases had a place: give "
-                "BiasBalance to Trainer(callbacks=[...]) rather than to add_callback"
+                f"the checkpoint that training goes on from was loaded before its added biases had a place: {IN_TIME}"
             )
         homes = _homes_in(model)
         if state is not None and state.global_step and any(_is_narrow(home) for home in homes):
@@ -211,10 +210,9 @@ class BiasBalance(TrainerCallback):
 
 # whose biases are moved by which
 _attached: weakref.WeakKeyDictionary[nn.Module, weakref.ref[BiasBalance]] = weakref.WeakKeyDictionary()
-ROUNDED = (
-    "the biases of the checkpoint were read into half precision and lost their last bits: give BiasBalance to "
-    "Trainer(callbacks=[...]) rather than to add_callback, so that they are float32 before"
-)
+# with model_init the Trainer makes the model anew as training begins, after what callbacks did to the one before
+IN_TIME = "use Trainer(model, callbacks=[BiasBalance(...)]), without model_init and add_callback"
+ROUNDED = f"the biases of the checkpoint were read into half precision and lost their last bits: {IN_TIME}"
 SKIPPING = "balancing_biases"  # of Zaya's routers, which have one class more than there are experts
 NOTHING_COUNTED = (
     "BiasBalance counted no token in step {step}: is the model that trains the one it is attached to, in training mode "

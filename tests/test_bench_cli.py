@@ -73,6 +73,18 @@ def test_a_run_is_resumed_without_measuring_again_and_json_is_json(run):
     assert found["left_out"] == []
 
 
+def test_a_report_names_every_command_that_measured_for_it(run):
+    rest = (*ONE_CELL[:2], *ONE_CELL[4:], "--peers", "none", "--rounds", "1", "--out", "out")
+    assert run("--tokens", "24", *rest)[0] == 0
+    more = ("--tokens", "24,25", *rest)
+    for words in (more, more, ("--tokens", "26", *rest, "--budget", "0")):  # the last two measure nothing
+        code, out, err = run(*words, "--resume")
+        assert code == 0, err
+    commands = ["moesaic bench " + " ".join(words) for words in (("--tokens", "24", *rest), more)]
+    assert f"reproduce: {', then '.join(commands)}\n" in out
+    assert "Reproduce: " + ", then ".join(f"`{command}`" for command in commands) in Path("out/report.md").read_text()
+
+
 def test_a_budget_of_nothing_leaves_everything_to_resume(run):
     code, out, _ = run(*ONE_CELL, "--budget", "0", "--out", "out")
     assert (code, "cells not measured: 1" in out) == (0, True)

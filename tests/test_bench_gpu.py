@@ -89,7 +89,9 @@ def test_the_smoke_run_measures_every_kind_of_cell_and_goes_on_where_it_ended(ru
     assert "Not measured on a GPU" in text
     assert "256 MB read" in text
     assert "Python and launching" not in text, "on a CPU a call is its computation"
-    assert "Reproduce: `python benchmarks/gpu.py --smoke --only decode`" in text
+    assert (
+        "Reproduce: `python benchmarks/gpu.py --smoke --only decode`, then `python benchmarks/gpu.py --smoke`" in text
+    )
     assert out.rstrip().endswith(f"everybody's numbers: {tmp_path / 'report.md'}")
     before = (tmp_path / "journal.jsonl").read_text()
     assert run("--smoke", "--out", str(tmp_path))[0] == 0

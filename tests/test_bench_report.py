@@ -69,7 +69,7 @@ def journal() -> Journal:
 
 
 def golden() -> str:
-    return markdown(journal(), "moesaic bench --targets --out results", [Cell("olmoe", 1, "float32", "forward")])
+    return markdown(journal(), ["moesaic bench --targets --out results"], [Cell("olmoe", 1, "float32", "forward")])
 
 
 def test_the_report_is_the_golden_one():

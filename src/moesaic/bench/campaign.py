@@ -31,16 +31,28 @@ SAME = (
 
 @dataclass
 class Journal:
-    """Lines of JSON: the machine, ceilings as they were measured, cells. Appended to a file where there is one."""
+    """Lines of JSON: the machine, ceilings as they were measured, cells, commands that measured after the first.
+    Appended to a file where there is one. `command`: that of the run that goes on with it."""
 
     path: Path | None = None
     lines: list[dict[str, Any]] = field(default_factory=list)
+    command: str = ""
 
     def add(self, line: dict[str, Any]) -> None:
         self.lines.append(line)
         if self.path is not None:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line, allow_nan=False) + "\n")
+
+    def begin(self) -> None:
+        """Before a run's first cell: its command is kept where no run before had it."""
+        if self.command not in ("", *self.commands):
+            self.add({"kind": "command", "command": self.command})
+
+    @property
+    def commands(self) -> list[str]:
+        """Those that together give these results, the first first."""
+        return [line["command"] for line in self.lines if line["kind"] in ("machine", "command") and "command" in line]
 
     @property
     def machine(self) -> dict[str, Any]:
@@ -78,7 +90,7 @@ def open_journal(out: Path | None, *, resume: bool, settings: dict[str, Any] | N
 
 def resumed(path: Path, here: dict[str, Any], same: Sequence[str]) -> Journal:
     """The journal that is there. ValueError where it differs from `here` in one of the fields `same`."""
-    journal = Journal(path, read_lines(path))
+    journal = Journal(path, read_lines(path), here.get("command", ""))
     for name in same:
         then, now = journal.machine.get(name), here.get(name)
         if then != now:
@@ -138,6 +150,7 @@ class Campaign:
                         left_out.append(cell)
                         continue
                     report(cell)
+                    self.journal.begin()
                     torch.set_num_threads(cell.threads)
                     self.journal.add(self._measure(cell, weights).to_dict())
         finally:

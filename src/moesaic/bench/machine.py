@@ -25,7 +25,10 @@ ISA_FLAGS = (
     *("avx2", "avx512f", "avx512bw", "avx512_vnni", "avx512_bf16", "avx512_fp16"),
     *("amx_tile", "amx_int8", "amx_bf16", "amx_fp16"),
 )
-TUNING = ("ONEDNN_", "DNNL_", "MKL_", "OMP_", "KMP_", "GOMP_", "ATEN_CPU_")  # variables that change what is fast
+TUNING = (  # variables that change what is fast
+    *("ONEDNN_", "DNNL_", "MKL_", "OMP_", "KMP_", "GOMP_", "ATEN_CPU_"),
+    *("MALLOC_", "LD_PRELOAD", "GLIBC_TUNABLES"),  # new gradients are page faults
+)
 # of float32, as oneDNN refuses bfloat16 on CPUs without AVX-512; torch.mm would leave float32 to MKL
 ASK_ONEDNN = """
 import torch
@@ -118,9 +121,9 @@ def commit() -> str | None:
 
 
 def sources() -> str:
-    """Digest of the engines' files as they are, which may be ahead of the commit."""
+    """Digest of the package's files as they are, which may be ahead of the commit."""
     together = hashlib.sha256()
-    for path in sorted(Path(__file__).parents[1].joinpath("engine").rglob("*.py")):
+    for path in sorted(Path(__file__).parents[1].rglob("*.py")):
         together.update(path.read_bytes())
     return together.hexdigest()[:12]
 

@@ -13,14 +13,19 @@ from moesaic.bench.targets import Verdict, asked_ratio, judge
 Table = list[list[str]]  # the first line is the head
 
 
-def markdown(journal: Journal, command: str, left_out: Sequence[Cell] = ()) -> str:
+def markdown(journal: Journal, commands: Sequence[str], left_out: Sequence[Cell] = ()) -> str:
     """The whole report."""
     parts = ["# Benchmark of MoE experts", _machine(journal), _ceilings(journal), _verdicts(journal.results)]
     parts += _cells(journal.results)
     if left_out:
         parts.append(f"Cells not measured: {len(left_out)}; `--resume` goes on with them.")
-    parts += [_reading(journal.results), f"Reproduce: `{command}`"]
+    parts += [_reading(journal.results), reproduce(commands)]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def reproduce(commands: Sequence[str]) -> str:
+    """How to get a report again: the commands that measured its cells, one after the other."""
+    return "Reproduce: " + ", then ".join(f"`{command}`" for command in commands)
 
 
 def summary(results: Iterable[Result]) -> Table:

@@ -148,13 +148,15 @@ def run_cell(
 ) -> Result:
     """Measure a cell in about so many rounds, or just as many where `exact`.
 
-    `truths` keeps float64 results for cells that differ only in threads, cache or mode.
+    `truths` keeps the float64 results of the last cell, for one that differs only in threads, cache or mode; those of
+    many cells would take more memory than a cell.
     """
     start = time.perf_counter()
     problem = make_problem(cell, experts)
     truths = {} if truths is None else truths
     case = (cell.shape, cell.tokens, cell.dtype, cell.routing, cell.trains)
     if case not in truths:
+        truths.clear()
         truths[case] = truth_of(problem)
     judged = _judge(problem, truths[case], contenders)
     rows = [row for row, _, _ in judged]

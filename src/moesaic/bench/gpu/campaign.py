@@ -119,6 +119,7 @@ class GpuCampaign:
             elif time.perf_counter() - start > self.seconds - LAST_SECONDS:
                 left_out.append(cell)
             else:
+                self.journal.begin()
                 self.journal.add({"kind": "begin", "key": cell.key})
                 result = self._measure(cell)
                 report(f"{time.perf_counter() - start:6.0f} s  {cell.key}: {headline(result)}")

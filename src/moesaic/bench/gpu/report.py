@@ -8,7 +8,7 @@ from moesaic.bench.gpu.campaign import measured_in
 from moesaic.bench.gpu.cells import FORWARD, LADDER, LADDER_TOKENS, OURS, STEP, TORCH, GpuCell
 from moesaic.bench.gpu.run import Measured
 from moesaic.bench.gpu.special import KERNEL
-from moesaic.bench.report import Table, aligned, in_markdown
+from moesaic.bench.report import Table, aligned, in_markdown, reproduce
 from moesaic.bench.runner import Row
 
 WORSE = 1.1  # times the error of torch's own grouped_mm: more is worse
@@ -143,7 +143,7 @@ def markdown(journal: Journal, left_out: Sequence[GpuCell] = ()) -> str:
         parts.append(
             f"Not measured yet: {', '.join(cell.key for cell in left_out)}. The same command goes on with them."
         )
-    parts += [READING, f"Reproduce: `{journal.machine['command']}`"]
+    parts += [READING, reproduce(journal.commands)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 

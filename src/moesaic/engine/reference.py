@@ -15,8 +15,6 @@ def reference(
     weights: Float[Tensor, "T K"],
     experts: ExpertWeights,
     spec: ExpertSpec,
-    *,
-    batch_invariant: bool = True,  # noqa: ARG001  never otherwise
 ) -> Float[Tensor, "T O"]:
     """out[t] = sum over k of weights[t, k] * expert[expert_ids[t, k]](tokens[t]), summed in slot order.
 

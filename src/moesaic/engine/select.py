@@ -20,6 +20,7 @@ Engine = Callable[..., Tensor]
 ENGINES: dict[str, Engine] = {"reference": reference, "grouped": grouped, "cpu": cpu, "triton": gpu.triton}
 AUTO = {"cpu": "cpu", "cuda": "triton"}  # device type -> what "auto" takes there where it can; else "grouped"
 OPTIONS = {name: {*signature(engine).parameters} for name, engine in ENGINES.items()}  # so none is forgotten
+OPTIONS["reference"].add("batch_invariant")  # by definition
 
 
 def check_engine(name: str, *, batch_invariant: bool = False, recompute: bool = False) -> str:
@@ -45,6 +46,8 @@ def select_engine(
     if not batch_invariant and not recompute:
         return ENGINES[chosen]
     check_engine(chosen, batch_invariant=batch_invariant, recompute=recompute)
+    if chosen == "reference":
+        return reference
     asked = {"batch_invariant": batch_invariant, "recompute": recompute}
     return partial(ENGINES[chosen], **{option: True for option, wanted in asked.items() if wanted})
 

@@ -8,6 +8,9 @@ from collections.abc import Callable, Iterable, Sequence
 from html import escape
 from typing import Any
 
+from rich import box
+from rich.table import Table
+from rich.text import Text
 from torch import Tensor
 
 HIDDEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}  # control, format (bidi included), surrogate, private, unassigned
@@ -163,6 +166,31 @@ def _is_stray_byte(character: str) -> bool:
 PRINTED = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]  # bytes that byte-level BPE spells as they are
 UNPRINTED = [byte for byte in range(256) if byte not in PRINTED]  # it shifts these to letters from U+0100 on
 BYTES = {chr(b): b for b in PRINTED} | {chr(0x100 + i): b for i, b in enumerate(UNPRINTED)}
+
+
+def console_table(
+    heads: Sequence[str],
+    rows: Iterable[Sequence[str | Text]],
+    *,
+    title: str = "",
+    caption: str = "",
+    left: Sequence[int] = (0,),
+    folds: Sequence[int] = (),
+) -> Table:
+    """Cells as a table for a console, none of them markup. left: columns of words. folds: columns that go on
+    in the next line where there is no room, as the first one does where a name in it is long; others end in "…"."""
+    rows = list(rows)
+    table = Table(
+        box=box.SIMPLE_HEAD, title=Text(title) if title else None, title_justify="left",
+        caption=caption or None, caption_justify="left", pad_edge=False,
+    )  # fmt: skip
+    for index, head in enumerate(heads):
+        whole = index not in folds and (index > 0 or fits([str(row[0]) for row in rows]))
+        side, over = "left" if index in left else "right", "ellipsis" if whole else "fold"
+        table.add_column(head, justify=side, no_wrap=whole, overflow=over)
+    for row in rows:
+        table.add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in row))
+    return table
 
 
 def html_of(part: Callable[[str], str], lang: str = "en") -> str:

@@ -1,12 +1,10 @@
 """A Diff in plain words and as a console table. Nothing here prints."""
 
-from rich import box
 from rich.console import Group
-from rich.table import Table
 from rich.text import Text
 
 from moesaic.trace.compare.diff import Diff
-from moesaic.trace.shown import counted, fits, html_of, html_said, html_table, short_layers, visible, words_of
+from moesaic.trace.shown import console_table, counted, html_of, html_said, html_table, short_layers, visible, words_of
 
 WORDS = {
     "en": {
@@ -70,13 +68,7 @@ def sentences(found: Diff, lang: str = "en") -> list[str]:
 
 def diff_table(found: Diff, lang: str = "en") -> Group:
     """One row a layer below the names of the two, and the sentences under it."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    rows = _rows(found, lang)
-    for index, head in enumerate(words_of(WORDS, lang)["columns"]):
-        whole = index > 0 or fits([row[0] for row in rows])
-        table.add_column(head, justify="right" if index else "left", no_wrap=whole, overflow="fold")
-    for row in rows:
-        table.add_row(*map(Text, row))
+    table = console_table(words_of(WORDS, lang)["columns"], _rows(found, lang))
     return Group(Text(_names(found), style="dim"), table, *(Text(line) for line in sentences(found, lang)))
 
 

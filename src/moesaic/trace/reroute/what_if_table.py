@@ -2,13 +2,11 @@
 
 from typing import Any
 
-from rich import box
 from rich.console import Group
-from rich.table import Table
 from rich.text import Text
 
 from moesaic.trace.reroute.what_if import WhatIf
-from moesaic.trace.shown import fits, html_of, html_said, html_table, short_layers, words_of
+from moesaic.trace.shown import console_table, html_of, html_said, html_table, short_layers, words_of
 
 WORDS = {
     "en": {
@@ -107,13 +105,9 @@ def _changes(found: WhatIf, rows: list[dict[str, Any]], words: dict[str, Any]) -
 
 def what_if_table(found: WhatIf, lang: str = "en") -> Group:
     """One row a layer, before and after, and the sentences under it."""
-    words, heads, rows = words_of(WORDS, lang), *_cells(found, lang)
-    table = Table(box=box.SIMPLE_HEAD, caption=words["pairs"], caption_justify="left", pad_edge=False)
-    for index, head in enumerate(heads):
-        whole = fits([row[0] for row in rows]) if index == 0 else "->" not in "".join(row[index] for row in rows)
-        table.add_column(head, justify="right" if index else "left", no_wrap=whole, overflow="fold")
-    for row in rows:
-        table.add_row(*map(Text, row))
+    heads, rows = _cells(found, lang)
+    pairs = [index for index, cells in enumerate(zip(*rows, strict=True)) if index and "->" in "".join(cells)]
+    table = console_table(heads, rows, caption=words_of(WORDS, lang)["pairs"], folds=pairs)
     return Group(table, *(Text(line) for line in sentences(found, lang)))
 
 

@@ -3,15 +3,14 @@
 from collections.abc import Sequence
 from typing import Any
 
-from rich import box
 from rich.console import Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
 from moesaic.config import MoEConfig
 from moesaic.trace.rule.steps import Step, Steps, versus_topk
 from moesaic.trace.shown import (
+    console_table,
     finite,
     html_of,
     html_said,
@@ -52,12 +51,8 @@ WORDS = {
 def steps_table(steps: Sequence[Step], lang: str = "en", *, versus: bool = False, title: str = "") -> RenderableType:
     """The 15 steps of one token, one row a step. With `versus`, a line says what plain top-k would have taken."""
     words = words_of(WORDS, lang)
-    heading = Text(visible(title)) if title else None  # it holds a token and a layer's name, so it is no markup
-    table = Table(box=box.SIMPLE_HEAD, title=heading, title_justify="left", pad_edge=False, expand=False)
-    for name, justify in zip(words["columns"], ("right", "left", "left", "left", "left"), strict=True):
-        table.add_column(name, justify=justify, no_wrap=justify == "right", overflow="fold")  # type: ignore[arg-type]
-    for row in _rows(steps, lang):
-        table.add_row(*row)
+    texts = (1, 2, 3, 4)
+    table = console_table(words["columns"], _rows(steps, lang), title=visible(title), left=texts, folds=texts)
     parts: list[RenderableType] = [Text(_head(steps[0].config, words), style="dim"), table]
     parts += [Text(note) for note in _notes(steps, lang)]
     if versus:

@@ -7,7 +7,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from moesaic.trace.shown import fits, short, short_layers, visible, words_of
+from moesaic.trace.shown import console_table, fits, short, short_layers, visible, words_of
 from moesaic.trace.statistics.measures import Measure
 from moesaic.trace.statistics.preference import Preferences
 from moesaic.trace.statistics.stats import LayerReport
@@ -39,18 +39,15 @@ STYLES = {
 def load_table(reports: Sequence[LayerReport], lang: str = "en") -> Table:
     """One row a layer: its index in the trace, name and verdict, and balance numbers, each above its chance band."""
     words = words_of(WORDS, lang)
-    table = Table(box=box.SIMPLE_HEAD, caption=f"( ) {words['chance']}", caption_justify="left", pad_edge=False)
     grouped = any("groups_reached" in report.measures for report in reports)
     names = ["max_vio", "cv", "dead", *(["groups_reached"] if grouped else [])]
-    table.add_column(words["load"][0], overflow="fold")
-    for head in words["load"][1 : 2 + len(names)]:
-        table.add_column(head, justify="right", no_wrap=True)
+    rows = []
     for index, (layer, report) in enumerate(zip(short_layers([r.layer for r in reports], lang), reports, strict=True)):
         name = Text(f"{index}  {layer}\n")
         name.append(report.verdict(lang), style=STYLES[report.status])
         cells = [_measure(report.measures.get(measure), measure, words) for measure in names]
-        table.add_row(name, f"{report.load.max()} / {report.load.mean():.4g}", *cells)
-    return table
+        rows.append([name, f"{report.load.max()} / {report.load.mean():.4g}", *cells])
+    return console_table(words["load"][: 2 + len(names)], rows, caption=f"( ) {words['chance']}", folds=(0,))
 
 
 def preference_table(

@@ -3,12 +3,11 @@
 import math
 from collections.abc import Sequence
 
-from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from moesaic.trace.shown import fits, short_layers, words_of
+from moesaic.trace.shown import console_table, fits, short_layers, words_of
 from moesaic.trace.statistics.coselection import Coselection
 from moesaic.trace.statistics.load_table import STYLES
 from moesaic.trace.statistics.measures import Measure, meaning
@@ -59,81 +58,63 @@ def numbers_table(stats: Stats, lang: str = "en") -> Table:
     found, every = overall(stats), [report.layer for report in stats.layers]
     names = dict(zip(every, short_layers(every, lang), strict=True))
     caption = words["facts"].format(chance=words["chance"], sample=words["sample"])
-    table = Table(box=box.SIMPLE_HEAD, caption=Text(caption), caption_justify="left", pad_edge=False)
-    for head, justify in zip(words["numbers"], ("left", "right", "right", "left", "left"), strict=True):
-        whole = head != words["numbers"][-1] and (head != words["numbers"][2] or fits(list(names.values())))
-        table.add_column(head, justify=justify, no_wrap=whole, overflow="fold")  # type: ignore[arg-type]
+    rows = []
     for name in stats.values:
         about, says = found[name], Text(meaning(name, lang), style="dim")
         if about is None:
-            table.add_row(name, Text(words["no_data"], style="dim"), "", "", says)
+            rows.append([name, Text(words["no_data"], style="dim"), "", "", says])
             continue
         report = next(report for report in stats.layers if report.layer == about["layer"])
-        worst = Text(f"{brief(about['worst'])}\n({names[about['layer']]})")
-        table.add_row(name, brief(about["median"]), worst, band_text(report.measures[name]), says)
-    return table
+        worst = f"{brief(about['worst'])}\n({names[about['layer']]})"
+        rows.append([name, brief(about["median"]), worst, band_text(report.measures[name]), says])
+    folds = (4,) if fits(list(names.values())) else (2, 4)
+    return console_table(words["numbers"], rows, caption=caption, left=(0, 3, 4), folds=folds)
 
 
 def layers_table(stats: Stats, lang: str = "en") -> Table:
     """One row a layer: verdict, corrected p, and which experts it is about."""
     words = words_of(WORDS, lang)
-    table = Table(box=box.SIMPLE_HEAD, caption=words["columns"], caption_justify="left", pad_edge=False)
-    names = short_layers([*(report.layer for report in stats.layers), *stats.missing], lang)
-    for index, head in enumerate(words["layers"]):
-        number = 2 <= index <= 4
-        whole = number or (not index and fits(names))
-        table.add_column(head, justify="right" if number else "left", no_wrap=whole, overflow="fold")
+    names, rows = short_layers([*(report.layer for report in stats.layers), *stats.missing], lang), []
     for name, report in zip(names, stats.layers, strict=False):
         judged = math.isfinite(report.p_value)
-        table.add_row(
-            Text(name),
-            Text(report.verdict(lang), style=STYLES[report.status]),
+        rows.append([
+            name, Text(report.verdict(lang), style=STYLES[report.status]),
             f"{report.p_value:.2g}" if judged else "–",
             f"{report.design_effect:.3g}" if report.n_tokens else "–",
             f"{report.least_seen:.2f}x" if judged and math.isfinite(report.least_seen) else "–",
-            experts_text(report.hot),
-            experts_text(report.starved),
-        )
-    for name in names[len(stats.layers) :]:
-        table.add_row(Text(name), Text(words["missing"], style="dim"), *["–"] * 5)
-    return table
+            experts_text(report.hot), experts_text(report.starved),
+        ])  # fmt: skip
+    rows += [[name, Text(words["missing"], style="dim"), *["–"] * 5] for name in names[len(stats.layers) :]]
+    texts = (1, 5, 6)
+    return console_table(words["layers"], rows, caption=words["columns"], left=(0, *texts), folds=texts)
 
 
 def coselection_table(found: Coselection, lang: str = "en", most: int = 10) -> RenderableType:
     """The pairs chosen together beyond chance, strongest first, at most `most` a layer."""
     words = words_of(WORDS, lang)
-    note = words["pairs_note"].format(n=found.tests)
-    table = Table(box=box.SIMPLE_HEAD, caption=note, caption_justify="left", pad_edge=False)
-    names = short_layers(found.layers, lang)
-    for index, head in enumerate(words["pairs"]):
-        whole = index > 0 or fits(names)
-        table.add_column(head, justify="right" if index > 1 else "left", no_wrap=whole, overflow="fold")
-    for index, name in enumerate(names):
+    note, rows = words["pairs_note"].format(n=found.tests), []
+    for index, name in enumerate(short_layers(found.layers, lang)):
         pairs = [pair for pair in found.pairs if pair.layer == index]
         for pair in pairs[:most]:
-            table.add_row(
-                Text(name), f"e{pair.first} e{pair.second}", f"{pair.together:,}",
-                f"{pair.expected:,.1f}", f"{pair.lift:.2f}x", f"{pair.p_value:.2g}",
-            )  # fmt: skip
+            numbers = (f"{pair.together:,}", f"{pair.expected:,.1f}", f"{pair.lift:.2f}x", f"{pair.p_value:.2g}")
+            rows.append([name, f"e{pair.first} e{pair.second}", *numbers])
         if len(pairs) > most:
-            table.add_row("", f"+{len(pairs) - most}", "", "", "", "")
-    return table if found.pairs else Group(Text(words["no_pairs"]), Text(note, style="dim"))
+            rows.append(["", f"+{len(pairs) - most}", "", "", "", ""])
+    if not rows:
+        return Group(Text(words["no_pairs"]), Text(note, style="dim"))
+    return console_table(words["pairs"], rows, caption=note, left=(0, 1))
 
 
 def stability_table(found: Stability, lang: str = "en") -> RenderableType:
     """One row a layer: how far two recordings of the same tokens agree, each number above what chance gives; and what
     is not known of them."""
-    words, names = words_of(WORDS, lang), short_layers(found.layers, lang)
-    caption = Text(words["facts"].format(chance=words["chance"], sample=words["sample"]))
-    table = Table(box=box.SIMPLE_HEAD, caption=caption, caption_justify="left", pad_edge=False)
-    for index, head in enumerate(words["stable"]):
-        whole = index > 0 or fits(names)
-        table.add_column(head, justify="right" if index else "left", no_wrap=whole, overflow="fold")
-    for index, name in enumerate(names):
+    words, rows = words_of(WORDS, lang), []
+    caption = words["facts"].format(chance=words["chance"], sample=words["sample"])
+    for index, name in enumerate(short_layers(found.layers, lang)):
         measures = (found.same_set[index], found.jaccard[index], found.load_correlation[index])
         cells = [f"{brief(m.value)}\n{band_text(m)}".rstrip() if m.is_known else words["no_data"] for m in measures]
-        table.add_row(Text(name), *cells)
-    return Group(table, *(Text(note) for note in found.notes(lang)))
+        rows.append([name, *cells])
+    return Group(console_table(words["stable"], rows, caption=caption), *(Text(note) for note in found.notes(lang)))
 
 
 def band_text(measure: Measure) -> str:

@@ -220,7 +220,7 @@ def test_the_report_of_a_layer_is_that_of_the_run():
     trace = scored(documents=30)
     one, run = layer_report(trace, 1), stats(trace).layers[1]
     assert one.measures == run.measures
-    assert (one.status, one.p_value, one.verdict_en) == (run.status, run.p_value, run.verdict_en)
+    assert (one.status, one.p_value, one.verdict()) == (run.status, run.p_value, run.verdict())
 
 
 @pytest.mark.parametrize(

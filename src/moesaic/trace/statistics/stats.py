@@ -42,8 +42,6 @@ class LayerReport:
     load: np.ndarray
     measures: Mapping[str, Measure]
     status: str
-    verdict_en: str
-    verdict_zh: str
     by_documents: bool
     hot: tuple[int, ...]
     starved: tuple[int, ...]
@@ -53,10 +51,10 @@ class LayerReport:
     least_seen: float
 
     def __repr__(self) -> str:
-        return f"LayerReport({short_layer(self.layer)}: {self.verdict_en}; see .load, .measures, .hot, .starved, .dead)"
+        return f"LayerReport({short_layer(self.layer)}: {self.verdict()}; see .load, .measures, .hot, .starved, .dead)"
 
     def verdict(self, lang: str = "en") -> str:
-        return words_of({"en": self.verdict_en, "zh": self.verdict_zh}, lang)
+        return words_of(verdict.words_of_layer(self), lang)
 
     @property
     def is_healthy(self) -> bool:
@@ -81,8 +79,7 @@ class Stats:
     layers: a report for each. missing: MoE layers of the model that the trace has no data of. load: int64 [L, E].
     values, low, high: every number by name and its band, float64 [L], NaN where there is no data. placement: the node
     of every expert or None. status: of the run, a key of STATUSES or "partly" (what was judged is healthy, some layers
-    could not be judged). verdict_en, verdict_zh: sentences, the worst first; at the
-    end, where picks were not read at the experts.
+    could not be judged).
     """
 
     model: str
@@ -98,15 +95,15 @@ class Stats:
     alpha: float
     seed: int
     status: str
-    verdict_en: tuple[str, ...]
-    verdict_zh: tuple[str, ...]
 
     def __repr__(self) -> str:
         return self.verdict() + "\n(more: .layers, .values, .load, .to_dict(), .verdict('zh'))"
 
     def verdict(self, lang: str = "en") -> str:
-        """The sentences of the verdict, one a line."""
-        return "\n".join(words_of({"en": self.verdict_en, "zh": self.verdict_zh}, lang))
+        """Sentences, one a line, the worst first; at the end, where picks were not read at the experts."""
+        layers, origins = [report.layer for report in self.layers], [report.origin for report in self.layers]
+        said = run_verdict(self.layers, self.missing, self.n_tokens, self.n_documents, lang)
+        return "\n".join([*said, *origin_notes(layers, origins, lang)])
 
     @property
     def is_healthy(self) -> bool:
@@ -161,15 +158,10 @@ def stats(
     names = list(dict.fromkeys(name for report in reports for name in report.measures))
     measured = {name: [report.measures.get(name) for report in reports] for name in names}
     missing = tuple(trace.missing)
-    documents = int(np.unique(trace.sequences.numpy()).size)
-    en, zh = (
-        (*run_verdict(reports, missing, len(trace), documents, lang), *origin_notes(trace.layers, trace.origins, lang))
-        for lang in ("en", "zh")
-    )
     return Stats(
         model=trace.model,
         n_tokens=len(trace),
-        n_documents=documents,
+        n_documents=int(np.unique(trace.sequences.numpy()).size),
         layers=reports,
         missing=missing,
         load=np.stack([report.load for report in reports]) if reports else np.zeros((0, trace.n_experts), np.int64),
@@ -180,8 +172,6 @@ def stats(
         alpha=alpha,
         seed=seed,
         status=run_status(reports, missing),
-        verdict_en=en,
-        verdict_zh=zh,
     )
 
 
@@ -236,7 +226,6 @@ def _report(
     numbers = {name: measure.value for name, measure in measures.items()}
     chance = {name: measure.band.mean for name, measure in measures.items() if measure.band is not None}
     status = verdict.status_of(counts, test, numbers, chance, alpha)
-    words = verdict.words_of_layer(status, counts, test, numbers["carriers"], alpha)
     named = {"hot": verdict.hot, "starved": verdict.starved, "dead": verdict.dead}
     judged = status not in verdict.UNJUDGED
     experts = {name: tuple(find(counts, test, alpha).tolist()) if judged else () for name, find in named.items()}
@@ -249,8 +238,6 @@ def _report(
         load=counts.load,
         measures=measures,
         status=status,
-        verdict_en=words["en"],
-        verdict_zh=words["zh"],
         by_documents=by_documents,
         p_value=test.p_value if judged else float("nan"),
         design_effect=counts.design_effect if by_documents else 1.0,

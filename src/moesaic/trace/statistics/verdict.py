@@ -3,11 +3,15 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from moesaic.trace.chance.documents import LoadCounts
 from moesaic.trace.chance.tails import at_least, at_most
+
+if TYPE_CHECKING:
+    from moesaic.trace.statistics.stats import LayerReport
 
 HOT = 1.2  # times its fair share: with one expert a device, a step that waits for it takes up to 20 % longer
 STARVED = 0.1  # of its fair share: it gets a tenth of the gradient of the others and falls further behind
@@ -158,27 +162,26 @@ def dead(counts: LoadCounts, test: LoadTest, alpha: float) -> np.ndarray:
     return np.flatnonzero((test.p_low <= alpha) & (counts.load == 0))
 
 
-def words_of_layer(status: str, counts: LoadCounts, test: LoadTest, carriers: float, alpha: float) -> dict[str, str]:
+def words_of_layer(report: "LayerReport") -> dict[str, str]:
     """The verdict on a layer in plain words, {"en": ..., "zh": ...}."""
+    status, load, n_experts = report.status, report.load, len(report.load)
     en, zh = STATUSES[status]["en"], STATUSES[status]["zh"]
-    load, n_experts = counts.load, len(counts.load)
     if status == "too_few" and not few_assignments(load):
-        n = f"{test.effective:.0f}"
+        n = f"{report.n_tokens / report.design_effect:.0f}"
         return {
             "en": f"too few documents to judge: their tokens count as {n}",
             "zh": f"文档太少，无法判断：这些 token 只相当于 {n} 个独立的 token",
         }
     if status == "collapsed":
-        n = int(carriers)
+        n = int(report.measures["carriers"].value)
         return {"en": f"{en} onto {n} of {n_experts} experts", "zh": f"{zh}：{n_experts} 个专家中只有 {n} 个在工作"}
     if status == "dead":
-        n = len(dead(counts, test, alpha))
+        n = len(report.dead)
         noun = "expert" if n == 1 else "experts"
         return {"en": f"{n} dead {noun} of {n_experts}", "zh": f"{n_experts} 个专家中有 {n} 个从未被选中"}
     if status == "imbalanced":
-        fair, low = load.mean(), starved(counts, test, alpha)
-        only_low = len(low) and not len(hot(counts, test, alpha))
-        worst = int(low[load[low].argmin()]) if only_low else int(load.argmax())
-        times = f"{load[worst] / fair:.2f}"
+        only_low = report.starved and not report.hot
+        worst = min(report.starved, key=load.__getitem__) if only_low else int(load.argmax())
+        times = f"{load[worst] / load.mean():.2f}"
         return {"en": f"{en}: e{worst} at {times}x its share", "zh": f"{zh}：e{worst} 为均值的 {times} 倍"}
     return {"en": en, "zh": zh}

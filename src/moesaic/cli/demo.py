@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 import typer
 
 from moesaic.cli.output import JSON_HELP, check_lang, make_ready, print_json, say_how_again, typed
+from moesaic.cli.steps import recorded_word
 from moesaic.cli.trace import said_of_windows
 
 if TYPE_CHECKING:
@@ -123,6 +124,7 @@ def _real(
     from moesaic.cli import sources
     from moesaic.hf.load import TINY, load_model
     from moesaic.trace.figures.figure import load_figure, routing_figure, save_figure
+    from moesaic.trace.statistics.per_token import overlap_of
 
     given = sources.read_text(text, file)
     model, tokenizer = load_model(model_folder or TINY)
@@ -134,9 +136,10 @@ def _real(
     with Console(stderr=True).status(WORDS[lang]["routing"]):
         trace = sources.route(model, tokens, seed)
     layer = trace.n_layers // 2 if layer is None else layer
-    token = _telling_token(trace, layer) if token is None else token
+    if token is None:  # the first of those whose experts differ most from plain top-k's
+        token = int(overlap_of(trace, layer).argmin())
 
-    word = sources.word_of(tokenizer, trace, token)
+    word = recorded_word(trace, token)
     shown = _what_is_shown(trace, lang, layer, token, seed)
     cut = said_of_windows(tokens.windows, window, lang)
     if not as_json:
@@ -225,17 +228,6 @@ def _document(trace: "Trace", shown: Shown, layer: int, token: int, word: str, f
         "seed": trace.seed,
         "config": trace.configs[0].digest(),
     }
-
-
-def _telling_token(trace: "Trace", layer: int) -> int:
-    """The first token whose experts differ most from plain top-k's."""
-    from moesaic import rules
-    from moesaic.trace.chance.bands import overlap
-
-    routing, config = trace.layer(layer), trace.configs[layer]
-    assert routing.logits is not None  # recorded with detail="scores"
-    plain = rules.largest(rules.score(routing.logits, config), config.num_experts_per_tok)
-    return int(overlap(routing.expert_ids.numpy(), plain.numpy()).argmin())
 
 
 def _say_saved(trace: "Trace", lang: str, layer: int, out: Path, names: tuple[str, ...]) -> None:

@@ -15,7 +15,6 @@ from moesaic.hf.modules import moe_layers
 from moesaic.trace.recording.assemble import pieces_of
 from moesaic.trace.recording.record import record
 from moesaic.trace.recording.recorder import Recorder
-from moesaic.trace.shown import piece_of
 from moesaic.trace.store import Trace
 
 WINDOW = 128  # tokens read at once, fewer where the model reads fewer
@@ -229,10 +228,3 @@ def check_numbers(given: dict[str, int | None], counts: dict[str, int]) -> None:
         if value is not None and not 0 <= value < counts[name]:
             there = f"use 0 to {counts[name] - 1}" if counts[name] else f"there is no {name}"
             raise ValueError(f"--{name} {value} is not there: {there}")
-
-
-def word_of(tokenizer: Any, trace: Trace, token: int) -> str:
-    """A token as it may be shown: its text, or its bytes where it is only part of a character."""
-    if trace.input_ids is None:
-        return ""
-    return repr(piece_of(tokenizer, int(trace.input_ids[token])))

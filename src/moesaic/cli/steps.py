@@ -49,7 +49,6 @@ def steps(
         recorded = load(trace)
         counts = {"layer": recorded.n_layers, "token": len(recorded)}
         sources.check_numbers({"layer": layer, "token": token}, counts)
-        word = recorded_word(recorded, token)
     else:
         network, tokenizer = load_model(model or TINY)
         given = sources.Document("text", sources.SAMPLE if text is None else text)
@@ -57,7 +56,7 @@ def steps(
         tokens = sources.tokens_of(tokenizer, [given], window)
         sources.check_before(network, tokens, layer, token)
         recorded = sources.route(network, tokens)
-        word = sources.word_of(tokenizer, recorded, token)
+    word = recorded_word(recorded, token)
     of_token = steps_of(recorded, layer=layer, token=token)
     if json:
         about = {"model": recorded.model, "layer": recorded.layers[layer], "token": token, "text": word}

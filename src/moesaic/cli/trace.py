@@ -119,22 +119,13 @@ def said_of_windows(windows: Sequence[int], window: int, lang: str) -> tuple[str
 def check_target(out: Path) -> bool:
     """Whether a trace is there already, which will be replaced. Refuses, before any work, every other file (weights are
     .safetensors too) and what cannot be written."""
-    if out.is_dir():
-        raise ValueError(f"--out {out}: is a folder: give the name of a file in it")
-    import tempfile
-
-    from moesaic.trace.file.reader import is_trace
-
-    replaces = out.exists() or out.is_symlink()
-    if replaces and not (out.is_file() and is_trace(out)):
-        raise ValueError(f"--out {out}: is there already and is no trace: give another name, or remove it")
+    from moesaic.trace.file.writer import folder_beside, target
 
     try:
-        with tempfile.TemporaryFile(dir=out.parent):
-            pass
-    except OSError as error:
-        raise ValueError(f"--out {out}: cannot be written ({error.strerror}): give another file") from None
-    return replaces
+        folder_beside(target(out)).rmdir()
+    except ValueError as error:
+        raise ValueError(f"--out {error}") from None
+    return out.exists()
 
 
 class Size(NamedTuple):

@@ -23,7 +23,7 @@ def provenance(*records: "tuple[Path | None, Trace]") -> dict[str, Any]:
             {
                 "file": None if file is None else str(file),
                 "model": trace.model,
-                "config": config_of(trace) if trace.configs else None,
+                "config": config_of(trace),
                 "seed": trace.seed,
                 "versions": dict(trace.versions),
                 "layers": list(trace.layers),

@@ -137,8 +137,7 @@ def _show(trace: "Trace", found: Any, domains: Any, pairs: Any, alike: Any, agai
     if alike is not None and against is not None:
         show(Text("\n" + say["against"].format(other=visible(str(against), 80))))
         show(stability_table(alike, lang))
-    if trace.n_layers:
-        say_how_again(trace, lang)
+    say_how_again(trace, lang)
 
 
 def _json(trace: "Trace", found: Any, domains: Any, pairs: Any, alike: Any) -> dict[str, Any]:

@@ -143,7 +143,7 @@ class Diff:
         return diff_html(self)
 
 
-def diff(a: Trace, b: Trace, *, precision: str | None = None, done: Callable[[int], None] | None = None) -> Diff:
+def diff(a: Trace, b: Trace, *, precision: str | None = None, done: Callable[[int], None] = lambda _: None) -> Diff:
     """Compare the experts of two traces of the same tokens, as sets, layer by layer, and judge the difference.
 
     precision: the coarser dtype of the two models, such as "bfloat16", within whose rounding scores may differ. Unless
@@ -164,8 +164,7 @@ def diff(a: Trace, b: Trace, *, precision: str | None = None, done: Callable[[in
         parted = parted | _from_here_on(row["flips"] | row["incomplete"], a.sequences)
         rows.append(row)
         findings.append(finding)
-        if done is not None:
-            done(1)
+        done(1)
     stacked: dict[str, Any] = {
         name: None if any(row[name] is None for row in rows) else torch.stack([row[name] for row in rows])
         for name in rows[0]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from moesaic import rules
 from moesaic.config import MoEConfig
-from moesaic.trace.rule.derive import bias_of, compare, derive, dtype_of, weight_tolerance, why_not_derived
+from moesaic.trace.rule.derive import bias_of, compare, derive, dtype_of, logits_of, weight_tolerance, why_not_derived
 from moesaic.trace.rule.given import check_trace, whole_number
 from moesaic.trace.rule.stages import (
     BIAS_NOT_RECORDED,
@@ -122,44 +122,22 @@ def steps(source: Trace, layer: int = 0, token: int = 0) -> Steps:
         raise ValueError(f"layer={layer} is not in the trace: it has layers 0 to {source.n_layers - 1}")
     if not -len(source) <= token < len(source):
         raise ValueError(f"token={token} is not in the trace: it has {len(source)} tokens, counted from 0")
-    counts = torch.bincount(source.sequences)
-    lengths = counts[counts > 0]
-    batch = (len(lengths), int(lengths[0])) if len(lengths) and bool((lengths == lengths[0]).all()) else None
-    of_token = _steps(
-        None if source.logits is None else source.logits[layer, token],
-        None if source.weights is None else source.weights[layer, token],
-        source.picks[layer, token].long(),
-        bias_of(source, layer),
-        source.configs[layer],
-        len(source),
-        batch=batch,
-        dtypes=(dtype_of(source.dtypes.get("logits")), dtype_of(source.dtypes.get("weights"))),
-        without_bias=why_not_derived(source, layer) is BIAS_NOT_RECORDED,
-    )
-    return Steps(of_token, source.layers[layer], range(len(source))[token], source.origins[layer])
+    layer, token = range(source.n_layers)[layer], range(len(source))[token]
+    return Steps(_steps(source, layer, token), source.layers[layer], token, source.origins[layer])
 
 
-def _steps(
-    logits: Tensor | None,
-    weights: Tensor | None,
-    ids: Tensor,
-    bias: Tensor | None,
-    config: MoEConfig,
-    n_tokens: int,
-    *,
-    batch: tuple[int, int] | None,
-    dtypes: tuple[torch.dtype | None, torch.dtype | None],
-    without_bias: bool = False,
-) -> tuple[Step, ...]:
-    """Of one token: logits [E], weights [K], ids [K]. without_bias: the rule has a bias that nobody recorded."""
+def _steps(trace: Trace, layer: int, token: int) -> tuple[Step, ...]:
+    config, ids, here = trace.configs[layer], trace.picks[layer, token].long(), slice(token, token + 1)
+    logits = None if trace.logits is None else trace.logits[layer, token]
+    weights = None if trace.weights is None else trace.weights[layer, token]
+    without_bias = why_not_derived(trace, layer) is BIAS_NOT_RECORDED  # the rule has one that nobody recorded
     values: dict[str, Tensor | tuple[Tensor, Tensor] | None] = {"logits": logits}
     agrees: dict[str, bool | None] = {}
     tied, notes = False, notes_of(config)
     if logits is not None and config.rule_is_known:
-        derived = derive(logits[None].to(dtypes[0] or logits.dtype), bias, config, ids[None])
-        check = compare(
-            derived, ids[None], None if weights is None else weights[None], config, weight_tolerance(dtypes[1])
-        )
+        derived = derive(logits_of(trace, layer, here), bias_of(trace, layer), config, ids[None])
+        tolerance = weight_tolerance(dtype_of(trace.dtypes.get("weights")))
+        check = compare(derived, ids[None], None if weights is None else weights[None], config, tolerance)
         values |= {key: value[0] for key, value in derived.items()}
         tied = bool(check.tied[0]) and not without_bias
         agrees = {"experts": bool(check.experts[0]), "scaled": None if weights is None else bool(check.weights[0])}
@@ -177,7 +155,10 @@ def _steps(
         notes["output"] = NO_WEIGHTS
     else:
         values["scaled"] = weights
-    shapes = shapes_of(config, n_tokens, batch)
+    counts = torch.bincount(trace.sequences)
+    lengths = counts[counts > 0]
+    batch = (len(lengths), int(lengths[0])) if bool((lengths == lengths[0]).all()) else None
+    shapes = shapes_of(config, len(trace), batch)
     return tuple(
         Step(
             stage=worded(stage, config),

@@ -1,6 +1,5 @@
 """The 15 steps of a token as a console table. Nothing here prints."""
 
-from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -48,13 +47,13 @@ WORDS = {
 }  # fmt: skip
 
 
-def steps_table(steps: Sequence[Step], lang: str = "en", *, versus: bool = False, title: str = "") -> RenderableType:
+def steps_table(steps: Steps, lang: str = "en", *, versus: bool = False, title: str = "") -> RenderableType:
     """The 15 steps of one token, one row a step. With `versus`, a line says what plain top-k would have taken."""
     words = words_of(WORDS, lang)
     texts = (1, 2, 3, 4)
     table = console_table(words["columns"], _rows(steps, lang), title=visible(title), left=texts, folds=texts)
     parts: list[RenderableType] = [Text(_head(steps[0].config, words), style="dim"), table]
-    parts += [Text(note) for note in _notes(steps, lang)]
+    parts += [Text(note) for note in steps.notes(lang)]
     if versus:
         parts.append(_versus_line(steps, words, lang))
     return Group(*parts)
@@ -73,7 +72,7 @@ def steps_html(steps: Steps, lang: str = "en") -> str:
     return html_of(part, lang)
 
 
-def _rows(steps: Sequence[Step], lang: str) -> list[list[Text]]:
+def _rows(steps: Steps, lang: str) -> list[list[Text]]:
     """The cells of the table: texts with styles, none of them markup."""
     words, by_key, rows = words_of(WORDS, lang), {step.stage.key: step for step in steps}, []
     for step in steps:
@@ -90,11 +89,7 @@ def _head(config: MoEConfig, words: dict) -> str:
     return words[key].format(**_sizes(config))
 
 
-def _notes(steps: Sequence[Step], lang: str) -> list[str]:
-    return steps.notes(lang) if isinstance(steps, Steps) else []
-
-
-def steps_as_dict(steps: Sequence[Step], *, versus: bool = False) -> dict[str, Any]:
+def steps_as_dict(steps: Steps, *, versus: bool = False) -> dict[str, Any]:
     """The same as numbers for JSON. What is not finite is null; `why` says what there is instead of a value."""
     of_token: list[dict[str, Any]] = []
     for step in steps:
@@ -104,7 +99,7 @@ def steps_as_dict(steps: Sequence[Step], *, versus: bool = False) -> dict[str, A
             "value": _plain(step.value), "why": step.note, "agrees": step.agrees, "tied": step.tied,
         })  # fmt: skip
     config = steps[0].config
-    notes = {lang: _notes(steps, lang) for lang in ("en", "zh")}
+    notes = {lang: steps.notes(lang) for lang in ("en", "zh")}
     out: dict[str, Any] = {"config": config.digest(), "fields": config.to_dict(), "notes": notes, "steps": of_token}
     if versus:
         scored = next(step for step in steps if step.stage.key == "scores").value is not None
@@ -183,7 +178,7 @@ def _ranks(scores: object, biased: Tensor, words: dict) -> str:
     return words["ranks"].format(n=len(moved), e=len(biased)) + shown + (words["more"] if len(moved) > 4 else "")
 
 
-def _versus_line(steps: Sequence[Step], words: dict, lang: str) -> Text:
+def _versus_line(steps: Steps, words: dict, lang: str) -> Text:
     config = steps[0].config
     head = words["versus"].format(k=config.num_experts_per_tok)
     scores = next(step for step in steps if step.stage.key == "scores")

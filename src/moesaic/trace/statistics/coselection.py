@@ -70,14 +70,10 @@ def coselection(trace: Trace, *, alpha: float = 0.05) -> Coselection:
     check_distinct(trace)
     documents, e = Documents.of(trace), trace.n_experts
     tests = trace.n_layers * e * (e - 1) // 2
-    pairs: list[Pair] = []
-    whole = True
-    for layer in range(trace.n_layers):
-        needed = documents_needed(trace.top_k / e, e, trace.n_layers, alpha)
-        by_documents = len(documents) >= needed
-        whole &= by_documents
-        pairs += _pairs_of(trace, layer, documents, by_documents, tests, alpha)
-    return Coselection(tuple(trace.layers), tuple(pairs), tests, whole, documents.n_documents)
+    whole = len(documents) >= documents_needed(trace.top_k / e, e, trace.n_layers, alpha)
+    layers = range(trace.n_layers)
+    pairs = tuple(pair for layer in layers for pair in _pairs_of(trace, layer, documents, whole, tests, alpha))
+    return Coselection(tuple(trace.layers), pairs, tests, whole, documents.n_documents)
 
 
 class PairCounts(NamedTuple):

@@ -51,7 +51,7 @@ def load_table(reports: Sequence[LayerReport], lang: str = "en") -> Table:
 
 
 def preference_table(
-    preferences: Preferences, layers: Sequence[str] = (), lang: str = "en", *, alpha: float = 0.05, most: int = 6
+    preferences: Preferences, layers: Sequence[str], lang: str = "en", *, alpha: float = 0.05, most: int = 6
 ) -> Table:
     """Per layer and domain, the experts that prefer it beyond chance, strongest first, at most `most` of them."""
     words, found = words_of(WORDS, lang), preferences.found(alpha)
@@ -66,7 +66,7 @@ def preference_table(
     for head, names in zip(words["preference"], columns, strict=True):
         table.add_column(head, no_wrap=names is not None and fits(names), overflow="fold")
     for layer in range(n_layers):
-        name = Text(shown_layers[layer] if layers else str(layer))
+        name = Text(shown_layers[layer])
         if not found[layer].any():
             table.add_row(name, Text("–", style="dim"), Text(words["none"], style="dim"), "", end_section=True)
             continue

@@ -134,7 +134,7 @@ def stats(
     capacity: float | Sequence[float] = CAPACITIES,
     alpha: float = 0.05,
     seed: int = 0,
-    done: Callable[[int], None] | None = None,
+    done: Callable[[int], None] = lambda _: None,
 ) -> Stats:
     """Balance numbers of every layer beside chance, and a verdict on the run.
 
@@ -192,7 +192,7 @@ def _reports(
     capacity: tuple[float, ...],
     alpha: float,
     seed: int,
-    done: Callable[[int], None] | None = None,
+    done: Callable[[int], None] = lambda _: None,
 ) -> tuple[LayerReport, ...]:
     documents, counts, by_documents = Documents.of(trace), [], []
     for layer in layers:
@@ -207,8 +207,7 @@ def _reports(
     for layer, count, test, whole, least in rows:
         measures = layer_measures(trace, layer, count, documents if whole else None, placement, capacity, seed)
         found.append(_report(trace, layer, count, test, whole, measures, float(least), documents, alpha))
-        if done is not None:
-            done(1)
+        done(1)
     return tuple(found)
 
 

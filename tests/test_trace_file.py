@@ -20,7 +20,6 @@ from traces import assert_equal, made
 from moesaic.trace import store
 from moesaic.trace.file import parts, writer
 from moesaic.trace.file.reader import load
-from moesaic.trace.file.writer import TraceWriter
 from moesaic.trace.store import Trace
 
 
@@ -203,152 +202,36 @@ def test_picks_of_26_layers_take_at_most_8_and_a_half_bytes_a_token_and_layer(tm
     assert torch.equal(load(path).picks, trace.picks)
 
 
-def parts_of(trace: Trace, sizes):
-    """What a recorder gives a writer: per-layer tensors and those of the tokens, some tokens at a time."""
-    start = 0
-    for size in sizes:
-        here = slice(start, start + size)
-        layers = [
-            {name: t[i, here] for name in ("picks", "weights", "logits") if (t := getattr(trace, name)) is not None}
-            for i in range(trace.n_layers)
-        ]
-        names = ("sequences", "input_ids", "phases", "offsets")
-        yield layers, {name: t[here] for name in names if (t := getattr(trace, name)) is not None}
-        start += size
-
-
-def nothing_of(trace: Trace) -> Trace:
-    """The same trace without its tokens: what is known before a run."""
-    none = {"weights": None, "logits": None, "bias": None, "input_ids": None, "phases": None, "offsets": None}
-    return dataclasses.replace(trace, picks=trace.picks[:, :0], sequences=trace.sequences[:0], **none)
-
-
 @pytest.mark.parametrize("less", [{}, {"logits": None}, {"logits": None, "weights": None, "phases": None}])
 @pytest.mark.parametrize("sizes", [(12,), (5, 0, 7), (1,) * 12])
 def test_written_in_pieces_it_is_the_same_file_byte_for_byte(tmp_path, sizes, less, monkeypatch):
     monkeypatch.setattr(parts, "BLOCK", 7)
     trace = full(**less)
     trace.save(tmp_path / "whole.safetensors")
-    with TraceWriter(tmp_path / "pieces.safetensors", nothing_of(trace)) as out:
-        for layers, tokens in parts_of(trace, sizes):
-            out.append(layers, **tokens)
-        out.close(bias=trace.bias)
-    assert (tmp_path / "pieces.safetensors").read_bytes() == (tmp_path / "whole.safetensors").read_bytes()
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["pieces.safetensors", "whole.safetensors"]
+    path, columns = tmp_path / "pieces.safetensors", {}
+    (tmp_path / "parts").mkdir()
+    for name in store.TENSORS:
+        if name == "bias" or (tensor := getattr(trace, name)) is None:
+            continue
+        of_layers = name in ("picks", "weights", "logits")
+        rows = {f"{name}.{i}": layer for i, layer in enumerate(tensor)} if of_layers else {name: tensor}
+        kept = {file: parts.Part(tmp_path / "parts" / file, path) for file in rows}
+        for file, part in kept.items():
+            for piece in rows[file].split(sizes):
+                part.append(piece)
+        columns[name] = parts.joined(list(kept.values()), tuple(tensor.shape))
+    columns["bias"] = parts.of_tensor(trace.bias)
+    writer.write(path, {name: columns[name] for name in store.TENSORS if name in columns}, trace)
+    assert path.read_bytes() == (tmp_path / "whole.safetensors").read_bytes()
 
 
-def test_a_run_that_fails_keeps_what_was_written_and_one_without_tokens_is_a_trace_without_tokens(tmp_path):
-    trace, path = full(), tmp_path / "run.safetensors"
-    layers, tokens = next(parts_of(trace, (5,)))
-
-    def run():
-        with TraceWriter(path, nothing_of(trace)) as out:
-            out.append(layers, **tokens)
-            raise RuntimeError("the run died")
-
-    with pytest.raises(RuntimeError, match="the run died"):
-        run()
-    assert_equal(load(path), dataclasses.replace(trace.select(slice(0, 5)), bias=None))
-    with TraceWriter(path, nothing_of(trace)):
-        pass
-    assert len(load(path)) == 0
-    assert [file.name for file in tmp_path.iterdir()] == ["run.safetensors"]
-
-
-def test_an_append_that_fails_leaves_the_tokens_before_it(tmp_path, monkeypatch):
-    trace, path = full(), tmp_path / "run.safetensors"
-    (layers, tokens), (more, others) = parts_of(trace, (5, 7))
-    real = np.ascontiguousarray
-
-    def run():
-        with TraceWriter(path, nothing_of(trace)) as out:
-            out.append(layers, **tokens)
-            monkeypatch.setattr(np, "ascontiguousarray", full_disk_at(4))
-            out.append(more, **others)
-
-    def full_disk_at(call):
-        calls = iter(range(99))
-
-        def write(array, kind):
-            if next(calls) == call:
-                monkeypatch.setattr(np, "ascontiguousarray", real)
-                raise OSError(28, "No space left on device")
-            return real(array, kind)
-
-        return write
-
-    with pytest.raises(ValueError, match=r"run.safetensors: cannot be written \(No space left on device\)"):
-        run()
-    assert_equal(load(path), dataclasses.replace(trace.select(slice(0, 5)), bias=None))
-
-
-def test_of_two_errors_the_first_is_told(tmp_path, monkeypatch):
-    def run():
-        with TraceWriter(tmp_path / "run.safetensors", nothing_of(full())):
-            monkeypatch.setattr(writer, "write", lambda *_: load(tmp_path))
-            raise RuntimeError("the run died")
-
-    with pytest.raises(RuntimeError, match="the run died"):
-        run()
-
-
-def changed(layers, name, change):
-    return [{**layer, name: change(layer[name])} for layer in layers]
-
-
-def test_narrow_floats_are_widened_and_what_was_refused_is_not_there(tmp_path):
-    trace, path = full(logits=None, bias=None), tmp_path / "run.safetensors"
-    layers, tokens = next(parts_of(trace, (5,)))
-
-    def run():
-        with TraceWriter(path, nothing_of(trace)) as out:
-            out.append(changed(layers, "weights", lambda t: t.bfloat16()), **tokens)
-            out.append(changed(layers, "picks", lambda t: t[:, :3]), **tokens)
-
-    with pytest.raises(ValueError, match="picks of shape"):
-        run()
-    found = load(path)
-    assert len(found) == 5
-    assert torch.equal(found.weights, trace.weights[:, :5].bfloat16().float())
-
-
-def test_a_writer_is_given_the_same_things_every_time(tmp_path):
-    trace = full()
-    layers, tokens = next(parts_of(trace, (5,)))
-    less = [{"picks": layer["picks"]} for layer in layers]
-
-    def run(first, second):
-        with TraceWriter(tmp_path / "x.safetensors", nothing_of(trace)) as out:
-            out.append(first[0], **first[1])
-            out.append(second[0], **second[1])
-
-    for first, second, message in (
-        (
-            (layers, tokens),
-            (less, tokens),
-            r"logits\.0 was given for some tokens and not for others: give it always or never",
-        ),
-        ((less, tokens), (layers, tokens), r"logits\.0 was given for some"),
-        ((layers, tokens), (layers[:1], tokens), "1 layers were given and the trace has 2"),
-        (
-            (layers, tokens),
-            (changed(layers, "picks", lambda t: t[:, :3]), tokens),
-            r"picks of shape \[5, 3\] were given",
-        ),
-        (
-            (layers, tokens),
-            (changed(layers, "picks", lambda t: t - 17), tokens),
-            "picks reach from -.* 0 to 16 is allowed",
-        ),
-        (
-            (layers, tokens),
-            (changed(layers, "picks", lambda t: t + 17), tokens),
-            "picks reach from .* 0 to 16 is allowed",
-        ),
-        ((layers, tokens), (layers, {**tokens, "sequences": tokens["sequences"][:3]}), "sequences of 3 tokens were"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            run(first, second)
+def test_narrow_floats_in_pieces_are_widened(tmp_path):
+    part, rows = parts.Part(tmp_path / "weights", tmp_path / "run.safetensors"), torch.randn(5, 4).bfloat16()
+    for piece in rows.split(2):
+        part.append(piece)
+    column = parts.joined([part], (5, 4))
+    assert column.dtype == "F32"
+    assert torch.equal(torch.from_numpy(np.concatenate(list(column.blocks()))).view(5, 4), rows.float())
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
@@ -367,9 +250,8 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
     assert [file.name for file in tmp_path.iterdir()] == ["run.safetensors"]
     second.save(path)
     assert_equal(load(path), second)
-    for write in (first.save, lambda path: TraceWriter(path, nothing_of(first))):
-        with pytest.raises(ValueError, match="cannot be written"):
-            write(tmp_path / "nowhere" / "run.safetensors")
+    with pytest.raises(ValueError, match="cannot be written"):
+        first.save(tmp_path / "nowhere" / "run.safetensors")
 
 
 def refused(path, message):

@@ -9,14 +9,13 @@ from traces import made
 
 import moesaic as ms
 from moesaic.layer.moe import MoE
-from moesaic.trace.file.writer import TraceWriter
 from moesaic.trace.recording.record import record
 
 
 def test_a_file_that_is_no_trace_is_refused_and_stays_as_it_was(tmp_path):
     trace, path = made(v3(16, 4, 2, 4)), tmp_path / "model.safetensors"
     path.write_bytes(b"weights")
-    for write in (trace.save, lambda path: TraceWriter(path, trace), recorded_to):
+    for write in (trace.save, recorded_to):
         with pytest.raises(ValueError, match=r"model.safetensors: is there already and is no trace: give another name"):
             write(path)
     assert path.read_bytes() == b"weights"

@@ -1,27 +1,23 @@
-"""Writing trace files, format 1 (docs: trace-format): whole traces, and runs that are longer than memory."""
+"""Writing trace files, format 1 (docs: trace-format)."""
 
-import dataclasses
 import json
 import secrets
-import shutil
 import struct
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
-from torch import Tensor
 
 from moesaic.strict_json import parsed
 from moesaic.trace.file.about import about, fields_of
 from moesaic.trace.file.limits import MOST_HEADER, check_labels, check_offsets, check_range
-from moesaic.trace.file.parts import Column, Part, as_numbers, joined, of_tensor, span, unwritable
+from moesaic.trace.file.parts import Column, of_tensor, unwritable
 from moesaic.trace.file.reader import is_trace
 from moesaic.trace.shown import visible
 from moesaic.trace.store import FORMAT, FORMAT_VERSION, TENSORS, TYPES, Trace
 
-PER_LAYER = ("picks", "weights", "logits")
 FLOATS = ("weights", "logits", "bias")
 
 
@@ -95,88 +91,6 @@ def _about(like: Trace) -> str:
         if given != value:
             raise ValueError(f"{name} would read back as something else: give plain texts and numbers")
     return text
-
-
-class TraceWriter:
-    """A trace written while it is recorded, in bounded memory: numbers go to files in a folder beside `path` and are
-    put together at `close`. Use it as a context manager: it closes after an error too, so what was recorded stays.
-
-    like: a Trace without tokens that says everything else; its fields may still be replaced at `close`.
-    """
-
-    def __init__(self, path: str | Path, like: Trace) -> None:
-        self.path, self.like, self.n_tokens = target(path), like, 0
-        self._parts: dict[str, Part] = {}  # one a tensor of the tokens, one a layer of the others: "picks.0"
-        self._folder = folder_beside(self.path)
-
-    def append(self, layers: Sequence[Mapping[str, Tensor]], **tokens: Tensor | None) -> None:
-        """Add n tokens: one mapping per layer with "picks" [n, K] and, at every call or at none, "weights" [n, K] and
-        "logits" [n, E]; `tokens` are sequences (needed), input_ids, phases and offsets, [n, ...]."""
-        if len(layers) != self.like.n_layers:
-            raise ValueError(f"{len(layers)} layers were given and the trace has {self.like.n_layers}")
-        given = {f"{name}.{index}": t for index, layer in enumerate(layers) for name, t in layer.items()}
-        given |= {name: tensor for name, tensor in tokens.items() if tensor is not None}
-        n = len(layers[0]["picks"])
-        if self._parts and (odd := self._parts.keys() ^ given.keys()):
-            raise ValueError(f"{min(odd)} was given for some tokens and not for others: give it always or never")
-        if odd := [name for name, tensor in given.items() if len(tensor) != n]:
-            raise ValueError(f"{odd[0]} of {len(given[odd[0]])} tokens were given beside picks of {n}")
-        for name, tensor in given.items():
-            self._check(name.partition(".")[0], tensor)
-        parts = {name: self._parts.get(name) or Part(self._folder / name, self.path) for name in given}
-        try:
-            for name, tensor in given.items():
-                parts[name].append(tensor)
-            self._parts = parts
-            self.n_tokens += n
-        finally:
-            for part in parts.values():
-                part.keep(self.n_tokens)
-
-    def close(self, bias: Tensor | None = None, **fields: Any) -> Path:
-        """Put the file together and return its path; the parts are gone afterwards, whatever happened. `fields` of
-        Trace (labels, pieces, missing, ...) replace those given at the start."""
-        try:
-            columns = {name: self._column(name) for name in dict.fromkeys(n.partition(".")[0] for n in self._parts)}
-            if not columns:  # nothing was recorded: a trace without tokens
-                columns = {name: of_tensor(getattr(self.like, name)) for name in ("picks", "sequences")}
-            if bias is not None:
-                columns["bias"] = of_tensor(bias)
-            columns = {name: columns[name] for name in TENSORS if name in columns}
-            write(self.path, columns, dataclasses.replace(self.like, **fields))
-        finally:
-            shutil.rmtree(self._folder, ignore_errors=True)
-        return self.path
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: object, *_: object) -> None:
-        if not self._folder.exists():
-            return
-        try:
-            self.close()
-        except ValueError:
-            if kind is None:  # else the error that came first is the one to be told
-                raise
-
-    def _check(self, name: str, tensor: Tensor) -> None:
-        """Refuse, before anything is written, what would make a file that cannot be read."""
-        row, e, k = tuple(tensor.shape[1:]), self.like.n_experts, self.like.top_k
-        due = {"picks": (k,), "weights": (k,), "logits": (e,), "offsets": (2,)}.get(name, ())
-        if row != due:
-            raise ValueError(f"{name} of shape {[len(tensor), *row]} were given: {[len(tensor), *due]} is due")
-        if tensor.is_floating_point() != (name in FLOATS):
-            raise ValueError(f"{name} of {str(tensor.dtype).removeprefix('torch.')} were given: give the other kind")
-        check_range(name, *span(as_numbers(tensor)), e)
-        if name == "offsets":
-            check_offsets(tensor)
-
-    def _column(self, name: str) -> Column:
-        layered = name in PER_LAYER
-        parts = [self._parts[f"{name}.{i}"] for i in range(self.like.n_layers)] if layered else [self._parts[name]]
-        shape = (*([self.like.n_layers] if layered else []), self.n_tokens, *parts[0].row)
-        return joined(parts, shape)
 
 
 def target(path: str | Path) -> Path:

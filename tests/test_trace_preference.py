@@ -47,6 +47,25 @@ def test_the_smallest_p_value_of_a_null_run_is_spread_evenly():
     assert np.mean(np.array(least) <= 0.5) == pytest.approx(0.5, abs=0.15)
 
 
+def test_few_shuffles_give_no_more_false_findings():
+    """With 19, p = 0.05 says that the true labels lead all 20 labellings: one null run in 20. A spread that leaves the
+    true labels out, and is of 19 numbers, made that more than half of all runs."""
+    runs = [domain_preference(made(2, 40, 20), permutations=19, seed=run).found().any() for run in range(100)]
+    assert np.mean(runs) <= 0.12
+
+
+def test_what_one_document_does_is_no_finding():
+    """Every document has an expert that it alone uses much, and one document is a domain. Most often no shuffle of
+    60 deals it there: in spreads of the shuffles alone, its expert would lie far out."""
+    document, token = torch.arange(100).repeat_interleave(20), torch.arange(20).repeat(100)
+    own = torch.where(token < 10, document, (document + 7 * token) % 100)  # and ten others use it once
+    trace = Trace.from_routings(
+        {"a": Routing(None, torch.ones(2000, 1), own[:, None])}, v3(100, 1, 1, 1), sequences=document
+    )
+    p = [domain_preference(trace, "x" + 99 * "y", permutations=60, seed=seed).p_value.min() for seed in range(20)]
+    assert np.mean(np.array(p) <= 0.05) <= 0.2
+
+
 def test_tokens_as_units_would_find_preferences_that_are_not_there():
     """The same null data, each token called a sequence: why the unit must be the sequence."""
     trace = made(2, 40, 60)

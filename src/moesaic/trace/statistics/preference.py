@@ -67,9 +67,9 @@ def domain_preference(
 
     `labels` name the domain of every sequence; those of the trace unless given. The unit of the test is the document,
     a sequence of the trace with tokens: tokens of one text are alike and would make anything significant. Labels are
-    shuffled over documents; each pair's excess rate is put in units of its own spread over shuffles, and the largest
-    of all pairs in each shuffle is the yardstick (max-statistic of Westfall and Young, which bounds the chance of any
-    false finding).
+    shuffled over documents; each pair's excess rate is put in units of its own spread over the true labels and all
+    shuffles, and the largest of all pairs in each shuffle is the yardstick (max-statistic of Westfall and Young, which
+    bounds the chance of any false finding, however few the shuffles).
 
     Raises ValueError where there is not one label a sequence or a token has an expert twice; Untestable where fewer
     than two domains have tokens, or so few documents that no preference could be significant.
@@ -131,7 +131,7 @@ def _strongest(
             [_rates(shuffled[at : at + rows], n_domains, columns) for at in range(0, n_shuffled, rows)]
         )  # [P+1, domains, step]
         excess = rates - overall[here].astype(np.float32)
-        spread = excess[1:].std(0)
+        spread = excess.std(0)  # of all labellings alike: leaving out the true one would favour it
         used = spread > 1e-9  # an expert that is never, or always, used prefers nothing
         z = np.divide(excess, spread, out=np.zeros_like(excess), where=used)
         best[here] = z[0].argmax(0)

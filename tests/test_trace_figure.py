@@ -192,6 +192,23 @@ def test_no_data_is_drawn_as_no_data():
     assert "no data" in texts(load_figure(trace, lang="en").axes[0])
 
 
+def test_layers_without_data_are_grey_in_the_heat_map_and_no_others():
+    trace = traced(v3(32, 4, 2, 4), 100, 17)
+    trace.picks[5] = 32
+    fig = load_figure(trace, lang="en")
+    shown = np.ma.getmaskarray(fig.axes[0].collections[0].get_array()).reshape(17, 32)
+    assert shown[5].all()
+    assert not np.delete(shown, 5, axis=0).any()
+    assert fig.axes[0].get_facecolor()[:3] == pytest.approx((0.733,) * 3, abs=0.01)
+    assert "grey: no data" in fig.axes[1].get_ylabel()
+
+
+def test_the_legend_of_the_panels_is_there_where_the_first_layer_has_no_data():
+    trace = traced(v3(32, 4, 2, 4), 100, 3)
+    trace.picks[0] = 32
+    assert "random routing, 5–95 %" in [text.get_text() for text in load_figure(trace, lang="en").legends[0].texts]
+
+
 def test_nan_weights_do_not_stop_the_figure():
     trace = traced(v3(32, 4, 2, 4), 10)
     trace.weights[0, 0] = torch.nan

@@ -15,7 +15,7 @@ LABELS = {
         "no_data": "没有数据", "chance": "随机", "verdict": "结论", "tokens": "{t} 个 token",
         "numbers": {"max_vio": "MaxVio", "cv": "变异系数 CV", "entropy": "归一化熵", "groups_reached": "到达组数"},
         "loads_title": "每层专家负载与随机范围", "layer": "层", "relative": "负载 / 均值",
-        "white": "白色：在随机范围内",
+        "white": "白色：在随机范围内；灰色：没有数据",
     },
     "en": {
         "title": "DeepSeek-V3 MoE routing", "title_other": "MoE routing",
@@ -32,6 +32,6 @@ LABELS = {
         "no_data": "no data", "chance": "chance", "verdict": "verdict", "tokens": "{t} tokens",
         "numbers": {"max_vio": "MaxVio", "cv": "CV", "entropy": "entropy / log E", "groups_reached": "groups / token"},
         "loads_title": "Load per expert and layer, with the chance band", "layer": "layer", "relative": "load / mean",
-        "white": "white: within chance",
+        "white": "white: within chance, grey: no data",
     },
 }  # fmt: skip

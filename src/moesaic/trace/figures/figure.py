@@ -80,7 +80,9 @@ def load_figure(trace: Trace, lang: str = "zh") -> "Figure":
                 axis.set_title(f"{report.layer}\n{report.verdict(lang)}", fontsize=11)
             for axis in grid[len(reports) :]:
                 axis.axis("off")
-            fig.legend(*grid[0].get_legend_handles_labels(), loc="upper right", ncols=2, frameon=False, fontsize=10)
+            if drawn := [axis for axis, report in zip(grid, reports, strict=False) if report.load_band is not None]:
+                handles = drawn[0].get_legend_handles_labels()
+                fig.legend(*handles, loc="upper right", ncols=2, frameon=False, fontsize=10)
         _bold(fig.suptitle(labels["loads_title"], fontsize=15, fontweight="bold"), 0.7)
         fig.tight_layout()
     return fig
@@ -231,13 +233,15 @@ def _draw_load(axis: "Axes", report: LayerReport, labels: dict[str, Any]) -> Non
 
 
 def _draw_all_loads(axis: "Axes", reports: list[LayerReport], labels: dict[str, Any]) -> None:
-    """Load over the fair share for [layers, experts]; white is whatever one expert gets under random routing."""
-    shown = np.ones((len(reports), len(reports[0].load)))
+    """Load over the fair share for [layers, experts]; white is whatever one expert gets under random routing, and a
+    layer without data is grey."""
+    shown = np.full((len(reports), len(reports[0].load)), np.nan)
     for row, report in zip(shown, reports, strict=True):
         if (band := report.load_band) is not None:
-            beyond = (report.load < band.low) | (report.load > band.high)
-            row[beyond] = report.load[beyond] / band.mean
+            chance = (report.load >= band.low) & (report.load <= band.high)
+            row[:] = np.where(chance, 1.0, report.load / band.mean)
     mesh = axis.pcolormesh(shown, cmap="RdBu_r", vmin=0, vmax=2)
+    axis.set_facecolor("#bbbbbb")  # seen where there is no number
     axis.invert_yaxis()
     label = f"{labels['relative']} ({labels['white']})"
     axis.figure.colorbar(mesh, ax=axis, label=label, pad=0.02, extend="max", fraction=0.04)

@@ -1,3 +1,4 @@
+import dataclasses
 import logging
 
 import numpy as np
@@ -106,6 +107,9 @@ def test_numbers_in_the_flow_panel_are_those_of_the_report(article):
 def test_groups_kept_are_not_shown_where_nothing_tells_them():
     picks_only = routing_figure(traced(v3(32, 4, 2, 4), detail="picks")).axes[2]
     assert {c.get_label() for c in picks_only.containers} == {LABELS["zh"]["reached"]}
+    assert not picks_only.lines  # what uniform keeping gives is no yardstick for groups reached, which are fewer
+    no_bias = dataclasses.replace(traced(v3(32, 4, 2, 4)), bias=None)
+    assert {c.get_label() for c in routing_figure(no_bias).axes[2].containers} == {LABELS["zh"]["reached"]}
 
 
 def test_groups_that_the_rule_ignores_are_not_said_to_be_kept():

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from moesaic import rules
 from moesaic.config import MoEConfig
 from moesaic.trace.figures.captions import LABELS
 from moesaic.trace.figures.font import figure_style
+from moesaic.trace.rule.derive import bias_of, derive, logits_of, slices, why_not_derived
 from moesaic.trace.shown import words_of
 from moesaic.trace.statistics.stats import LayerReport, layer_report, layer_reports
 from moesaic.trace.store import Trace
@@ -183,14 +183,17 @@ def _chosen_weights(trace: Trace, layer: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _draw_groups(axis: "Axes", trace: Trace, layer: int, labels: dict[str, Any]) -> None:
-    """Groups that the gate kept (derived, where scores were recorded) beside groups that chosen experts lie in."""
+    """Groups that the gate kept (where they can be derived) beside groups that chosen experts lie in."""
     config, routing = trace.configs[layer], trace.layer(layer)
     series = []
-    if routing.logits is not None:
-        scores = rules.score(routing.logits, config)
-        choice = scores if trace.bias is None else scores + trace.bias[layer]
-        kept = rules.kept_groups(rules.group_scores(choice, config), config)
-        series.append(("kept", "lightgreen", kept.sum(0).numpy()))
+    if not why_not_derived(trace, layer):
+        bias, kept = bias_of(trace, layer), np.zeros(config.n_group, np.int64)
+        for here in slices(len(trace)):
+            ids = routing.expert_ids[here].long()
+            kept += derive(logits_of(trace, layer, here), bias, config, ids)["group_mask"].sum(0).numpy()
+        series.append(("kept", "lightgreen", kept))
+        fair = len(trace) * config.topk_group / config.n_group
+        axis.axhline(fair, color="#888888", ls=":", lw=1.2, label=f"{labels['fair']} {fair:g}")
     groups = np.arange(config.n_group)
     member = (routing.expert_ids.numpy()[..., None] // config.experts_per_group == groups).any(1)
     series.append(("reached", "#2e8b57", member.sum(0)))
@@ -204,8 +207,6 @@ def _draw_groups(axis: "Axes", trace: Trace, layer: int, labels: dict[str, Any])
                 middle = bar.get_x() + bar.get_width() / 2
                 label = axis.text(middle, value + 0.5, str(int(value)), ha="center", va="bottom", fontsize=size)
                 _outline(label, 2.5, "white")  # so that the dotted line does not cross the number
-    fair = len(trace) * config.topk_group / config.n_group
-    axis.axhline(fair, color="#888888", ls=":", lw=1.2, label=f"{labels['fair']} {fair:g}")
     axis.set_ylim(0, max(axis.get_ylim()[1], 1) * 1.22)  # room for the legend
     axis.legend(loc="upper center", ncols=2, frameon=False, fontsize=9)
     axis.set_xticks(range(config.n_group))

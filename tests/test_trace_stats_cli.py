@@ -183,6 +183,25 @@ def test_domains_that_cannot_be_tested_are_said(saved):
     )
 
 
+def test_alpha_is_that_of_domains_too(saved):
+    """Expert 7 is used a little more in the second of two domains, so that its p-value lies between 0.01 and 0.05."""
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.rand(2, 30, 20, 32, generator=generator) + 0.8 * torch.rand(2, 30, 1, 32, generator=generator)
+    scores[1, 1::2, :, 7] += 0.3
+    path = saved(picks=scores.topk(4).indices.flatten(1, 2).to(torch.int16), logits=None)
+    found = json.loads(run(path, "--json")[1])["domains"]["preferences"]
+    assert [row["expert"] for row in found] == [7]
+    assert 0.01 < found[0]["p_value"] <= 0.05
+    assert json.loads(run(path, "--json", "--alpha", 0.01)[1])["domains"]["preferences"] == []
+    for alpha, shown in ((0.05, True), (0.01, False)):
+        out = run(path, "--alpha", alpha)[1]
+        assert f"alpha {alpha}" in out
+        assert ("e7:" in out) == shown
+    out = run(path, "--alpha", 1e-4)[1]
+    told = "Domains are not tested: of 1000 permutations no p-value is below 0.001, and --alpha is 0.0001."
+    assert told in " ".join(out.split())
+
+
 def test_one_document_is_one_document(saved):
     out = run(saved(sequences=torch.zeros(600, dtype=torch.int64), labels=("a",)))[1]
     assert "2 MoE layers, 600 tokens of 1 document, top 4 of 32 experts" in out

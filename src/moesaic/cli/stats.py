@@ -30,6 +30,7 @@ WORDS = {
         "no_test": "未检验领域偏好：{why}。",
     },
 }
+SHUFFLES = 1000  # of the documents, for the test of domains
 
 
 def stats(
@@ -73,12 +74,12 @@ def stats(
         found = stats_of(recorded, placement=placed, nodes=nodes, capacity=factors, alpha=alpha, seed=seed, done=done)
         alike = None if other is None else stability(recorded, other)
         pairs = pairs_of(recorded, alpha=alpha) if coselection else None
-        domains = _domains(recorded, seed)
+        domains = _domains(recorded, alpha, seed)
     if as_json:
         records = [(trace, recorded)] + ([] if against is None or other is None else [(against, other)])
-        print_json(provenance(*records) | _json(recorded, found, domains, pairs, alike))
+        print_json(provenance(*records) | _json(recorded, found, domains, pairs, alike, alpha))
     else:
-        _show(recorded, found, domains, pairs, alike, against, lang)
+        _show(recorded, found, domains, pairs, alike, against, alpha, lang)
     if found.is_sick:
         raise typer.Exit(1)
     if not found.is_healthy:
@@ -92,19 +93,26 @@ def _factors(text: str) -> tuple[float, ...]:
         raise ValueError(f"--capacity {text!r} is not a list of numbers: use 1,1.25,2, say") from None
 
 
-def _domains(trace: "Trace", seed: int) -> Any:
+def _domains(trace: "Trace", alpha: float, seed: int) -> Any:
     """The test of domain preference; {"en": ..., "zh": ...} why there is none; None where no domains are named."""
     from moesaic.trace.statistics.preference import Untestable, domain_preference
 
     if trace.labels is None or len(set(trace.labels)) < 2 or not len(trace):
         return None
+    if alpha < (least := 1 / (SHUFFLES + 1)):
+        return {
+            "en": f"of {SHUFFLES} permutations no p-value is below {least:.2g}, and --alpha is {alpha:g}",
+            "zh": f"置换 {SHUFFLES} 次，p 值不会低于 {least:.2g}，而 --alpha 是 {alpha:g}",
+        }
     try:
-        return domain_preference(trace, seed=seed)
+        return domain_preference(trace, permutations=SHUFFLES, seed=seed)
     except Untestable as error:
         return error.words
 
 
-def _show(trace: "Trace", found: Any, domains: Any, pairs: Any, alike: Any, against: Path | None, lang: str) -> None:
+def _show(
+    trace: "Trace", found: Any, domains: Any, pairs: Any, alike: Any, against: Path | None, alpha: float, lang: str
+) -> None:
     from rich.console import Console
     from rich.text import Text
 
@@ -130,7 +138,7 @@ def _show(trace: "Trace", found: Any, domains: Any, pairs: Any, alike: Any, agai
         show(Text("\n" + say["no_test"].format(why=domains[lang])))
     elif domains is not None:
         show(Text("\n" + say["prefer"]))
-        show(preference_table(domains, trace.layers, lang))
+        show(preference_table(domains, trace.layers, lang, alpha=alpha))
     if pairs is not None:
         show(Text("\n" + say["pairs"]))
         show(coselection_table(pairs, lang))
@@ -140,7 +148,7 @@ def _show(trace: "Trace", found: Any, domains: Any, pairs: Any, alike: Any, agai
     say_how_again(trace, lang)
 
 
-def _json(trace: "Trace", found: Any, domains: Any, pairs: Any, alike: Any) -> dict[str, Any]:
+def _json(trace: "Trace", found: Any, domains: Any, pairs: Any, alike: Any, alpha: float) -> dict[str, Any]:
     document = found.to_dict()
     if pairs is not None:
         document["coselection"] = pairs.to_dict()
@@ -149,5 +157,5 @@ def _json(trace: "Trace", found: Any, domains: Any, pairs: Any, alike: Any) -> d
     if isinstance(domains, dict):
         document["domains"] = {"not_tested": domains}
     elif domains is not None:
-        document["domains"] = domains.to_dict(trace.layers)
+        document["domains"] = domains.to_dict(trace.layers, alpha)
     return document

@@ -44,8 +44,8 @@ class Preferences:
         """bool [L, E]: preferences that chance produces anywhere in at most `alpha` of all such runs."""
         return self.p_value <= alpha
 
-    def to_dict(self, layers: Sequence[str]) -> dict[str, Any]:
-        """The preferences found, for strict JSON. layers: the names of the L layers."""
+    def to_dict(self, layers: Sequence[str], alpha: float = 0.05) -> dict[str, Any]:
+        """The preferences found at `alpha`, for strict JSON. layers: the names of the L layers."""
         rows = [
             {
                 "layer": layers[layer],
@@ -54,7 +54,7 @@ class Preferences:
                 "lift": float(self.lift[layer, expert]),
                 "p_value": float(self.p_value[layer, expert]),
             }
-            for layer, expert in zip(*self.found().nonzero(), strict=True)
+            for layer, expert in zip(*self.found(alpha).nonzero(), strict=True)
         ]
         documents = dict(zip(self.domains, self.documents, strict=True))
         return {"permutations": self.permutations, "documents": documents, "preferences": rows}

@@ -137,6 +137,8 @@ def test_a_mistake_is_one_line_on_stderr_and_exit_code_2(mistake, run, mistakes_
     [
         (MemoryError(), 2, "moesaic: not enough memory for this: give less at once, or use a larger machine\n"),
         (RuntimeError("DefaultCPUAllocator: not enough memory: you tried"), 2, "moesaic: not enough memory for this"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you"), 2, "moesaic: not enough memory for this"),
+        (RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB."), 2, "moesaic: not enough memory for this"),
         (RuntimeError("a mistake of ours"), 3, "RuntimeError: a mistake of ours\n"),
         (ValueError("no\x1b[31m such file"), 2, r"moesaic: no\x1b[31m such file"),
     ],

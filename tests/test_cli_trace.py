@@ -11,7 +11,7 @@ from moesaic.cli import sources
 from moesaic.cli.demo import demo
 from moesaic.cli.output import progress
 from moesaic.cli.steps import steps
-from moesaic.cli.trace import trace
+from moesaic.cli.trace import _moved, trace
 from moesaic.hf.load import TINY, load_model
 from moesaic.trace.file.reader import load
 from moesaic.trace.recording.record import record
@@ -386,3 +386,12 @@ def test_a_mistake_is_one_line_and_exit_code_2_and_leaves_nothing(run, folders, 
     assert err.count("\n") == 1
     assert message in err
     assert sorted(folders.rglob("*")) == before
+
+
+def test_a_device_too_small_for_the_model_is_not_called_absent():
+    class Large:
+        def to(self, _device):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    with pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory"):
+        _moved(Large(), "cuda")

@@ -76,7 +76,8 @@ def main() -> None:
     except (KeyboardInterrupt, typer.Abort):
         code = 130
     except Exception as error:
-        if isinstance(error, MemoryError) or "not enough memory" in str(error):  # numpy's and torch's words for it
+        words = ("not enough memory", "can't allocate memory", "out of memory")  # of torch, by system and device
+        if isinstance(error, MemoryError) or any(said in str(error) for said in words):
             code = _complain("not enough memory for this: give less at once, or use a larger machine")
         else:
             traceback.print_exc()

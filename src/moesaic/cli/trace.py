@@ -208,7 +208,11 @@ def _in_words(size: int) -> str:
 
 
 def moved(model: Any, device: str) -> Any:
+    from torch import OutOfMemoryError
+
     try:
         return model.to(device)
+    except OutOfMemoryError:  # the device is there
+        raise
     except (RuntimeError, AssertionError):  # torch has no one kind for an unknown or a missing device
         raise ValueError(f"--device {device!r} is not there: use cpu, or cuda where torch has a GPU") from None

@@ -110,7 +110,7 @@ def test_placements_that_make_no_sense_are_refused(tmp_path):
         assert read_placement(given, 32).tolist() == [0, 1] * 16
 
 
-@pytest.mark.parametrize("factor", [0.5, 1.0, 1.25, 4.0])
+@pytest.mark.parametrize("factor", [0.5, 1.0, 1.25, 4.0, 32.0])
 def test_what_a_capacity_drops_is_what_a_loop_drops(factor):
     trace = scored(n_tokens=301)
     run = stats(trace, capacity=[factor])
@@ -125,6 +125,11 @@ def test_what_a_capacity_drops_is_what_a_loop_drops(factor):
     assert measure.band.low - 1e-4 <= measure.band.mean <= measure.band.limit
     if factor == 0.5:
         assert measure.value == pytest.approx(0.5, abs=0.01)
+
+
+def test_a_capacity_for_all_and_more_drops_nothing():
+    run = stats(scored(n_tokens=301), capacity=[1e307])
+    assert run.values["dropped_at_1e+307"].tolist() == [0, 0]
 
 
 @pytest.mark.parametrize("config", [CONFIG, v3(16, 1, 1, 3, topk_method="greedy", scoring_func="softmax")])

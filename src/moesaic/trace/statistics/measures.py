@@ -165,7 +165,8 @@ def _of_load(
     if not total:
         return dict.fromkeys([*numbers, *(f"dropped_at_{c:g}" for c in capacity)], NO_DATA)
     # an expert takes a whole number of assignments: the capacity as what it really is, over the mean load
-    most = [math.ceil(c * counts.n_tokens * config.num_experts_per_tok / n_experts) for c in capacity]
+    top_k = config.num_experts_per_tok
+    most = [math.ceil(min(c, n_experts) * counts.n_tokens * top_k / n_experts) for c in capacity]
     relative = tuple(limit * n_experts / total for limit in most)
     effective = total / config.num_experts_per_tok / (counts.design_effect if by_documents else 1.0)
     exact = not by_documents or counts.design_effect == 1.0

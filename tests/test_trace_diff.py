@@ -370,6 +370,28 @@ def test_a_decoded_text_is_compared_with_the_same_text_read_at_once():
     assert diff(whole, one_text).verdict == "identical"
 
 
+def test_tokens_are_named_as_the_first_record_has_them():
+    logits, bias = logits_of(2, 12), biases_of(2)
+    whole = traced(logits, bias, sequences=torch.tensor([0] * 6 + [1] * 6), input_ids=torch.arange(12))
+    order = torch.tensor([0, 1, 2, 3, 6, 7, 8, 9, 4, 10, 5, 11])
+    other = logits.clone()
+    other[1, [6, 7, 4]] *= -1
+    decoded = traced(other[:, order], bias, sequences=whole.sequences[order], input_ids=torch.arange(12)[order])
+    for a, b, tokens in ((whole, decoded, [4, 6, 7]), (decoded, whole, [4, 5, 8])):
+        found = diff(a, b)
+        assert found.flips[1].nonzero().flatten().tolist() == tokens
+        assert f"first split: layers.1, token {tokens[0]}" in found.sentences()
+    ids = decoded.input_ids.clone()
+    ids[8] = 99
+    with pytest.raises(ValueError, match="token 8 is id 99 in one and 4 in the other"):
+        diff(replace(decoded, input_ids=ids), whole)
+    other = logits.clone()
+    other[0, 4] *= -1
+    other[1, [5, 10]] *= -1  # 5 follows from 4, of the same text; 10 does not, nor do 6 and 7, which `decoded` has turned
+    first = diff(decoded, traced(other, bias, sequences=whole.sequences)).origins
+    assert [row.nonzero().flatten().tolist() for row in first] == [[8], [4, 5, 9]]
+
+
 @pytest.mark.parametrize(
     ("other", "message"),
     [

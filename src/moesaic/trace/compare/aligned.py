@@ -17,7 +17,7 @@ UNCHECKED = {
 
 
 def aligned(a: Trace, b: Trace) -> tuple[Trace, Trace]:
-    """Both with their tokens sequence by sequence. ValueError, with the reason, unless they are of the same tokens,
+    """Both, b with its tokens in the order of a. ValueError, with the reason, unless they are of the same tokens,
     layers and sizes, or where a token has an expert twice."""
     check_trace(a, "a")
     check_trace(b, "b")
@@ -40,13 +40,16 @@ def aligned(a: Trace, b: Trace) -> tuple[Trace, Trace]:
     if min(a.n_sequences, b.n_sequences) == 1 < max(a.n_sequences, b.n_sequences):  # one does not tell texts apart
         known = a.sequences if a.n_sequences > 1 else b.sequences
         a, b = replace(a, sequences=known, labels=None), replace(b, sequences=known, labels=None)
-    a, b = (_by_sequence(trace) for trace in (a, b))
-    if not torch.equal(a.sequences, b.sequences):
-        where = int((a.sequences != b.sequences).nonzero()[0])
+    order = [trace.sequences.argsort(stable=True) for trace in (a, b)]
+    unlike = a.sequences[order[0]] != b.sequences[order[1]]
+    if unlike.any():
+        where = int(order[0][unlike.nonzero()[0]])
         raise ValueError(
             f"the traces cannot be compared: their sequences are of other lengths, from token {where} on: record both "
             "in the same batches"
         )
+    if not torch.equal(*order):
+        b = b.select(order[1][order[0].argsort()])
     if a.input_ids is not None and b.input_ids is not None and not torch.equal(a.input_ids, b.input_ids):
         where = int((a.input_ids != b.input_ids).nonzero()[0])
         here, there = int(a.input_ids[where]), int(b.input_ids[where])
@@ -81,8 +84,3 @@ def notes_of_both(
         own += missing_notes(trace.without_data, lang) if missing else []
         notes += [f"{name}{colon}{note}" for note in own]
     return notes if tokens_checked(a, b) else [*notes, UNCHECKED[lang]]
-
-
-def _by_sequence(trace: Trace) -> Trace:
-    order = trace.sequences.argsort(stable=True)
-    return trace if torch.equal(order, torch.arange(len(trace), device="cpu")) else trace.select(order)

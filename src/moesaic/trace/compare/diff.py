@@ -38,7 +38,7 @@ class LayerDiff(NamedTuple):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Diff:
-    """Where two traces of the same tokens route differently. Tokens lie sequence by sequence.
+    """Where two traces of the same tokens route differently. Tokens lie in the order of a.
 
     flips, ties, incomplete: bool [L, T], see LayerDiff. origins: flips before which no token of the same text up to
     this one had parted, bool [L, T]; later ones follow from other hidden states. first_split: int64 [T], the first
@@ -243,10 +243,12 @@ def _score_difference(a: Trace, b: Trace, layer: int, rows: Tensor) -> Tensor | 
 
 
 def _from_here_on(marked: Tensor, sequences: Tensor) -> Tensor:
-    """True for marked tokens and all that follow them in the same sequence. `sequences` is ascending."""
+    """True for marked tokens and all that follow them in the same sequence."""
+    sequences, order = sequences.sort(stable=True)
+    marked = marked[order]
     counted = marked.long().cumsum(0)
     first = torch.searchsorted(sequences, sequences)  # where the sequence of each token begins
-    return counted - counted[first] + marked[first].long() > 0
+    return (counted - counted[first] + marked[first].long() > 0)[order.argsort()]
 
 
 def _median(values: Tensor) -> float | None:

@@ -282,7 +282,7 @@ def test_weights_that_differ_for_some_tokens_are_told_by_layer():
     right = traced(logits_of(), biases_of())
     found = diff(right, with_weights(right, lambda w: w[0, :7].mul_(1.5)))
     (reason,) = found.judgement.reasons
-    assert reason["en"].endswith("the weights of 7 tokens differ by more than rounding, in layers.0")
+    assert reason["en"].endswith("the weights of 7 (layer, token) pairs differ by more than rounding, in layers.0")
 
 
 @pytest.mark.parametrize("change", [lambda w: w.div_(2.5), lambda w: w.fill_(torch.nan)])

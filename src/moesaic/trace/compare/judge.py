@@ -148,8 +148,8 @@ def _uneven(findings: Sequence[Finding], layers: Sequence[str], precision: torch
         return None
     here = [name for name, count in zip(layers, counts, strict=True) if count]
     return {
-        "en": f"the same experts everywhere, but the weights of {counted(sum(counts), 'token')} differ by more than "
-        f"rounding, in {listed(here)}",
+        "en": f"the same experts everywhere, but the weights of {counted(sum(counts), '(layer, token) pair')} differ "
+        f"by more than rounding, in {listed(here)}",
         "zh": f"专家处处相同，但有 {sum(counts)} 处权重相差超过舍入误差：{listed(here, 'zh')}",
     }
 

@@ -11,7 +11,7 @@ from moesaic.cli import sources
 from moesaic.cli.demo import demo
 from moesaic.cli.output import progress
 from moesaic.cli.steps import steps
-from moesaic.cli.trace import _moved, trace
+from moesaic.cli.trace import moved, trace
 from moesaic.hf.load import TINY, load_model
 from moesaic.trace.file.reader import load
 from moesaic.trace.recording.record import record
@@ -394,4 +394,4 @@ def test_a_device_too_small_for_the_model_is_not_called_absent():
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
     with pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory"):
-        _moved(Large(), "cuda")
+        moved(Large(), "cuda")

@@ -290,6 +290,15 @@ def test_errors_are_judged_by_a_bound_or_by_torch():
     assert not is_right({"out": float("nan")}, {"out": 1.0}, "bfloat16")
 
 
+@pytest.mark.parametrize("shape", [(32768, 64), (4, 8192, 64), (32768,)], ids=str)
+def test_one_wrong_row_of_many_is_seen(shape):
+    truth = torch.randn(shape, dtype=torch.float64)
+    found = truth + 3e-3 * torch.randn_like(truth)  # a good one in 16 bits
+    assert is_right({"out": relative_error(found, truth)}, {}, "bfloat16")
+    found.view(-1, *shape[1:][-1:])[123] *= -1
+    assert not is_right({"out": relative_error(found, truth)}, {}, "bfloat16")
+
+
 def test_the_wrong_and_the_failing_have_no_speed():
     problem = problem_of("tiny", tokens=6)
     truth = truth_of(problem, 1e12)

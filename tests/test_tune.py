@@ -99,6 +99,19 @@ def test_what_is_hardly_faster_wrong_or_failing_is_not_taken(monkeypatch):
     assert tuning.gain(16, own) == 1
 
 
+def test_a_candidate_that_writes_one_row_wrong_is_seen(monkeypatch):
+    right = torch.randn(32768, 64)
+    wrong = right.clone()
+    wrong[-1] = torch.randn(64)
+    given = iter([[right, right], [right, right], [right, wrong]])  # what is expected first
+    monkeypatch.setattr(room.Work, "__init__", lambda work: setattr(work, "_expected", {}))
+    monkeypatch.setattr(room.Work, "_own", OTHER, raising=False)
+    monkeypatch.setattr(room.Work, "run", lambda *_: next(given))
+    work = room.Work()
+    assert work.error("up", OTHER.up) == 0
+    assert work.error("up", OTHER.up) > room.BOUNDS["bfloat16"]
+
+
 @no_gpu
 def test_a_lost_device_ends_the_search(monkeypatch):
     def fail(_op, _blocks):

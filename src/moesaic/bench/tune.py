@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from moesaic.bench.gpu.clock import CudaClock
-from moesaic.bench.gpu.truth import BOUNDS
+from moesaic.bench.gpu.truth import BOUNDS, relative_error
 from moesaic.bench.problem import Problem, make_experts, make_problem
 from moesaic.bench.shapes import SHAPES, Cell
 from moesaic.bench.timing import spread
@@ -184,12 +184,11 @@ class Work:
         ]
 
     def error(self, op: str, blocks: Blocks) -> float:
-        """|found - expected| / |expected| of its worst output, expected by the table's own tiles; NaN where one is."""
+        """That of its worst output, where what the table's own tiles give is the truth; NaN where one is."""
         if op not in self._expected:
             self._expected[op] = self.run(op, getattr(self._own, op))
         pairs = zip(self.run(op, blocks), self._expected[op], strict=True)
-        errors = [(found.float() - expected.float()).norm() / expected.float().norm() for found, expected in pairs]
-        return float(torch.stack(errors).max())
+        return float(torch.tensor([relative_error(found.float(), expected.float()) for found, expected in pairs]).max())
 
     def _layout(self, rows: int) -> Any:
         from moesaic.engine.triton.layout import layout

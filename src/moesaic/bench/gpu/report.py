@@ -150,7 +150,8 @@ def markdown(journal: Journal, left_out: Sequence[GpuCell] = ()) -> str:
 READING = (
     "## How to read this\n\nThe same weights, tokens and routing for everybody, routing not in the times. Who is timed "
     "agreed with float64 first, forward and, where it trains, all gradients; *error* is the largest |found - truth| / "
-    "|truth| of what was compared. Medians of rounds in random order by CUDA events, before every run 256 MB "
+    "|truth| of what was compared, or a tenth of that of its worst row. "
+    "Medians of rounds in random order by CUDA events, before every run 256 MB "
     "read and the device kept busy for a millisecond while Python launches; "
     "*(graph)* rows are one call of a CUDA graph of many, each on other experts. TF/s count 6 T K D I a forward and 18 "
     "with the backward. *Of ceiling*: the least time, the sum over kernels of max(F / P, Q / B) with P and B of this "

@@ -51,7 +51,7 @@ def parsed() -> argparse.Namespace:
 
 
 def measure(options: argparse.Namespace) -> int:
-    from moesaic.bench.gpu.campaign import GpuCampaign, gpu_machine, open_journal
+    from moesaic.bench.gpu.campaign import GpuCampaign, gpu_machine, measured_in, open_journal
     from moesaic.bench.gpu.cells import cells, smoke_cells
     from moesaic.bench.gpu.clock import Clock, CudaClock
     from moesaic.bench.gpu.judge import DeviceLost
@@ -75,7 +75,11 @@ def measure(options: argparse.Namespace) -> int:
     write(out, journal, left_out)
     tell(out, journal, left_out)
     if lost:
-        print(f"the device was lost ({lost}): run the same command again, it goes on with the next cell")
+        cell = measured_in(journal)[-1].cell.key
+        print(
+            f"the device was lost ({lost}): run the same command again, it goes on with the next cell; which kernel it "
+            f'was, CUDA_LAUNCH_BLOCKING=1 says with --only "{cell}" and another --out'
+        )
         return 3
     return 1 if any_wrong(journal) else 0
 

@@ -162,6 +162,59 @@ def test_a_lost_device_ends_the_run_with_its_cell_in_the_journal(monkeypatch):
     assert [result.cell for result in measured_in(journal)] == [SOME[0]]
 
 
+class Losing(Clock):
+    """Of a device that is lost when somebody says so."""
+
+    lost = False
+
+    def wait(self):
+        if self.lost:
+            raise RuntimeError("an illegal memory access was encountered\nand more")
+
+    def after(self, calls: int, name: str = OURS):
+        """A contender of this name whose calls from so many on lose the device; what they raise names nobody."""
+        right, seen = CONTENDERS[GROUPED], []
+
+        def build(problem):
+            call = right.build(problem)
+
+            def run(*args):
+                seen.append(args)
+                self.lost = len(seen) > calls
+                return call(*args)
+
+            return run
+
+        return right.__class__(name, "ours", build)
+
+
+@pytest.mark.parametrize("calls", [0, 3])  # judged, and before the first round that is timed
+def test_a_lost_device_has_a_name_and_leaves_the_rows_of_the_others(monkeypatch, tmp_path, calls):
+    clock, journal = Losing(), open_journal(tmp_path, dict.fromkeys(("kind", "device"), "machine"))
+    monkeypatch.setitem(CONTENDERS, OURS, clock.after(calls))
+    with pytest.raises(DeviceLost, match=f"{OURS}: an illegal memory access was encountered$"):
+        GpuCampaign(journal, clock, 600.0).run([GpuCell("experts", "nano", 5, "float32", who=(OURS, TITAN))])
+    (result,) = measured_in(journal)
+    ours, theirs = result.row(OURS), result.row(TITAN)
+    assert ours.note.startswith("failed: RuntimeError: an illegal memory access")
+    assert (theirs.note, theirs.errors["out"] < 1e-5) == ("", True)
+    assert result.note.startswith(f"failed: DeviceLost: {OURS}")
+    assert ours.note in _one_cell(result)
+    assert runpy.run_path(str(SCRIPT))["any_wrong"](journal)
+
+
+def test_who_fails_before_the_rounds_is_the_only_one_without_seconds():
+    problem = problem_of("tiny", tokens=6)
+    result = Measured(GpuCell("experts", "tiny", 6), [Row(name, "ours") for name in "ab"])
+    entrants = [run_room._entrant(problem, name, {name: CONTENDERS[GROUPED].build(problem)}) for name in "ab"]
+    bench = run_room.Bench(Clock(), {}, None)
+    seconds = run_room.timed(
+        result, [entrants[0]._replace(run=lambda: 1 / 0), entrants[1]], {"a": 1.0, "b": 1.0}, bench
+    )
+    assert seconds.keys() == {"b"}
+    assert [row.note for row in result.rows] == ["failed: ZeroDivisionError: division by zero", ""]
+
+
 @pytest.mark.parametrize("error", [math.nan, math.inf])
 def test_a_result_that_is_no_number_is_a_row_of_the_journal(monkeypatch, tmp_path, error):
     """A missing gradient, or 16 bits that were too few: JSON has neither."""

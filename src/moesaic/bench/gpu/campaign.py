@@ -15,7 +15,7 @@ import torch
 from moesaic.bench.campaign import Journal, resumed
 from moesaic.bench.gpu.cells import GpuCell
 from moesaic.bench.gpu.clock import Clock
-from moesaic.bench.gpu.judge import check_device
+from moesaic.bench.gpu.judge import DeviceLost, check_device
 from moesaic.bench.gpu.limits import Bandwidth, measure_bandwidth, measure_flops
 from moesaic.bench.gpu.run import Bench, Measured, run_decode, run_experts, run_memory
 from moesaic.bench.gpu.special import run_capture, run_kernels, run_router
@@ -130,13 +130,17 @@ class GpuCampaign:
         return left_out
 
     def _measure(self, cell: GpuCell) -> Measured:
-        begin = time.perf_counter()
+        begin, lost = time.perf_counter(), None
         try:
             result = self._run(cell)
+        except DeviceLost as error:
+            result, lost = Measured(cell, error.rows, note=failed(error)), error
         except Exception as error:  # a cell that cannot be is a row, never the end
             result = Measured(cell, note=failed(error))
         result.seconds = time.perf_counter() - begin
         self.journal.add(result.to_dict())
+        if lost is not None:
+            raise lost
         check_device(self.clock)
         return result
 

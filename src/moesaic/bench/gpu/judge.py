@@ -21,7 +21,12 @@ from moesaic.bench.runner import Row, failed, forget_gradients, run_once
 
 
 class DeviceLost(Exception):
-    """The device refuses everything after an illegal access: this process is over, the journal is not."""
+    """The device refuses everything after an illegal access: this process is over, the journal is not. rows: what the
+    cell had by then."""
+
+    def __init__(self, message: str, rows: Sequence[Row] = ()) -> None:
+        super().__init__(message)
+        self.rows = list(rows)
 
 
 class Judged(NamedTuple):
@@ -47,7 +52,7 @@ def judge(problem: Problem, truth: Truth, contenders: Sequence[Contender], clock
         except Exception as error:  # anybody's: the others are still to be measured
             row.note = failed(error)
             problem.forget_gradients(weights_too=True)
-            check_device(clock)
+            check_device(clock, row.name, [entry.row for entry in judged.values()])
             continue
         if not is_right(row.errors, torch_errors, problem.cell.dtype):
             row.note = "wrong"
@@ -57,12 +62,14 @@ def judge(problem: Problem, truth: Truth, contenders: Sequence[Contender], clock
     return [judged[contender.name] for contender in contenders]
 
 
-def check_device(clock: Clock) -> None:
-    """Give back what a failure held. Raises DeviceLost where nothing will run any more."""
+def check_device(clock: Clock, who: str = "", rows: Sequence[Row] = ()) -> None:
+    """Give back what a failure held. Raises DeviceLost, with the name of `who` ran last, where nothing will run any
+    more."""
     try:
         clock.wait()
     except RuntimeError as error:
-        raise DeviceLost(str(error).partition("\n")[0]) from None
+        first = str(error).partition("\n")[0]
+        raise DeviceLost(f"{who}: {first}" if who else first, rows) from None
     if clock.is_cuda:
         gc.collect()
         torch.cuda.empty_cache()

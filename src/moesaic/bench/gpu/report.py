@@ -190,7 +190,7 @@ def _ceilings(journal: Journal) -> str:
 def _one_cell(result: Measured) -> str:
     head = f"### {result.cell.key}"
     if result.note:
-        return f"{head}\n\n{result.note}"
+        return "\n\n".join([head, result.note, *([_rows(result)] if result.rows else [])])
     least = "" if result.least_ms is None else f"\n\nleast time {1e3 * result.least_ms:.4g} us"
     kinds: dict[str, Callable[[Measured], str]] = {
         "memory": _memory, "kernels": _kernels, "capture": _facts, "decode": _decode,

@@ -72,7 +72,7 @@ def run_experts(cell: GpuCell, experts: ExpertWeights, bench: Bench) -> Measured
     result = Measured(cell, [entry.row for entry in judged], {"rows_compared": rows_compared})
     calls = {entry.row.name: entry.call for entry in judged if entry.call is not None}
     entrants = [_entrant(problem, name, calls) for name in calls]
-    seconds = timed(entrants, {e.row.name: e.seconds for e in judged if e.call is not None}, bench)
+    seconds = timed(result, entrants, {e.row.name: e.seconds for e in judged if e.call is not None}, bench)
     problem.forget_gradients(weights_too=True)
     phases = [phase for _, phase in kernels_of(problem)]
     fill(result, seconds, phases, matmul_flops(problem), bench.ceiling(cell.dtype))
@@ -88,16 +88,30 @@ def _entrant(problem: Problem, name: str, calls: Mapping[str, Call]) -> Entrant:
     return Entrant(name, lambda: forget_gradients(problem, *calls.values(), weights_too=not keeps), run)
 
 
-def timed(entrants: Sequence[Entrant], once: dict[str, float], bench: Bench) -> dict[str, list[float]]:
-    """Seconds of every run, after some that nobody times. `once`: what one took, to plan by."""
+def timed(
+    result: Measured, entrants: Sequence[Entrant], once: dict[str, float], bench: Bench
+) -> dict[str, list[float]]:
+    """Seconds of every run, after some that nobody times: who fails in those has a note in its row and no seconds.
+    `once`: what one took, to plan by."""
+    able = {}
     for entrant in entrants:
-        for _ in range(WARM if bench.rounds is None else 0):
-            entrant.prepare()
-            entrant.run()
-    if not entrants:
+        try:
+            for _ in range(WARM if bench.rounds is None else 0):
+                entrant.prepare()
+                entrant.run()
+            bench.clock.wait()
+        except Exception as error:
+            row = result.row(entrant.name)
+            assert row is not None
+            row.note = failed(error)
+            check_device(bench.clock, entrant.name, result.rows)
+            continue
+        able[entrant.name] = entrant
+    if not able:
         return {}
+    once = {name: once[name] for name in able}
     planned = dict.fromkeys(once, bench.rounds) if bench.rounds else plan(once)
-    return interleave(entrants, planned, bench.clock)
+    return interleave(list(able.values()), planned, bench.clock)
 
 
 def plan(once: dict[str, float]) -> dict[str, int]:
@@ -149,8 +163,8 @@ def run_decode(cell: GpuCell, experts: ExpertWeights, bench: Bench) -> Measured:
                 once[graph.name], calls_in[graph.name] = entry.seconds, len(calls)
         except Exception as error:
             graph.note = failed(error)
-            check_device(bench.clock)
-    seconds = timed(entrants, once, bench)
+            check_device(bench.clock, graph.name, result.rows)
+    seconds = timed(result, entrants, once, bench)
     per_call = {name: [run / calls_in[name] for run in runs] for name, runs in seconds.items()}
     active = sum(len(ids.unique()) for ids in routes) / len(routes)
     phases = [_with_active(problem, active)]
@@ -225,7 +239,7 @@ def run_memory(cell: GpuCell, experts: ExpertWeights, bench: Bench) -> Measured:
             _, _, back = clock.peak_of(lambda out=out: out.backward(problem.out_grad))
         except Exception as error:
             entry.row.note = failed(error)
-            check_device(clock)
+            check_device(clock, entry.row.name, result.rows)
             continue
         grads = sum(p.nbytes for p in problem.parameters())
         kept = held - out.nbytes + x

@@ -51,7 +51,7 @@ def run_router(cell: GpuCell, bench: Bench) -> Measured:
             clock.wait()
         except Exception as error:
             row.note = failed(error)
-            check_device(clock)
+            check_device(clock, name, result.rows)
             return
         entrants.append(Entrant(name, lambda: None, run))
         once[name] = 1e-4 * inside
@@ -78,7 +78,7 @@ def run_router(cell: GpuCell, bench: Bench) -> Measured:
         add(EAGER_RULES, "peer", lambda: (lambda: route(many[0], bias, config), 1))
         if COMPILED_RULES in cell.who:
             add(COMPILED_RULES, "peer", compiled)
-        seconds = timed(entrants, once, bench)
+        seconds = timed(result, entrants, once, bench)
     per_call = {name: [run / result.facts[name] for run in runs] for name, runs in seconds.items()}
     moved = cell.tokens * (4 * n_experts + 12 * config.num_experts_per_tok)
     ceiling = Ceiling(bench.flops["float32"], bench.bandwidth.best)
@@ -160,7 +160,7 @@ def run_capture(cell: GpuCell, bench: Bench) -> Measured:
             result.facts[name] = trial(layer, x)
         except Exception as error:
             result.facts[name] = failed(error)
-            check_device(bench.clock)
+            check_device(bench.clock, name)
     return result
 
 

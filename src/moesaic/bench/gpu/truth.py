@@ -10,7 +10,7 @@ from moesaic.bench.problem import Problem
 BOUNDS = {"float32": 1e-5, "bfloat16": 1e-2, "float16": 2e-3}
 TIMES_TORCH = 1.5  # or no worse than this times the error of torch's own grouped_mm, whichever allows more
 LEAST_ROWS = 64
-WORST_ROW = 10.0  # times the bound may one row err: rounding gives 2 or 3 times the mean error, numbers of another row 100
+WORST_ROW = 10.0  # times the bound may one row err: rounding makes 3 times the mean error, numbers of another row 100
 
 
 def relative_error(found: Tensor, truth: Tensor) -> float:

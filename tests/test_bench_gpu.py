@@ -3,6 +3,7 @@
 import json
 import math
 import runpy
+import subprocess
 import sys
 import time
 from functools import partial
@@ -213,6 +214,37 @@ def test_who_fails_before_the_rounds_is_the_only_one_without_seconds():
     )
     assert seconds.keys() == {"b"}
     assert [row.note for row in result.rows] == ["failed: ZeroDivisionError: division by zero", ""]
+
+
+HANGS = """
+import json, sys, time
+from pathlib import Path
+from moesaic.bench.campaign import Journal
+from moesaic.bench.gpu import campaign
+from moesaic.bench.gpu.cells import GpuCell
+from moesaic.bench.gpu.clock import Clock
+
+class Gpu(Clock):
+    is_cuda = True
+
+campaign.STUCK_SECONDS = 0.3
+campaign.GpuCampaign._run = lambda self, cell: time.sleep(60)
+campaign.GpuCampaign(Journal(Path(sys.argv[1])), Gpu(), 600.0).run([GpuCell("experts", "nano", 2)])
+"""
+
+
+def test_a_cell_without_an_end_ends_the_process_and_says_where(tmp_path):
+    run = subprocess.run(
+        [sys.executable, "-c", HANGS, tmp_path / "journal.jsonl"],
+        capture_output=True,
+        text=True,
+        timeout=50,
+        check=False,
+    )
+    assert run.returncode == 1
+    assert "Timeout" in run.stderr
+    assert "in _measure" in run.stderr
+    assert [json.loads(line)["kind"] for line in (tmp_path / "journal.jsonl").read_text().splitlines()] == ["begin"]
 
 
 @pytest.mark.parametrize("error", [math.nan, math.inf])

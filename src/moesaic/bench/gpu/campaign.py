@@ -1,10 +1,13 @@
 """All cells in order into a journal, within some minutes, and on from there the next time."""
 
+import faulthandler
 import hashlib
 import subprocess
+import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -29,6 +32,7 @@ from moesaic.versions import versions
 JOURNAL = "journal.jsonl"
 SAME = ("device", "versions", "commit", "sources", "tiles", "smoke")  # for two runs to be one table
 LAST_SECONDS = 12.0  # kept for measuring the ceilings again and for the report
+STUCK_SECONDS = 240.0  # no cell takes so long, compiling included: a kernel that never ends would take all there are
 TRIES = 2  # of a cell that ended the whole run, by a crash or by running past its time
 PACKAGES = ("triton", "transformers", "liger-kernel")
 ASK_NVIDIA = ("driver_version", "clocks.max.sm", "clocks.max.mem", "power.limit")
@@ -121,7 +125,8 @@ class GpuCampaign:
             else:
                 self.journal.begin()
                 self.journal.add({"kind": "begin", "key": cell.key})
-                result = self._measure(cell)
+                with never_stuck(self.clock):
+                    result = self._measure(cell)
                 report(f"{time.perf_counter() - start:6.0f} s  {cell.key}: {headline(result)}")
         for dtype in self._flops:
             self._measure_flops(dtype, "end")
@@ -180,6 +185,18 @@ class GpuCampaign:
         for what, value in bandwidth._asdict().items():
             self.journal.add({"kind": "ceiling", "when": when, "what": f"B {what}", "value": value})
         return bandwidth
+
+
+@contextmanager
+def never_stuck(clock: Clock) -> Iterator[None]:
+    """Ends the process, with the line where it waits for the device, after STUCK_SECONDS."""
+    if clock.is_cuda:
+        faulthandler.dump_traceback_later(STUCK_SECONDS, exit=True, file=sys.__stderr__ or sys.stderr)
+    try:
+        yield
+    finally:
+        if clock.is_cuda:
+            faulthandler.cancel_dump_traceback_later()
 
 
 def headline(result: Measured) -> str:

@@ -50,6 +50,20 @@ def _seed_from_test_id(request: pytest.FixtureRequest) -> None:
     torch.manual_seed(zlib.crc32(request.node.nodeid.encode()))
 
 
+@pytest.fixture(autouse=True)
+def _a_lost_device_fails_one_test() -> Iterator[None]:
+    """After an illegal access a process fails at whatever it asks of the device: xdist names the test, and goes on in
+    another."""
+    yield
+    if torch.cuda.is_initialized():
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError as error:
+            if "PYTEST_XDIST_WORKER" in os.environ:
+                os._exit(70)
+            pytest.exit(f"the device was lost: {error}", returncode=70)
+
+
 @pytest.fixture
 def with_threads() -> Iterator[Callable[[int], None]]:
     """Sets the number of torch's threads until the end of the test."""

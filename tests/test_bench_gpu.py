@@ -216,6 +216,31 @@ def test_who_fails_before_the_rounds_is_the_only_one_without_seconds():
     assert [row.note for row in result.rows] == ["failed: ZeroDivisionError: division by zero", ""]
 
 
+class OddReplays(Clock):
+    """Of a graph whose second call gives what the first gave."""
+
+    def replay(self, calls):
+        return super().replay([calls[0], calls[0], *calls[2:]])
+
+
+@pytest.mark.parametrize(
+    ("cell", "name"),
+    [
+        (GpuCell("decode", "nano", 1, "float32", who=(OURS, TITAN)), f"{OURS} (graph)"),
+        (GpuCell("router", "deepseek-v3", 2, "float32", who=()), KERNEL),
+    ],
+    ids=["decode", "router"],
+)
+@no_gpu
+def test_a_graph_that_gives_other_numbers_has_no_speed(cell, name):
+    campaign = GpuCampaign(Journal(), OddReplays(), 600.0, rounds=1)
+    assert campaign.run([cell]) == []
+    (result,) = measured_in(campaign.journal)
+    notes = {row.name: row.note for row in result.rows if row.note}
+    assert notes == {name: "failed: ValueError: replayed, it gives other numbers"}
+    assert result.row(name).median_ms is None
+
+
 HANGS = """
 import json, sys, time
 from pathlib import Path

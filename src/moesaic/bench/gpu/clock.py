@@ -33,8 +33,8 @@ class Clock:
     def wait(self) -> None:
         """Until the device has done what it was given; raises what went wrong there."""
 
-    def replay(self, calls: Sequence[Callable[[], object]]) -> Callable[[], object]:
-        """All calls in order, as one graph where there are graphs."""
+    def replay(self, calls: Sequence[Callable[[], object]]) -> Callable[[], list[object]]:
+        """All calls in order, as one graph where there are graphs; gives their results."""
         return lambda: [call() for call in calls]
 
     def why_no_graph(self, run: Callable[[], object]) -> str:
@@ -76,7 +76,7 @@ class CudaClock(Clock):
     def wait(self) -> None:
         torch.cuda.synchronize()
 
-    def replay(self, calls: Sequence[Callable[[], object]]) -> Callable[[], object]:
+    def replay(self, calls: Sequence[Callable[[], object]]) -> Callable[[], list[object]]:
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):  # what a first call does (compile, load) cannot be captured
@@ -87,8 +87,9 @@ class CudaClock(Clock):
         with torch.cuda.graph(graph):
             kept.extend(call() for call in calls)
 
-        def replay(_kept: list[object] = kept) -> None:
+        def replay() -> list[object]:
             graph.replay()
+            return kept
 
         return replay
 

@@ -4,7 +4,7 @@ import gc
 import math
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -73,6 +73,16 @@ def check_device(clock: Clock, who: str = "", rows: Sequence[Row] = ()) -> None:
     if clock.is_cuda:
         gc.collect()
         torch.cuda.empty_cache()
+
+
+def checked_replay(calls: Sequence[Callable[[], object]], clock: Clock) -> Callable[[], object]:
+    """Their replay; ValueError where its results are not, bit for bit, those of the calls one by one."""
+    replay = clock.replay(calls)
+    try:
+        torch.testing.assert_close(replay(), [call() for call in calls], rtol=0, atol=0)
+    except AssertionError:
+        raise ValueError("replayed, it gives other numbers") from None
+    return replay
 
 
 def _try(problem: Problem, truth: Truth, contender: Contender, row: Row, clock: Clock) -> tuple[Call, float]:

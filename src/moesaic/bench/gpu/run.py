@@ -13,7 +13,7 @@ from moesaic.bench.contenders import Call
 from moesaic.bench.gpu.cells import INVARIANT, OURS, GpuCell
 from moesaic.bench.gpu.clock import Clock, CudaClock, interleave
 from moesaic.bench.gpu.contenders import contenders_named
-from moesaic.bench.gpu.judge import check_device, judge
+from moesaic.bench.gpu.judge import check_device, checked_replay, judge
 from moesaic.bench.gpu.limits import Bandwidth, kernels_of, matmul_flops
 from moesaic.bench.gpu.truth import truth_of
 from moesaic.bench.problem import Problem, make_problem
@@ -159,7 +159,9 @@ def run_decode(cell: GpuCell, experts: ExpertWeights, bench: Bench) -> Measured:
         try:
             graph.note = bench.clock.why_no_graph(calls[0])
             if not graph.note:
-                entrants.append(Entrant(graph.name, lambda: None, bench.clock.replay(calls)))
+                # of a peer bits need not repeat
+                replay = bench.clock.replay(calls) if graph.kind == "peer" else checked_replay(calls, bench.clock)
+                entrants.append(Entrant(graph.name, lambda: None, replay))
                 once[graph.name], calls_in[graph.name] = entry.seconds, len(calls)
         except Exception as error:
             graph.note = failed(error)

@@ -10,7 +10,7 @@ from torch import Tensor
 from moesaic.bench.ceiling import Ceiling, Phase
 from moesaic.bench.gpu.cells import COMPILED_RULES, OURS, GpuCell
 from moesaic.bench.gpu.contenders import CONTENDERS
-from moesaic.bench.gpu.judge import check_device
+from moesaic.bench.gpu.judge import check_device, checked_replay
 from moesaic.bench.gpu.limits import kernels_of
 from moesaic.bench.gpu.run import Bench, Measured, fill, timed
 from moesaic.bench.problem import make_problem
@@ -64,7 +64,7 @@ def run_router(cell: GpuCell, bench: Bench) -> Measured:
         result.facts["rows_that_differ"] = differing
         if differing > MAY_DIFFER:
             raise ValueError(f"wrong in {differing:.1%} of the rows")
-        return clock.replay([lambda logits=logits: ours(logits, bias, config) for logits in many]), calls
+        return checked_replay([lambda logits=logits: ours(logits, bias, config) for logits in many], clock), calls
 
     def compiled() -> tuple[Callable[[], Any], int]:
         if not clock.is_cuda:

@@ -34,17 +34,18 @@ class Layer(NamedTuple):
     k: int
     spec: Mapping[str, Any] = MappingProxyType({})  # fields of ExpertSpec
     biases: bool = False
-    weights: str | None = None  # their dtype where it is not the tokens'
+    weights: str | None = None  # dtype of the matrices where it is not the tokens'
+    routed: str | None = None  # dtype of the routing weights where it is not the tokens'
 
 
 GPT_OSS = {"limit": 7.0, "alpha": 1.702, "up_offset": 1.0, "interleaved": True, "transposed": True}
 LAYERS = {
     "ladder": Layer(128, 2048, 768, 8),  # Qwen3-30B-A3B, performance tables are about it
-    "deepseek-v3": Layer(256, 7168, 2048, 8),
-    "mixtral": Layer(8, 4096, 14336, 2),
+    "deepseek-v3": Layer(256, 7168, 2048, 8, routed="float32"),
+    "mixtral": Layer(8, 4096, 14336, 2, routed="float32"),
     "gpt-oss": Layer(32, 2880, 2880, 4, GPT_OSS, biases=True),
     "tf32": Layer(128, 2048, 768, 8),  # in float32, as torch is told by set_float32_matmul_precision("high")
-    "autocast": Layer(32, 1024, 512, 6, weights="float32"),
+    "autocast": Layer(32, 1024, 512, 6, weights="float32", routed="float32"),
     "odd": Layer(5, 37, 21, 3, {"activation": "gelu", "gated": False}, biases=True),
     "odd-gated": Layer(5, 37, 21, 3),
     "single": Layer(1, 1, 1, 1),
@@ -136,7 +137,7 @@ def launch_everything(capability: int, dtype: torch.dtype, layer: Layer, n_token
     from moesaic.engine.triton.blocks import suited, tiles_for
     from moesaic.types import ExpertWeights
 
-    weight_dtype = getattr(torch, layer.weights) if layer.weights else dtype
+    weight_dtype, routed_dtype = (getattr(torch, name) if name else dtype for name in (layer.weights, layer.routed))
 
     def tensor(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -152,7 +153,7 @@ def launch_everything(capability: int, dtype: torch.dtype, layer: Layer, n_token
     shapes = ((e, d, u), (e, i, d)) if spec.transposed else ((e, u, d), (e, d, i))
     biases = ((e, u), (e, d)) if layer.biases else ()
     matrices = ExpertWeights(*(tensor(*shape, dtype=weight_dtype) for shape in (*shapes, *biases)))
-    tokens, weights = tensor(n_tokens, d), tensor(n_tokens, k, dtype=torch.float32)
+    tokens, weights = tensor(n_tokens, d), tensor(n_tokens, k, dtype=routed_dtype)
     ids = tensor(n_tokens, k, dtype=torch.int64)
     given = (tokens, ids, weights, matrices, spec)
     experts.forward(*given, keep="nothing", batch_invariant=False)

@@ -125,17 +125,16 @@ def test_routing_weights_may_be_wider_than_tokens():
 
 
 def test_one_input_alone_is_trained():
-    """Everybody else is frozen: their gradients are not computed, and this one's is the same."""
+    """Everybody else is frozen: their gradients are not computed, and this one's is right."""
     p = problem("biases")
-    all_leaves = leaves_of(p)
-    run(p, all_leaves).backward(p.grad)
+    right = expected(p)[1]
     for trained, name in enumerate(Gradients._fields):
         one = leaves_of(p)
         for n, leaf in enumerate(one):
             leaf.requires_grad_(n == trained)
         run(p, one).backward(p.grad)
         assert [leaf.grad is not None for leaf in one] == [n == trained for n in range(6)], name
-        assert torch.equal(one[trained].grad, all_leaves[trained].grad), name
+        close(one[trained].grad, right[trained])
 
 
 @pytest.mark.parametrize("spec", ["silu", "gpt-oss"])

@@ -223,31 +223,27 @@ def test_d_hidden_under_any_routing(routing):
     check_d_hidden(problem("gpt-oss", routing))
 
 
-def check_d_hidden(p, blocks=BLOCKS):
+def check_d_hidden(p, blocks=BLOCKS, wanted=(True, True, True)):
     layout, wide = p.layout(), p.to(torch.float64)
     hidden = rows_like(p, p.spec.up_size(p.experts))
-    args = (layout, p.experts, p.spec, blocks)
-    got = d_hidden(p.grad, hidden, p.weights, *args, wanted=(True, True, True))
+    got = d_hidden(p.grad, hidden, p.weights, layout, p.experts, p.spec, blocks, wanted=wanted)
     expected = twins.d_hidden(
         wide.grad, hidden.double(), wide.weights, layout, wide.experts, p.spec, blocks, wanted=(True, True, True)
     )
-    close(written(got.d_hidden, layout), written(expected.d_hidden, layout))
-    close(written(got.scaled, layout), written(expected.scaled, layout))
-    close(written(got.partials.sum(0), layout), written(expected.partials.sum(0), layout))
-    close(d_weights(got.partials, layout, p.weights), twins.d_weights(expected.partials, layout, wide.weights))
+    assert tuple(t is not None for t in got) == wanted
+    if got.d_hidden is not None:
+        close(written(got.d_hidden, layout), written(expected.d_hidden, layout))
+    if got.scaled is not None:
+        close(written(got.scaled, layout), written(expected.scaled, layout))
+    if got.partials is not None:
+        close(written(got.partials.sum(0), layout), written(expected.partials.sum(0), layout))
+        close(d_weights(got.partials, layout, p.weights), twins.d_weights(expected.partials, layout, wide.weights))
 
 
 @pytest.mark.parametrize("which", range(3))
 def test_d_hidden_makes_what_is_wanted(which):
-    p = problem("biases")
-    layout, hidden = p.layout(), rows_like(p, 42)
-    wanted = tuple(n == which for n in range(3))
-    args = (p.grad, hidden, p.weights, layout, p.experts, p.spec, BLOCKS)
-    some, all_ = d_hidden(*args, wanted=wanted), d_hidden(*args, wanted=(True, True, True))
-    assert [t is not None for t in some] == list(wanted)
-    mine, theirs = some[which], all_[which]
-    n = int(layout.ends[-1])
-    assert torch.equal(mine[..., :n] if which == 2 else mine[:n], theirs[..., :n] if which == 2 else theirs[:n])
+    """Another kernel is compiled for each: on a GPU it need not add in the same order."""
+    check_d_hidden(problem("biases"), wanted=tuple(n == which for n in range(3)))
 
 
 @every_routing

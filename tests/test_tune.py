@@ -11,9 +11,11 @@ import torch
 pytest.importorskip("triton")
 
 from moesaic.bench import tune as room
+from moesaic.bench.gpu import clock as clock_room
 from moesaic.bench.gpu.judge import DeviceLost
 from moesaic.bench.tune import WALKERS, Tuning, as_file, neighbours, read_before
 from moesaic.cli import main
+from moesaic.cli.bench import _tune
 from moesaic.engine.triton import blocks as table
 from moesaic.engine.triton.blocks import Blocks, Tiles, built_in, tiles_for
 from moesaic.engine.triton.tuned import parse_tuned, read_tuned, tuned_path
@@ -47,7 +49,7 @@ def on_a_gpu(monkeypatch, home):  # noqa: ARG001
 
 
 def file_of(tiles: Tiles = OTHER, device: str = GPU) -> dict:
-    return as_file(device, [Tuning("nano", "bfloat16", lambda *_: 1.0)], [{16: tiles}])
+    return as_file(device, Tuning("nano", "bfloat16", lambda *_: 1.0), {16: tiles})
 
 
 def searched(seconds_of, monkeypatch, **options) -> tuple[Tuning, dict]:
@@ -124,6 +126,25 @@ def test_a_lost_device_ends_the_search(monkeypatch):
         searched(fail, monkeypatch, check=lost)
 
 
+def test_a_run_that_is_cut_keeps_the_rows_that_it_has_found(monkeypatch, tmp_path):
+    def tiles(_tuning, most, *_):
+        if most == 80:
+            raise DeviceLost("an illegal memory access was encountered")
+        return OTHER
+
+    for owner, name in ((room, "make_experts"), (room, "Work"), (Tuning, "_problem")):
+        monkeypatch.setattr(owner, name, lambda *_: None)
+    monkeypatch.setattr(Tuning, "_tiles", tiles)
+    monkeypatch.setattr(clock_room, "CudaClock", clock_room.Clock)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: GPU)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: HOPPER)
+    with pytest.raises(
+        ValueError, match=r"lost \(an illegal .* is kept in .*tiles.json; run again for another --dtype"
+    ):
+        _tune("nano", ("bfloat16",), 60.0, tmp_path / "tiles.json")
+    assert parse_tuned(read_before(tmp_path / "tiles.json"), GPU) == {"bfloat16": {16: OTHER, 24: OTHER}}
+
+
 @no_gpu
 def test_when_the_time_is_up_the_tables_own_tiles_stay(monkeypatch):
     tuning, found = searched(lambda *_: 1.0, monkeypatch, seconds=0.0)
@@ -192,9 +213,9 @@ def test_a_broken_or_foreign_file_is_one_warning_and_the_table_serves(case, on_a
 
 def test_a_second_run_keeps_what_the_first_found_for_other_rows(home):
     first = file_of()
-    second = as_file(GPU, [Tuning("nano", "bfloat16", lambda *_: 1.0)], [{24: OTHER}], first)
+    second = as_file(GPU, Tuning("nano", "bfloat16", lambda *_: 1.0), {24: OTHER}, first)
     assert parse_tuned(second, GPU) == {"bfloat16": {16: OTHER, 24: OTHER}}
-    foreign = as_file(GPU, [Tuning("nano", "float16", lambda *_: 1.0)], [{0: OTHER}], file_of(device="NVIDIA A100"))
+    foreign = as_file(GPU, Tuning("nano", "float16", lambda *_: 1.0), {0: OTHER}, file_of(device="NVIDIA A100"))
     assert parse_tuned(foreign, GPU) == {"float16": {0: OTHER}}
     assert read_before(home / "none.json") is None
     assert read_tuned(GPU) == {}

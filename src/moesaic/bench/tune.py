@@ -59,6 +59,7 @@ class Tuning:
     capability: tuple[int, int] = (9, 0)
     seconds: float = float("inf")
     report: Callable[[Trial], object] = lambda _trial: None
+    keep: Callable[["Tuning", dict[int, Tiles]], object] = lambda _tuning, _found: None  # what is found after each row
     check: Callable[[], object] = lambda: None  # after a failure: raises where the device takes nothing any more
     trials: list[Trial] = field(default_factory=list)
     _end: float = float("inf")
@@ -71,6 +72,7 @@ class Tuning:
             own = self._own(most)
             work = Work(self._problem(ROWS[most], experts), own)
             found[most] = self._tiles(most, own, work)
+            self.keep(self, found)
             del work
         return found
 
@@ -237,7 +239,7 @@ def by_events(clock: CudaClock) -> Timer:
     return timer
 
 
-def as_file(device: str, tunings: Sequence[Tuning], found: Sequence[dict[int, Tiles]], before: Any = None) -> dict:
+def as_file(device: str, tuning: Tuning, found: dict[int, Tiles], before: Any = None) -> dict:
     """What `engine.triton.tuned` reads, with every trial. `before`: the file that was there, whose other dtypes and
     rows stay where it is of the same GPU and Triton."""
     from moesaic.engine.triton.tuned import FORMAT, parse_tuned
@@ -249,14 +251,13 @@ def as_file(device: str, tunings: Sequence[Tuning], found: Sequence[dict[int, Ti
         tiles, timings = before["tiles"], list(before["timings"])
     except (ValueError, LookupError, TypeError, AttributeError):
         pass
-    for tuning, chosen in zip(tunings, found, strict=True):
-        rows = tiles.setdefault(tuning.dtype, {})
-        rows |= {str(most): {op: list(blocks) for op, blocks in t._asdict().items()} for most, t in chosen.items()}
-        timings = [line for line in timings if line.get("dtype") != tuning.dtype or line.get("most") not in chosen]
-        for trial in tuning.trials:
-            took = None if trial.seconds is None else 1e6 * trial.seconds
-            line = {**trial._asdict(), "blocks": list(trial.blocks), "us": took, "shape": tuning.shape}
-            timings.append({name: value for name, value in line.items() if name != "seconds"})
+    rows = tiles.setdefault(tuning.dtype, {})
+    rows |= {str(most): {op: list(blocks) for op, blocks in t._asdict().items()} for most, t in found.items()}
+    timings = [line for line in timings if line.get("dtype") != tuning.dtype or line.get("most") not in found]
+    for trial in tuning.trials:
+        took = None if trial.seconds is None else 1e6 * trial.seconds
+        line = {**trial._asdict(), "blocks": list(trial.blocks), "us": took, "shape": tuning.shape}
+        timings.append({name: value for name, value in line.items() if name != "seconds"})
     return {
         "format": FORMAT,
         "device": device,

@@ -112,6 +112,7 @@ def _tune(shape: str, dtypes: tuple[str, ...], seconds: float, out: Path | None)
     from moesaic.bench.gpu.clock import CudaClock
     from moesaic.bench.gpu.judge import DeviceLost, check_device
     from moesaic.bench.tune import Trial, Tuning, as_file, by_events, read_before
+    from moesaic.engine.triton.blocks import Tiles
     from moesaic.engine.triton.tuned import tuned_path
 
     device = torch.cuda.get_device_name()
@@ -122,19 +123,22 @@ def _tune(shape: str, dtypes: tuple[str, ...], seconds: float, out: Path | None)
         said = trial.note or f"{1e6 * (trial.seconds or 0):.1f} us"
         print(f"{trial.dtype} {trial.op} {tuple(trial.blocks)}: {said}", file=sys.stderr)
 
+    def keep(tuning: Tuning, found: dict[int, Tiles]) -> None:
+        path.write_text(json.dumps(as_file(device, tuning, found, read_before(path))), encoding="utf-8")
+
     clock, capability = CudaClock(), torch.cuda.get_device_capability()
-    share, timer, check = seconds / len(dtypes), by_events(clock), partial(check_device, clock)
+    options = {"capability": capability, "seconds": seconds / len(dtypes), "report": report, "keep": keep}
+    options |= {"check": partial(check_device, clock)}
     tunings, found = [], []
     for name in dtypes:
-        tunings.append(Tuning(shape, name, timer, capability=capability, seconds=share, report=report, check=check))
+        tunings.append(Tuning(shape, name, by_events(clock), **options))
         try:
             found.append(tunings[-1].run())
         except DeviceLost as error:
             raise ValueError(
-                f"the device was lost ({error}) at the tiles of the last line above: please report them; run again for "
-                f"another --dtype than {name}, of which nothing is kept"
+                f"the device was lost ({error}) at the tiles of the last line above: please report them; what was "
+                f"found for other rows of {name} is kept in {path}; run again for another --dtype"
             ) from None
-        path.write_text(json.dumps(as_file(device, tunings, found, read_before(path))), encoding="utf-8")
     for tuning, chosen in zip(tunings, found, strict=True):
         for most, tiles in chosen.items():
             rows = f"up to {most}" if most else "more"

@@ -387,7 +387,7 @@ def test_tokens_are_named_as_the_first_record_has_them():
         diff(replace(decoded, input_ids=ids), whole)
     other = logits.clone()
     other[0, 4] *= -1
-    other[1, [5, 10]] *= -1  # 5 follows from 4, of the same text; 10 does not, nor do 6 and 7, which `decoded` has turned
+    other[1, [5, 10]] *= -1  # 5 follows from 4, of the same text; 10 does not, nor 6 and 7, turned in `decoded`
     first = diff(decoded, traced(other, bias, sequences=whole.sequences)).origins
     assert [row.nonzero().flatten().tolist() for row in first] == [[8], [4, 5, 9]]
 

@@ -3,6 +3,7 @@
 import torch
 from hf_models import tiny
 
+from moesaic.hf.attach import attach
 from moesaic.hf.modules import moe_layers
 from moesaic.hf.outputs import read_router
 from moesaic.layer.balance import expert_load
@@ -19,6 +20,11 @@ def model_of(family="mixtral", **fields):
     model = tiny(family, **fields).double().train()
     model.set_experts_implementation("eager")  # grouped_mm has no float64
     return model
+
+
+def unbroken(*args, **fields):
+    """Such a model on our engine: transformers' eager experts break the graph of a whole model in every layer."""
+    return attach(model_of(*args, **fields))
 
 
 def batch_of(rows=4, length=8, *, padded=True):

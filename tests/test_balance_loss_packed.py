@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from balanced import assert_same, attached, gradients, model_of
+from balanced import assert_same, attached, gradients, model_of, unbroken
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DataCollatorWithFlattening
 from transformers.masking_utils import find_packed_sequence_indices
@@ -51,7 +51,7 @@ def test_a_packed_batch_is_balanced_as_a_padded_one_of_the_same_sequences():
 def test_so_it_is_where_the_model_is_called_without_its_head(compiled):
     found = []
     for whole in (True, False):
-        model, batch = model_of("deepseek_v3", num_hidden_layers=2), packed()
+        model, batch = unbroken("deepseek_v3", num_hidden_layers=2), packed()
         labels, balance = batch.pop("labels"), attached("sequence", model)
         torch._dynamo.reset()
         called = model if whole else model.model
@@ -73,7 +73,7 @@ def test_so_it_is_in_a_compiled_model(way):
     torch._dynamo.reset()
     found = []
     for compiled in (False, True):
-        model, batch = model_of("deepseek_v3", num_hidden_layers=2), packed()
+        model, batch = unbroken("deepseek_v3", num_hidden_layers=2), packed()
         if way == "embeddings":
             batch["inputs_embeds"] = model.model.embed_tokens(batch.pop("input_ids"))
         run = torch.compile(model, backend="aot_eager") if compiled else model

@@ -10,6 +10,7 @@ from triton_cases import BLOCKS, DEVICE, close, problem, rows_like, written
 
 from moesaic.engine.spec import ExpertSpec
 from moesaic.engine.triton import twins
+from moesaic.engine.triton.blocks import Blocks
 from moesaic.engine.triton.combine import combine
 from moesaic.engine.triton.d_hidden import d_hidden
 from moesaic.engine.triton.few import down_and_combine
@@ -109,6 +110,7 @@ def test_gradients_beyond_32_bits(far):
 # them reads and writes other memory that is there.
 FIRST, ROWS, LONG, SHORT = 1 << 20, 5, 4096, 16
 OF_RELU = ExpertSpec("relu", gated=False)
+WIDE = BLOCKS if DEVICE == "cuda" else Blocks(16, 256, 256)  # numpy takes as long for a small tile as for a wide one
 
 
 def low(width):
@@ -138,7 +140,7 @@ def of_rows(function, *rows):
 @pytest.mark.parametrize(("inputs", "outputs"), [(SHORT, LONG), (LONG, SHORT)])
 def test_matmul_of_rows_beyond_32_bits(inputs, outputs):
     matrix = torch.randn(1, inputs, outputs, device=DEVICE).half()
-    far, close_by = of_rows(lambda layout, x: matmul(x, matrix, None, layout, BLOCKS), low(inputs))
+    far, close_by = of_rows(lambda layout, x: matmul(x, matrix, None, layout, WIDE), low(inputs))
     assert torch.equal(far, close_by)
     assert far.any()
 
@@ -150,7 +152,7 @@ def test_up_of_rows_beyond_32_bits(inputs, outputs, which):
 
     def project(layout, x):
         keep = {"keep_hidden": which == "hidden", "keep_activated": which == "activated"}
-        return getattr(up(x, 1, layout, experts, OF_RELU, BLOCKS, **keep), which)
+        return getattr(up(x, 1, layout, experts, OF_RELU, WIDE, **keep), which)
 
     far, close_by = of_rows(project, low(inputs))
     assert torch.equal(far, close_by)
@@ -164,7 +166,7 @@ def test_d_hidden_of_rows_beyond_32_bits(which):
 
     def back(layout, g, hidden):
         weights = torch.ones(len(g), 1, device=DEVICE)
-        return getattr(d_hidden(g, hidden, weights, layout, experts, OF_RELU, BLOCKS, wanted=wanted), which)
+        return getattr(d_hidden(g, hidden, weights, layout, experts, OF_RELU, WIDE, wanted=wanted), which)
 
     far, close_by = of_rows(back, low(SHORT), low(LONG))
     assert torch.equal(far, close_by)

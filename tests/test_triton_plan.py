@@ -16,11 +16,14 @@ from moesaic.engine.triton.plan import group_by_expert
 pytestmark = pytest.mark.usefixtures("poisoned")
 
 
-@pytest.mark.parametrize(
-    ("few", "at_once"), [(0, 1024), (4096, 1024), (4096, 64)], ids=["three-launches", "one-launch", "in-steps"]
-)
-@pytest.mark.parametrize(("tokens", "k", "experts"), [(1, 1, 1), (1, 8, 64), (40, 3, 5), (130, 2, 3), (97, 4, 300)])
-def test_the_sort_is_the_stable_one(monkeypatch, few, at_once, tokens, k, experts):
+WAYS = {"three-launches": (0, 1024), "one-launch": (4096, 1024), "in-steps": (4096, 64)}
+SIZES = ((1, 1, 1), (1, 8, 64), (40, 3, 5), (130, 2, 3))
+MANY = {"three-launches": (97, 4, 300), "one-launch": (97, 4, 300), "in-steps": (97, 4, 70)}  # a program an expert
+
+
+@pytest.mark.parametrize(("way", "size"), [(way, size) for way in WAYS for size in (*SIZES, MANY[way])], ids=str)
+def test_the_sort_is_the_stable_one(monkeypatch, way, size):
+    (few, at_once), (tokens, k, experts) = WAYS[way], size
     monkeypatch.setattr(plan, "ONE_LAUNCH", few)
     monkeypatch.setattr(plan, "AT_ONCE", at_once)
     ids = torch.randint(0, experts + 1, (tokens, k))

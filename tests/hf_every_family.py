@@ -5,7 +5,8 @@ build under any variant comes back with the reason.
 """
 
 import importlib
-from functools import cache
+import inspect
+from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -52,6 +53,16 @@ def candidates(family: str) -> list[type]:
     usable = [cls for cls in found if cls.__name__.endswith(order) and not cls.__name__.endswith("PreTrainedModel")]
     usable = [cls for cls in usable if not any(word in cls.__name__ for word in ("Vision", "Audio", "Predictor"))]
     return sorted(usable, key=lambda cls: next(i for i, end in enumerate(order) if cls.__name__.endswith(end)))
+
+
+def shorten_chunks(family: str) -> None:
+    """Linear attention pads a text to a chunk of 64 tokens and takes one after the other: 8 hold the texts here."""
+    modeling = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
+    for name, function in list(vars(modeling).items()):
+        if not inspect.isclass(function) and getattr(function, "__module__", None) == modeling.__name__:
+            parameters = inspect.signature(function).parameters
+            if "chunk_size" in parameters and parameters["chunk_size"].default == 64:
+                setattr(modeling, name, partial(function, chunk_size=8))
 
 
 def small(config_class: type, extra: dict) -> transformers.PreTrainedConfig:
@@ -102,6 +113,7 @@ class Tiny(NamedTuple):
 def tiny_of(family: str) -> Tiny:
     """The first class of a family that builds, runs and has experts on the interface, under the first variant."""
     reasons = {}
+    shorten_chunks(family)
     for cls in candidates(family):
         for variant in VARIANTS:
             try:

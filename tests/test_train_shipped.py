@@ -27,6 +27,11 @@ def held_out(shipped):
     return HeldOut(shipped[1], max_windows=16)
 
 
+@pytest.fixture(scope="module")
+def report(shipped, held_out):
+    return held_out.judge(shipped[0])
+
+
 def test_the_shipped_folder_is_a_deepseek_v3_model_for_plain_transformers(shipped):
     model, tokenizer = shipped
     config = model.config
@@ -61,8 +66,7 @@ def test_parameters_are_stored_as_float16_and_the_bias_as_float32():
     assert {dtype for name, dtype in dtypes.items() if not name.endswith("e_score_correction_bias")} == {"F16"}
 
 
-def test_the_shipped_model_beats_kneser_ney_in_every_domain_and_is_balanced(shipped, held_out):
-    report = held_out.judge(shipped[0])
+def test_the_shipped_model_beats_kneser_ney_in_every_domain_and_is_balanced(report):
     assert set(report.domains) == set(DOMAINS)
     for domain, result in report.domains.items():
         assert result.margin >= 0.15, f"{domain}: {result}"
@@ -82,10 +86,10 @@ def test_the_recorded_results_are_those_of_the_shipped_weights_on_all_held_out_t
     assert record["max_violation"] == pytest.approx(report.max_violation, abs=0.02)
 
 
-def test_a_model_is_judged_without_leaving_a_trace(shipped, held_out):
+def test_a_model_is_judged_without_leaving_a_trace(shipped, held_out, report):
     model, _ = shipped
     model.train()
-    assert held_out.judge(model) == held_out.judge(model)
+    assert held_out.judge(model) == report
     assert model.training
     model.eval()
     assert not any(layer.experts._forward_pre_hooks for layer in moe_layers(model))

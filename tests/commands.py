@@ -8,7 +8,7 @@ import typer
 from moesaic import cli
 
 
-def runner(monkeypatch, capsys, **commands: Callable) -> Callable[..., tuple[int, str, str]]:
+def runner(monkeypatch, capsys, *, columns: str = "160", **commands: Callable) -> Callable[..., tuple[int, str, str]]:
     """run("trace", "--corpus") -> (exit code, stdout, stderr), in this process."""
     app = typer.Typer(pretty_exceptions_enable=False)
     app.callback()(lambda: None)
@@ -18,7 +18,7 @@ def runner(monkeypatch, capsys, **commands: Callable) -> Callable[..., tuple[int
     def call(*arguments: object) -> tuple[int, str, str]:
         monkeypatch.setattr(cli, "app", app)
         monkeypatch.setattr(sys, "argv", ["moesaic", *map(str, arguments)])
-        monkeypatch.setenv("COLUMNS", "160")
+        monkeypatch.setenv("COLUMNS", columns)
         try:
             cli.main()
         except SystemExit as ending:

@@ -263,23 +263,26 @@ class Only(torch.nn.Module):
         return cpu(x, ids, weights, ExpertWeights(self.up, self.down), ExpertSpec())
 
 
-def one_rank(rank: int, rendezvous: str, wrapper: str, results) -> None:
+def one_rank(rank: int, rendezvous: str, results) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
-    torch.manual_seed(0)
-    module = Only(problem()[3])
-    wrapped = WRAPPERS[wrapper](module)
-    torch.manual_seed(rank)
-    for step in range(3):  # two micro-batches without an exchange, then one with it
-        x, ids, weights, _ = problem()
-        if wrapper == "FSDP2":
-            wrapped.set_requires_gradient_sync(step == 2)
-        with wrapped.no_sync() if wrapper != "FSDP2" and step < 2 else torch.enable_grad():
-            wrapped(x, ids, weights).square().sum().backward()
-    grad = module.up.grad
-    results[rank] = (grad.full_tensor() if wrapper == "FSDP2" else grad).tolist()
+    kept = []
+    for wrapper, wrap in WRAPPERS.items():
+        torch.manual_seed(0)
+        module = Only(problem()[3])
+        wrapped = wrap(module)
+        kept.append(wrapped)
+        torch.manual_seed(rank)
+        for step in range(3):  # two micro-batches without an exchange, then one with it
+            x, ids, weights, _ = problem()
+            if wrapper == "FSDP2":
+                wrapped.set_requires_gradient_sync(step == 2)
+            with wrapped.no_sync() if wrapper != "FSDP2" and step < 2 else torch.enable_grad():
+                wrapped(x, ids, weights).square().sum().backward()
+        grad = module.up.grad
+        results[rank, wrapper] = (grad.full_tensor() if wrapper == "FSDP2" else grad).tolist()
     torch.distributed.barrier()
-    # torch 2.13 can wait for ever when `wrapped` goes: its reducer joins a thread of gloo that waits for this one's GIL
+    # torch 2.13 can wait for ever when `kept` goes: a reducer joins a thread of gloo that waits for this one's GIL
     os._exit(0)
 
 
@@ -290,14 +293,13 @@ WRAPPERS = {
 }
 
 
-@pytest.mark.parametrize("wrapper", WRAPPERS)
-def test_two_ranks_get_the_mean_of_their_accumulated_gradients(tmp_path, wrapper):
+def test_two_ranks_get_the_mean_of_their_accumulated_gradients(tmp_path):
     """Adding into `.grad` beside the hooks of DistributedDataParallel, which live where Python cannot see them, and
     between the micro-batches of FSDP2, which keeps whole gradients until it exchanges them."""
     with torch.multiprocessing.get_context("spawn").Manager() as manager:
         results = manager.dict()
-        torch.multiprocessing.spawn(one_rank, (str(tmp_path / "rendezvous"), wrapper, results), nprocs=2)
-        first, second = (torch.tensor(results[rank]) for rank in range(2))
+        torch.multiprocessing.spawn(one_rank, (str(tmp_path / "rendezvous"), results), nprocs=2)
+        found = {which: torch.tensor(grad) for which, grad in results.items()}
     torch.manual_seed(0)
     _, _, _, experts = problem()
     total = torch.zeros_like(experts.up)
@@ -307,8 +309,9 @@ def test_two_ranks_get_the_mean_of_their_accumulated_gradients(tmp_path, wrapper
             x, ids, weights, _ = problem()
             loss = reference(x, ids, weights, experts, ExpertSpec()).square().sum()
             total += torch.autograd.grad(loss, experts.up)[0]
-    torch.testing.assert_close(first, second)
-    torch.testing.assert_close(first, total / 2, rtol=1e-4, atol=1e-5)
+    for wrapper in WRAPPERS:
+        torch.testing.assert_close(found[0, wrapper], found[1, wrapper], msg=f"{wrapper}: {{}}".format)
+        torch.testing.assert_close(found[0, wrapper], total / 2, rtol=1e-4, atol=1e-5, msg=f"{wrapper}: {{}}".format)
 
 
 def test_a_gradient_that_lies_in_a_gradient_of_the_weights_is_read_before_anything_is_added():

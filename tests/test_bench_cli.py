@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -39,13 +38,10 @@ def run(monkeypatch, capsys, tmp_path):
 ONE_CELL = ("--shape", "tiny", "--tokens", "24", "--dtype", "float32", "--mode", "forward", "--routing", "balanced")
 
 
-def test_smoke_measures_every_mode_and_writes_both_files(tmp_path, monkeypatch):
-    for name in ("OMP_WAIT_POLICY", "OMP_NUM_THREADS"):  # the demo sets the first, in this process too
-        monkeypatch.delenv(name, raising=False)
-    command = [sys.executable, "-m", "moesaic", "bench", "--smoke", "--threads", "1", "--out", "out"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "Traceback" not in done.stderr
+def test_smoke_measures_every_mode_and_writes_both_files(run, tmp_path):
+    code, out, err = run("--smoke", "--threads", "1", "--out", "out")
+    assert code == 0, err
+    assert "Traceback" not in err
     report = (tmp_path / "out" / "report.md").read_text()
     lines = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
     results = [Result.of(line) for line in lines if line["kind"] == "cell"]
@@ -57,8 +53,8 @@ def test_smoke_measures_every_mode_and_writes_both_files(tmp_path, monkeypatch):
         for row in result.rows:
             assert row.cost is not None or "T <= 64" in row.note or "clamped" in row.note, f"{result.cell.key}: {row}"
         assert f"T={result.cell.tokens}, {result.cell.routing}" in report
-    assert "reproduce: moesaic bench --smoke --threads 1 --out out" in done.stdout
-    assert re.search(r"tiny T=32 float32 memory balanced, 1 thread, \w+ +\d+ MiB", done.stdout)
+    assert "reproduce: moesaic bench --smoke --threads 1 --out out" in out
+    assert re.search(r"tiny T=32 float32 memory balanced, 1 thread, \w+ +\d+ MiB", out)
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["report.md", "results.jsonl"]
 
 

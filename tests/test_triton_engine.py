@@ -17,17 +17,19 @@ from moesaic.engine.op import Gradients, run_experts
 from moesaic.engine.reference import reference
 from moesaic.engine.spec import ExpertSpec
 from moesaic.engine.triton import experts as engine
-from moesaic.engine.triton.blocks import INTERPRETED
+from moesaic.engine.triton.blocks import INTERPRETED, Blocks, Tiles
 from moesaic.engine.triton.experts import backward, forward
 from moesaic.types import ExpertWeights
 
-problem = partial(triton_cases.problem, d=21, i=11)  # two tiles and one: several of each have test_triton_ops.py
+# one tile wide: several are in test_triton_ops.py, and here where INTERPRETED is taken, by which these are two and one
+problem = partial(triton_cases.problem, d=21, i=11)
 every_spec = pytest.mark.parametrize("spec", SPECS)
 every_routing = pytest.mark.parametrize("routing", ROUTINGS)
 
 
 @pytest.fixture(autouse=True)
-def _on_our_kernels(poisoned):  # noqa: F811, ARG001
+def _on_our_kernels(poisoned, monkeypatch):  # noqa: F811, ARG001
+    monkeypatch.setattr(engine, "INTERPRETED", Tiles(*[Blocks(16, 32, 32)] * 4))  # half as long as tiles of 16
     with interpreted_operator():
         yield
 
@@ -74,7 +76,8 @@ def without_absent(p, grads):
      *((spec, "sentinels", (21, 11), True) for spec in ("silu", "gpt-oss", "not-gated"))],
     ids=str,
 )  # fmt: skip
-def test_result_and_gradients_are_the_reference_s(spec, routing, size, recompute):
+def test_result_and_gradients_are_the_reference_s(monkeypatch, spec, routing, size, recompute):
+    monkeypatch.setattr(engine, "INTERPRETED", INTERPRETED)
     p = problem(spec, routing, d=size[0], i=size[1])
     out, grads = expected(p)
     leaves = leaves_of(p)

@@ -23,8 +23,8 @@ TABLE = {
 
 @pytest.mark.parametrize(
     ("rule", "scoring", "speed"),
-    # another speed multiplies what a rule adds, and takes no other branch
-    [pytest.param(*case, marks=() if case[2] == 1e-3 else pytest.mark.slow) for case in TABLE],
+    # another speed multiplies what a rule adds, and the centred rule is the sign's less its mean (test_balance.py)
+    [pytest.param(*case, marks=() if case[2] == 1e-3 and case[0] != "centred" else pytest.mark.slow) for case in TABLE],
 )
 def test_each_rule_reproduces_the_measured_table(rule, scoring, speed):
     torch.manual_seed(0)

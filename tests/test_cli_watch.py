@@ -64,6 +64,18 @@ def test_a_sick_run_is_exit_code_1_until_its_alert_ends(run, tmp_path, kind):
     assert run("watch", healthy(tmp_path / "2", alert(7, True, kind, layer), alert(9, False, kind, layer)))[0] == 0
 
 
+@pytest.mark.parametrize("status", ["dead", "collapsed"])
+def test_a_layer_whose_verdict_is_bad_is_exit_code_1_before_there_is_an_alert_of_it(run, tmp_path, status):
+    """An alert of dead experts waits for a twentieth of a layer: till then the last line denies no column."""
+    bad = VERDICT | {"step": 40, "status": ["chance", status]}
+    code, out, _ = run("watch", healthy(tmp_path, step(40), bad))
+    what = {"dead": "dead experts", "collapsed": "collapsed"}[status]
+    assert code == 1
+    assert f"no alerts\nsick: {what} (1 of 2 layers)\n" in out
+    gone = alert(41, True, "no_tokens", None)
+    assert run("watch", healthy(tmp_path, step(40), bad, gone))[0] == 2, "nothing is known of it any more"
+
+
 def test_a_drift_is_shown_and_is_no_bad_verdict(run, tmp_path):
     code, out, _ = run("watch", healthy(tmp_path, alert(7, True, "drift"), END))
     assert code == 0

@@ -25,8 +25,8 @@ def watch(
     """Show a training run: loss, balance of every layer beside chance, dead experts, biases, alerts, time left.
 
     Looks again until the run has finished; Ctrl-C leaves. Where stdout is no terminal, one picture. Exit code 0: judged
-    and healthy; 1: experts are dead or a layer has collapsed, or loss or gradients are not finite; 2: nothing to show,
-    or nothing judged yet.
+    and healthy; 1: a layer has collapsed or dead experts, or loss or gradients are not finite; 2: nothing to show, or
+    nothing judged yet.
     """
     check_lang(lang)
     if not 0 < every <= DAY:

@@ -35,6 +35,7 @@ WORDS = {
         "kinds": {"collapsed": "collapsed", "dead": "dead experts", "drift": "bias drifted away",
                   "loss": "loss not finite", "gradient": "gradient not finite", "no_tokens": "no token counted"},
         "healthy": "no collapse, no dead experts in steps {first:,}–{last:,}", "sick": "sick: {what}",
+        "layers": " ({n} of {all} layers)",
         "partly": "no collapse, no dead experts in {n} of {all} layers; the others had too few tokens so far",
         "no_verdict": "no verdict yet: it takes {n} steps and enough tokens",
         "no_tokens": "no data: no token was counted in the last steps",
@@ -53,6 +54,7 @@ WORDS = {
         "kinds": {"collapsed": "坍缩", "dead": "有专家从未被选中", "drift": "偏置漂移",
                   "loss": "损失不是有限值", "gradient": "梯度不是有限值", "no_tokens": "没有数到 token"},
         "healthy": "第 {first:,}–{last:,} 步没有坍缩，没有死专家", "sick": "有问题：{what}",
+        "layers": "（{all} 层中的 {n} 层）",
         "partly": "{all} 层中有 {n} 层没有坍缩，没有死专家；其余各层的 token 至今太少",
         "no_verdict": "还没有结论：需要 {n} 步和足够的 token",
         "no_tokens": "没有数据：最近几步一个 token 也没有数到",
@@ -71,10 +73,20 @@ OTHER_LINES = 13  # of a frame, beside layers, strip and alerts
 
 def outcome(log: RunLog) -> int:
     """The exit code that a run deserves: 0 good, 1 sick, 2 where nothing was judged, or a layer had too few tokens."""
-    if any(kind in BAD for kind, _ in log.active):
+    if _ills(log):
         return 1
     judged = _n_judged(log) and "too_few" not in log.standing
     return 0 if judged and NO_TOKENS not in log.active else 2
+
+
+def _ills(log: RunLog) -> dict[str, set[str | None]]:
+    """What is bad, and in which layers: alerts that are on, and verdicts, since a layer has dead experts before they
+    are enough for an alert."""
+    found = [name for name in log.active if name[0] in BAD]
+    if NO_TOKENS not in log.active:
+        named = zip(log.standing, (layer["name"] for layer in log.layers), strict=False)
+        found += [name for name in named if name[0] in BAD]
+    return {kind: {layer for other, layer in found if other == kind} for kind, _ in found}
 
 
 def _n_judged(log: RunLog) -> int:
@@ -86,8 +98,11 @@ def outcome_words(log: RunLog, lang: str = "en") -> str:
     if code == 0:
         return words["healthy"].format(first=log.verdicts[-1]["from"], last=log.verdicts[-1]["step"])
     if code == 1:
-        kinds = dict.fromkeys(words["kinds"].get(kind, kind) for kind, _ in log.active if kind in BAD)
-        return words["sick"].format(what=words["comma"].join(kinds))
+        told = []
+        for kind, layers in _ills(log).items():
+            where = "" if None in layers else words["layers"].format(n=len(layers), all=len(log.layers))
+            told.append(words["kinds"][kind] + where)
+        return words["sick"].format(what=words["comma"].join(told))
     if NO_TOKENS in log.active:
         return words["no_tokens"]
     if n := _n_judged(log):

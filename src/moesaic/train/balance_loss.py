@@ -23,7 +23,7 @@ from moesaic.train.own_loss import warn_of_own_loss
 class BalanceLoss(TrainerCallback):
     """A balancing loss for any MoE model, as if `alpha * sum of it over layers` had been added to the loss.
 
-        trainer.add_callback(ms.BalanceLoss("sequence", 1e-4))       # transformers' Trainer
+        Trainer(..., callbacks=[ms.BalanceLoss("sequence", 1e-4)])   # of transformers
 
         balance = ms.BalanceLoss("switch", 1e-2).attach(model)       # a loop of your own
         for batch in batches:

@@ -26,7 +26,7 @@ Speed = float | Callable[[float], float]
 class BiasBalance(TrainerCallback):
     """Aux-loss-free balancing (arXiv 2408.15664) for any model whose routers have a selection bias.
 
-        trainer.add_callback(ms.BiasBalance(speed=1e-3))       # transformers' Trainer
+        Trainer(..., callbacks=[ms.BiasBalance(speed=1e-3)])   # of transformers
 
         balance = ms.BiasBalance(speed=1e-3).attach(model)     # a loop of your own
         for batch in batches:

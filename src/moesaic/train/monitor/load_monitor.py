@@ -37,7 +37,7 @@ def tell(alert: Alert) -> None:
 class LoadMonitor(TrainerCallback):
     """Logs step by step how the load spreads over experts, for `moesaic watch` to show, and gives alerts.
 
-        trainer.add_callback(ms.LoadMonitor("runs/mine"))       # transformers' Trainer
+        Trainer(..., callbacks=[ms.LoadMonitor("runs/mine")])   # of transformers
 
         monitor = ms.LoadMonitor("runs/mine").attach(model)     # a loop of your own
         for batch in batches:

@@ -271,6 +271,16 @@ def test_where_a_saved_bias_cannot_be_added_the_model_stays_as_it_was(tmp_path):
     assert lost(plain)
 
 
+def test_a_router_that_deepspeed_shards_is_said_to_be_sharded():
+    """Under ZeRO-3 a parameter is an empty vector that knows its id and its shape."""
+    model = tiny("qwen3_moe")
+    for parameter in model.parameters():
+        parameter.ds_id, parameter.ds_shape = 0, parameter.shape
+        parameter.data = torch.empty(0)
+    with pytest.raises(ValueError, match=r"Qwen3MoeTopKRouter is sharded.*add the bias before fully_shard or ZeRO-3"):
+        add_bias(model)
+
+
 def test_a_model_from_the_cache_of_the_hub_gets_its_biases_back(tmp_path, monkeypatch):
     snapshot = tmp_path / "models--somebody--balanced" / "snapshots" / "0123abc"
     model = trained(snapshot)

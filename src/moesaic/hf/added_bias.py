@@ -128,13 +128,14 @@ def _biased_rule(name: str, router: nn.Module, config: MoEConfig) -> MoEConfig:
         rule = replace(rule, n_group=1, topk_group=1)
     if isinstance(router, Router):
         return rule
+    if any(hasattr(p, "full_tensor") or hasattr(p, "ds_id") for p in router.parameters()):  # FSDP2, DeepSpeed's ZeRO-3
+        raise ValueError(
+            f"{name}: {type(router).__name__} is sharded, so its rule cannot be proven: add the bias before "
+            "fully_shard or ZeRO-3"
+        )
     weight = next((p for p in router.parameters() if p.dim() == 2), None)
     if weight is None or weight.is_meta:
         raise ValueError(f"{name}: {type(router).__name__} has no weights yet to prove its rule with: load them first")
-    if hasattr(weight, "full_tensor"):
-        raise ValueError(
-            f"{name}: {type(router).__name__} is sharded, so its rule cannot be proven: add the bias before fully_shard"
-        )
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randn(TRIED, weight.shape[-1], generator=generator, device="cpu", dtype=torch.float32).to(weight)
     training = router.training

@@ -38,13 +38,15 @@ benches = typer.Typer(invoke_without_command=True)
 benches.callback()(bench)
 benches.command()(generate)
 benches.command()(tune)
-# in the order of use: look first, then judge, then what is for builders
-for command in (demo, trace, steps, stats, diff, what_if, check):
-    app.command()(command)
-app.command(name="import")(import_)
-for command in (models, train, watch, compare, upcycle, doctor):
-    app.command()(command)
-app.add_typer(benches, name="bench")
+PANELS = {  # of --help, in the order of use
+    "Look into a model": (demo, trace, import_, stats, steps, diff, what_if),
+    "Check": (check, doctor, models),
+    "Train": (train, watch, compare, upcycle),
+}
+for panel, commands in PANELS.items():
+    for command in commands:
+        app.command(command.__name__.strip("_").replace("_", "-"), rich_help_panel=panel)(command)
+app.add_typer(benches, name="bench", rich_help_panel="Measure")
 
 
 def _print_version(wanted: bool) -> None:

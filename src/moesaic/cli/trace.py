@@ -75,7 +75,7 @@ def trace(
     as_json: Annotated[bool, typer.Option("--json", help="Print what was recorded as JSON.")] = False,
     lang: Annotated[str, typer.Option(help="en or zh.")] = "en",
 ) -> int:
-    """Record which experts a model chose for every token of a text, as it chose them.
+    """Let a model read a text and record which experts each token used: the input of stats, steps, diff and what-if.
 
     The record is one .safetensors file with the tokens, their text and their documents in it.
     """

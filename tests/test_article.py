@@ -51,7 +51,7 @@ def test_transcript_has_the_articles_sections_and_labels_in_its_order(transcript
     assert ours[:at] == expected[:at]
     assert ours[-len(expected[at + 1 :]) :] == expected[at + 1 :]
     assert [label.strip(" -") for label in ours[at : -len(expected[at + 1 :])]] == [
-        "最大负载/平均负载", "MaxVio", "变异系数 CV", "归一化熵", "从未被选中的专家数", "结论",
+        "最大负载/平均负载", "MaxVio", "变异系数 CV", "归一化熵", "死专家数", "结论",
     ]  # fmt: skip
 
 

@@ -26,7 +26,7 @@ MEASURES = {
     "max_vio": ("MaxVio (最大负载/平均负载 - 1)", "MaxVio (max/mean load - 1)"),
     "cv": ("变异系数 CV", "coefficient of variation CV"),
     "entropy": ("归一化熵", "normalised entropy"),
-    "dead": ("从未被选中的专家数", "dead experts"),
+    "dead": ("死专家数", "dead experts"),
 }
 CHANCE = {"zh": "随机路由 5-95%:", "en": "chance 5-95%:"}
 ASSETS = Path(__file__).parent / "assets"

@@ -24,14 +24,14 @@ WORDS = {
         "resized": "another number of experts, so every set and its summed score differ; the smaller sets have "
         "{share:.1%} of their experts in the larger ones",
         "load": "busiest expert of a layer: {a:.2f}x its share before, {b:.2f}x after",
-        "unused": "experts never used: {a} before, {b} after",
+        "unused": "dead experts: {a} before, {b} after",
         "groups": "groups per token: {a:.2f} before, {b:.2f} after",
         "nodes": "nodes per token: {a:.2f} before, {b:.2f} after",
         "lost": "score lost: {lost:.2%} of the recorded choice's",
         "gained": "score won: {lost:.2%} of the recorded choice's",
         "kept": "{n} (layer, token) pairs had no experts and stay without",
         "columns": {
-            "layer": "layer", "flipped": "flipped", "load": "max / mean\nload", "cv": "CV", "unused": "unused",
+            "layer": "layer", "flipped": "flipped", "load": "max / mean\nload", "cv": "CV", "unused": "dead",
             "groups": "groups\n/ token", "nodes": "nodes\n/ token", "lost": "score\nlost",
         },
         "pairs": "before -> after",

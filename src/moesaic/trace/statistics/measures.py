@@ -39,7 +39,7 @@ MEANINGS = {
         "zh": "负载份额的熵除以 log E；1 为完全均衡",
     },
     "jain": {"en": "Jain's fairness index, 1 / (1 + cv²)", "zh": "Jain 公平指数，1 / (1 + cv²)"},
-    "dead": {"en": "experts never chosen", "zh": "从未被选中的专家数"},
+    "dead": {"en": "dead experts: never chosen", "zh": "死专家数：从未被选中"},
     "carriers": {"en": "fewest experts that carry 99 % of the load", "zh": "承担 99% 负载的最少专家数"},
     "no_expert": {"en": "share of slots without an expert (the id E)", "zh": "没有专家的槽位比例（编号 E）"},
     "groups_kept": {"en": "groups that the rule keeps for a token", "zh": "规则为每个 token 保留的组数"},

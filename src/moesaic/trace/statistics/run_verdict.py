@@ -42,7 +42,7 @@ WORDS = {
     },
     "zh": {
         "none": "无法下结论：没有任何一层有数据。",
-        "sick": {"collapsed": "坍缩", "dead": "有专家从未被选中", "imbalanced": "不均衡"},
+        "sick": {"collapsed": "坍缩", "dead": "有死专家", "imbalanced": "不均衡"},
         "layers": ("{all} 层中有 {n} 层{what}：", "全部 {all} 层都{what}：", "仅有的一层{what}："),
         "one": {},
         "each": "{layer}：{verdict}{experts}", "only": "{verdict}{experts}",

@@ -26,7 +26,7 @@ STATUSES = {
     "chance": {"en": "within chance", "zh": "在随机范围内"},
     "balanced": {"en": "balanced: beyond chance but small", "zh": "均衡：超出随机，但幅度很小"},
     "imbalanced": {"en": "imbalanced", "zh": "不均衡"},
-    "dead": {"en": "dead experts", "zh": "有专家从未被选中"},
+    "dead": {"en": "dead experts", "zh": "有死专家"},
     "collapsed": {"en": "collapsed", "zh": "坍缩"},
 }
 HEALTHY = ("chance", "balanced")
@@ -178,7 +178,7 @@ def words_of_layer(report: "LayerReport") -> dict[str, str]:
     if status == "dead":
         n = len(report.dead)
         noun = "expert" if n == 1 else "experts"
-        return {"en": f"{n} dead {noun} of {n_experts}", "zh": f"{n_experts} 个专家中有 {n} 个从未被选中"}
+        return {"en": f"{n} dead {noun} of {n_experts}", "zh": f"{n_experts} 个专家中有 {n} 个是死专家"}
     if status == "imbalanced":
         only_low = report.starved and not report.hot
         worst = min(report.starved, key=load.__getitem__) if only_low else int(load.argmax())

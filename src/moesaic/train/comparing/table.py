@@ -18,13 +18,13 @@ WORDS: dict[str, dict[str, Any]] = {
     "en": {
         "runs": ("run", "balance", "seed", "steps", "loss", "so far", "MaxVio", "so far"),
         "evaluated": "the last evaluation, on {windows} held-out windows a domain",
-        "balances": ("balance", "seeds", "loss", "against {first}", "MaxVio", "dead", "unused", "domain bits"),
+        "balances": ("balance", "seeds", "loss", "against {first}", "MaxVio", "dead", "starved", "domain bits"),
         "caption": (
             "mean ±standard deviation over seeds, on all held-out text (dead: on the windows above)",
             "weights: those of the evaluation whose worst domain beat a Kneser-Ney bigram by most",
             "loss: nats per token, the domains in their shares; against: seed by seed",
             "MaxVio: worst layer{chance}",
-            "dead: experts never chosen, all layers; unused: below a tenth of their share",
+            "dead: experts never chosen, all layers; starved: below a tenth of their share",
             "domain bits: what an expert says of its token's domain, mean of the layers",
         ),
         "chance": "; random routing gives {low:.2f} to {high:.2f}",
@@ -34,13 +34,13 @@ WORDS: dict[str, dict[str, Any]] = {
     "zh": {
         "runs": ("运行", "均衡方法", "种子", "步数", "损失", "变化", "MaxVio", "变化"),
         "evaluated": "最后一次评估，每个领域 {windows} 个留出窗口",
-        "balances": ("均衡方法", "种子数", "损失", "相对 {first}", "MaxVio", "死专家", "闲置专家", "领域信息"),
+        "balances": ("均衡方法", "种子数", "损失", "相对 {first}", "MaxVio", "死专家", "饥饿专家", "领域信息"),
         "caption": (
             "各种子的均值 ±标准差，在整个留出集上（死专家：在上表的窗口上）",
             "权重取自最差领域领先 Kneser-Ney 二元模型最多的那次评估",
             "损失：每 token 的 nat 数，各领域按训练占比加权；相对：同种子逐一相减",
             "MaxVio：最差的一层{chance}",
-            "死专家：从未被选中，各层合计；闲置专家：所得不足应得份额的十分之一",
+            "死专家：从未被选中，各层合计；饥饿专家：所得不足应得份额的十分之一",
             "领域信息：由专家可知多少比特的 token 领域，各层平均",
         ),
         "chance": "；随机路由时为 {low:.2f} 到 {high:.2f}",

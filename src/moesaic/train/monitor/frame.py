@@ -51,7 +51,7 @@ WORDS = {
         "strip": "{layer}：各专家的负载随步数的变化；░ 低于均值的 {low:g} 倍，▒ 到 {high:g} 倍，▓ 到 2 倍，█ 更高",
         "alerts": "警报", "no_alerts": "没有警报", "on": "开始", "over": "解除", "whole": "整个训练",
         "more": "  日志里还有 {n} 条", "comma": "、",
-        "kinds": {"collapsed": "坍缩", "dead": "有专家从未被选中", "drift": "偏置漂移",
+        "kinds": {"collapsed": "坍缩", "dead": "有死专家", "drift": "偏置漂移",
                   "loss": "损失不是有限值", "gradient": "梯度不是有限值", "no_tokens": "没有数到 token"},
         "healthy": "第 {first:,}–{last:,} 步没有坍缩，没有死专家", "sick": "有问题：{what}",
         "layers": "（{all} 层中的 {n} 层）",

@@ -127,11 +127,11 @@ def _tune(shape: str, dtypes: tuple[str, ...], seconds: float, out: Path | None)
         path.write_text(json.dumps(as_file(device, tuning, found, read_before(path))), encoding="utf-8")
 
     clock, capability = CudaClock(), torch.cuda.get_device_capability()
-    options = {"capability": capability, "seconds": seconds / len(dtypes), "report": report, "keep": keep}
-    options |= {"check": partial(check_device, clock)}
+    share, timer, check = seconds / len(dtypes), by_events(clock), partial(check_device, clock)
+    tuning_of = partial(Tuning, shape, timer=timer, capability=capability, seconds=share, report=report, keep=keep)
     tunings, found = [], []
     for name in dtypes:
-        tunings.append(Tuning(shape, name, by_events(clock), **options))
+        tunings.append(tuning_of(dtype=name, check=check))
         try:
             found.append(tunings[-1].run())
         except DeviceLost as error:

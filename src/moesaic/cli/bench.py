@@ -127,11 +127,11 @@ def _tune(shape: str, dtypes: tuple[str, ...], seconds: float, out: Path | None)
         path.write_text(json.dumps(as_file(device, tuning, found, read_before(path))), encoding="utf-8")
 
     clock, capability = CudaClock(), torch.cuda.get_device_capability()
-    share, timer, check = seconds / len(dtypes), by_events(clock), partial(check_device, clock)
-    tuning_of = partial(Tuning, shape, timer=timer, capability=capability, seconds=share, report=report, keep=keep)
+    share, check = seconds / len(dtypes), partial(check_device, clock)
+    tuning_of = partial(Tuning, capability=capability, seconds=share, report=report, keep=keep, check=check)
     tunings, found = [], []
     for name in dtypes:
-        tunings.append(tuning_of(dtype=name, check=check))
+        tunings.append(tuning_of(shape, name, by_events(clock)))
         try:
             found.append(tunings[-1].run())
         except DeviceLost as error:
@@ -230,10 +230,10 @@ def _tell(campaign: "Campaign", left_out: "list[Cell]", out: Path | None, *, as_
     from moesaic.bench.report import aligned, markdown, summary
 
     journal = campaign.journal
-    environment = [f"{name}={shlex.quote(value)}" for name, value in journal.machine["environment"].items()]
-    commands = [" ".join([*environment, command]) for command in journal.commands]
+    environment = (f"{name}={shlex.quote(value)}" for name, value in journal.machine["environment"].items())
+    command = " ".join([*environment, journal.machine["command"]])
     if out is not None:
-        (out / "report.md").write_text(markdown(journal, commands, left_out), encoding="utf-8")
+        (out / "report.md").write_text(markdown(journal, command, left_out), encoding="utf-8")
     if as_json:
         print(json.dumps({"lines": journal.lines, "left_out": [cell.key for cell in left_out]}, allow_nan=False))
         return
@@ -242,4 +242,4 @@ def _tell(campaign: "Campaign", left_out: "list[Cell]", out: Path | None, *, as_
         print(f"cells not measured: {len(left_out)}; --resume goes on with them")
     if out is not None:
         print(f"everybody's numbers: {out / 'report.md'}")
-    print(f"reproduce: {', then '.join(commands)}")
+    print(f"reproduce: {command}")

@@ -38,7 +38,7 @@ def test_everybody_writes_the_given_tokens_and_is_timed_in_every_round(model, ro
     assert [one.name for one in found] == ["moesaic", "eager", "grouped_mm"]
     assert all(not one.note and one.difference <= 1e-5 for one in found)
     assert all(one.prefill.rounds == one.step.rounds == 2 and one.step.median > 0 for one in found)
-    assert len(ran) == 1 + 3 * (2 + 1)
+    assert len(ran) == 2 + 3 * (2 + 1)
     runs = [torch.cat(heard[i : i + 4], dim=1) for i in range(0, len(heard), 4)]  # a prefill and three steps
     assert len(runs) == len(ran)
     assert all(torch.equal(run, tokens[:, :-1]) for run in runs)
@@ -47,21 +47,60 @@ def test_everybody_writes_the_given_tokens_and_is_timed_in_every_round(model, ro
 def test_the_model_is_left_as_it_came(model):
     model.set_experts_implementation("batched_mm")
     model.generation_config.eos_token_id = 3
+    settings = model.generation_config
     compare_generating(model, tokens_of(1, 8), 2, ["eager"], rounds=1)
     assert model.config._experts_implementation == "batched_mm"
-    assert model.generation_config.eos_token_id == 3
+    assert model.generation_config is settings
+    assert settings.eos_token_id == 3
+    assert not any(module._forward_hooks for module in model.modules())
 
 
-def test_an_end_of_text_ends_nothing(model):
-    model.generation_config.eos_token_id = 7
-    tokens = tokens_of(1, 10)
-    tokens[0, -3] = 7
-    assert all(not one.note for one in compare_generating(model, tokens, 5, ["eager"], rounds=1))
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"eos_token_id": 7},  # which is written
+        {"suppress_tokens": [1, 2]},
+        {"repetition_penalty": 2.0, "no_repeat_ngram_size": 1, "min_length": 100},
+        {"num_beams": 4},
+        {"prompt_lookup_num_tokens": 3},
+        {"stop_strings": ["a"]},
+        {"max_time": 1e-9},
+        {"use_cache": False},
+        {"do_sample": True, "temperature": 0.5},
+    ],
+    ids=lambda settings: "-".join(settings),
+)
+def test_what_a_model_says_of_searching_and_stopping_is_left_out(model, settings):
+    model.generation_config.update(**settings)
+    heard = []
+    model.register_forward_pre_hook(lambda _, _args, given: heard.append(given["input_ids"].shape), with_kwargs=True)
+    tokens = tokens_of(2, 10)
+    tokens[:, -3] = 7
+    assert all(not one.note for one in compare_generating(model, tokens, 4, [], rounds=1))
+    assert heard == 4 * [(2, 6), *3 * [(2, 1)]]
+
+
+def engine_of(give):
+    return lambda *_, **__: lambda tokens, *_: give(tokens)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("give", [torch.zeros_like, torch.neg, lambda x: x * torch.nan], ids=["zeros", "other", "nan"])
+def test_an_engine_that_computes_something_else_is_wrong(model, monkeypatch, dtype, give):
+    monkeypatch.setattr(seam, "select_engine", engine_of(give))
+    (ours,) = compare_generating(model.to(dtype), tokens_of(1, 8), 2, [], rounds=1)
+    assert ours.note.startswith("wrong: ")
+    assert ours.prefill is ours.step is None
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_rounding_is_not_wrong(model, dtype):
+    assert all(not one.note for one in compare_generating(model.to(dtype), tokens_of(2, 40), 2, ["grouped_mm"], 1))
 
 
 @pytest.fixture
 def wrong_engine(monkeypatch):
-    monkeypatch.setattr(seam, "select_engine", lambda *_, **__: lambda tokens, *_: -9 * tokens)
+    monkeypatch.setattr(seam, "select_engine", engine_of(lambda tokens: -9 * tokens))
 
 
 @pytest.mark.usefixtures("wrong_engine")
@@ -76,7 +115,7 @@ def test_the_wrong_and_the_failing_have_no_speed(model):
 
 
 def test_seconds_are_told_apart_by_the_first_token():
-    script = Script(torch.zeros(1, 4, dtype=torch.int64))
+    script = Script(torch.zeros(1, 4, dtype=torch.int64), one_of_many=True)
     script.begun, script.at = 10.0, [13.0, 13.5, 14.0, 14.5]
     assert (script.prefill, script.step) == (3.0, 0.5)
 
@@ -94,9 +133,23 @@ def test_random_weights_need_a_config_only(tmp_path):
     assert len(model.model.layers) == len(model.config.layer_types) == 2
     assert model.dtype == torch.bfloat16
     assert len(random_model(tmp_path, None).model.layers) == 3
-    (tmp_path / "config.json").write_text('{"model_type": "nobody"}')
+    (tmp_path / "config.json").write_text('{"model_type": "nobody", "num_experts": 8}')
     with pytest.raises(ValueError, match=r"no model can be made of its config\.json"):
         random_model(tmp_path, 2)
+    with pytest.raises(ValueError, match="no such folder"):
+        random_model(tmp_path / "missing", 2)
+
+
+def test_random_weights_are_of_the_dtype_of_their_config(tmp_path):
+    Qwen3MoeConfig(**SIZES, dtype="bfloat16").save_pretrained(tmp_path)
+    assert random_model(tmp_path, None).dtype == torch.bfloat16
+    assert random_model(tmp_path, None, torch.float16).dtype == torch.float16
+
+
+def test_layers_that_are_all_dense_are_refused(tmp_path):
+    Qwen3MoeConfig(**SIZES, mlp_only_layers=[0]).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="--layers 1: none of the first 1 layers has experts: give more"):
+        random_model(tmp_path, 1)
 
 
 @pytest.fixture
@@ -136,10 +189,15 @@ def test_a_program_reads_seconds_and_tokens_a_second(run, tmp_path):
 
 
 @pytest.mark.usefixtures("wrong_engine")
-def test_wrong_numbers_of_ours_end_with_1(run):
-    code, out, _ = run("--read", "4", "--write", "2", "--rounds", "1", "--peers", "eager")
+def test_wrong_numbers_of_ours_end_with_1(run, monkeypatch):
+    options = ("--read", "4", "--write", "2", "--rounds", "1", "--peers", "")
+    code, out, _ = run(*options)
     assert code == 1
     assert "moesaic: wrong: logits differ" in out
+    monkeypatch.setattr(seam, "select_engine", engine_of(lambda tokens: tokens * torch.nan))
+    code, out, _ = run(*options, "--json")
+    assert code == 1
+    assert json.loads(out)["results"][0]["difference"] is None
 
 
 @pytest.mark.parametrize(

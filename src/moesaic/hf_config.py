@@ -1,6 +1,7 @@
 """The config.json of a Hugging Face model: read from its file, and its fields by our names."""
 
 from collections.abc import Mapping
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,7 @@ def read_family(source: Any, known: set[str]) -> dict[str, Any]:
         raise ValueError(f"{min(missing)} is missing from the config: add it")
     if rules.get("routed_scaling_factor") == "1/K":
         k = fields["num_experts_per_tok"]
-        fields["routed_scaling_factor"] = 1 / k if type(k) is int and k else 1.0  # MoEConfig refuses another K
+        fields["routed_scaling_factor"] = 1 / k if isinstance(k, Integral) and k else 1.0  # MoEConfig refuses another K
     return fields
 
 

@@ -230,10 +230,10 @@ def _tell(campaign: "Campaign", left_out: "list[Cell]", out: Path | None, *, as_
     from moesaic.bench.report import aligned, markdown, summary
 
     journal = campaign.journal
-    environment = (f"{name}={shlex.quote(value)}" for name, value in journal.machine["environment"].items())
-    command = " ".join([*environment, journal.machine["command"]])
+    environment = [f"{name}={shlex.quote(value)}" for name, value in journal.machine["environment"].items()]
+    commands = [" ".join([*environment, command]) for command in journal.commands]
     if out is not None:
-        (out / "report.md").write_text(markdown(journal, command, left_out), encoding="utf-8")
+        (out / "report.md").write_text(markdown(journal, commands, left_out), encoding="utf-8")
     if as_json:
         print(json.dumps({"lines": journal.lines, "left_out": [cell.key for cell in left_out]}, allow_nan=False))
         return
@@ -242,4 +242,4 @@ def _tell(campaign: "Campaign", left_out: "list[Cell]", out: Path | None, *, as_
         print(f"cells not measured: {len(left_out)}; --resume goes on with them")
     if out is not None:
         print(f"everybody's numbers: {out / 'report.md'}")
-    print(f"reproduce: {command}")
+    print(f"reproduce: {', then '.join(commands)}")

@@ -1,5 +1,6 @@
 """`moesaic bench generate`: how fast a whole model reads and writes, with our engines and without."""
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -26,7 +27,9 @@ def generate(
     peers: Annotated[
         str, typer.Option(help="Experts implementations of transformers to compare with, with commas.")
     ] = "eager,grouped_mm",
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16; as it is unless given.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16, float16; that of the weights or the config unless given.")
+    ] = None,
     random: Annotated[
         bool, typer.Option("--random", help="Random weights: of MODEL only config.json is needed.")
     ] = False,
@@ -57,7 +60,7 @@ def generate(
     network = moved(network if wanted is None else network.to(wanted), device)
     tokens = _tokens(network, tokenizer, batch, read + write).to(network.device)
     names = [name.strip() for name in peers.split(",") if name.strip()]
-    with quietly(), progress("eager", 1 + (len(names) + 1) * (rounds + 1)) as done:
+    with quietly(), progress("eager", 2 + (len(names) + 1) * (rounds + 1)) as done:
         found = compare_generating(network, tokens, write, names, rounds, done)
     facts = _facts(network, folder, random, read, write, batch)
     if as_json:
@@ -143,4 +146,5 @@ def _as_dict(one: "Generating", read: int, batch: int) -> dict[str, Any]:
     speeds = {"reads": (one.prefill, read), "writes": (one.step, batch)}
     per_second = {f"{name}_tokens_per_second": s and n / s.median for name, (s, n) in speeds.items()}
     spreads = {name: s and s._asdict() for name, s in (("prefill_seconds", one.prefill), ("step_seconds", one.step))}
-    return {"name": one.name, **per_second, **spreads, "difference": one.difference, "note": one.note}
+    difference = one.difference if one.difference is not None and math.isfinite(one.difference) else None
+    return {"name": one.name, **per_second, **spreads, "difference": difference, "note": one.note}

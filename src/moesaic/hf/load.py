@@ -43,7 +43,7 @@ def load_model(folder: str | Path = TINY) -> tuple[Any, Any]:
 
 def load_moe(folder: Path) -> Any:
     """The MoE model of a folder, without its tokenizer. ValueError as of `load_model`."""
-    _check_is_moe(folder)
+    check_is_moe(folder)
     model = load_network(folder)
     try:
         moe_layers(model)
@@ -79,7 +79,7 @@ def _check_weights(folder: Path, found: Mapping[str, Any]) -> None:
         raise ValueError(f"{folder}: weights are incomplete, {len(missing)} are missing, such as {missing[0]}")
 
 
-def _check_is_moe(folder: Path) -> None:
+def check_is_moe(folder: Path) -> None:
     """Refuse from config.json alone what is no MoE model: a dense one may take minutes to load."""
     if not folder.is_dir():
         what = "is a file, not a folder" if folder.exists() else "no such folder"

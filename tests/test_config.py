@@ -161,6 +161,8 @@ def test_from_hf_refuses_what_it_cannot_know(tmp_path):
         MoEConfig.from_hf(divided_by_k)
     with pytest.raises(ValueError, match="num_experts_per_tok=0 must be at least 1"):
         MoEConfig.from_hf({**divided_by_k, "num_experts_per_tok": 0})
+    for k in (4, np.int64(4)):
+        assert MoEConfig.from_hf({**divided_by_k, "num_experts_per_tok": k}).routed_scaling_factor == 0.25
     with pytest.raises(ValueError, match=r"nowhere: no such file or folder: give a model folder or a config\.json"):
         MoEConfig.from_hf(tmp_path / "nowhere")
     (tmp_path / "config.json").write_text("{")

@@ -106,6 +106,20 @@ def _named(config_class: str, model_class: str, own: dict) -> tuple:
     return getattr(hf, config_class), getattr(hf, model_class), own
 
 
+def seeing_model(**fields):
+    """A tiny Qwen3-VL-MoE, whose language model is inside of it."""
+    text = {
+        **COMMON, **NARROW, "head_dim": 16, "rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3]},
+        **fields,
+    }  # fmt: skip
+    vision = {
+        "depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 32,
+        "deepstack_visual_indexes": [0], "num_position_embeddings": 16,
+    }  # fmt: skip
+    config = hf.Qwen3VLMoeConfig(text_config=text, vision_config=vision)
+    return hf.Qwen3VLMoeForConditionalGeneration(config).eval()
+
+
 def token_ids(rows: int = 2, length: int = 10) -> torch.Tensor:
     return torch.randint(3, 64, (rows, length))
 

@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 import transformers as hf
-from hf_models import COMMON, NARROW, eager, experts_of, loud, relative, token_ids
+from hf_models import eager, experts_of, loud, relative, seeing_model, token_ids
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -61,15 +61,7 @@ def test_a_recording_of_an_attached_model_holds_the_same_picks():
 
 
 def test_a_model_inside_a_model_is_reached():
-    text = {
-        **COMMON, **NARROW, "head_dim": 16, "rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3]},
-    }  # fmt: skip
-    vision = {
-        "depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 32,
-        "deepstack_visual_indexes": [0], "num_position_embeddings": 16,
-    }  # fmt: skip
-    config = hf.Qwen3VLMoeConfig(text_config=text, vision_config=vision)
-    model = eager(hf.Qwen3VLMoeForConditionalGeneration(config).eval())
+    model = eager(seeing_model())
     ids = token_ids()
     expected = model(ids).logits.detach()
     ms.attach(model)

@@ -4,10 +4,13 @@ import re
 import pytest
 import torch
 import transformers
-from hf_models import COMMON, tiny, token_ids
+from commands import runner
+from hf_models import COMMON, seeing_model, tiny, token_ids
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers.utils import logging
 
+from moesaic.cli.steps import steps
+from moesaic.cli.trace import trace
 from moesaic.hf.load import load_model
 
 
@@ -49,6 +52,17 @@ def test_a_model_and_its_tokenizer_come_back_quietly(folder, capfd):
     ids = token_ids()
     assert torch.equal(model(ids).logits, saved(ids).logits)
     assert tokenizer.decode(tokenizer("routing 路由")["input_ids"]) == "routing 路由"
+
+
+def test_a_model_that_sees_is_loaded_to_read(tmp_path, monkeypatch, capsys):
+    seeing_model(vocab_size=256).save_pretrained(tmp_path / "model")
+    save_tokenizer(tmp_path / "model")
+    model, _ = load_model(tmp_path / "model")
+    assert type(model) is transformers.Qwen3VLMoeForConditionalGeneration
+    monkeypatch.chdir(tmp_path)
+    run = runner(monkeypatch, capsys, trace=trace, steps=steps)
+    code, out, _ = run("trace", "model", "--text", "routing", "--detail", "scores")
+    assert (code, "model: 3 MoE layers, top 2 of 8 experts" in out) == (0, True)
 
 
 def refused(folder, message):

@@ -13,7 +13,7 @@ from torch import Tensor
 from moesaic.bench.timing import Entrant, Spread, interleave, spread
 from moesaic.hf.attach import attach
 from moesaic.hf.experts import NAME, is_on_seam
-from moesaic.hf.load import HERE, check_is_moe, first_line, quietly
+from moesaic.hf.load import HERE, auto_class, check_is_moe, first_line, quietly
 
 REFERENCE = "eager"  # transformers' definition
 # of |logits - eager's| / |eager's|, and as a share of what that is where the experts give nothing: in 16 bits a token
@@ -165,7 +165,7 @@ def random_model(folder: Path, layers: int | None, dtype: torch.dtype | None = N
     ValueError where the config cannot be read, is of no MoE model or cannot be made into one, or those layers have no
     experts that take an implementation.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     check_is_moe(folder)
     with quietly():
@@ -174,7 +174,7 @@ def random_model(folder: Path, layers: int | None, dtype: torch.dtype | None = N
             if layers is not None:
                 _cut(config.get_text_config(), layers)
             torch.manual_seed(0)
-            model = AutoModelForCausalLM.from_config(config, **({} if dtype is None else {"dtype": dtype})).eval()
+            model = auto_class(config).from_config(config, **({} if dtype is None else {"dtype": dtype})).eval()
         except Exception as error:  # transformers raises many kinds
             raise ValueError(f"{folder}: no model can be made of its config.json ({first_line(error)})") from None
     if layers is not None and not any(is_on_seam(module) for module in model.modules()):

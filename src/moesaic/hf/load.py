@@ -56,15 +56,25 @@ def load_moe(folder: Path) -> Any:
 def load_network(folder: Path, **options: Any) -> Any:
     """The model of a folder, dense or not, with all of its weights. Offline; runs no code of the folder. ValueError
     where they are damaged, incomplete or of other sizes than its config says."""
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig
 
     with quietly():
         try:
-            model, found = AutoModelForCausalLM.from_pretrained(folder, **TELLING, **HERE, **options)
+            auto = auto_class(AutoConfig.from_pretrained(folder, **HERE))
+            model, found = auto.from_pretrained(folder, **TELLING, **HERE, **options)
         except Exception as error:  # transformers, safetensors and torch each raise their own kinds
             raise ValueError(f"{folder}: the model cannot be loaded ({first_line(error)})") from None
     _check_weights(folder, found)
     return model
+
+
+def auto_class(config: Any) -> Any:
+    """transformers' class that makes the model of a config: of text alone, or where there is none one that sees too."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers.models.auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+    sees = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING
+    return AutoModelForImageTextToText if sees else AutoModelForCausalLM
 
 
 def _check_weights(folder: Path, found: Mapping[str, Any]) -> None:

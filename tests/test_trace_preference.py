@@ -161,10 +161,12 @@ def test_a_test_in_pieces_is_the_test_in_one(monkeypatch):
 )
 def test_documents_that_cannot_give_a_small_p_are_refused(labels, n_domains, least):
     n = len(labels)
-    message = f"no preference among {n} documents in {n_domains} domains could have a p-value below {least}: give more"
+    message = (
+        f"no preference among {n} documents in {n_domains} domains could have a p-value below {least}, and alpha is"
+    )
     with pytest.raises(Untestable, match=message) as no:
         domain_preference(made(1, n, 5), labels, permutations=20)
-    assert f"{n} 个文档分属 {n_domains} 个领域，任何偏好的 p 值都不会低于 {least}：" in no.value.words["zh"]
+    assert f"{n} 个文档分属 {n_domains} 个领域，任何偏好的 p 值都不会低于 {least}，" in no.value.words["zh"]
 
 
 @pytest.mark.parametrize("labels", ["aaabbbb", "aabbccc", "a" + "b" * 24])
@@ -179,6 +181,21 @@ def test_the_fewest_documents_that_are_tested_can_be_significant(labels):
     )
     p = [domain_preference(trace, labels, seed=seed).p_value.min() for seed in range(5)]
     assert np.mean(p) < 0.05
+
+
+def test_what_is_within_reach_is_what_alpha_asks_for():
+    """4 documents of 8 have one of 70 labellings, and so has the other half: a p-value of 2/70 at least."""
+    eight, six = made(1, 8, 5), made(1, 6, 5)
+    assert domain_preference(eight, "ab" * 4, alpha=0.03).permutations == 1000
+    with pytest.raises(Untestable, match=r"8 documents .* below 0\.029, and alpha is 0\.01: give more documents a"):
+        domain_preference(eight, "ab" * 4, alpha=0.01)
+    assert domain_preference(six, "ab" * 3, alpha=0.2).documents == (3, 3)
+    few = {"permutations": 19, "alpha": 0.04}
+    with pytest.raises(Untestable, match=r"of 19 permutations no p-value is below 0\.05, and alpha is 0\.04") as no:
+        domain_preference(made(1, 40, 5), **few)
+    assert no.value.words["zh"] == "置换 19 次，p 值不会低于 0.05，而 alpha 是 0.04"
+    with pytest.raises(ValueError, match=r"alpha=0 must lie between 0 and 1"):
+        domain_preference(eight, "ab" * 4, alpha=0)
 
 
 def test_memory_grows_neither_with_documents_times_domains_nor_with_labels_that_have_no_tokens(monkeypatch):

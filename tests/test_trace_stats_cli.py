@@ -183,6 +183,13 @@ def test_domains_that_cannot_be_tested_are_said(saved):
     )
 
 
+def test_domains_that_no_p_value_of_alpha_can_come_from_are_not_called_impartial(saved):
+    few = {"sequences": torch.arange(400) // 50, "labels": ("a", "b") * 4, "n_tokens": 400}
+    assert "preferences" in json.loads(run(saved(**few), "--json")[1])["domains"]
+    domains = json.loads(run(saved(**few), "--json", "--alpha", 0.01)[1])["domains"]
+    assert domains["not_tested"]["en"].endswith("below 0.029, and alpha is 0.01: give more documents a domain")
+
+
 def test_alpha_is_that_of_domains_too(saved):
     """Expert 7 is used a little more in the second of two domains, so that its p-value lies between 0.01 and 0.05."""
     generator = torch.Generator().manual_seed(0)
@@ -198,7 +205,7 @@ def test_alpha_is_that_of_domains_too(saved):
         assert f"alpha {alpha}" in out
         assert ("e7:" in out) == shown
     out = run(path, "--alpha", 1e-4)[1]
-    told = "Domains are not tested: of 1000 permutations no p-value is below 0.001, and --alpha is 0.0001."
+    told = "Domains are not tested: of 1,000 permutations no p-value is below 0.001, and alpha is 0.0001."
     assert told in " ".join(out.split())
 
 

@@ -30,7 +30,6 @@ WORDS = {
         "no_test": "未检验领域偏好：{why}。",
     },
 }
-SHUFFLES = 1000  # of the documents, for the test of domains
 
 
 def stats(
@@ -99,13 +98,8 @@ def _domains(trace: "Trace", alpha: float, seed: int) -> Any:
 
     if trace.labels is None or len(set(trace.labels)) < 2 or not len(trace):
         return None
-    if alpha < (least := 1 / (SHUFFLES + 1)):
-        return {
-            "en": f"of {SHUFFLES} permutations no p-value is below {least:.2g}, and --alpha is {alpha:g}",
-            "zh": f"置换 {SHUFFLES} 次，p 值不会低于 {least:.2g}，而 --alpha 是 {alpha:g}",
-        }
     try:
-        return domain_preference(trace, permutations=SHUFFLES, seed=seed)
+        return domain_preference(trace, alpha=alpha, seed=seed)
     except Untestable as error:
         return error.words
 

@@ -8,11 +8,10 @@ from typing import Any
 import numpy as np
 
 from moesaic.trace.rule.distinct import check_distinct
-from moesaic.trace.rule.given import check_trace
+from moesaic.trace.rule.given import check_level, check_trace
 from moesaic.trace.shown import counted
 from moesaic.trace.store import Trace
 
-LEVEL = 0.05  # the level that a preference must be able to reach
 CELLS = 8_000_000  # numbers of one kind held at once: 32 MB
 
 
@@ -61,7 +60,12 @@ class Preferences:
 
 
 def domain_preference(
-    trace: Trace, labels: Sequence[str] | None = None, *, permutations: int = 1000, seed: int = 0
+    trace: Trace,
+    labels: Sequence[str] | None = None,
+    *,
+    permutations: int = 1000,
+    alpha: float = 0.05,
+    seed: int = 0,
 ) -> Preferences:
     """Test which experts are used more in one domain than in others.
 
@@ -69,12 +73,14 @@ def domain_preference(
     a sequence of the trace with tokens: tokens of one text are alike and would make anything significant. Labels are
     shuffled over documents; each pair's excess rate is put in units of its own spread over the true labels and all
     shuffles, and the largest of all pairs in each shuffle is the yardstick (max-statistic of Westfall and Young, which
-    bounds the chance of any false finding, however few the shuffles).
+    bounds the chance of any false finding, however few the shuffles). `alpha` is the level at which its findings will
+    be asked for, as of `found(alpha)`.
 
     Raises ValueError where there is not one label a sequence or a token has an expert twice; Untestable where fewer
-    than two domains have tokens, or so few documents that no preference could be significant.
+    than two domains have tokens, or where of so few documents or permutations nothing could be found at `alpha`.
     """
     check_trace(trace)
+    check_level(alpha)
     names = _labels_of(trace, labels)
     check_distinct(trace)
     if permutations < 1:
@@ -89,7 +95,7 @@ def domain_preference(
             f"有 token 的领域只有 {n} 个，至少要两个才谈得上偏好",
         )
     label = np.array([place[name] for name in names], np.min_scalar_type(len(place)))
-    _check_documents(label)
+    _check_within_reach(label, permutations, alpha)
     rng = np.random.default_rng(seed)
     shuffled = np.stack([label, *(rng.permutation(label) for _ in range(permutations))])
     n_tokens = np.bincount(document)
@@ -167,22 +173,29 @@ def _labels_of(trace: Trace, labels: Sequence[str] | None) -> tuple[str, ...]:
     return names
 
 
-def _check_documents(label: np.ndarray) -> None:
-    """Refuse what cannot come out significant.
+def _check_within_reach(label: np.ndarray, permutations: int, alpha: float) -> None:
+    """Refuse what cannot come out significant at `alpha`.
 
     A preference for a domain is that for its documents. Every shuffle that deals these to it, or to another domain of
-    as many, has the same preference: of `binom(documents, those of the domain)` equally likely draws, one each.
+    as many, has the same preference: of `binom(documents, those of the domain)` equally likely draws, one each. Where
+    that share is `alpha` itself, half of all seeds would find it.
     """
+    if (least := 1 / (permutations + 1)) > alpha:
+        raise Untestable(
+            f"of {counted(permutations, 'permutation')} no p-value is below {least:.2g}, and alpha is {alpha:g}",
+            f"置换 {permutations:,} 次，p 值不会低于 {least:.2g}，而 alpha 是 {alpha:g}",
+        )
     sizes, alike = np.unique(np.bincount(label), return_counts=True)
     n = len(label)
     log_ways = [math.lgamma(n + 1) - math.lgamma(size + 1) - math.lgamma(n - size + 1) for size in sizes.tolist()]
     least = min(
         domains / round(math.exp(min(log, 50.0))) for domains, log in zip(alike.tolist(), log_ways, strict=True)
     )
-    if least >= LEVEL:
+    if least >= alpha:
         d = int(alike.sum())
         raise Untestable(
             f"no preference among {counted(n, 'document')} in {counted(d, 'domain')} could have a p-value below "
-            f"{least:.2g}: give more documents, four a domain, say",
-            f"{n} 个文档分属 {d} 个领域，任何偏好的 p 值都不会低于 {least:.2g}：请给更多文档，例如每个领域四个",
+            f"{least:.2g}, and alpha is {alpha:g}: give more documents a domain",
+            f"{n} 个文档分属 {d} 个领域，任何偏好的 p 值都不会低于 {least:.2g}，而 alpha 是 {alpha:g}："
+            "请给每个领域更多的文档",
         )

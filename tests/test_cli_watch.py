@@ -118,6 +118,7 @@ def test_json_is_one_document_with_the_exit_code(run, tmp_path):
     assert document["run"] == HEADER
     assert document["last"] == step(20)
     assert document["verdict"] == VERDICT
+    assert document["standing"] == VERDICT["status"]
     assert document["alerts"] == [alert(7, True, "collapsed")]
     assert (document["step"], document["total_steps"], document["finished"], document["exit_code"]) == (
         20,
@@ -127,6 +128,16 @@ def test_json_is_one_document_with_the_exit_code(run, tmp_path):
     )
     code, out, err = run("watch", written(tmp_path / "load.jsonl", step(1)), "--json")
     assert (code, json.loads(out)["exit_code"], err) == (2, 2, "")
+
+
+def test_json_says_of_a_layer_that_gathers_again_what_it_was_judged_to_be(run, tmp_path):
+    """Neither an alert nor the last verdict tells why that is exit code 1."""
+    bad = VERDICT | {"step": 40, "status": ["dead", "chance"]}
+    gathers = VERDICT | {"step": 60, "from": 41, "status": ["too_few", "chance"]}
+    code, out, _ = run("watch", healthy(tmp_path, step(40), bad, step(60), gathers), "--json")
+    document = json.loads(out)
+    assert (code, document["verdict"], document["alerts"]) == (1, gathers, [])
+    assert document["standing"] == ["dead", "chance"]
 
 
 @pytest.mark.parametrize(

@@ -83,6 +83,7 @@ def _json(log: "RunLog") -> dict[str, Any]:
         "stopped": log.end is not None and not log.finished,
         "last": log.steps[-1] if log.steps else None,
         "verdict": log.verdicts[-1] if log.verdicts else None,
+        "standing": log.standing,
         "alerts": list(log.active.values()),
         "exit_code": outcome(log),
     }

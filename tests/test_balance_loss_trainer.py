@@ -1,5 +1,8 @@
 """BalanceLoss as a callback of transformers' Trainer."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 import transformers as hf
@@ -82,6 +85,20 @@ def test_a_trainer_that_was_interrupted_leaves_the_model_to_the_next_one(tmp_pat
         assert torch.equal(one, other)
     with pytest.raises(ValueError, match="attached to no model"):
         left[1].step()
+
+
+def test_a_trainer_that_was_interrupted_and_is_dropped_takes_its_loss_with_it(tmp_path):
+    """So that training without one goes on as if it had never been, and the model may go too."""
+    model = model_of()
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            run_trainer(model, tmp_path, rows_of(2), BalanceLoss("switch", ALPHA), kind=Interrupted)
+        gc.collect()
+        assert not hooked(model)
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
 
 
 def test_a_trainer_leaves_a_loss_of_ones_own_loop_alone_and_refuses_a_second_of_its_kind(tmp_path):

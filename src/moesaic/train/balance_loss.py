@@ -1,6 +1,7 @@
 """A balancing loss for any model: its gradient joins at the routers, the loss that is reported stays the task's."""
 
 import warnings
+import weakref
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
@@ -87,7 +88,7 @@ class BalanceLoss(TrainerCallback):
             )
         torch.compiler.reset()  # guards of graphs that were compiled before do not notice hooks that come after
         ledger = Ledger(
-            self,
+            lambda: self,
             sums_load=self.kind == "global_batch",
             splits_sequences=self.kind == "sequence",
             group=self.group,
@@ -172,6 +173,9 @@ class BalanceLoss(TrainerCallback):
                 other.detach()  # an error or Ctrl-C ended its Trainer, which tells no callback
         self.attach(kwargs["model"])
         self._training = state
+        assert self._ledger is not None
+        self._ledger.owner = weakref.ref(self)  # so it goes with a Trainer that ended so and is dropped
+        weakref.finalize(self, self._hooks.close)
         if self.kind != "z":  # which balances nothing
             warn_of_own_loss(kwargs["model"], args)
 
@@ -220,7 +224,7 @@ def _balancing(layers: list[MoELayer]) -> list[BalanceLoss]:
     """Every BalanceLoss, of any kind, that these layers have."""
     found = (item for layer in layers if layer.router is not None for item in vars(layer.router).items())
     keys = (value for name, value in found if name.startswith(KEY) and is_heard(value))
-    return list(dict.fromkeys(ledger_of(key)[0].owner for key in keys))
+    return list(dict.fromkeys(ledger_of(key)[0].owner() for key in keys))
 
 
 def _forget_copied(module: nn.Module, attribute: str) -> None:

@@ -6,6 +6,7 @@ layers again: they get what they got in their forward, whatever ran in between.
 
 import itertools
 from collections import OrderedDict, deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -79,9 +80,9 @@ class Call:
 
 
 class Ledger:
-    """What one BalanceLoss, its `owner`, remembers of forwards and of the backward that runs."""
+    """What one BalanceLoss remembers of forwards and of the backward that runs. owner: gives that BalanceLoss."""
 
-    def __init__(self, owner: Any, *, sums_load: bool, splits_sequences: bool, group: Any) -> None:
+    def __init__(self, owner: Callable[[], Any], *, sums_load: bool, splits_sequences: bool, group: Any) -> None:
         self.owner = owner
         self.sums_load, self.splits_sequences, self.group = sums_load, splits_sequences, group
         self.keys: list[int] = []
@@ -229,7 +230,7 @@ class Ledger:
         call = self._calls.get(number)
         if call is None or call.scale is None:
             raise ValueError(NOT_TIED)
-        return call.scale * self.owner.alpha
+        return call.scale * self.owner().alpha
 
     def backward_is_over(self) -> None:
         for call in self._noted.values():

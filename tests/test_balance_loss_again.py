@@ -263,6 +263,30 @@ def test_a_whole_model_may_be_in_a_checkpoint(reentrant, kind):
     assert_same(found[1], found[3])
 
 
+@pytest.mark.parametrize("between", [(1, 1), (3, 5)], ids=["of other sizes", "of the same size"])
+def test_a_checkpoint_of_a_whole_model_that_is_forgotten_is_refused(between):
+    """One that is reentrant runs without gradients first, so it is remembered as long as those that train nothing."""
+    x = torch.randn(3, 5, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    other = torch.randn(*between, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    model, found = Looped(), []
+    balance = attached("switch", model)
+
+    def step(n_calls, *, reentrant=True):
+        y = checkpoint(model, x, use_reentrant=reentrant)
+        with torch.no_grad():
+            for _ in range(n_calls):
+                model(other)
+        balance(y.square().mean()).backward()
+        balance.step()
+
+    for n_calls, reentrant in ((0, True), (REMEMBERED - 1, True), (REMEMBERED, False)):
+        found.append(gradients(model, lambda n=n_calls, again=reentrant: step(n, reentrant=again)))
+    assert_same(found[0], found[1])
+    assert_same(found[0], found[2])
+    with pytest.raises(ValueError, match="checkpoint with use_reentrant=False, or run them before"):
+        step(REMEMBERED)
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_several_forwards_in_a_loss_may_each_be_in_a_checkpoint_whole(reentrant):
     x = torch.randn(3, 5, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).requires_grad_()

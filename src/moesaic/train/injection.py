@@ -26,6 +26,11 @@ NOT_TIED = (
     "compute the loss (give it labels), or write `loss = balance_loss(loss)` before loss.backward(), in a Trainer at "
     "the end of a compute_loss of your own"
 )
+FORGOTTEN = (
+    "a checkpoint runs a forward again that no known loss of this backward is of: write `loss = balance_loss(loss)` of "
+    f"all that were made of it; if {REMEMBERED} forwards without gradients ran between the two, checkpoint with "
+    "use_reentrant=False, or run them before the forward that trains"
+)
 _numbers = itertools.count()
 # by the number in a module's key: whose it is, the layer's name, and the key; a copy of the module has a copy of that
 _ledgers: dict[int, tuple["Ledger", str, Tensor]] = {}
@@ -36,6 +41,7 @@ class Pass:
     """One run of a layer in a call; a looped model has several. chosen: what its tokens chose, padding with them."""
 
     chosen: Float[Tensor, " E"]
+    n_tokens: int
     load: Float[Tensor, " E"] | None = None  # of the step so far, over all ranks; None until it is known to train
     valued: bool = False
 
@@ -241,27 +247,34 @@ class Ledger:
     def _pass_of(self, name: str, ids: Int[Tensor, "T K"], n_experts: int) -> tuple[Call, Pass]:
         """What a layer runs in; in a recomputation what it ran in before, of what the losses of this backward name.
 
-        Of several it is the one that chose the same experts: nothing else tells passes and calls apart, since some of
-        them may be in no loss, and what checkpointing recomputes at once may hold several. Of those that chose alike,
-        as of a batch that comes twice, it is the last that was not run again yet: a backward goes from the last on. One
-        of a call without gradients comes after all others: it need not be a checkpoint's.
+        Of several with as many tokens it is the one that chose the same experts: nothing else tells passes and calls
+        apart, since some of them may be in no loss, and what checkpointing recomputes at once may hold several. Of
+        those that chose alike, as of a batch that comes twice, it is the last that was not run again yet: a backward
+        goes from the last on. One of a call without gradients comes after all others: it need not be a checkpoint's,
+        and where the checkpoint's may be forgotten it has to have chosen just the same.
         """
         if not is_recompute():
             call = self._begin(True) if self._current is None or self._current.over else self._current
             return call, self._begin_pass(call, name, ids, n_experts)
-        passes = [(call, found) for call in self._noted.values() for found in call.passes.get(name, ())[::-1]]
+        noted = self._noted.values()
+        passes = [(call, found) for call in noted for found in call.passes.get(name, ())[::-1]]
+        passes = [(call, found) for call, found in passes if found.n_tokens == len(ids)]
         if not passes:
-            raise ValueError(NOT_TIED)
+            raise ValueError(FORGOTTEN if noted else NOT_TIED)
         passes.sort(key=lambda one: (not one[0].trains, one[1] in self._again, -one[0].number))
+        may_be_forgotten = len(noted) >= REMEMBERED and not passes[0][0].trains
         nearest = 0
-        if len(passes) > 1:
+        if len(passes) > 1 or may_be_forgotten:
             chosen = expert_load(ids, n_experts)
-            nearest = int(torch.stack([(found.chosen - chosen).abs().sum() for _, found in passes]).argmin())
+            off = torch.stack([(found.chosen - chosen).abs().sum() for _, found in passes])
+            nearest = int(off.argmin())
+            if may_be_forgotten and off[nearest] > 0:
+                raise ValueError(FORGOTTEN)
         self._again.add(passes[nearest][1])
         return passes[nearest]
 
     def _begin_pass(self, call: Call, name: str, ids: Int[Tensor, "T K"], n_experts: int) -> Pass:
-        found = Pass(expert_load(ids, n_experts))
+        found = Pass(expert_load(ids, n_experts), len(ids))
         call.passes.setdefault(name, []).append(found)
         return found
 

@@ -5,6 +5,7 @@ import functools
 import gc
 import threading
 import weakref
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from test_train_bias_balance import LENGTH, K, batches, small_model
 from torch import nn
 
 from moesaic.hf.modules import moe_layers
+from moesaic.trace.recording import calls
 from moesaic.trace.recording.forwards import token_mask
 from moesaic.train import counting
 from moesaic.train.bias_balance import BiasBalance
@@ -72,6 +74,21 @@ def test_whoever_is_dropped_without_detach_lets_go_of_the_model(tmp_path, watch)
     del watching, model
     gc.collect()
     assert gone() is None
+
+
+def test_who_begins_to_listen_just_as_the_only_other_one_is_collected_hears_of_calls(monkeypatch):
+    class Collecting(dict):
+        def get(self, *args):  # as garbage collection may at any point
+            others.close()
+            return super().get(*args)
+
+    monkeypatch.setattr(calls, "_listeners", Collecting())
+    model, others, listener = nn.Linear(2, 2), contextlib.ExitStack(), Mock()
+    others.enter_context(calls.listening(model, Mock()))
+    with calls.listening(model, listener):
+        model(torch.zeros(1, 2))
+    listener.open.assert_called_once()
+    listener.close.assert_called_once()
 
 
 def padded(ids: torch.Tensor, start: int) -> dict[str, torch.Tensor]:

@@ -41,9 +41,10 @@ def listening(
     begun_in_graph: who hears of that, instead of the listener's own `opened_in_graph`.
     """
     with LOCK:
-        if model not in _listeners:
+        listeners = (*_listeners.get(model, ()), listener)
+        if model not in _listeners:  # asked last: garbage collection may take the only other one off at any point
             _hook(model)
-        _listeners[model] = (*_listeners.get(model, ()), listener)
+        _listeners[model] = listeners
     try:
         with telling(model, begun_in_graph or listener.opened_in_graph, KEY):
             yield

@@ -110,6 +110,7 @@ def test_forwards_of_two_threads_at_once_each_have_their_own_padding_and_add_up(
     assert in_threads(lambda: model(**first), lambda: model(**second)) == [None, None]
     assert same(counter.take(), expected)
     assert all(load.sum() == (2 * 3 + 2 * 8) * K for load in expected.values())
+    counter.remove()
 
 
 def test_a_forward_that_fails_takes_nothing_from_the_one_beside_it_and_evaluation_does_not_count():

@@ -41,21 +41,29 @@ def listening(
     begun_in_graph: who hears of that, instead of the listener's own `opened_in_graph`.
     """
     with LOCK:
-        listeners = (*_listeners.get(model, ()), listener)
-        if model not in _listeners:  # asked last: garbage collection may take the only other one off at any point
-            _hook(model)
-        _listeners[model] = listeners
+        _replace(model, lambda heard: (*heard, listener))
     try:
         with telling(model, begun_in_graph or listener.opened_in_graph, KEY):
             yield
     finally:
         with LOCK:
-            left = list(_listeners.pop(model))
-            left.remove(listener)
-            if left:
-                _listeners[model] = tuple(left)
-            else:
-                _unhook(model)
+            _replace(model, lambda heard: tuple(one for one in heard if one is not listener))
+
+
+def _replace(model: nn.Module, change: Callable[[tuple[Listener, ...]], tuple[Listener, ...]]) -> None:
+    """Give `model` other listeners, and hooks while it has any."""
+    while True:
+        before = _listeners.get(model, ())
+        after = change(before)
+        if after and not before:
+            _hook(model)
+        if _listeners.get(model, ()) is before:  # else garbage collection has taken one off in between: once more
+            break
+    if after:
+        _listeners[model] = after
+    else:
+        del _listeners[model]
+        _unhook(model)
 
 
 def _hook(model: nn.Module) -> None:

@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 import transformers as hf
-from hf_models import eager, experts_of, loud, relative, seeing_model, token_ids
+from hf_models import COMMON, eager, experts_of, loud, relative, seeing_model, token_ids
 from torch import nn
 from transformers import AutoModelForCausalLM
 

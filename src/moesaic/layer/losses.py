@@ -173,7 +173,7 @@ def masked_ids(routing: Routing, config: MoEConfig, mask: Mask) -> Int[Tensor, "
     return ids if mask is None else ids.masked_fill(~mask.unsqueeze(-1), config.n_routed_experts)
 
 
-def token_count(like: Num[Tensor, "T *any"], mask: Mask) -> Num[Tensor, ""]:
+def token_count(like: Num[Tensor, "T *any"], mask: Mask) -> Num[Tensor, ""]:  # noqa: F821 (an axis)
     """How many tokens there are, at least 1, so that nothing divides by 0. Without a mask the rows of `like`."""
     n = like.new_full((), len(like)) if mask is None else mask.sum().to(like.dtype)
     return n.clamp_min(1)

@@ -14,8 +14,6 @@ if TYPE_CHECKING:
     from moesaic.bench.generating import Generating
     from moesaic.bench.timing import Spread
 
-DTYPES = ("float32", "bfloat16", "float16")
-
 
 def generate(
     model: Annotated[

@@ -31,7 +31,7 @@ def made(n_layers=2, n_sequences=40, length=60, own=0.7, lift=0.0, labels=None) 
 def test_loads_by_document_add_up_to_the_load():
     trace = made(3, 5, 7)
     for layer in range(3):
-        loads = sequence_loads(trace, layer, trace.sequences.numpy())
+        loads = sequence_loads(trace.picks[layer].numpy(), 32, trace.sequences.numpy())
         assert loads.sum(-1).tolist() == [28] * 5
         assert loads.sum(0).tolist() == np.bincount(trace.picks[layer].flatten(), minlength=32).tolist()
 
@@ -125,6 +125,34 @@ def test_sequences_of_different_length_are_compared_by_rate():
     is_code = torch.tensor([labels[s] == "code" for s in trace.sequences.tolist()])
     short_code = trace.select(~is_code | (position < 15))
     assert not domain_preference(short_code).found(0.01).any()
+
+
+def test_a_domain_of_shorter_documents_is_not_preferred_for_its_scatter():
+    """Random picks, so nothing to find: rates of 20 tokens scatter more than those of 200, and every null run found
+    something while whole documents were compared under shuffles that mix both."""
+    length = torch.tensor([20] * 30 + [200] * 30)
+    document = torch.arange(60).repeat_interleave(length)
+    document = document[torch.randperm(len(document))]  # as in batches, where sequences lie side by side
+    runs = []
+    for run in range(20):
+        ids = torch.rand(len(document), 32).topk(4).indices
+        trace = Trace.from_routings({"a": Routing(None, torch.ones(ids.shape), ids)}, CONFIG, sequences=document)
+        found = domain_preference(trace, "s" * 30 + "l" * 30, permutations=200, seed=run)
+        runs.append(found.found().any())
+    assert found.tokens == 20
+    assert np.mean(runs) <= 0.2
+
+
+def test_the_first_tokens_of_each_document_count():
+    """Expert 0 in the first 3 tokens of the documents of x, expert 1 in those of y, which go on with 0."""
+    ids = torch.tensor(([0] * 3) * 8 + ([1] * 3 + [0] * 7) * 8)[:, None]
+    sequences = torch.arange(16).repeat_interleave(torch.tensor([3] * 8 + [10] * 8))
+    trace = Trace.from_routings({"a": Routing(None, torch.ones(ids.shape), ids)}, v3(4, 1, 1, 1), sequences=sequences)
+    for order in (slice(None), sequences.argsort(descending=True, stable=True)):
+        found = domain_preference(trace.select(order), "x" * 8 + "y" * 8)
+        assert found.tokens == 3
+        assert found.lift[0, :2].tolist() == [2.0, 2.0]
+        assert [found.domains[found.domain[0, e]] for e in (0, 1)] == ["x", "y"]
 
 
 def test_the_same_seed_gives_the_same_numbers():

@@ -17,7 +17,8 @@ WORDS = {
         "load": ("layer\nverdict", "max / mean\nload", "MaxVio", "CV", "dead", "groups\n/ token"),
         "chance": "chance 5–95 %", "preference": ("layer", "domain", "experts (times their overall rate)", "least p"),
         "none": "none beyond chance", "no_data": "no data",
-        "test": "{p} permutations of {n} documents; p corrected for all {t} experts (max-statistic), alpha {a:g}",
+        "test": "{p} permutations of {n} documents, by their first {tokens} tokens; p corrected for all {t} experts "
+        "(max-statistic), alpha {a:g}",
         "without": "; no expert found for {domains}", "few": "{domain} ({n} of {all} documents)",
         "comma": ", ", "more": "{n} more",
     },
@@ -25,7 +26,8 @@ WORDS = {
         "load": ("层\n结论", "最大 / 平均\n负载", "MaxVio", "CV", "死专家", "到达\n组数"),
         "chance": "随机 5–95%", "preference": ("层", "领域", "专家（相对其总体使用率的倍数）", "最小 p"),
         "none": "没有超出随机的偏好", "no_data": "没有数据",
-        "test": "以文档为单位置换 {p} 次（{n} 个文档）；p 已对全部 {t} 个专家校正（最大统计量），显著性水平 {a:g}",
+        "test": "以文档为单位置换 {p} 次（{n} 个文档，各看前 {tokens} 个 token）；"
+        "p 已对全部 {t} 个专家校正（最大统计量），显著性水平 {a:g}",
         "without": "；未发现偏好以下领域的专家：{domains}", "few": "{domain}（{all} 个文档中的 {n} 个）",
         "comma": "、", "more": "另外 {n} 个",
     },
@@ -58,7 +60,11 @@ def preference_table(
     n_layers, n_experts = found.shape
     shown_layers = short_layers(layers, lang)
     caption = words["test"].format(
-        p=preferences.permutations, n=sum(preferences.documents), t=n_layers * n_experts, a=alpha
+        p=preferences.permutations,
+        n=sum(preferences.documents),
+        tokens=preferences.tokens,
+        t=n_layers * n_experts,
+        a=alpha,
     )
     caption += _without(preferences, found, words, most)
     table = Table(box=box.SIMPLE_HEAD, caption=Text(caption), caption_justify="left", pad_edge=False)

@@ -29,7 +29,8 @@ class Preferences:
 
     domain: index into `domains`. lift: its rate of use there over its rate in all text; NaN for an unused expert.
     p_value: of the pair, corrected for all L*E pairs and for having taken the best domain. permutations: behind it;
-    a p-value cannot be below 1 / (permutations + 1). documents: how many each domain has.
+    a p-value cannot be below 1 / (permutations + 1). documents: how many each domain has. tokens: how many of each
+    document's first tokens all this is of.
     """
 
     domains: tuple[str, ...]
@@ -38,6 +39,7 @@ class Preferences:
     p_value: np.ndarray
     permutations: int
     documents: tuple[int, ...]
+    tokens: int
 
     def found(self, alpha: float = 0.05) -> np.ndarray:
         """bool [L, E]: preferences that chance produces anywhere in at most `alpha` of all such runs."""
@@ -56,7 +58,12 @@ class Preferences:
             for layer, expert in zip(*self.found(alpha).nonzero(), strict=True)
         ]
         documents = dict(zip(self.domains, self.documents, strict=True))
-        return {"permutations": self.permutations, "documents": documents, "preferences": rows}
+        return {
+            "permutations": self.permutations,
+            "documents": documents,
+            "tokens_per_document": self.tokens,
+            "preferences": rows,
+        }
 
 
 def domain_preference(
@@ -70,11 +77,13 @@ def domain_preference(
     """Test which experts are used more in one domain than in others.
 
     `labels` name the domain of every sequence; those of the trace unless given. The unit of the test is the document,
-    a sequence of the trace with tokens: tokens of one text are alike and would make anything significant. Labels are
-    shuffled over documents; each pair's excess rate is put in units of its own spread over the true labels and all
-    shuffles, and the largest of all pairs in each shuffle is the yardstick (max-statistic of Westfall and Young, which
-    bounds the chance of any false finding, however few the shuffles). `alpha` is the level at which its findings will
-    be asked for, as of `found(alpha)`.
+    a sequence of the trace with tokens: tokens of one text are alike and would make anything significant. Long
+    documents are compared by their first tokens alone, as many as the domain of the shortest documents has of them in
+    the median: where one domain's documents are shorter its rates scatter more, and shuffles, which mix the lengths,
+    would take that for preferences. Labels are shuffled over documents; each pair's excess rate is put in units of its
+    own spread over the true labels and all shuffles, and the largest of all pairs in each shuffle is the yardstick
+    (max-statistic of Westfall and Young, which bounds the chance of any false finding, however few the shuffles).
+    `alpha` is the level at which its findings will be asked for, as of `found(alpha)`.
 
     Raises ValueError where there is not one label a sequence or a token has an expert twice; Untestable where fewer
     than two domains have tokens, or where of so few documents or permutations nothing could be found at `alpha`.
@@ -98,10 +107,12 @@ def domain_preference(
     _check_within_reach(label, permutations, alpha)
     rng = np.random.default_rng(seed)
     shuffled = np.stack([label, *(rng.permutation(label) for _ in range(permutations))])
+    first = _first_tokens(document, label)
+    document = document[first]
     n_tokens = np.bincount(document)
     layers = [
-        _strongest(sequence_loads(trace, layer, document), n_tokens, shuffled, len(place))
-        for layer in range(trace.n_layers)
+        _strongest(sequence_loads(picks.numpy()[first], trace.n_experts, document), n_tokens, shuffled, len(place))
+        for picks in trace.picks
     ]
     best, observed, lift, largest = (np.stack(found) for found in zip(*layers, strict=True))
     reached = permutations - np.searchsorted(np.sort(largest.max(0)), observed - 1e-6, side="left")
@@ -112,7 +123,18 @@ def domain_preference(
         p_value=(1 + reached) / (1 + permutations),
         permutations=permutations,
         documents=tuple(np.bincount(label).tolist()),
+        tokens=int(n_tokens.max()),
     )
+
+
+def _first_tokens(document: np.ndarray, label: np.ndarray) -> np.ndarray:
+    """bool [T]: the first tokens of each document, no more than half of the documents of any domain have."""
+    n_tokens = np.bincount(document)
+    most = min(int(np.median(n_tokens[label == domain])) for domain in np.unique(label))
+    order = np.argsort(document, kind="stable")  # a batch's documents may be interleaved
+    position = np.empty_like(order)
+    position[order] = np.arange(len(order)) - (np.cumsum(n_tokens) - n_tokens)[document[order]]
+    return position < most
 
 
 def _strongest(
@@ -156,10 +178,13 @@ def _rates(labels: np.ndarray, n_domains: int, columns: np.ndarray) -> np.ndarra
     return sums[..., :-1] / sums[..., -1:]
 
 
-def sequence_loads(trace: Trace, layer: int, document: np.ndarray) -> np.ndarray:
-    """Assignments of every document to every expert of a layer, int64 [N, E]. document: of every token, [T]."""
-    e, n_documents = trace.n_experts, int(document.max(initial=-1)) + 1
-    cell = document[:, None] * (e + 1) + trace.picks[layer].numpy()
+def sequence_loads(picks: np.ndarray, n_experts: int, document: np.ndarray) -> np.ndarray:
+    """Assignments of every document to every expert of a layer, int64 [N, E].
+
+    picks: of that layer, [T, K]. document: of every token, [T].
+    """
+    e, n_documents = n_experts, int(document.max(initial=-1)) + 1
+    cell = document[:, None] * (e + 1) + picks
     counts = np.bincount(cell.ravel(), minlength=n_documents * (e + 1))
     return counts.reshape(n_documents, e + 1)[:, :e]  # the last column is the id E, "no expert"
 

@@ -67,8 +67,9 @@ def test_lines_are_written_as_they_come_and_ceilings_at_both_ends(tmp_path):
     seen = []
     left_out = campaign_into(journal).run(CELLS, lambda _cell: seen.append(len(read_lines(tmp_path / "results.jsonl"))))
     assert left_out == []
-    assert [line["kind"] for line in read_lines(journal.path)] == ["machine", "ceiling", *["cell"] * 3, "ceiling"]
-    assert seen == [1, 3, 4], "the first cell is announced before its ceiling is measured"
+    kinds = [line["kind"] for line in read_lines(journal.path)]
+    assert kinds == ["machine", "begin", "ceiling", "cell", *["begin", "cell"] * 2, "ceiling"]
+    assert seen == [1, 4, 6], "the first cell is announced before its ceiling is measured"
 
 
 def test_an_interrupted_run_goes_on_where_it_was(tmp_path):
@@ -92,11 +93,53 @@ def test_a_budget_leaves_cells_out_and_says_which():
     assert campaign_into(Journal(), budget_seconds=0.0).run(CELLS) == list(CELLS)
 
 
-def test_a_cell_that_does_not_fit_is_skipped_with_its_reason(monkeypatch):
-    monkeypatch.setattr("moesaic.bench.runner.available_bytes", lambda: 1 << 10)
+def test_a_cell_that_does_not_fit_is_skipped_with_its_reason_until_it_fits(monkeypatch):
     journal = Journal()
-    campaign_into(journal).run(CELLS[:1])
+    with monkeypatch.context() as patch:
+        patch.setattr("moesaic.bench.runner.available_bytes", lambda: 1 << 10)
+        for _ in range(3):
+            campaign_into(journal).run(CELLS[:1])
     assert journal.results[0].skipped.startswith("needs about 0 GiB")
+    campaign_into(journal).run(CELLS[:1])
+    assert [result.skipped for result in journal.results] == [""]
+
+
+def test_a_cell_that_raises_is_a_line_and_tried_once_more(monkeypatch):
+    made = []
+
+    def fail(cell, *_args, **_kwargs):
+        made.append(cell)
+        if cell == CELLS[1]:
+            raise MemoryError("no room\nand more")
+        return Result(cell)
+
+    monkeypatch.setattr(campaigns, "run_cell", fail)
+    journal = Journal()
+    for _ in range(3):
+        campaign_into(journal).run(CELLS)
+    assert made == [*CELLS, CELLS[1]]
+    assert [result.skipped for result in journal.results] == ["", "failed: MemoryError: no room", ""]
+
+
+@pytest.mark.parametrize(("kinds", "tried"), [(["begin"] * 2, False), (["begin", "interrupted"] * 2, True)])
+def test_a_cell_that_ended_the_run_twice_is_left_alone_unless_by_ctrl_c(kinds, tried):
+    journal = Journal(lines=[{"kind": kind, "key": CELLS[0].key} for kind in kinds])
+    for _ in range(2):
+        campaign_into(journal).run(CELLS[:1])
+    assert [result.skipped for result in journal.results] == ["" if tried else "ended the run 2 times without a result"]
+    assert sum(line["kind"] == "cell" for line in journal.lines) == 1
+
+
+def test_ctrl_c_in_a_cell_is_not_held_against_it(monkeypatch):
+    def interrupt(*_args, **_kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(campaigns, "run_cell", interrupt)
+    journal = Journal()
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            campaign_into(journal).run(CELLS)
+    assert not journal.given_up(CELLS[0].key)
 
 
 def test_what_cannot_be_resumed_is_refused(tmp_path, monkeypatch):

@@ -65,7 +65,7 @@ def test_a_run_is_resumed_without_measuring_again_and_json_is_json(run):
     code, out, err = run(*once, "--resume", "--json")
     assert code == 0, err
     found = json.loads(out)
-    assert [line["kind"] for line in found["lines"]] == ["machine", "ceiling", "cell", "ceiling"]
+    assert [line["kind"] for line in found["lines"]] == ["machine", "begin", "ceiling", "cell", "ceiling"]
     assert found["left_out"] == []
 
 

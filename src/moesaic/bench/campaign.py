@@ -2,7 +2,9 @@
 
 import json
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,12 +18,13 @@ from moesaic.bench.gating import refuses_router, run_router_cell
 from moesaic.bench.machine import machine
 from moesaic.bench.memory import run_memory_cell
 from moesaic.bench.problem import make_experts
-from moesaic.bench.runner import Result, does_not_fit, run_cell
+from moesaic.bench.runner import Result, does_not_fit, failed, run_cell
 from moesaic.bench.shapes import ROUNDS, SHAPES, Cell
 from moesaic.bench.timing import CELL_SECONDS
 from moesaic.types import ExpertWeights
 
 RESULTS = "results.jsonl"
+TRIES = 2  # of a cell that ended the whole run, by a crash or by running past its time
 # of the machine and the run, for two runs to be one table
 SAME = (
     *("cpu", "cores", "isa", "onednn_isa", "environment", "versions", "commit", "sources"),
@@ -31,8 +34,8 @@ SAME = (
 
 @dataclass
 class Journal:
-    """Lines of JSON: the machine, ceilings as they were measured, cells, commands that measured after the first.
-    Appended to a file where there is one. `command`: that of the run that goes on with it."""
+    """Lines of JSON: the machine, ceilings as they were measured, cells as they began and ended, commands that measured
+    after the first. Appended to a file where there is one. `command`: that of the run that goes on with it."""
 
     path: Path | None = None
     lines: list[dict[str, Any]] = field(default_factory=list)
@@ -44,10 +47,24 @@ class Journal:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line, allow_nan=False) + "\n")
 
-    def begin(self) -> None:
-        """Before a run's first cell: its command is kept where no run before had it."""
+    @contextmanager
+    def trying(self, key: str) -> Iterator[None]:
+        """Around the measuring of a cell: a line says that it began, for a run that it ends, after the run's command
+        where none before had it. Who presses Ctrl-C ends the run himself."""
         if self.command not in ("", *self.commands):
             self.add({"kind": "command", "command": self.command})
+        self.add({"kind": "begin", "key": key})
+        try:
+            yield
+        except KeyboardInterrupt:
+            self.add({"kind": "interrupted", "key": key})
+            raise
+
+    def given_up(self, key: str) -> str:
+        """Why a cell is not tried again, or nothing."""
+        kinds = Counter(line["kind"] for line in self.lines if line.get("key") == key)
+        tries = kinds["begin"] - kinds["interrupted"]
+        return f"ended the run {tries} times without a result" if tries >= TRIES else ""
 
     @property
     def commands(self) -> list[str]:
@@ -60,7 +77,9 @@ class Journal:
 
     @property
     def results(self) -> list[Result]:
-        return [Result.of(line) for line in self.lines if line["kind"] == "cell"]
+        """The last of every cell."""
+        found = (Result.of(line) for line in self.lines if line["kind"] == "cell")
+        return list({result.cell: result for result in found}.values())
 
     @property
     def ceilings(self) -> list[dict[str, Any]]:
@@ -135,24 +154,27 @@ class Campaign:
         self._ceilings: dict[tuple[str, int], Ceiling] = {}
 
     def run(self, cells: Iterable[Cell], report: Callable[[Cell], object] = lambda _cell: None) -> list[Cell]:
-        """Measure what is not in the journal yet; returns the cells that the budget left out.
+        """Measure what is not in the journal yet, or was skipped; returns the cells that the budget left out.
 
         `report` hears of each cell before it is measured.
         """
         start, left_out = time.perf_counter(), []
-        done = {result.cell for result in self.journal.results}
+        skipped = {result.cell for result in self.journal.results if result.skipped}
+        done = {result.cell for result in self.journal.results} - skipped
         threads_before = torch.get_num_threads()
         try:
             for group in _by_weights(cell for cell in cells if cell not in done):
                 weights = _Weights(group[0])
                 for cell in group:
-                    if self.budget_seconds is not None and time.perf_counter() - start > self.budget_seconds:
+                    if reason := self.journal.given_up(cell.key):
+                        if cell not in skipped:
+                            self.journal.add(Result(cell, skipped=reason).to_dict())
+                    elif self.budget_seconds is not None and time.perf_counter() - start > self.budget_seconds:
                         left_out.append(cell)
-                        continue
-                    report(cell)
-                    self.journal.begin()
-                    torch.set_num_threads(cell.threads)
-                    self.journal.add(self._measure(cell, weights).to_dict())
+                    else:
+                        report(cell)
+                        torch.set_num_threads(cell.threads)
+                        self.journal.add(self._measure(cell, weights).to_dict())
         finally:
             for dtype, threads in self._ceilings:
                 self._measure_ceiling(dtype, threads, "end")
@@ -162,6 +184,14 @@ class Campaign:
     def _measure(self, cell: Cell, weights: "_Weights") -> Result:
         if reason := weights.refusal(cell):
             return Result(cell, skipped=reason)
+        try:
+            with self.journal.trying(cell.key):
+                return self._run(cell, weights)
+        except Exception as error:  # no contender's: the other cells are still to be measured
+            weights.forget()
+            return Result(cell, skipped=failed(error))
+
+    def _run(self, cell: Cell, weights: "_Weights") -> Result:
         if cell.mode == "memory":
             weights.forget()  # every process makes its own
             return run_memory_cell(cell, self.engines, self.peers)

@@ -72,8 +72,9 @@ def bench(
     rounds = rounds or (SMOKE_ROUNDS if smoke else None)
     campaign = Campaign(engines, others, rounds, budget if budget is None else 60 * budget)
     _measure(campaign, cells, out, resume=resume, as_json=as_json)
-    rows = [row for result in campaign.journal.results for row in result.rows]
-    if any(row.kind == "ours" and row.note.startswith(("wrong", "failed")) for row in rows):
+    results = campaign.journal.results
+    said = [row.note for result in results for row in result.rows if row.kind == "ours"]
+    if any(note.startswith(("wrong", "failed", "ended")) for note in (*said, *(result.skipped for result in results))):
         raise typer.Exit(1)
 
 

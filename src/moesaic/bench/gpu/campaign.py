@@ -5,7 +5,6 @@ import hashlib
 import subprocess
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -33,7 +32,6 @@ JOURNAL = "journal.jsonl"
 SAME = ("device", "versions", "commit", "sources", "tiles", "smoke")  # for two runs to be one table
 LAST_SECONDS = 12.0  # kept for measuring the ceilings again and for the report
 STUCK_SECONDS = 240.0  # no cell takes so long, compiling included: a kernel that never ends would take all there are
-TRIES = 2  # of a cell that ended the whole run, by a crash or by running past its time
 PACKAGES = ("triton", "transformers", "liger-kernel")
 ASK_NVIDIA = ("driver_version", "clocks.max.sm", "clocks.max.mem", "power.limit")
 
@@ -113,19 +111,15 @@ class GpuCampaign:
         """
         start, left_out = time.perf_counter(), []
         done = {line["key"] for line in self.journal.lines if line["kind"] == "cell"}
-        begun = Counter(line["key"] for line in self.journal.lines if line["kind"] == "begin")
         for cell in cells:
             if cell.key in done:
                 continue
-            if begun[cell.key] >= TRIES:
-                note = f"ended the run {begun[cell.key]} times without a result"
+            if note := self.journal.given_up(cell.key):
                 self.journal.add(Measured(cell, note=note).to_dict())
             elif time.perf_counter() - start > self.seconds - LAST_SECONDS:
                 left_out.append(cell)
             else:
-                self.journal.begin()
-                self.journal.add({"kind": "begin", "key": cell.key})
-                with never_stuck(self.clock):
+                with self.journal.trying(cell.key), never_stuck(self.clock):
                     result = self._measure(cell)
                 report(f"{time.perf_counter() - start:6.0f} s  {cell.key}: {headline(result)}")
         for dtype in self._flops:

@@ -6,7 +6,6 @@ import runpy
 import subprocess
 import sys
 import time
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,6 @@ import torch
 pytest.importorskip("triton")
 
 from bench_problems import problem_of
-from cases import v3
 
 from moesaic.bench.campaign import Journal
 from moesaic.bench.ceiling import Ceiling, least_seconds
@@ -50,7 +48,6 @@ from moesaic.bench.problem import Problem
 from moesaic.bench.runner import Row
 from moesaic.bench.shapes import SHAPES
 from moesaic.engine.spec import ExpertSpec
-from moesaic.layer.moe import DeepseekV3MoE
 from moesaic.types import ExpertWeights
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "gpu.py"
@@ -83,7 +80,7 @@ def test_the_smoke_run_measures_every_kind_of_cell_and_goes_on_where_it_ended(ru
     assert {result.cell for result in results} == set(smoke_cells())
     assert report["machine"]["commit"] or report["machine"]["sources"]
     for result in results:
-        assert result.note in ("", "needs a GPU")
+        assert not result.note
         ours = [row for row in result.rows if row.kind == "ours"]
         assert not [row for row in ours if row.note], result.cell.key
     text = (tmp_path / "report.md").read_text()
@@ -115,21 +112,19 @@ def test_a_journal_of_other_code_or_another_gpu_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("kind", "rows", "facts", "bad"),
+    ("kind", "rows", "bad"),
     [
-        ("experts", [Row(OURS, "ours"), Row(TITAN, "peer", note="wrong")], {}, False),
-        ("experts", [Row(OURS, "ours", note="wrong")], {}, True),
-        ("experts", [Row(OURS, "ours"), Row(INVARIANT, "variant", note="failed: illegal access")], {}, True),
-        ("experts", [Row(OURS, "ours"), Row(GROUPED, "variant", note="failed: out of memory")], {}, False),
-        ("decode", [Row(f"{OURS} (graph)", "ours", note="no graph: not permitted")], {}, True),
-        ("capture", [], {"CUDA graph": "yes", "compile forward": "yes"}, False),
-        ("capture", [], {"CUDA graph": "replay gives other numbers", "compile forward": "yes"}, True),
+        ("experts", [Row(OURS, "ours"), Row(TITAN, "peer", note="wrong")], False),
+        ("experts", [Row(OURS, "ours", note="wrong")], True),
+        ("experts", [Row(OURS, "ours"), Row(INVARIANT, "variant", note="failed: illegal access")], True),
+        ("experts", [Row(OURS, "ours"), Row(GROUPED, "variant", note="failed: out of memory")], False),
+        ("decode", [Row(f"{OURS} (graph)", "ours", note="no graph: not permitted")], True),
     ],
 )
-def test_it_ends_in_1_where_ours_is_wrong_in_any_way(tmp_path, kind, rows, facts, bad):
+def test_it_ends_in_1_where_ours_is_wrong_in_any_way(tmp_path, kind, rows, bad):
     machine = {"kind": "machine", "device": "H100", "versions": {}, "commit": "a", "sources": "b", "smoke": False}
     journal = open_journal(tmp_path, machine)
-    journal.add(Measured(GpuCell(kind, "nano", 2), rows, facts).to_dict())
+    journal.add(Measured(GpuCell(kind, "nano", 2), rows).to_dict())
     assert runpy.run_path(str(SCRIPT))["any_wrong"](journal) == bad
 
 
@@ -322,16 +317,6 @@ def test_gradients_that_are_added_to_are_judged_as_such():
     contenders = [right, CONTENDERS[TITAN], right.__class__("fresh", "ours", fresh)]
     judged = judge(problem, truth_of(problem, 1e12), contenders, Clock())
     assert [entry.row.note for entry in judged] == ["", "", "wrong"]
-
-
-@pytest.mark.compile
-def test_whether_a_layer_compiles_is_found_out(monkeypatch):
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
-    layer = DeepseekV3MoE(v3(8, 2, 1, 2, hidden_size=32, moe_intermediate_size=16), engine="cpu")
-    x = torch.randn(5, 32)
-    assert special._compile_forward(layer, x) == "yes"
-    assert special._compile_step(layer, x) == "yes"
-    assert special._same(torch.ones(3), 1.1 * torch.ones(3)) == "differs by 9.1e-02"
 
 
 def test_no_cell_is_begun_when_the_time_is_up():

@@ -20,7 +20,7 @@ from moesaic.bench.gpu.clock import Clock
 from moesaic.bench.gpu.judge import DeviceLost, check_device
 from moesaic.bench.gpu.limits import Bandwidth, measure_bandwidth, measure_flops
 from moesaic.bench.gpu.run import Bench, Measured, run_decode, run_experts, run_memory
-from moesaic.bench.gpu.special import run_capture, run_kernels, run_router
+from moesaic.bench.gpu.special import run_kernels, run_router
 from moesaic.bench.machine import commit, sources
 from moesaic.bench.problem import make_experts
 from moesaic.bench.runner import failed
@@ -147,8 +147,6 @@ class GpuCampaign:
         bench = self._bench(cell.dtype)
         if cell.kind == "router":
             return run_router(cell, bench)
-        if cell.kind == "capture":
-            return run_capture(cell, bench)
         runs = {"experts": run_experts, "decode": run_decode, "memory": run_memory, "kernels": run_kernels}
         return runs[cell.kind](cell, self._experts(cell), bench)
 

@@ -19,9 +19,8 @@ BESIDE_LIGER = (OURS, TITAN, LIGER)
 COMPILED_RULES = "rules.route compiled"
 
 # experts: T tokens at a time.  decode: graph replay on weights that are in no cache.  router: the routing kernel and
-# the rules in torch, compiled where `who` asks.  memory: bytes held and at the peak.  kernels: the time of each
-# kernel.  capture: what a layer can be put into.
-Kind = Literal["experts", "decode", "router", "memory", "kernels", "capture"]
+# the rules in torch, compiled where `who` asks.  memory: bytes held and at the peak.  kernels: the time of each.
+Kind = Literal["experts", "decode", "router", "memory", "kernels"]
 
 
 @dataclass(frozen=True)
@@ -85,7 +84,6 @@ def cells(*, liger: bool) -> Iterator[GpuCell]:
     yield from _other_shapes()
     yield from _other_numbers()
     yield GpuCell("memory", "sonic-30b-n512", 32768, mode=STEP, who=(OURS, GROUPED_MM, TITAN))
-    yield GpuCell("capture", LADDER, 64, who=())
 
 
 def _beside_liger() -> Iterator[GpuCell]:
@@ -132,4 +130,3 @@ def smoke_cells() -> Iterator[GpuCell]:
     yield GpuCell("router", "deepseek-v3", 2, "float32", who=())
     yield GpuCell("memory", "nano", 4, "float32", STEP, who=(OURS, TITAN))
     yield GpuCell("kernels", "nano", 4, "float32", STEP, who=(OURS,))
-    yield GpuCell("capture", "nano", 2, "float32", who=())

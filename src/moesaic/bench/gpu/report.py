@@ -192,9 +192,7 @@ def _one_cell(result: Measured) -> str:
     if result.note:
         return "\n\n".join([head, result.note, *([_rows(result)] if result.rows else [])])
     least = "" if result.least_ms is None else f"\n\nleast time {1e3 * result.least_ms:.4g} us"
-    kinds: dict[str, Callable[[Measured], str]] = {
-        "memory": _memory, "kernels": _kernels, "capture": _facts, "decode": _decode,
-    }  # fmt: skip
+    kinds: dict[str, Callable[[Measured], str]] = {"memory": _memory, "kernels": _kernels, "decode": _decode}
     return f"{head}{least}\n\n{kinds.get(result.cell.kind, _rows)(result)}"
 
 
@@ -230,10 +228,6 @@ def _kernels(result: Measured) -> str:
         share = [f"{least:.1f}", f"{least / kernel['us']:.0%}"] if least else ["", ""]
         table.append([kernel["name"][:60], f"{kernel['us']:.1f}", f"{kernel['launches']:.0f}", *share])
     return in_markdown(table)
-
-
-def _facts(result: Measured) -> str:
-    return in_markdown([["layer", ""], *([name, str(said)] for name, said in result.facts.items())])
 
 
 def _milliseconds(value: float | None) -> str:

@@ -1,4 +1,4 @@
-"""Cells that are no race of experts: the routing kernel, the time of each kernel, what a layer can be put into."""
+"""Cells that are no race of experts: the routing kernel, the time of each kernel."""
 
 from collections import defaultdict
 from collections.abc import Callable
@@ -15,10 +15,8 @@ from moesaic.bench.gpu.limits import kernels_of
 from moesaic.bench.gpu.run import Bench, Measured, fill, timed
 from moesaic.bench.problem import make_problem
 from moesaic.bench.runner import Row, failed, forget_gradients, run_once
-from moesaic.bench.shapes import SHAPES
 from moesaic.bench.timing import Entrant
 from moesaic.config import MoEConfig
-from moesaic.layer.moe import DeepseekV3MoE
 from moesaic.rules import route
 from moesaic.types import ExpertWeights
 
@@ -29,7 +27,6 @@ MAY_DIFFER = (
     0.002  # of the rows: sigmoid may differ in its last bit, and then two experts that almost tie change places
 )
 PROFILED = 3  # steps
-SAME_16_BITS = 3e-2  # inductor leaves roundings out
 
 
 def run_router(cell: GpuCell, bench: Bench) -> Measured:
@@ -139,60 +136,3 @@ def profile(run: Callable[[], object]) -> tuple[dict[str, float], dict[str, floa
             seconds[event.key] = 1e-6 * event.self_device_time_total / PROFILED
             launches[event.key] = event.count / PROFILED
     return seconds, launches
-
-
-def run_capture(cell: GpuCell, bench: Bench) -> Measured:
-    """Whether a layer goes into a CUDA graph and through torch.compile as one graph, forward and backward: "yes", or
-    what was said."""
-    shape = SHAPES[cell.shape]
-    sizes = {"hidden_size": shape.hidden_size, "moe_intermediate_size": shape.width}
-    config = MoEConfig.preset("deepseek-v3", **sizes, n_routed_experts=32, n_shared_experts=1)
-    dtype = getattr(torch, cell.dtype)
-    result = Measured(cell)
-    if not bench.clock.is_cuda:
-        result.note = "needs a GPU"
-        return result
-    layer = DeepseekV3MoE(config, engine="triton", device="cuda", dtype=dtype).eval()
-    x = torch.randn(cell.tokens, config.hidden_size, device="cuda", dtype=dtype)
-    trials = {"CUDA graph": _graph, "compile forward": _compile_forward, "compile forward+backward": _compile_step}
-    for name, trial in trials.items():
-        try:
-            result.facts[name] = trial(layer, x)
-        except Exception as error:
-            result.facts[name] = failed(error)
-            check_device(bench.clock, name)
-    return result
-
-
-def _graph(layer: DeepseekV3MoE, x: Tensor) -> str:
-    """Replayed on other tokens than it was captured with."""
-    with torch.no_grad():
-        layer(x)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            out = layer(x)
-        x.copy_(torch.randn_like(x))
-        graph.replay()
-        return "yes" if torch.equal(out, layer(x)) else "replay gives other numbers"
-
-
-def _compile_forward(layer: DeepseekV3MoE, x: Tensor) -> str:
-    torch._dynamo.reset()
-    with torch.no_grad():
-        return _same(torch.compile(layer, fullgraph=True)(x), layer(x))
-
-
-def _compile_step(layer: DeepseekV3MoE, x: Tensor) -> str:
-    torch._dynamo.reset()
-    grads = []
-    for run in (torch.compile(layer, fullgraph=True), layer):
-        leaf = x.detach().clone().requires_grad_()
-        run(leaf).sum().backward()
-        grads.append(leaf.grad)
-        layer.zero_grad()
-    return _same(*grads)
-
-
-def _same(found: Any, expected: Any) -> str:
-    error = float((found.double() - expected.double()).norm() / expected.double().norm())
-    return "yes" if error < SAME_16_BITS else f"differs by {error:.1e}"

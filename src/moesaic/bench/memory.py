@@ -17,7 +17,7 @@ import torch
 from moesaic.bench.contenders import Call, Contender, our_engines, peers_named
 from moesaic.bench.gate import errors_of, is_right, truth_of
 from moesaic.bench.problem import Problem, make_experts, make_problem
-from moesaic.bench.runner import EAGER, FAILED, Result, Row, compare, failed, forget_gradients, run_once
+from moesaic.bench.runner import EAGER, FAILED, Result, Row, bound_of, compare, failed, forget_gradients, run_once
 from moesaic.bench.shapes import Cell
 
 STATUS, CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
@@ -60,7 +60,7 @@ def run_memory_cell(cell: Cell, engines: Sequence[str], peers: Sequence[str]) ->
             row.note = f"{FAILED} its process died, perhaps out of memory"
             continue
         extra, row.errors = found
-        if not is_right(row.errors, None if contender.name == EAGER else eager, cell.dtype):
+        if not is_right(row.errors, eager, bound_of(contender, cell.dtype)):
             row.note = "wrong"
             continue
         row.extra_bytes = extra

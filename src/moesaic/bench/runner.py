@@ -13,7 +13,7 @@ from torch import Tensor
 
 from moesaic.bench.ceiling import Ceiling, l3_bytes, least_seconds, phases_of, work_of
 from moesaic.bench.contenders import PEERS, Call, Contender
-from moesaic.bench.gate import Truth, errors_of, is_right, truth_of
+from moesaic.bench.gate import BOUNDS, SANE, Truth, errors_of, is_right, truth_of
 from moesaic.bench.machine import available_bytes
 from moesaic.bench.matmuls import Matmuls
 from moesaic.bench.problem import Problem, make_problem
@@ -196,13 +196,18 @@ def _judge(problem: Problem, truth: Truth, contenders: Iterable[Contender]) -> l
             problem.forget_gradients(weights_too=True)
             judged.append((row, None, math.nan))
             continue
-        right = is_right(row.errors, None if contender.name == EAGER else eager, problem.cell.dtype)
+        right = is_right(row.errors, eager, bound_of(contender, problem.cell.dtype))
         if not right:
             row.note = "wrong"
         elif contender.name == EAGER:
             eager = row.errors
         judged.append((row, call if right else None, seconds))
     return judged
+
+
+def bound_of(contender: Contender, dtype: str) -> float:
+    """Of its errors; eager, the measure of the others, has none to be measured by and is to be sane."""
+    return (SANE if contender.name == EAGER else 1.0) * BOUNDS[dtype]
 
 
 def failed(error: Exception) -> str:

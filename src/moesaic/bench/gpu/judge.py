@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from moesaic.bench.contenders import Call, Contender
-from moesaic.bench.gate import Truth, errors_of
+from moesaic.bench.gate import Truth, errors_of, is_right
 from moesaic.bench.gpu.cells import TORCH
 from moesaic.bench.gpu.clock import Clock
-from moesaic.bench.gpu.truth import is_right, relative_error
+from moesaic.bench.gpu.truth import BOUNDS, relative_error
 from moesaic.bench.problem import Problem
 from moesaic.bench.runner import Row, failed, forget_gradients, run_once
 
@@ -54,7 +54,7 @@ def judge(problem: Problem, truth: Truth, contenders: Sequence[Contender], clock
             problem.forget_gradients(weights_too=True)
             check_device(clock, row.name, [entry.row for entry in judged.values()])
             continue
-        if not is_right(row.errors, torch_errors, problem.cell.dtype):
+        if not is_right(row.errors, torch_errors, BOUNDS[problem.cell.dtype]):
             row.note = "wrong"
             continue
         torch_errors = torch_errors or (row.errors if contender.name in TORCH else {})

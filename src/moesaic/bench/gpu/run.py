@@ -10,12 +10,13 @@ from torch import Tensor
 
 from moesaic.bench.ceiling import Ceiling, Phase, least_seconds
 from moesaic.bench.contenders import Call
+from moesaic.bench.gate import truth_of
 from moesaic.bench.gpu.cells import INVARIANT, OURS, GpuCell
 from moesaic.bench.gpu.clock import Clock, CudaClock, interleave
 from moesaic.bench.gpu.contenders import contenders_named
 from moesaic.bench.gpu.judge import check_device, checked_replay, judge
 from moesaic.bench.gpu.limits import Bandwidth, kernels_of, matmul_flops
-from moesaic.bench.gpu.truth import truth_of
+from moesaic.bench.gpu.truth import rows_within
 from moesaic.bench.problem import Problem, make_problem
 from moesaic.bench.runner import Row, compare, failed, forget_gradients, run_once
 from moesaic.bench.timing import Entrant, plan_rounds
@@ -65,7 +66,7 @@ class Measured:
 
 def run_experts(cell: GpuCell, experts: ExpertWeights, bench: Bench) -> Measured:
     problem = make_problem(cell.problem_cell, experts)
-    truth = truth_of(problem, TRUTH_SECONDS * bench.flops["float64"])
+    truth = truth_of(problem, rows_within(problem, TRUTH_SECONDS * bench.flops["float64"]))
     judged = judge(problem, truth, contenders_named(cell.who), bench.clock)
     rows_compared = len(truth.rows)
     del truth
@@ -139,7 +140,7 @@ def run_decode(cell: GpuCell, experts: ExpertWeights, bench: Bench) -> Measured:
     enough: weights come from memory. Rows "(graph)" per call, the others launched one by one, the device kept waiting
     until they are; what Python and launching take is in facts["host_us"]."""
     problem = make_problem(cell.problem_cell, experts)
-    truth = truth_of(problem, math.inf)
+    truth = truth_of(problem, rows_within(problem, math.inf))
     judged = judge(problem, truth, contenders_named(cell.who), bench.clock)
     routes = disjoint_ids(problem, DECODE_CALLS if bench.clock.is_cuda else 2)
     result, entrants, once, calls_in = Measured(cell), [], {}, {}
@@ -226,7 +227,7 @@ def run_memory(cell: GpuCell, experts: ExpertWeights, bench: Bench) -> Measured:
     """Bytes that the forward leaves for the backward, and the peaks of both, the tokens counted, weights, gradients of
     weights and what the forward returns not."""
     problem = make_problem(cell.problem_cell, experts)
-    truth = truth_of(problem, TRUTH_SECONDS * bench.flops["float64"])
+    truth = truth_of(problem, rows_within(problem, TRUTH_SECONDS * bench.flops["float64"]))
     judged = judge(problem, truth, contenders_named(cell.who), bench.clock)
     del truth
     result = Measured(cell, facts=_expected_bytes(problem))

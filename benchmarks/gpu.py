@@ -53,8 +53,9 @@ def parsed() -> argparse.Namespace:
 def measure(options: argparse.Namespace) -> int:
     from moesaic.bench.gpu.campaign import GpuCampaign, gpu_machine, measured_in, open_journal
     from moesaic.bench.gpu.cells import cells, smoke_cells
-    from moesaic.bench.gpu.clock import Clock, CudaClock
+    from moesaic.bench.gpu.clock import CudaClock
     from moesaic.bench.gpu.judge import DeviceLost
+    from moesaic.bench.timing import Clock
 
     out = options.out or Path(tempfile.mkdtemp(prefix="moesaic-gpu-"))
     out.mkdir(parents=True, exist_ok=True)

@@ -37,7 +37,7 @@ from moesaic.bench.gpu.cells import (
     cells,
     smoke_cells,
 )
-from moesaic.bench.gpu.clock import Clock, CudaClock
+from moesaic.bench.gpu.clock import CudaClock
 from moesaic.bench.gpu.contenders import CONTENDERS
 from moesaic.bench.gpu.judge import DeviceLost, judge
 from moesaic.bench.gpu.limits import kernels_of, matmul_flops
@@ -47,6 +47,7 @@ from moesaic.bench.gpu.truth import BOUNDS, relative_error, rows_within
 from moesaic.bench.problem import Problem
 from moesaic.bench.runner import Row
 from moesaic.bench.shapes import SHAPES
+from moesaic.bench.timing import Clock
 from moesaic.engine.spec import ExpertSpec
 from moesaic.types import ExpertWeights
 
@@ -242,7 +243,7 @@ from pathlib import Path
 from moesaic.bench.campaign import Journal
 from moesaic.bench.gpu import campaign
 from moesaic.bench.gpu.cells import GpuCell
-from moesaic.bench.gpu.clock import Clock
+from moesaic.bench.timing import Clock
 
 class Gpu(Clock):
     is_cuda = True

@@ -12,14 +12,14 @@ from bench_problems import CEILING, TIMED, problem_of
 from cases import has_onednn
 
 from moesaic.bench import ceiling
-from moesaic.bench.ceiling import Ceiling, Phase, least_seconds, measure_ceiling, phases_of, work_of
+from moesaic.bench.ceiling import Ceiling, Phase, least_seconds, measure_ceiling, phases_of
 from moesaic.bench.contenders import PEERS
 from moesaic.bench.machine import cache_bytes
 from moesaic.bench.matmuls import GRADS, OWN, WIDE, Matmuls, _grad_in_parts, bucket, fastest, forms_for
 from moesaic.bench.routing import DRAWS
 from moesaic.bench.runner import _prepare, entrants_of, flush_bytes, run_once
 from moesaic.bench.shapes import SHAPES, Cell
-from moesaic.bench.timing import FEW, Entrant, interleave, plan_rounds, spread
+from moesaic.bench.timing import FEW, Clock, Entrant, interleave, plan_rounds, spread
 
 # what rounding in bfloat16 (2e-3 each time) or summing up in float32 may do, and not a tenth of these products
 CLOSE = {"float32": {"rtol": 1e-5, "atol": 1e-4}, "bfloat16": {"rtol": 8e-3, "atol": 4e-3}}
@@ -28,7 +28,7 @@ CLOSE = {"float32": {"rtol": 1e-5, "atol": 1e-4}, "bfloat16": {"rtol": 8e-3, "at
 def test_everybody_has_one_turn_a_round_and_follows_everybody():
     order, now = [], iter(range(1000))
     entrants = [Entrant(name, lambda: None, lambda name=name: order.append(name)) for name in "abc"]
-    seconds = interleave(entrants, {"a": 20, "b": 20, "c": 20}, clock=lambda: next(now))
+    seconds = interleave(entrants, {"a": 20, "b": 20, "c": 20}, Clock(lambda: next(now)))
     assert all(sorted(order[start : start + 3]) == ["a", "b", "c"] for start in range(0, 60, 3))
     assert {pair for pair in pairwise(order) if pair[0] != pair[1]} == set(permutations("abc", 2))
     assert seconds == dict.fromkeys("abc", [1] * 20)
@@ -37,7 +37,7 @@ def test_everybody_has_one_turn_a_round_and_follows_everybody():
 def test_who_has_fewer_rounds_stops_early_or_never_starts():
     order, now = [], iter(range(1000))
     entrants = [Entrant(name, lambda: None, lambda name=name: order.append(name)) for name in "abc"]
-    assert interleave(entrants, {"a": 2, "b": 1, "c": 0}, clock=lambda: next(now)) == {"a": [1, 1], "b": [1], "c": []}
+    assert interleave(entrants, {"a": 2, "b": 1, "c": 0}, Clock(lambda: next(now))) == {"a": [1, 1], "b": [1], "c": []}
     assert sorted(order[:2]) == ["a", "b"]
     assert order[2:] == ["a"]
 
@@ -56,7 +56,7 @@ def test_preparing_is_not_timed_and_results_die_after_the_clock_stops():
     interleave(
         [Entrant("a", lambda: events.append("prepare"), run)],
         {"a": 1},
-        clock=lambda: float(events.append("clock") or 0),
+        Clock(lambda: float(events.append("clock") or 0)),
     )
     assert events == ["prepare", "clock", "run", "clock", "freed"]
 
@@ -136,7 +136,7 @@ def test_phases_by_hand():
             Phase(2 * 8 * up, 4 * 4 * up + tokens + 2 * hidden),
             Phase(2 * 8 * up, 4 * grads * up + tokens + 2 * hidden),
         ]
-        assert work_of(problem).flops == 3 * 6 * 2 * 4 * 64 * 32, "a step is three times 6 T K D I"
+        assert sum(p.flops for p in phases_of(problem)) == 3 * 6 * 2 * 4 * 64 * 32, "a step is three times 6 T K D I"
 
 
 def test_measured_ceilings_are_numbers(monkeypatch):

@@ -4,7 +4,7 @@ t = sum over the matmuls of max(F / P, Q / B): they run one after the other, so 
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -32,7 +32,7 @@ class Phase(NamedTuple):
     bytes: float
 
 
-def least_seconds(phases: list[Phase], ceiling: Ceiling) -> float:
+def least_seconds(phases: Sequence[Phase], ceiling: Ceiling) -> float:
     return sum(max(phase.flops / ceiling.flops, phase.bytes / ceiling.bytes) for phase in phases)
 
 
@@ -68,12 +68,6 @@ def phases_of(problem: Problem) -> list[Phase]:
         Phase(flops["up"], read["up"] + saved_bytes + token_bytes),  # gradient of the tokens
         Phase(flops["up"], grad["up"] + saved_bytes + token_bytes),
     ]
-
-
-def work_of(problem: Problem) -> Phase:
-    """All phases added up: what GF/s and GB/s of a row are counted from."""
-    phases = phases_of(problem)
-    return Phase(sum(p.flops for p in phases), sum(p.bytes for p in phases))
 
 
 def measure_ceiling(dtype: str) -> Ceiling:

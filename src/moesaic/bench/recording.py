@@ -1,14 +1,14 @@
 """What recording costs: forwards with and without it in turn, in one process, and the memory of a long record."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from moesaic.bench.timing import Entrant, Spread, interleave, spread
+from moesaic.bench.timing import Clock, Entrant, Spread, interleave, spread
 from moesaic.trace.recording.record import record
 
 PLAIN = "not recorded"
@@ -33,7 +33,6 @@ def recording_cost(
     details: Sequence[str] = ("ids", "picks", "scores"),
     *,
     rounds: int = 41,
-    clock: Callable[[], float] = time.process_time,
 ) -> list[Cost]:
     """Forwards of `model`, not recorded and under each detail, in turn; the overhead is that of the medians.
 
@@ -53,7 +52,7 @@ def recording_cost(
     with torch.inference_mode(), stack:
         entrants = [entrant(name) for name in names]
         interleave(entrants, dict.fromkeys(names, 3))  # warm
-        seconds = interleave(entrants, dict.fromkeys(names, rounds), clock)
+        seconds = interleave(entrants, dict.fromkeys(names, rounds), Clock(time.process_time))
     base = spread(seconds[PLAIN])
     return [Cost(name, found := spread(seconds[name]), found.median / base.median - 1.0) for name in names]
 

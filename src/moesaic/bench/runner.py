@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from moesaic.bench.ceiling import Ceiling, l3_bytes, least_seconds, phases_of, work_of
+from moesaic.bench.ceiling import Ceiling, Phase, l3_bytes, least_seconds, phases_of
 from moesaic.bench.contenders import PEERS, Call, Contender
 from moesaic.bench.gate import BOUNDS, SANE, Truth, errors_of, is_right, truth_of
 from moesaic.bench.machine import available_bytes
@@ -170,10 +170,8 @@ def run_cell(
     seconds = interleave(entrants, planned)
     seconds = {name: runs or [once[name]] for name, runs in seconds.items()}
     problem.forget_gradients(weights_too=True)
-    result = Result(cell, rows, ceiling=ceiling, least_ms=1e3 * least_seconds(phases_of(problem), ceiling))
-    _fill(result, seconds, problem)
-    result.seconds = time.perf_counter() - start
-    return result
+    least_ms = fill(rows, seconds, phases_of(problem), ceiling)
+    return Result(cell, rows, least_ms=least_ms, ceiling=ceiling, seconds=time.perf_counter() - start)
 
 
 def _judge(problem: Problem, truth: Truth, contenders: Iterable[Contender]) -> list[tuple[Row, Call | None, float]]:
@@ -277,16 +275,24 @@ def forget_gradients(problem: Problem, *calls: Call, weights_too: bool) -> None:
             leaf.grad = None
 
 
-def _fill(result: Result, seconds: dict[str, list[float]], problem: Problem) -> None:
-    work = work_of(problem)
-    assert result.least_ms is not None
-    for row in result.rows:
-        if row.name not in seconds:
-            continue
-        median = row.timed(seconds[row.name])
-        row.gflops, row.gbytes = (1e-9 * value / median for value in work)
-        row.of_ceiling = result.least_ms / (1e3 * median)
-    compare(result.rows)
+def fill(
+    rows: Sequence[Row],
+    seconds: Mapping[str, list[float]],
+    phases: Sequence[Phase],
+    ceiling: Ceiling,
+    flops: float | None = None,
+) -> float:
+    """Times, GF/s, GB/s and share of the ceiling of every row that was timed; then who is best. Returns the least
+    milliseconds. `flops`: what GF/s are counted from, all phases unless given."""
+    least = least_seconds(phases, ceiling)
+    flops = sum(phase.flops for phase in phases) if flops is None else flops
+    moved = sum(phase.bytes for phase in phases)
+    for row in rows:
+        if row.name in seconds:
+            median = row.timed(seconds[row.name])
+            row.gflops, row.gbytes, row.of_ceiling = 1e-9 * flops / median, 1e-9 * moved / median, least / median
+    compare(rows)
+    return 1e3 * least
 
 
 def compare(rows: Sequence[Row]) -> None:

@@ -5,7 +5,7 @@ import random
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -14,6 +14,8 @@ FAR_BEHIND = 3.0  # times the fastest
 MANY = 5  # times the wanted rounds, where that costs little
 LITTLE = 3.0  # seconds
 CELL_SECONDS = 60.0  # for the rounds of those that are not far behind
+
+Seconds = Callable[[], float]  # waits for the run that it belongs to
 
 
 class Entrant(NamedTuple):
@@ -49,23 +51,61 @@ def plan_rounds(
     return {name: few[name] if name in slow else rounds for name in seconds}
 
 
-def interleave(
-    entrants: Sequence[Entrant], rounds: Mapping[str, int], clock: Callable[[], float] = time.perf_counter
-) -> dict[str, list[float]]:
+class Clock:
+    """`now` in seconds, the wall clock unless given: what it times is over when it returns."""
+
+    device = "cpu"
+    is_cuda = False
+
+    def __init__(self, now: Callable[[], float] = time.perf_counter) -> None:
+        self.now = now
+
+    def time(self, run: Callable[[], object]) -> Seconds:
+        start = self.now()
+        result = run()
+        seconds = self.now() - start
+        del result
+        return lambda: seconds
+
+    def flush(self) -> None:
+        """Nothing of the run before stays in a cache."""
+
+    def wait(self) -> None:
+        """Until the device has done what it was given; raises what went wrong there."""
+
+    def replay(self, calls: Sequence[Callable[[], object]]) -> Callable[[], list[object]]:
+        """All calls in order, as one graph where there are graphs; gives their results."""
+        return lambda: [call() for call in calls]
+
+    def why_no_graph(self, run: Callable[[], object]) -> str:
+        """Why a call cannot be put into a graph, or nothing."""
+        run()
+        return ""
+
+    def peak_of(self, run: Callable[[], Any]) -> tuple[Any, int, int]:
+        """(what it returns, bytes that are allocated more after it than before, and at the peak)."""
+        return run(), 0, 0
+
+
+WALL = Clock()
+
+
+def interleave(entrants: Sequence[Entrant], rounds: Mapping[str, int], clock: Clock = WALL) -> dict[str, list[float]]:
     """Seconds of every run, each round in an order of its own (the same every time): whatever disturbs the machine, and
-    whatever the one before leaves in the cache, falls on all of them."""
+    whatever the one before leaves in the cache, falls on all of them. They are read at the end of the round: a run may
+    still be going on when its call has returned."""
     seconds: dict[str, list[float]] = {entrant.name: [] for entrant in entrants}
     order = random.Random(0)
     with without_collections():
         for number in range(max(rounds.values())):
+            tickets = []
             for entrant in order.sample(entrants, len(entrants)):
-                if number >= rounds[entrant.name]:
-                    continue
-                entrant.prepare()
-                start = clock()
-                result = entrant.run()
-                seconds[entrant.name].append(clock() - start)
-                del result
+                if number < rounds[entrant.name]:
+                    entrant.prepare()
+                    clock.flush()
+                    tickets.append((entrant.name, clock.time(entrant.run)))
+            for name, ticket in tickets:
+                seconds[name].append(ticket())
     return seconds
 
 

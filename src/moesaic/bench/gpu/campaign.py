@@ -16,7 +16,6 @@ import torch
 
 from moesaic.bench.campaign import Journal, resumed
 from moesaic.bench.gpu.cells import GpuCell
-from moesaic.bench.gpu.clock import Clock
 from moesaic.bench.gpu.judge import DeviceLost, check_device
 from moesaic.bench.gpu.limits import Bandwidth, measure_bandwidth, measure_flops
 from moesaic.bench.gpu.run import Bench, Measured, run_decode, run_experts, run_memory
@@ -24,6 +23,7 @@ from moesaic.bench.gpu.special import run_kernels, run_router
 from moesaic.bench.machine import commit, sources
 from moesaic.bench.problem import make_experts
 from moesaic.bench.runner import failed
+from moesaic.bench.timing import Clock
 from moesaic.engine.triton.tuned import tuned_path
 from moesaic.types import ExpertWeights
 from moesaic.versions import versions

@@ -1,50 +1,16 @@
-"""How seconds are taken: CUDA events on a GPU, the wall clock in a smoke run. And what replays a graph."""
+"""How seconds are taken on a GPU: by CUDA events. And what replays a graph."""
 
-import random
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
-from moesaic.bench.timing import Entrant, without_collections
+from moesaic.bench.timing import Clock, Seconds, without_collections
 
 FLUSH = 256 << 20  # bytes read before a run, several times any L2 cache
 BUSY = 2_000_000  # cycles of the device, a millisecond, in which Python launches a forward and a backward
-Seconds = Callable[[], float]  # waits for the run that it belongs to
-
-
-class Clock:
-    """The wall clock: what it times is over when it returns."""
-
-    device = "cpu"
-    is_cuda = False
-
-    def time(self, run: Callable[[], object]) -> Seconds:
-        start = time.perf_counter()
-        run()
-        seconds = time.perf_counter() - start
-        return lambda: seconds
-
-    def flush(self) -> None:
-        """Nothing of the run before stays in a cache."""
-
-    def wait(self) -> None:
-        """Until the device has done what it was given; raises what went wrong there."""
-
-    def replay(self, calls: Sequence[Callable[[], object]]) -> Callable[[], list[object]]:
-        """All calls in order, as one graph where there are graphs; gives their results."""
-        return lambda: [call() for call in calls]
-
-    def why_no_graph(self, run: Callable[[], object]) -> str:
-        """Why a call cannot be put into a graph, or nothing."""
-        run()
-        return ""
-
-    def peak_of(self, run: Callable[[], Any]) -> tuple[Any, int, int]:
-        """(what it returns, bytes that are allocated more after it than before, and at the peak)."""
-        return run(), 0, 0
 
 
 class CudaClock(Clock):
@@ -55,6 +21,7 @@ class CudaClock(Clock):
     is_cuda = True
 
     def __init__(self) -> None:
+        super().__init__()
         self._flush = torch.zeros(FLUSH // 8, dtype=torch.int64, device="cuda")
 
     def time(self, run: Callable[[], object]) -> Seconds:
@@ -125,21 +92,3 @@ class CudaClock(Clock):
         result = run()
         self.wait()
         return result, torch.cuda.memory_allocated() - before, torch.cuda.max_memory_allocated() - before
-
-
-def interleave(entrants: Sequence[Entrant], rounds: Mapping[str, int], clock: Clock) -> dict[str, list[float]]:
-    """`timing.interleave` where a run may still be going on when its call has returned: seconds of every run, each
-    round in an order of its own, read at the end of the round."""
-    seconds: dict[str, list[float]] = {entrant.name: [] for entrant in entrants}
-    order = random.Random(0)
-    with without_collections():
-        for number in range(max(rounds.values(), default=0)):
-            tickets = []
-            for entrant in order.sample(list(entrants), len(entrants)):
-                if number < rounds[entrant.name]:
-                    entrant.prepare()
-                    clock.flush()
-                    tickets.append((entrant.name, clock.time(entrant.run)))
-            for name, ticket in tickets:
-                seconds[name].append(ticket())
-    return seconds

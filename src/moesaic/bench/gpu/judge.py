@@ -14,10 +14,10 @@ from torch import Tensor
 from moesaic.bench.contenders import Call, Contender
 from moesaic.bench.gate import Truth, errors_of, is_right
 from moesaic.bench.gpu.cells import TORCH
-from moesaic.bench.gpu.clock import Clock
 from moesaic.bench.gpu.truth import BOUNDS, relative_error
 from moesaic.bench.problem import Problem
 from moesaic.bench.runner import Row, failed, forget_gradients, run_once
+from moesaic.bench.timing import Clock
 
 
 class DeviceLost(Exception):

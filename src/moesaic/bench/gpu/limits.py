@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 
 from moesaic.bench.ceiling import Phase
-from moesaic.bench.gpu.clock import Clock
 from moesaic.bench.problem import Problem
+from moesaic.bench.timing import Clock
 
 SQUARES = {"bfloat16": (8192, 16384), "float16": (8192, 16384), "float32": (8192,), "float64": (4096,)}
 STREAM = 4 << 30  # bytes of a copy: nothing of it stays in a cache

@@ -8,18 +8,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from moesaic.bench.ceiling import Ceiling, Phase, least_seconds
+from moesaic.bench.ceiling import Ceiling, Phase
 from moesaic.bench.contenders import Call
 from moesaic.bench.gate import truth_of
 from moesaic.bench.gpu.cells import INVARIANT, OURS, GpuCell
-from moesaic.bench.gpu.clock import Clock, CudaClock, interleave
+from moesaic.bench.gpu.clock import CudaClock
 from moesaic.bench.gpu.contenders import contenders_named
 from moesaic.bench.gpu.judge import check_device, checked_replay, judge
 from moesaic.bench.gpu.limits import Bandwidth, kernels_of, matmul_flops
 from moesaic.bench.gpu.truth import rows_within
 from moesaic.bench.problem import Problem, make_problem
-from moesaic.bench.runner import Row, compare, failed, forget_gradients, run_once
-from moesaic.bench.timing import Entrant, plan_rounds
+from moesaic.bench.runner import Row, failed, fill, forget_gradients, run_once
+from moesaic.bench.timing import Clock, Entrant, interleave, plan_rounds
 from moesaic.types import ExpertWeights
 
 ROUNDS, CELL_SECONDS = 10, 6.0  # wanted, more where they are short; for the rounds of one cell
@@ -76,7 +76,7 @@ def run_experts(cell: GpuCell, experts: ExpertWeights, bench: Bench) -> Measured
     seconds = timed(result, entrants, {e.row.name: e.seconds for e in judged if e.call is not None}, bench)
     problem.forget_gradients(weights_too=True)
     phases = [phase for _, phase in kernels_of(problem)]
-    fill(result, seconds, phases, matmul_flops(problem), bench.ceiling(cell.dtype))
+    result.least_ms = fill(result.rows, seconds, phases, bench.ceiling(cell.dtype), matmul_flops(problem))
     return result
 
 
@@ -120,21 +120,6 @@ def plan(once: dict[str, float]) -> dict[str, int]:
     return {name: max(1, n) for name, n in plan_rounds(once, ROUNDS, never_few=ours, allowed=CELL_SECONDS).items()}
 
 
-def fill(
-    result: Measured, seconds: dict[str, list[float]], phases: Sequence[Phase], flops: float, ceiling: Ceiling
-) -> None:
-    """Times, TF/s (as GF/s), GB/s and share of the ceiling of every row that was timed; then who is best."""
-    result.least_ms = 1e3 * least_seconds(list(phases), ceiling)
-    total_bytes = sum(phase.bytes for phase in phases)
-    for row in result.rows:
-        if row.name not in seconds:
-            continue
-        median = row.timed(seconds[row.name])
-        row.gflops, row.gbytes = 1e-9 * flops / median, 1e-9 * total_bytes / median
-        row.of_ceiling = result.least_ms / (1e3 * median)
-    compare(result.rows)
-
-
 def run_decode(cell: GpuCell, experts: ExpertWeights, bench: Bench) -> Measured:
     """A few tokens, in a graph of many calls, each on experts that the ones before have not touched where there are
     enough: weights come from memory. Rows "(graph)" per call, the others launched one by one, the device kept waiting
@@ -171,7 +156,8 @@ def run_decode(cell: GpuCell, experts: ExpertWeights, bench: Bench) -> Measured:
     per_call = {name: [run / calls_in[name] for run in runs] for name, runs in seconds.items()}
     active = sum(len(ids.unique()) for ids in routes) / len(routes)
     phases = [_with_active(problem, active)]
-    fill(result, per_call, phases, matmul_flops(problem), Ceiling(bench.flops[cell.dtype], bench.bandwidth.best))
+    ceiling = Ceiling(bench.flops[cell.dtype], bench.bandwidth.best)
+    result.least_ms = fill(result.rows, per_call, phases, ceiling)
     result.facts = {"active_experts": active, "bytes": phases[0].bytes, "calls": len(routes), "host_us": host_us}
     return result
 

@@ -12,9 +12,9 @@ from moesaic.bench.gpu.cells import COMPILED_RULES, OURS, GpuCell
 from moesaic.bench.gpu.contenders import CONTENDERS
 from moesaic.bench.gpu.judge import check_device, checked_replay
 from moesaic.bench.gpu.limits import kernels_of
-from moesaic.bench.gpu.run import Bench, Measured, fill, timed
+from moesaic.bench.gpu.run import Bench, Measured, timed
 from moesaic.bench.problem import make_problem
-from moesaic.bench.runner import Row, failed, forget_gradients, run_once
+from moesaic.bench.runner import Row, failed, fill, forget_gradients, run_once
 from moesaic.bench.timing import Entrant
 from moesaic.config import MoEConfig
 from moesaic.rules import route
@@ -79,7 +79,7 @@ def run_router(cell: GpuCell, bench: Bench) -> Measured:
     per_call = {name: [run / result.facts[name] for run in runs] for name, runs in seconds.items()}
     moved = cell.tokens * (4 * n_experts + 12 * config.num_experts_per_tok)
     ceiling = Ceiling(bench.flops["float32"], bench.bandwidth.best)
-    fill(result, per_call, [Phase(cell.tokens * n_experts, moved)], cell.tokens * n_experts, ceiling)
+    result.least_ms = fill(result.rows, per_call, [Phase(cell.tokens * n_experts, moved)], ceiling)
     return result
 
 

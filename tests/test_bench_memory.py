@@ -88,6 +88,15 @@ def test_a_router_that_selects_otherwise_has_no_speed(monkeypatch):
     assert {row.median_ms for row in result.rows} == {None}
 
 
+@pytest.mark.parametrize("wrong", [0.5, float("nan")])
+def test_a_row_with_another_weight_or_none_differs(wrong):
+    ids, weights = torch.tensor([[0, 2], [1, 3]]), torch.tensor([[0.25, 0.75], [0.5, 0.5]])
+    found = weights.clone()
+    found[0, 1] = wrong
+    assert gating.rows_that_differ((found, ids), (weights, ids), 4) == 0.5
+    assert gating.rows_that_differ((weights.flip(1), ids.flip(1)), (weights, ids), 4) == 0.0
+
+
 def test_their_selection_is_their_own_code_on_given_logits():
     config = gating.SHAPES["tiny-dsv3"].config()
     theirs = gating.Theirs(Router(config))

@@ -25,7 +25,7 @@ from moesaic.types import ExpertWeights
 FAMILY = "deepseek_v3"
 EXPERTS = "ours: experts"
 SAME = 1e-5  # of weights, relative
-MAY_DIFFER = 0.002  # of the rows: where the k-th and the next biased score tie, transformers takes either
+MAY_DIFFER = 0.002  # of the rows: where the k-th and the next biased score (almost) tie either may be taken
 
 
 def refuses_router(cell: Cell) -> str:
@@ -54,7 +54,7 @@ def run_router_cell(cell: Cell, experts: ExpertWeights, engine: str, *, rounds: 
         result = Result(cell, [Row(name, "ours" if "ours" in name else "peer") for name in runs])
         n_experts = problem.config.n_routed_experts
         error = max(
-            _differing_rows(runs[f"ours: {what}"]()[1:], runs[f"transformers {what}"]()[1:], n_experts)
+            rows_that_differ(runs[f"ours: {what}"]()[1:], runs[f"transformers {what}"]()[1:], n_experts)
             for what in ("selection", "router")
         )
         for row in result.rows:
@@ -127,8 +127,12 @@ def _our_router(config: MoEConfig, dtype: torch.dtype) -> Router:
     return router
 
 
-def _differing_rows(ours: tuple[Tensor, ...], theirs: tuple[Tensor, ...], n_experts: int) -> float:
-    """Share of rows whose weights, laid out by expert, are not the same."""
-    dense = [torch.zeros(len(ids), n_experts).scatter(1, ids, weights.float()) for weights, ids in (ours, theirs)]
-    differs = (dense[0] - dense[1]).abs().amax(1) > SAME * dense[0].amax(1)
-    return float(differs.float().mean())
+def rows_that_differ(found: tuple[Tensor, ...], expected: tuple[Tensor, ...], n_experts: int) -> float:
+    """Share of rows whose weights, laid out by expert, are not the same. Each is (weights, expert_ids)."""
+
+    def dense(weights: Tensor, ids: Tensor) -> Tensor:
+        return weights.new_zeros(len(ids), n_experts, dtype=torch.float64).scatter(1, ids, weights.double())
+
+    truth = dense(*expected)
+    same = (dense(*found) - truth).abs().amax(1) <= SAME * truth.amax(1)  # not where there is a NaN
+    return float((~same).double().mean())

@@ -65,7 +65,7 @@ def _summary_lines(result: Result) -> Iterator[list[str]]:
         peer = None if row.best_peer is None else result.row(row.best_peer)
         theirs = ["", ""] if peer is None else [_cost(peer), peer.name]
         asked = "" if cell.mode == "router" or cell.shape in TINY else f"{asked_ratio(cell):.2f}"
-        yield [name, _cost(row), *theirs, _number(row.ratio), asked, _share(row.of_ceiling), _share(row.of_matmuls)]
+        yield [name, _cost(row), *theirs, number(row.ratio), asked, share(row.of_ceiling), share(row.of_matmuls)]
 
 
 def _machine(journal: Journal) -> str:
@@ -156,11 +156,11 @@ def _said(verdict: Verdict) -> str:
 def _rows(result: Result) -> Table:
     if result.cell.mode == "memory":
         memory: Table = [["", "MiB over weights and gradients", "ratio", "error"]]
-        return memory + [[row.name, _cost(row), _number(row.ratio), _error(row)] for row in result.rows]
+        return memory + [[row.name, _cost(row), number(row.ratio), error_of(row)] for row in result.rows]
     if result.cell.mode == "router":
         router: Table = [["", "ms", "p10", "p90", "rounds", "ratio", "of the layer", "rows that differ"]]
         for row in result.rows:
-            numbers = [*_times(row), str(row.rounds), _number(row.ratio), _share(row.of_layer), _error(row)]
+            numbers = [*_times(row), str(row.rounds), number(row.ratio), share(row.of_layer), error_of(row)]
             router.append([row.name, *numbers])
         return router
     table: Table = [
@@ -168,7 +168,7 @@ def _rows(result: Result) -> Table:
     ]
     for row in result.rows:
         speeds = [f"{row.gflops:.0f}", f"{row.gbytes:.1f}"] if row.gflops is not None else ["", ""]
-        shares = [_share(row.of_ceiling), _share(row.of_matmuls), _number(row.ratio), _error(row)]
+        shares = [share(row.of_ceiling), share(row.of_matmuls), number(row.ratio), error_of(row)]
         table.append([row.name, *_times(row), str(row.rounds or ""), *speeds, *shares])
     return table
 
@@ -208,15 +208,15 @@ def _cost(row: Row) -> str:
     return row.note if row.median_ms is None else f"{_times(row)[0]} ms"
 
 
-def _number(value: float | None) -> str:
+def number(value: float | None) -> str:
     return "" if value is None else f"{value:.2f}"
 
 
-def _share(value: float | None) -> str:
+def share(value: float | None) -> str:
     return "" if value is None else f"{value:.0%}"
 
 
-def _error(row: Row) -> str:
+def error_of(row: Row) -> str:
     return f"{max(row.errors.values()):.1e}" if row.errors else ""
 
 

@@ -8,7 +8,7 @@ from moesaic.bench.gpu.campaign import measured_in
 from moesaic.bench.gpu.cells import FORWARD, LADDER, LADDER_TOKENS, OURS, STEP, TORCH, GpuCell
 from moesaic.bench.gpu.run import Measured
 from moesaic.bench.gpu.special import KERNEL
-from moesaic.bench.report import Table, aligned, in_markdown, reproduce
+from moesaic.bench.report import Table, aligned, error_of, in_markdown, number, reproduce, share
 from moesaic.bench.runner import Row
 
 WORSE = 1.1  # times the error of torch's own grouped_mm: more is worse
@@ -123,9 +123,8 @@ def summary(results: Sequence[Measured]) -> Table:
             continue
         peer = None if ours.best_peer is None else result.row(ours.best_peer)
         theirs = ["", ""] if peer is None else [_milliseconds(peer.median_ms), peer.name]
-        lines.append(
-            [result.cell.key, _milliseconds(ours.median_ms), _speed(ours), *theirs, _ratio(ours), _share(ours)]
-        )
+        numbers = [*theirs, number(ours.ratio), share(ours.of_ceiling)]
+        lines.append([result.cell.key, _milliseconds(ours.median_ms), _speed(ours), *numbers])
     return lines
 
 
@@ -201,8 +200,9 @@ def _rows(result: Measured) -> str:
     for row in result.rows:
         times = [_milliseconds(value) for value in (row.median_ms, row.p10_ms, row.p90_ms)]
         times[0] = times[0] or row.note
-        speeds = [_speed(row), "" if row.gbytes is None else f"{row.gbytes:.0f}", _share(row), _ratio(row)]
-        table.append([row.name, *times, str(row.rounds or ""), *speeds, _error(row)])
+        speeds = [_speed(row), "" if row.gbytes is None else f"{row.gbytes:.0f}"]
+        shares = [share(row.of_ceiling), number(row.ratio), error_of(row)]
+        table.append([row.name, *times, str(row.rounds or ""), *speeds, *shares])
     return in_markdown(table)
 
 
@@ -225,8 +225,8 @@ def _kernels(result: Measured) -> str:
     table: Table = [["kernel", "us", "launches", "least us", "of ceiling"]]
     for kernel in result.facts.get("kernels", []):
         least = kernel["least_us"]
-        share = [f"{least:.1f}", f"{least / kernel['us']:.0%}"] if least else ["", ""]
-        table.append([kernel["name"][:60], f"{kernel['us']:.1f}", f"{kernel['launches']:.0f}", *share])
+        bound = [f"{least:.1f}", f"{least / kernel['us']:.0%}"] if least else ["", ""]
+        table.append([kernel["name"][:60], f"{kernel['us']:.1f}", f"{kernel['launches']:.0f}", *bound])
     return in_markdown(table)
 
 
@@ -236,18 +236,6 @@ def _milliseconds(value: float | None) -> str:
 
 def _speed(row: Row) -> str:
     return "" if row.gflops is None else f"{1e-3 * row.gflops:.3g}"
-
-
-def _ratio(row: Row) -> str:
-    return "" if row.ratio is None else f"{row.ratio:.2f}"
-
-
-def _share(row: Row) -> str:
-    return "" if row.of_ceiling is None else f"{row.of_ceiling:.0%}"
-
-
-def _error(row: Row) -> str:
-    return f"{max(row.errors.values()):.1e}" if row.errors else ""
 
 
 def short(journal: Journal) -> str:

@@ -177,7 +177,8 @@ def test_the_cache_is_read_as_the_system_writes_it(tmp_path):
 
 @pytest.mark.parametrize("shape", ["tiny", "tiny-gpt-oss"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_every_form_multiplies(shape, dtype):
+def test_every_form_multiplies(shape, dtype, monkeypatch):
+    monkeypatch.setattr("moesaic.engine.matmul_forms.SMALL", 0)  # or those in blocks are all `x @ W` here
     matmuls = Matmuls(problem_of(shape, dtype=dtype, tokens=40))
     weight = matmuls.weights["up"][0]
     for (name, form), n in product(forms_for(weight.dtype).items(), (1, 3)):
@@ -185,10 +186,11 @@ def test_every_form_multiplies(shape, dtype):
         expected = rows.own.double() @ weight.double()
         if name == "oneDNN" and not has_onednn(weight.dtype):
             continue
-        for scratch in matmuls.scratch[:-1]:
+        run = form.call(rows, weight, matmuls.work)
+        for scratch in matmuls.work._buffers.values():
             scratch.fill_(math.nan)
-        result = form(rows, weight, matmuls.scratch)
-        found = result.T if result.shape != expected.shape else result
+        result = run()
+        found = run.args[2] if result is None else result
         assert torch.allclose(found.double(), expected, **CLOSE[dtype]), name
 
 
@@ -197,10 +199,13 @@ def test_every_form_multiplies(shape, dtype):
 def test_it_runs_as_many_matmuls_as_the_cell_has(mode, dtype, monkeypatch):
     problem = problem_of(dtype=dtype, mode=mode)
     done = []
-    multiply = {name: lambda *args, form=form: done.append("multiply") or form(*args) for name, form in WIDE.items()}
+
+    def counted(form):
+        return form._replace(multiply=lambda *args: done.append("multiply") or form.multiply(*args))
+
+    forms = {name: counted(form) for name, form in (OWN | WIDE).items()}
     gradients = {name: lambda *args, form=form: done.append("gradient") or form(*args) for name, form in GRADS.items()}
-    own = {name: lambda *args, form=form: done.append("multiply") or form(*args) for name, form in OWN.items()}
-    monkeypatch.setattr("moesaic.bench.matmuls.forms_for", lambda _dtype: own | multiply)
+    monkeypatch.setattr("moesaic.bench.matmuls.forms_for", lambda _dtype: forms)
     monkeypatch.setattr("moesaic.bench.matmuls.GRADS", gradients)
     matmuls = Matmuls(problem)
     done.clear()
@@ -226,7 +231,7 @@ def test_every_form_of_a_gradient_computes_the_same(monkeypatch, dtype, adds, al
         if name == "oneDNN" and not has_onednn(before.dtype):
             continue
         grad = before.clone()
-        form(left, right, grad, matmuls.scratch, adds)
+        form(left, right, grad, matmuls.work, adds)
         expected = left.own.double().T @ right.own.double() + (before.double() if adds else 0)
         error = (grad.double() - expected).abs()
         assert (error <= CLOSE[dtype]["rtol"] * summands).all(), name

@@ -16,7 +16,16 @@ from torch import Tensor
 
 from moesaic.bench.ceiling import can_run
 from moesaic.bench.problem import Problem
-from moesaic.engine.matmul_forms import onednn_linear, slabs_form
+from moesaic.engine.matmul_forms import (
+    converted,
+    onednn_form,
+    onednn_linear,
+    rows_form,
+    slabs_form,
+    turned_form,
+    vector_form,
+    widening,
+)
 from moesaic.engine.memory import Workspace, new_gradient
 from moesaic.engine.op import below_autograd
 from moesaic.engine.outer import ALIASED, PADDING, outer_by_rows
@@ -37,125 +46,76 @@ class Rows(NamedTuple):
         return Rows(self.own[:n], self.wide[:n])
 
 
-class Scratch(NamedTuple):
-    """result: of the weights' dtype.  wide_result, wide_weight: float32.  work: for a form that takes more."""
-
-    result: Tensor
-    wide_result: Tensor
-    wide_weight: Tensor
-    work: Workspace
+# x [n, K] @ w [K, N], as of the engine; where the result lies is free: in `out`, or in what is returned
+Multiply = Callable[[Tensor, Tensor, Tensor, Workspace], Tensor | None]
 
 
-Form = Callable[[Rows, Tensor, Scratch], object]  # rows [n, K] times a weight [K, N]; where the result lies is free
+class Form(NamedTuple):
+    """wide: of x in float32, for which it widens w.  turned: of an out that is column-major."""
+
+    multiply: Multiply
+    wide: bool = False
+    turned: bool = False
+
+    def call(self, rows: Rows, w: Tensor, work: Workspace) -> "partial[Tensor | None]":
+        """Its product of these rows, in memory that all forms of a dtype use in turn."""
+        x = rows.wide if self.wide else rows.own
+        n, columns = len(x), w.shape[1]
+        out = work.take(f"result {x.dtype}", *((columns, n) if self.turned else (n, columns)), x.dtype)
+        return partial(self.multiply, x, w, out.mT if self.turned else out, work)
 
 
-def _straight(x: Tensor, w: Tensor, result: Tensor) -> Tensor:
-    n, columns = len(x), w.shape[1]
-    return torch.mm(x, w, out=result[: n * columns].view(n, columns))
+def _onednn(x: Tensor, w: Tensor, _out: Tensor, _work: Workspace) -> Tensor:
+    return onednn_linear(x, w.mT)  # in memory of its own
 
 
-def _turned(x: Tensor, w: Tensor, result: Tensor) -> Tensor:
-    n, columns = len(x), w.shape[1]
-    return torch.mm(w.T, x.T, out=result[: n * columns].view(columns, n))
+def _widened(multiply: Multiply) -> Multiply:
+    """Of a w of another dtype, whole and however small: `widening` has another form for those."""
+    return lambda x, w, out, work: multiply(x, converted(w, x.dtype, work), out, work)
 
 
-def _slabs(x: Tensor, w: Tensor, result: Tensor, work: Workspace) -> Tensor:
-    n, columns = len(x), w.shape[1]
-    out = result[: n * columns].view(n, columns)
-    slabs_form(x, w, out, work)
-    return out
-
-
-def _vector(x: Tensor, w: Tensor, result: Tensor) -> Tensor:
-    columns = w.shape[1]
-    results = result[: len(x) * columns].view(len(x), columns)
-    for row, out in zip(x, results, strict=True):
-        torch.mv(w.T, row, out=out)
-    return results
-
-
-def _widened(w: Tensor, scratch: Tensor) -> Tensor:
-    """w in float32, in the memory order that it has."""
-    wide = scratch[: w.numel()]
-    if w.stride(1) == 1:
-        return wide.view(w.shape).copy_(w)
-    return wide.view(w.T.shape).copy_(w.T).T
-
-
-def _straight_by(rows: Rows, w: Tensor, scratch: Scratch, *, elements: int, wide: bool) -> Tensor:
-    x, memory = (rows.wide, scratch.wide_result) if wide else (rows.own, scratch.result)
-    n, columns = len(x), w.shape[1]
-    result, step = memory[: n * columns].view(n, columns), max(1, elements // len(w))
-    for some, out in zip(w.split(step, dim=1), result.split(step, dim=1), strict=True):
-        torch.mm(x, _widened(some, scratch.wide_weight) if wide else some, out=out)
-    return result
-
-
-def _blockwise(rows: Rows, w: Tensor, scratch: Scratch, *, elements: int) -> Tensor:
-    n, columns = len(rows.wide), w.shape[1]
-    result, step = scratch.wide_result[: n * columns].view(columns, n), max(1, elements // len(w))
-    for some, out in zip(w.split(step, dim=1), result.split(step), strict=True):
-        torch.mm(_widened(some, scratch.wide_weight).T, rows.wide.T, out=out)
-    return result
-
-
-def _blockwise_onednn(rows: Rows, w: Tensor, scratch: Scratch, *, elements: int) -> Tensor:
-    n, columns = len(rows.wide), w.shape[1]
-    result, step = scratch.wide_result[: n * columns].view(n, columns), max(1, elements // len(w))
-    for some, out in zip(w.split(step, dim=1), result.split(step, dim=1), strict=True):
-        out.copy_(onednn_linear(rows.wide, _widened(some, scratch.wide_weight).T))
-    return result
-
-
-OWN: dict[str, Form] = {
-    "x @ W": lambda rows, w, s: _straight(rows.own, w, s.result),
-    "W' @ x'": lambda rows, w, s: _turned(rows.own, w, s.result),
-    "W' @ each x": lambda rows, w, s: _vector(rows.own, w, s.result),
-    "oneDNN": lambda rows, w, _s: onednn_linear(rows.own, w.T),
+STRAIGHT, TURNED, SLABS, ONEDNN = "x @ W", "W' @ x'", "slabs of W", "oneDNN"
+WHOLE: dict[str, Multiply] = {STRAIGHT: rows_form, TURNED: turned_form, SLABS: slabs_form, ONEDNN: _onednn}
+IN_BLOCKS = {STRAIGHT: rows_form, TURNED: turned_form, ONEDNN: onednn_form}
+OWN = {
+    **{name: Form(multiply, turned=name == TURNED) for name, multiply in WHOLE.items()},
+    "W' @ each x": Form(vector_form),
+    **{f"{STRAIGHT} by {n}": Form(widening(n, rows_form)) for n in BLOCKS},
 }
-WIDE: dict[str, Form] = {
-    "wide x @ W": lambda rows, w, s: _straight(rows.wide, _widened(w, s.wide_weight), s.wide_result),
-    "wide W' @ x'": lambda rows, w, s: _turned(rows.wide, _widened(w, s.wide_weight), s.wide_result),
-    "wide slabs of W": lambda rows, w, s: _slabs(rows.wide, _widened(w, s.wide_weight), s.wide_result, s.work),
-    "wide oneDNN": lambda rows, w, s: onednn_linear(rows.wide, _widened(w, s.wide_weight).T),
-}
-for _elements in BLOCKS:
-    OWN[f"x @ W by {_elements}"] = partial(_straight_by, elements=_elements, wide=False)
-    WIDE[f"wide x @ W by {_elements}"] = partial(_straight_by, elements=_elements, wide=True)
-    WIDE[f"wide W' @ x' by {_elements}"] = partial(_blockwise, elements=_elements)
-    WIDE[f"wide oneDNN by {_elements}"] = partial(_blockwise_onednn, elements=_elements)
-
-
-# in float32 alone: torch's batches of 16-bit matmuls run element by element without the instructions, for minutes
-SLABS: dict[str, Form] = {"slabs of W": lambda rows, w, s: _slabs(rows.own, w, s.result, s.work)}
+WIDE = {f"wide {name}": Form(_widened(multiply), True, name == TURNED) for name, multiply in WHOLE.items()}
+for _n in BLOCKS:
+    for _name, _multiply in IN_BLOCKS.items():
+        WIDE[f"wide {_name} by {_n}"] = Form(widening(_n, _multiply), True, _name == TURNED)
 
 
 def forms_for(dtype: torch.dtype) -> dict[str, Form]:
-    return OWN | (SLABS if dtype == torch.float32 else WIDE)
+    """Slabs in float32 alone: torch's batches of 16-bit matmuls run element by element without the instructions, for
+    minutes."""
+    return OWN if dtype == torch.float32 else {name: form for name, form in (OWN | WIDE).items() if name != SLABS}
 
 
 # a weight's gradient [K, N] = left' @ right, over n rows: written into `grad`, or added where it accumulates
-GradForm = Callable[[Rows, Rows, Tensor, Scratch, bool], object]
+GradForm = Callable[[Rows, Rows, Tensor, Workspace, bool], object]
 
 
-def _grad_own(left: Rows, right: Rows, grad: Tensor, _scratch: Scratch, adds: bool) -> None:
+def _grad_own(left: Rows, right: Rows, grad: Tensor, _work: Workspace, adds: bool) -> None:
     outer_by_rows(grad, left.own, right.own, beta=float(adds))
 
 
-def _grad_onednn(left: Rows, right: Rows, grad: Tensor, _scratch: Scratch, adds: bool) -> None:
+def _grad_onednn(left: Rows, right: Rows, grad: Tensor, _work: Workspace, adds: bool) -> None:
     result = onednn_linear(left.own.T, right.own.T)
     grad.add_(result) if adds else grad.copy_(result)
 
 
 def _grad_in_parts(
-    left: Rows, right: Rows, grad: Tensor, scratch: Scratch, adds: bool, *, onednn: bool, elements: int = 1 << 62
+    left: Rows, right: Rows, grad: Tensor, work: Workspace, adds: bool, *, onednn: bool, elements: int = 1 << 62
 ) -> None:
     """In float32, and then rounded or added; where that needs it, what is there is widened first."""
     parts, columns = max(1, grad.numel() // elements), grad.shape[1]
     x = F.pad(right.wide, (0, PADDING)) if columns % ALIASED == 0 else right.wide
     widens = adds and grad.dtype != torch.float32
     for some, rows in zip(grad.tensor_split(parts), left.wide.tensor_split(parts, 1), strict=True):
-        product = scratch.wide_weight[: len(some) * x.shape[1]].view(len(some), -1)
+        product = work.take("product", len(some), x.shape[1], torch.float32)
         if widens:
             product[:, :columns] = some
         if not onednn:
@@ -189,10 +149,9 @@ class Matmuls:
         self.dtype = up.dtype
         sizes = {w.shape[dim] for w in self.weights.values() for dim in (1, 2)}
         self.rows = {size: self._draw(most, size) for size in sizes}
-        widest, largest = max(sizes), max(len(w) * (w.shape[1] + PADDING) for w in (up[0], down[0]))
-        self.scratch = Scratch(
-            torch.empty(most * widest, dtype=self.dtype), torch.empty(most * widest), torch.empty(largest), Workspace()
-        )
+        self.work = Workspace()
+        for dtype in (self.dtype, torch.float32):  # the most at once, or what was taken before would lie elsewhere
+            self.work.take(f"result {dtype}", most, max(sizes), dtype)
         self.adds = problem.cell.accumulates
         self.chosen: dict[tuple[str, int], str] = {}
         self._choose_all()
@@ -213,7 +172,7 @@ class Matmuls:
         grad = self._grad(name)
         for multiply, expert, form, left, right in self._back[name]:
             multiply()
-            form(left, right, grad[expert], self.scratch, self.adds)
+            form(left, right, grad[expert], self.work, self.adds)
         return grad
 
     def _grad(self, name: str) -> Tensor:
@@ -229,7 +188,7 @@ class Matmuls:
         weight = self.weights[name][expert]
         weight = weight.T if backward else weight
         form = forms_for(self.dtype)[self.chosen[name + " backward" * backward, bucket(n)]]
-        return partial(form, self.rows[weight.shape[0]].first(n), weight, self.scratch)
+        return form.call(self.rows[weight.shape[0]].first(n), weight, self.work)
 
     def _gradient(self, name: str, n: int) -> tuple[GradForm, Rows, Rows]:
         _, rows, columns = self.stored[name].shape
@@ -256,7 +215,7 @@ class Matmuls:
         rows = self.rows[weights.shape[1]].first(n)
         return fastest(
             {
-                name: lambda sample, form=form: form(rows, weights[sample % len(weights)], self.scratch)
+                name: lambda sample, form=form: form.call(rows, weights[sample % len(weights)], self.work)()
                 for name, form in forms.items()
             }
         )
@@ -266,7 +225,7 @@ class Matmuls:
         left, right = (self.rows[size].first(n) for size in grads.shape[1:])
         return fastest(
             {
-                key: lambda sample, form=form: form(left, right, grads[sample % SAMPLES], self.scratch, self.adds)
+                key: lambda sample, form=form: form(left, right, grads[sample % SAMPLES], self.work, self.adds)
                 for key, form in GRADS.items()
             }
         )

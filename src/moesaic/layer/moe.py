@@ -1,4 +1,4 @@
-"""The MoE layer: MoE (classic and general), and DeepseekV3MoE, which adds shared experts."""
+"""The MoE layer: MoE (classic and general), and DeepseekV3MoE, its name where it is DeepSeek-V3's."""
 
 from typing import Any
 
@@ -15,7 +15,10 @@ from moesaic.layer.router import Router
 
 
 class MoE(nn.Module):
-    """Routed experts behind a gate. Tensor in, tensor out, for training and inference; no token is ever dropped."""
+    """Routed experts behind a gate, and shared experts where the config has them.
+
+    Tensor in, tensor out, for training and inference; no token is ever dropped.
+    """
 
     def __init__(
         self,
@@ -28,15 +31,12 @@ class MoE(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if config.n_shared_experts and not isinstance(self, DeepseekV3MoE):
-            raise ValueError(
-                f"n_shared_experts={config.n_shared_experts} needs a layer that has them: use DeepseekV3MoE"
-            )
         self.config = config
         self.gate = Router(config, device=device, dtype=dtype)
         self.experts = Experts(
             config, engine=engine, batch_invariant=batch_invariant, recompute=recompute, device=device, dtype=dtype
         )
+        self.shared_experts = SharedExperts(config, device=device, dtype=dtype) if config.n_shared_experts else None
         self.register_load_state_dict_pre_hook(_rename_on_load)
 
     @classmethod
@@ -72,6 +72,8 @@ class MoE(nn.Module):
         tokens = x.reshape(-1, x.shape[-1])  # [T, D]
         routing = self.gate(tokens)
         out = self.experts(tokens, routing.expert_ids, routing.weights)
+        if self.shared_experts is not None:
+            out = out + self.shared_experts(tokens)
         return out.reshape(*x.shape[:-1], out.shape[-1])  # output width may differ from D
 
     def num_parameters(self, *, active: bool = False) -> int:
@@ -93,18 +95,6 @@ class DeepseekV3MoE(MoE):
     their output is scaled by sigmoid(w·x), as in Qwen2-MoE. State-dict keys are those of transformers' class;
     `load_state_dict` also takes gpt-oss's `router` and Qwen2-MoE's `shared_expert` and `shared_expert_gate`.
     """
-
-    def __init__(
-        self, config: MoEConfig, *, device: Any = None, dtype: torch.dtype | None = None, **engine_options: Any
-    ) -> None:
-        super().__init__(config, device=device, dtype=dtype, **engine_options)
-        self.shared_experts = SharedExperts(config, device=device, dtype=dtype) if config.n_shared_experts else None
-
-    def forward(self, x: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch O"]:
-        out = super().forward(x)
-        if self.shared_experts is not None:
-            out = out + self.shared_experts(x)
-        return out
 
 
 class SharedExperts(nn.Module):

@@ -87,12 +87,7 @@ class BalanceLoss(TrainerCallback):
                 "twice; call its detach() first"
             )
         torch.compiler.reset()  # guards of graphs that were compiled before do not notice hooks that come after
-        ledger = Ledger(
-            lambda: self,
-            sums_load=self.kind == "global_batch",
-            splits_sequences=self.kind == "sequence",
-            group=self.group,
-        )
+        ledger = Ledger(self)
         with ExitStack() as hooks:
             hooks.callback(ledger.remove)
             self._hook(hooks, model, layers, ledger)

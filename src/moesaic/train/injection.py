@@ -86,11 +86,11 @@ class Call:
 
 
 class Ledger:
-    """What one BalanceLoss remembers of forwards and of the backward that runs. owner: gives that BalanceLoss."""
+    """What one BalanceLoss remembers of forwards and of the backward that runs. `owner()` gives that BalanceLoss."""
 
-    def __init__(self, owner: Callable[[], Any], *, sums_load: bool, splits_sequences: bool, group: Any) -> None:
-        self.owner = owner
-        self.sums_load, self.splits_sequences, self.group = sums_load, splits_sequences, group
+    def __init__(self, owner: Any) -> None:
+        self.owner: Callable[[], Any] = lambda: owner
+        self.kind, self.group = owner.kind, owner.group
         self.keys: list[int] = []
         self._running = 0  # calls of models, inside each other
         self._current: Call | None = None
@@ -166,7 +166,7 @@ class Ledger:
     def _place(self, positions: Tensor | None) -> None:
         """The position of each token of the call that runs, by which rows that hold several sequences are split."""
         call = self._current
-        if not self.splits_sequences or positions is None or call is None or call.n_rows is None:
+        if self.kind != "sequence" or positions is None or call is None or call.n_rows is None:
             return
         if call.sequences is None and len(positions) in (1, call.n_rows):
             call.sequences = sequence_numbers(positions.long().expand(call.n_rows, -1))
@@ -184,7 +184,7 @@ class Ledger:
         call, found = self._asking[name] = self._pass_of(name, ids, n_experts)
         self._sum_load(name, call, found, ids)
         sequences = torch.zeros(len(ids), dtype=torch.int64, device=ids.device)
-        if self.splits_sequences and len(ids):
+        if self.kind == "sequence" and len(ids):
             sequences = call.sequences_of(name, ids)
         load = found.load
         load = torch.zeros(n_experts, dtype=torch.float64, device=ids.device) if load is None else load.clone()
@@ -280,7 +280,7 @@ class Ledger:
 
     def _sum_load(self, name: str, call: Call, found: Pass, ids: Int[Tensor, "T K"]) -> None:
         """Once a pass; all ranks in the same order."""
-        if not self.sums_load or found.load is not None:
+        if self.kind != "global_batch" or found.load is not None:
             return
         n_experts = len(found.chosen)
         load = expert_load(ids.masked_fill(~call.mask_of(ids).unsqueeze(-1), n_experts), n_experts).double()

@@ -106,6 +106,17 @@ class MoEConfig:
         return self.group_score or ("top2_sum" if self.has_correction_bias else "max")
 
     @property
+    def scores_of_group(self) -> int:
+        """How many scores of a group, the best ones, make its own."""
+        by_rule = {"max": 1, "top2_sum": 2, "k_over_m_sum": self.num_experts_per_tok // self.topk_group}
+        return by_rule[self.group_score_rule]
+
+    @property
+    def normalises(self) -> bool:
+        """Whether the weights of a token are divided by their sum."""
+        return self.norm_topk_prob and (self.num_experts_per_tok > 1 or self.norm_single_expert)
+
+    @property
     def mask_fill(self) -> float:
         return {"-inf": -math.inf, "zero": 0.0}[self.group_mask]
 
@@ -128,6 +139,11 @@ class MoEConfig:
             source = read_config_json(Path(source))
         known = {field.name for field in dataclasses.fields(cls)}
         return cls(**{**read_family(source, known), **overrides})
+
+    @classmethod
+    def of_sizes(cls, hidden_size: int, n_experts: int, k: int) -> "MoEConfig":
+        """A layer of which the rule is not known: nothing may be derived from it."""
+        return cls(hidden_size=hidden_size, n_routed_experts=n_experts, num_experts_per_tok=k, topk_method="unknown")
 
     def with_convention(self, name: str) -> "MoEConfig":
         """The same layer as another official code would route it, where official codes disagree (docs: parity)."""

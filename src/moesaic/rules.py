@@ -92,7 +92,7 @@ def weigh(
         weights = SCORING[config.scoring_func](weights)
     if absent is not None:
         weights = torch.where(absent, 0.0, weights)
-    if config.norm_topk_prob and (expert_ids.shape[-1] > 1 or config.norm_single_expert):
+    if config.normalises:
         total = weights.sum(dim=-1, keepdim=True)
         if config.norm_eps:
             total = total + config.norm_eps
@@ -143,9 +143,8 @@ def group_scores(choice: Float[Tensor, "T E"], config: MoEConfig) -> Float[Tenso
 
     Two of them in DeepSeek-V3's code, the best one in V2, K/M of them in the V3 paper and in Megatron-Core.
     """
-    counted = {"max": 1, "top2_sum": 2, "k_over_m_sum": config.num_experts_per_tok // config.topk_group}
     by_group = choice.reshape(choice.shape[0], config.n_group, config.experts_per_group)
-    return sum_of_best(by_group, counted[config.group_score_rule])
+    return sum_of_best(by_group, config.scores_of_group)
 
 
 def sum_of_best(values: Float[Tensor, "*rows n"], count: int) -> Float[Tensor, "*rows"]:

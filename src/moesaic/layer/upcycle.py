@@ -123,15 +123,14 @@ def weight_sum(config: MoEConfig, *, router_std: float) -> float:
     Normalised weights, and a softmax over the kept experts, add up to `routed_scaling_factor`. Others depend on the
     logits, and are constant only while the router is zero: then the sum is computed.
     """
-    normalised = config.norm_topk_prob and (config.num_experts_per_tok > 1 or config.norm_single_expert)
     of_kept = config.score_after_topk and config.scoring_func == "softmax"
-    if (normalised and config.norm_eps <= 1e-12) or of_kept:
+    if (config.normalises and config.norm_eps <= 1e-12) or of_kept:
         return config.routed_scaling_factor
     if router_std == 0:
         zeros = torch.zeros(1, config.n_routed_experts, dtype=torch.float64, device="cpu")
         ids = torch.arange(config.num_experts_per_tok, device="cpu")[None]
         return weigh(score(zeros, config), ids, config, sentinels=False).sum().item()
-    if normalised:
+    if config.normalises:
         what, instead = f"norm_eps={config.norm_eps}", "norm_eps=0.0"
     elif config.norm_topk_prob:
         what, instead = "norm_single_expert=False", "norm_single_expert=True"

@@ -35,7 +35,7 @@ class Target:
         """The config of a layer whose tokens hold `top_k` ids: the given one, or one that knows sizes only."""
         if self.config is not None:
             return self.config
-        return _sizes_only(1, self.n_experts, top_k)
+        return MoEConfig.of_sizes(1, self.n_experts, top_k)
 
 
 def read_target(config: str | None = None, experts: int | None = None) -> Target:
@@ -66,7 +66,7 @@ def read_target(config: str | None = None, experts: int | None = None) -> Target
 
 def _of_dict(given: dict[str, Any], file: Path) -> Target:
     try:
-        config = _sizes_only(*_sizes(given)) if _names_no_rule(given) else MoEConfig.from_hf(given)
+        config = MoEConfig.of_sizes(*_sizes(given)) if _names_no_rule(given) else MoEConfig.from_hf(given)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{file}: {error}") from None
     _check_experts(config.n_routed_experts)
@@ -125,12 +125,6 @@ def _sizes(given: dict[str, Any]) -> tuple[int, int, int]:
             raise ValueError(f"no {', '.join(ALIASES[field])} there: not the config of an MoE model; give --experts")
         found.append(inner[name])
     return inner.get("hidden_size", 1), found[0], found[1]
-
-
-def _sizes_only(hidden_size: int, n_experts: int, top_k: int) -> MoEConfig:
-    return MoEConfig(
-        hidden_size=hidden_size, n_routed_experts=n_experts, num_experts_per_tok=top_k, topk_method="unknown"
-    )
 
 
 def _check_experts(experts: int) -> None:

@@ -39,8 +39,7 @@ def rounding_bound(derived: dict[str, Tensor], config: MoEConfig, dtype: torch.d
     slope = torch.ones_like(scores) if config.score_after_topk else SLOPES[config.scoring_func](logits, scores)
     near = derived["masked"].topk(min(config.num_experts_per_tok + 1, config.n_routed_experts), dim=-1).indices
     steepest = slope.gather(-1, near).amax(-1)
-    counted = {"top2_sum": 2, "k_over_m_sum": max(config.num_experts_per_tok // config.topk_group, 1)}
-    summed = counted.get(config.group_score_rule, 1) if "group_scores" in derived else 1
+    summed = config.scores_of_group if "group_scores" in derived else 1
     rounding = torch.finfo(dtype).eps * _shut_as_zero(logits).pow(2).mean(-1).sqrt() * steepest
     largest = _shut_as_zero(derived["biased"]).abs().amax(-1)
     smallest = torch.finfo(torch.float32).eps * largest  # the sum with the bias rounds too

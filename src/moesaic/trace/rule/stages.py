@@ -70,17 +70,13 @@ def notes_of(config: MoEConfig) -> dict[str, dict[str, str]]:
         notes["scores"] = SCORED_LATER
     if not config.has_correction_bias:
         notes["biased"] = NO_BIAS
-    if not is_normalised(config) and not config.score_after_topk:
+    if not config.normalises and not config.score_after_topk:
         notes["normalised"] = NO_NORM
     if config.routed_scaling_factor == 1.0:
         notes["scaled"] = NO_SCALE
     if config.topk_method == "balanced":
         notes["experts"] = DEALT
     return notes
-
-
-def is_normalised(config: MoEConfig) -> bool:
-    return config.norm_topk_prob and (config.num_experts_per_tok > 1 or config.norm_single_expert)
 
 
 def shapes_of(config: MoEConfig, n_tokens: int, batch: tuple[int, int] | None) -> dict[str, tuple[int, ...]]:
@@ -102,17 +98,12 @@ def worded(stage: Stage, config: MoEConfig) -> Stage:
         recorded = {"experts": "expert_ids", "scaled": "weights"}
         unknown = dict.fromkeys(NEED_RULE, "?") | recorded
         return stage._replace(formula=unknown.get(stage.key, stage.formula))
-    counted = {
-        "top2_sum": "top2",
-        "max": "top1",
-        "k_over_m_sum": f"top{config.num_experts_per_tok // config.topk_group}",
-    }
     formulas = {
         "logits": "logits = x @ weight.T + router bias" if config.router_bias else stage.formula,
         "scores": "scores = logits (scored after top-k)"
         if config.score_after_topk
         else f"{config.scoring_func}(logits)",
-        "group_scores": f"sum({counted[config.group_score_rule]}(choice))",
+        "group_scores": f"sum(top{config.scores_of_group}(choice))",
         "groups": f"topk(group_scores, {config.topk_group})",
         "masked": f"choice where open, else {config.group_mask}",
         "experts": f"topk(masked, {config.num_experts_per_tok})",
@@ -127,4 +118,4 @@ def worded(stage: Stage, config: MoEConfig) -> Stage:
 def _normalising(config: MoEConfig) -> str:
     if config.score_after_topk:
         return f"w = {config.scoring_func} over the kept"
-    return "w = scores[experts] / sum" if is_normalised(config) else "w = scores[experts]"
+    return "w = scores[experts] / sum" if config.normalises else "w = scores[experts]"

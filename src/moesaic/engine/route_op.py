@@ -19,7 +19,7 @@ from moesaic.types import Routing
 class RouteSpec(NamedTuple):
     """What a routing kernel knows of a config, in the order in which an operator takes it; names as in MoEConfig.
 
-    n_group is 1 where groups do not limit the choice. norm: this many experts per token are normalised.
+    n_group is 1 where groups do not limit the choice. counted: how many scores of a group make its own.
     """
 
     k: int
@@ -27,7 +27,7 @@ class RouteSpec(NamedTuple):
     score_after_topk: bool
     n_group: int
     topk_group: int
-    group_score: str
+    counted: int
     zero_mask: bool
     norm: bool
     eps: float
@@ -35,38 +35,28 @@ class RouteSpec(NamedTuple):
 
     @classmethod
     def of(cls, config: MoEConfig) -> "RouteSpec":
-        k = config.num_experts_per_tok
-        limited = config.topk_method != "greedy"
+        limited = config.limits_groups
         return cls(
-            k=k,
+            k=config.num_experts_per_tok,
             scoring_func=config.scoring_func,
             score_after_topk=config.score_after_topk,
             n_group=config.n_group if limited else 1,
             topk_group=config.topk_group if limited else 1,
-            group_score=config.group_score_rule,
+            counted=config.scores_of_group if limited else 1,
             zero_mask=config.group_mask == "zero",
-            norm=config.norm_topk_prob and (k > 1 or config.norm_single_expert),
+            norm=config.normalises,
             eps=config.norm_eps,
             scale=config.routed_scaling_factor,
         )
 
-    @property
-    def counted(self) -> int:
-        """How many scores of a group make its own."""
-        return {"max": 1, "top2_sum": 2, "k_over_m_sum": self.k // self.topk_group}[self.group_score]
-
     def config(self, n_experts: int) -> MoEConfig:
-        """A config with these rules, for `rules.route`."""
+        """A config that weighs by these rules, for `rules.route` with given ids."""
         return MoEConfig(
             hidden_size=1,
             n_routed_experts=n_experts,
             num_experts_per_tok=self.k,
             scoring_func=self.scoring_func,
             score_after_topk=self.score_after_topk,
-            n_group=self.n_group,
-            topk_group=self.topk_group,
-            group_score=self.group_score,
-            group_mask="zero" if self.zero_mask else "-inf",
             norm_topk_prob=self.norm,
             norm_eps=self.eps,
             routed_scaling_factor=self.scale,
@@ -74,7 +64,7 @@ class RouteSpec(NamedTuple):
 
 
 _SPEC = (
-    "int k, str scoring_func, bool score_after_topk, int n_group, int topk_group, str group_score, bool zero_mask,"
+    "int k, str scoring_func, bool score_after_topk, int n_group, int topk_group, int counted, bool zero_mask,"
     " bool norm, float eps, float scale"
 )
 torch.library.define(

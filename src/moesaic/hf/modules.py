@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import lru_cache
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -196,26 +197,19 @@ def config_of(block: nn.Module, router: nn.Module | None, experts: nn.Module, mo
         return own
     n_experts = experts_held(experts)
     home = None if router is None else bias_home(router, block)
-    for owner in (block, experts, unwrapped(model), *_parts_with_config(model)):
-        source = getattr(owner, "config", None)
-        if isinstance(source, MoEConfig):
-            return source
-        if source is None:
-            continue
-        try:
+    owners = (block, experts, unwrapped(model), *model.modules())
+    source = next((c for owner in owners if (c := getattr(owner, "config", None)) is not None), None)
+    if isinstance(source, MoEConfig):
+        return source
+    if source is not None:
+        with suppress(ValueError):
             config = MoEConfig.from_hf(source)
-        except ValueError:
-            return unknown_config(source, experts, n_experts)
-        if n_experts not in (None, config.n_routed_experts) or (home is not None) != config.has_correction_bias:
-            return unknown_config(source, experts, n_experts)
-        return config
+            if n_experts in (None, config.n_routed_experts) and (home is not None) == config.has_correction_bias:
+                return config
+        return unknown_config(source, experts, n_experts)
     if home is not None:  # a model of the user's own: the bias says how many experts there are
         return unknown_config(SimpleNamespace(), experts, n_experts or home.bias.numel())
     raise ValueError(f"{type(block).__name__} has no config: give moe_layers(model, config=MoEConfig(...))")
-
-
-def _parts_with_config(model: nn.Module) -> list[nn.Module]:
-    return [part for part in model.modules() if hasattr(part, "config")][:1]
 
 
 def experts_held(experts: nn.Module) -> int | None:
@@ -237,21 +231,11 @@ def unknown_config(source: Any, experts: nn.Module, n_experts: int | None = None
     if n_experts is None:
         raise ValueError(f"{type(experts).__name__} does not say how many experts it holds: give config=MoEConfig(...)")
     hidden = first("hidden_size") or next((p.shape[-1] for p in experts.parameters()), 1)
-    return MoEConfig(
-        hidden_size=hidden,
-        n_routed_experts=n_experts,
-        num_experts_per_tok=min(first("num_experts_per_tok") or 1, n_experts),
-        topk_method="unknown",
-    )
+    return MoEConfig.of_sizes(hidden, n_experts, min(first("num_experts_per_tok") or 1, n_experts))
 
 
 def with_sizes(config: MoEConfig, n_chosen: int) -> MoEConfig:
     """`config` where it says that many experts per token; else its sizes alone, with what was recorded."""
     if config.num_experts_per_tok == n_chosen:
         return config
-    return MoEConfig(
-        hidden_size=config.hidden_size,
-        n_routed_experts=max(config.n_routed_experts, n_chosen),
-        num_experts_per_tok=n_chosen,
-        topk_method="unknown",
-    )
+    return MoEConfig.of_sizes(config.hidden_size, max(config.n_routed_experts, n_chosen), n_chosen)

@@ -444,8 +444,9 @@ def test_counts_of_a_long_step_stay_exact():
     balance = BiasBalance(0.01).attach(model)
     counter, (name, *_) = balance._counter, balance._homes
     for load in (2.0**24, 1.0):
-        counter._here.pending.append((name, torch.full((E,), load)))  # as forwards of so many tokens leave it
-        counter._settle(counter._here)
+        running = counter._threads.here
+        running.pending.append((name, torch.full((E,), load)))  # as forwards of so many tokens leave it
+        counter._settle(running)
     assert set(counter.take()[name].tolist()) == {2.0**24 + 1}, "float32 has no such number"
 
 

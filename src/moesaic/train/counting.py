@@ -16,6 +16,7 @@ from moesaic.hf.spread import shared_by
 from moesaic.layer.balance import expert_load
 from moesaic.trace.recording.calls import IDLE, listening
 from moesaic.trace.recording.forwards import bodies_in, models_in, read_arguments, token_mask
+from moesaic.trace.recording.running import Running, Threads
 from moesaic.trace.recording.watch import observe
 from moesaic.train.ranks import has_ranks
 from moesaic.types import Routing
@@ -40,8 +41,7 @@ class LoadCounter:
         self.heard = False  # whether a forward of this rank counted in what `take` gave last
         self._sum: Loads = {}
         self._lock = threading.Lock()  # held while that changes
-        self._home = threading.get_ident()
-        self._running: dict[int, Running] = {}  # by thread
+        self._threads = Threads()
         self._copies = shared_by(model)
         self._hooks = ExitStack()
         experts = {x.name: x.experts for x in layers if x.origin == "experts" and x.experts is not None}
@@ -59,9 +59,8 @@ class LoadCounter:
         Starts again from zero. Every rank has to call it: it is one all-reduce, of all layers together. A batch that
         ranks of tensor parallelism share counts once, unless a `group` says who shares none.
         """
-        for running in tuple(self._running.values()):
-            if not running.depth:
-                self._settle(running)
+        for running in self._threads.ended():
+            self._settle(running)
         with self._lock:
             loads = {name: self._sum.pop(name, None) for name in self.layers}
         self.heard = any(load is not None for load in loads.values())
@@ -91,7 +90,7 @@ class LoadCounter:
         """Drop what was counted on this rank since the last take."""
         with self._lock:
             self._sum.clear()
-            for running in tuple(self._running.values()):
+            for running in self._threads.all():
                 running.pending.clear()
 
     def remove(self) -> None:
@@ -102,7 +101,7 @@ class LoadCounter:
 
     def open(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
         """A call of the model begins."""
-        running = self._here
+        running = self._threads.here
         if not running.depth:
             self._settle(running)
             counts = model.training == self.training and (torch.is_grad_enabled() or not self.training)
@@ -113,7 +112,7 @@ class LoadCounter:
     def close(self, output: Any, *, failed: bool) -> None:
         """It is over, by an error if `failed`."""
         del output
-        running = self._here
+        running = self._threads.here
         if not running.depth:  # it began before anybody counted
             return
         running.depth -= 1
@@ -127,27 +126,23 @@ class LoadCounter:
     ) -> None:
         """A call begins whose end nobody will tell. Its layers say whether they train."""
         del positions
-        running = self._here
+        running = self._threads.here
         if running.depth:
             return
         known = token_mask(tokens, mask)
-        if known is None and nested and running.forward is not None and not running.heard:
+        if known is None and nested and running.forward is not None and running.silent:
             known = running.forward.mask  # it is a part of the call that began last
         self._settle(running)
         running.forward = Forward(False if self.training and flag & IDLE else None, known)
-        running.heard = False
-
-    @property
-    def _here(self) -> "Running":
-        return self._running.setdefault(threading.get_ident(), Running())
+        running.silent = True
 
     def _count(self, name: str, routing: Routing) -> None:
-        layer, running = self.layers[name], self._here
-        running.heard = True
+        layer, running = self.layers[name], self._threads.here
+        running.silent = False
         forward = running.forward or Forward()
         if not (self._trains(layer) if forward.counts is None else forward.counts):
             return
-        if running.forward is None and threading.get_ident() != self._home:
+        if running.forward is None and not self._threads.at_home:
             warnings.warn(REPLICA, stacklevel=2)
         ids, n_experts = routing.expert_ids.detach(), layer.config.n_routed_experts
         if forward.mask is not None and len(forward.mask) == len(ids):  # else padding was cut out, or a part ran alone
@@ -159,7 +154,7 @@ class LoadCounter:
         module = layer.router if layer.experts is None else layer.experts
         return module is not None and module.training == self.training
 
-    def _settle(self, running: "Running") -> None:
+    def _settle(self, running: Running) -> None:
         """Add what is pending: its forward came to an end."""
         with self._lock:
             for name, load in running.pending:
@@ -175,16 +170,6 @@ class Forward(NamedTuple):
 
     counts: bool | None = None
     mask: Bool[Tensor, " T"] | None = None
-
-
-class Running:
-    """What runs in one thread."""
-
-    def __init__(self) -> None:
-        self.depth = 0  # calls of models, inside each other
-        self.forward: Forward | None = None
-        self.heard = False  # whether a layer has run in it
-        self.pending: list[tuple[str, Tensor]] = []  # loads of the forward that runs
 
 
 REPLICA = (

@@ -1,9 +1,7 @@
 """The forwards that run, one in a thread, and what their layers have given until now."""
 
 import threading
-
-from moesaic.trace.recording.forwards import Forward
-from moesaic.trace.recording.kept import Rows
+from typing import Any
 
 LOOPED = (
     "layer {name!r} runs several times in one call of the model, on as many tokens: a record has no place for passes "
@@ -15,9 +13,9 @@ class Running:
     """What runs in one thread."""
 
     def __init__(self) -> None:
-        self.forward: Forward | None = None
+        self.forward: Any = None  # what the watcher knows of the call
         self.depth = 0  # calls of models, inside each other
-        self.pending: list[Rows] = []  # of the forward that runs
+        self.pending: list[Any] = []  # what its layers have given
         self.silent = False  # it began in a graph, and no layer has said whom it chose
         self.unheard = 0  # forwards that stayed so to their end
         self.ran: set[str] = set()  # layers, in the call that runs
@@ -37,7 +35,7 @@ class Running:
 
 
 class Threads:
-    """`here` is what runs in the calling thread; `home` is the thread that the record was begun in."""
+    """`here` is what runs in the calling thread; `home` is the thread in which watching began."""
 
     def __init__(self) -> None:
         self.home = threading.get_ident()
@@ -51,11 +49,14 @@ class Threads:
     def at_home(self) -> bool:
         return threading.get_ident() == self.home
 
+    def all(self) -> tuple[Running, ...]:
+        return tuple(self._running.values())
+
     def ended(self) -> list[Running]:
         """Of all threads, those in which no call of a model is known to run."""
-        return [running for running in tuple(self._running.values()) if not running.depth]
+        return [running for running in self.all() if not running.depth]
 
     @property
     def unheard(self) -> int:
         """Compiled calls in which no layer said anything."""
-        return sum(running.unheard for running in tuple(self._running.values()))
+        return sum(running.unheard for running in self.all())

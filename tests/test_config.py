@@ -147,6 +147,12 @@ def test_from_hf_reads_a_folder(tmp_path):
     assert MoEConfig.from_hf(tmp_path) == MoEConfig.from_hf(hf_config) == MoEConfig.from_hf(hf_config.to_dict())
 
 
+def test_a_family_without_experts_here_is_dense():
+    dense = CONFIG_MAPPING["granitemoehybrid"](num_local_experts=0)
+    with pytest.raises(ValueError, match="model_type='granitemoehybrid' has no experts"):
+        MoEConfig.from_hf(dense)
+
+
 def test_from_hf_refuses_what_it_cannot_know(tmp_path):
     with pytest.raises(ValueError, match="not an MoE model"):
         MoEConfig.from_hf({"model_type": "llama", "hidden_size": 64})

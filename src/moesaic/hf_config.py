@@ -37,7 +37,7 @@ def read_family(source: Any, known: set[str]) -> dict[str, Any]:
     """The fields in `known` that a Hugging Face config, or a plain object or dict like one, sets."""
     given = {name: value for name, value in text_part(source).items() if value is not None}
     model_type = given.get("model_type", "")
-    if not any(name in given for name in ALIASES["n_routed_experts"]):
+    if not names_experts(given):
         raise ValueError(
             f"model_type={model_type!r} has no experts (no {', '.join(ALIASES['n_routed_experts'])}): not an MoE model"
         )
@@ -64,7 +64,12 @@ def text_part(source: Any) -> dict[str, Any]:
     given = _as_dict(source)
     inner = given.get("text_config")
     has_parts = isinstance(inner, Mapping) or hasattr(inner, "to_dict")
-    return _as_dict(inner) if has_parts and not any(given.get(name) for name in ALIASES["n_routed_experts"]) else given
+    return _as_dict(inner) if has_parts and not names_experts(given) else given
+
+
+def names_experts(given: Mapping[str, Any]) -> bool:
+    """Whether a config says, by any of its names, that there are experts."""
+    return any(given.get(name) for name in ALIASES["n_routed_experts"])
 
 
 def _given(given: Mapping[str, Any], names: set[str]) -> dict[str, Any]:

@@ -6,10 +6,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from moesaic.families import ALIASES
 from moesaic.hf.added_bias import restore_bias
 from moesaic.hf.modules import moe_layers
-from moesaic.hf_config import read_config_json, text_part
+from moesaic.hf_config import names_experts, read_config_json, text_part
 
 TINY = Path(__file__).parents[1] / "assets" / "tiny"  # the trained model that is shipped
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
@@ -99,7 +98,7 @@ def check_is_moe(folder: Path) -> None:
             f"{folder}: not a model folder: it has no config.json: give the folder of a Hugging Face model"
         )
     given = text_part(read_config_json(folder))
-    if not any(given.get(name) for name in ALIASES["n_routed_experts"]):
+    if not names_experts(given):
         kind = given.get("model_type", "unknown")
         raise ValueError(f"{folder}: not an MoE model: the config of this {kind!r} model names no experts")
 

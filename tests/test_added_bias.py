@@ -154,6 +154,31 @@ def test_our_own_router_gets_one_too():
     assert moe_layers(layer)[0].config == layer.gate.config, "not the block's, which has no bias"
 
 
+class Gate(torch.nn.Module):
+    """A router of one's own, which returns a Routing."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config, self.weight = config, torch.nn.Parameter(torch.randn(8, 16))
+
+    def forward(self, x):
+        return ms.route(x @ self.weight.T, None, self.config)
+
+
+def test_the_output_of_a_router_keeps_its_kind():
+    config = ms.MoEConfig.preset(
+        "qwen3-moe", hidden_size=16, moe_intermediate_size=8, n_routed_experts=8, num_experts_per_tok=2
+    )
+    block = torch.nn.Module()
+    block.gate, block.experts, block.config = Gate(config), ms.Experts(config), config
+    add_bias(block)
+    block.gate.get_buffer(BIAS)[5] = 10.0
+    routing = block.gate(torch.randn(4, 16))
+    assert isinstance(routing, ms.Routing)
+    assert (routing.expert_ids == 5).any(-1).all()
+    assert (routing.weights.sum(-1) - 1).abs().max() < 1e-6
+
+
 def assert_derived(trace):
     """What was recorded follows from the recorded logits and biases by the rule that the record names."""
     assert trace.bias.any()

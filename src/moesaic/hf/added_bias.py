@@ -169,7 +169,7 @@ def _give(added: AddedBias) -> None:
     router.register_forward_hook(_select_again)
 
 
-def _select_again(router: nn.Module, _args: tuple, output: Any) -> tuple:
+def _select_again(router: nn.Module, _args: tuple, output: Any) -> Any:
     """The router's output with picks by biased scores and their unbiased weights in the places of its own."""
     found = read_router(router, output)
     rule = added_rule(router)
@@ -178,7 +178,7 @@ def _select_again(router: nn.Module, _args: tuple, output: Any) -> tuple:
     assert routing is not None  # proven when the bias was added
     ids = routing.expert_ids.to(found.ids.dtype).view(found.ids.shape)
     weights = routing.weights.to(found.weights.dtype).view(found.weights.shape)
-    return tuple(ids if item is found.ids else weights if item is found.weights else item for item in output)
+    return found.put(output, ids=ids, weights=weights)
 
 
 def _routed(found: RouterOutput, bias: Tensor | None, rule: MoEConfig) -> Routing | None:

@@ -31,6 +31,13 @@ class RouterOutput(NamedTuple):
     ids: Tensor
     place: int | None
 
+    def put(self, output: Any, *, ids: Tensor | None = None, weights: Tensor | None = None) -> Any:
+        """`output`, which this was read from, of its own kind and with others in their places."""
+        ids = self.ids if ids is None else ids
+        weights = self.weights if weights is None else weights
+        items = (ids if item is self.ids else weights if item is self.weights else item for item in output)
+        return type(output)(*items) if hasattr(output, "_replace") else type(output)(items)
+
 
 def as_logits(router: nn.Module | None, scores: Tensor) -> Tensor:
     """What a router gives as its logits; of probabilities the logarithm, which is the logits up to a constant of each

@@ -158,7 +158,7 @@ def after_router(
         )
     ids = found.ids.flatten(0, -2)
     if not torch.is_grad_enabled():
-        return _with(output, found.weights, torch.ops.moesaic.balance_count(key, ids, found.weights, n_experts))
+        return found.put(output, weights=torch.ops.moesaic.balance_count(key, ids, found.weights, n_experts))
     if not found.logits.requires_grad:
         return None
     routing = Routing(found.logits.flatten(0, -2), found.weights.flatten(0, -2), ids)
@@ -166,13 +166,7 @@ def after_router(
     asked = {"sequence": {"sequences": sequences}, "global_batch": {"load": load}}.get(kind, {})
     loss = LOSSES[kind](routing, config, mask=mask, **asked, **options)
     weights, _ = torch.ops.moesaic.balance_inject(key, found.weights, loss)
-    return _with(output, found.weights, weights)
-
-
-def _with(output: Any, weights: Tensor, copy: Tensor) -> Any:
-    """What a router returned, with a copy of the weights in their place."""
-    items = (copy if item is weights else item for item in output)
-    return type(output)(*items) if hasattr(output, "_replace") else type(output)(items)
+    return found.put(output, weights=weights)
 
 
 def after_model(model: nn.Module, args: tuple, kwargs: dict, output: Any, *, attribute: str) -> Any:

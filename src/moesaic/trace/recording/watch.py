@@ -138,9 +138,7 @@ def _after_router(module: nn.Module, _args: Any, output: Any) -> Any:
     used = reported(key, found.ids, found.weights, found.logits)
     if used is found.ids or found.place is None:
         return None
-    if hasattr(output, "_replace"):
-        return output._replace(**{output._fields[found.place]: used})
-    return tuple(used if place == found.place else item for place, item in enumerate(output))
+    return found.put(output, ids=used)
 
 
 _hooks: dict[nn.Module, tuple[int, RemovableHandle]] = {}  # module -> how many watch it, and the one hook

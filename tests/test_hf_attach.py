@@ -177,6 +177,36 @@ def test_where_there_is_nothing_to_attach_to_attach_says_so(model, reason):
         ms.attach(model())
 
 
+class Int8Tensor(torch.Tensor):
+    """Stands for a quantised weight of torchao: it holds other tensors, and says that it is float32."""
+
+    @staticmethod
+    def __new__(cls, shape):
+        return torch.Tensor._make_wrapper_subclass(cls, shape, dtype=torch.float32)
+
+    def __tensor_flatten__(self):
+        return [], None
+
+    @staticmethod
+    def __tensor_unflatten__(_inner, _context, size, _stride):
+        return Int8Tensor(size)
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.detach.default:
+            return args[0]
+        raise NotImplementedError(func)
+
+
+def test_weights_that_only_say_that_they_are_floats_are_refused_at_once():
+    model = eager(loud("qwen3_moe"))
+    experts = experts_of(model)[1]
+    experts.down_proj = nn.Parameter(Int8Tensor(experts.down_proj.shape), requires_grad=False)
+    with pytest.raises(ValueError, match=r"holds down_proj as Int8Tensor: moesaic cannot serve it, use experts_impl"):
+        ms.attach(model)
+    assert model.config._experts_implementation == "eager"
+
+
 def test_experts_that_are_quantised_are_named_with_their_dtype():
     class FP8Experts(nn.Module):
         def __init__(self):

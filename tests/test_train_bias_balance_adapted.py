@@ -5,9 +5,10 @@ import warnings
 
 import pytest
 import torch
-from hf_models import tiny, token_ids
+from hf_models import eager, loud, relative, tiny, token_ids
 from torch import nn
 
+import moesaic as ms
 from moesaic.hf.added_bias import BIAS
 from moesaic.hf.modules import moe_layers
 from moesaic.train.bias_balance import BiasBalance
@@ -37,10 +38,9 @@ class PeftModel(nn.Module):
     def __init__(self, model: nn.Module, *, modules_to_save: str = "") -> None:
         super().__init__()
         for module in list(model.modules()):
-            if isinstance(part := module._modules.get(modules_to_save), nn.Module) and hasattr(part, "weight"):
+            part = module._modules.get(modules_to_save)
+            if part is not None and (modules_to_save != "mlp" or hasattr(part, "experts")):
                 setattr(module, modules_to_save, ModulesToSaveWrapper(part))
-            elif modules_to_save == "mlp" and hasattr(module._modules.get("mlp"), "experts"):
-                module.mlp = ModulesToSaveWrapper(module.mlp)
         self.base_model = nn.Module()
         self.base_model.model = model
         self.config, self.peft_config = model.config, {"default": None}
@@ -82,6 +82,15 @@ def test_a_block_that_is_saved_whole_is_one_layer():
     balance.step()
     assert list(balance.load) == [layer.name for layer in moe_layers(tiny("deepseek_v3"))]
     assert all(load.sum() == ids.numel() * 4 for load in balance.load.values())
+
+
+def test_experts_that_are_saved_whole_are_served():
+    model, ids = PeftModel(eager(loud("qwen3_moe")), modules_to_save="experts"), token_ids()
+    expected, copies = model(input_ids=ids).logits, [layer.experts for layer in moe_layers(model)]
+    ms.attach(model)
+    assert relative(model(input_ids=ids).logits, expected) < 1e-5
+    assert len(copies) == 3
+    assert all("_moesaic" in vars(copy) for copy in copies)
 
 
 @pytest.mark.parametrize("wrapped", [False, True])

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._python_dispatch import _disable_current_modes, is_traceable_wrapper_subclass
 
 from moesaic.engine.checks import DTYPES, autocasts
 from moesaic.engine.select import select_engine
@@ -92,8 +92,11 @@ def forget(module: nn.Module) -> None:
 
 
 def is_on_seam(module: nn.Module) -> bool:
-    """True for an experts module that takes its implementation from its config by name."""
-    return all(hasattr(module, name) for name in SEAM)
+    """True for an experts module that takes its implementation from its config by name.
+
+    PEFT's wrapper of one that is trained and saved whole lends its copy's attributes, and is none.
+    """
+    return "modules_to_save" not in module._modules and all(hasattr(module, name) for name in SEAM)
 
 
 def serve(module: Any) -> Served:
@@ -109,10 +112,21 @@ def serve(module: Any) -> Served:
             raise _refusal(module, f"has no {name}")
         if weight.dtype not in DTYPES:
             raise _refusal(module, f"holds {name} in {weight.dtype}")
+        if _is_packed(weight):
+            raise _refusal(module, f"holds {name} as {type(weight).__name__}")
     held = [name for name, _ in [*module.named_parameters(), *module.named_buffers()]]
     if unknown := [name for name in held if name.removeprefix("parametrizations.").split(".")[0] not in names]:
         raise _refusal(module, f"holds {', '.join(unknown)} beside the usual weights")
     return Served(understand(module), module.has_bias)
+
+
+def _is_packed(weight: Tensor) -> bool:
+    """A subclass that holds other tensors and calls itself bfloat16, as torchao's quantised ones do."""
+    if not is_traceable_wrapper_subclass(weight):
+        return False
+    from torch.distributed.tensor import DTensor  # 1 s of imports
+
+    return not isinstance(weight, DTensor)  # FSDP2's, which is plain while a layer runs
 
 
 def understand(module: Any) -> ExpertSpec:

@@ -54,6 +54,15 @@ def test_a_layer_and_a_gate_are_models_too():
     assert gate[0].experts is None
 
 
+def test_experts_that_two_gates_share_are_refused_and_a_layer_that_is_there_twice_is_one():
+    first, second = DeepseekV3MoE(v3(16, 4, 2, 4)), DeepseekV3MoE(v3(16, 4, 2, 4))
+    second.experts = first.experts
+    with pytest.raises(ValueError, match=r"^0 and 1 share their experts and not their router: which of them chose"):
+        moe_layers(nn.Sequential(first, second))
+    second.gate = first.gate
+    assert [layer.name for layer in moe_layers(nn.Sequential(first, second))] == ["0"]
+
+
 def test_of_a_family_that_is_not_known_the_sizes_are_read_and_a_given_config_stands_in(monkeypatch):
     model = tiny("mixtral")
     config = MoEConfig.from_hf(model.config)

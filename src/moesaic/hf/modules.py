@@ -98,22 +98,27 @@ def check_model(model: object) -> None:
 def blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Module | None, nn.Module]]:
     """(name, block, router, experts) of every block that holds `experts` that are one module, in forward order.
 
-    Names are those of the model without wrappers: a compiled or adapted layer keeps the name it had.
+    Names are those of the model without wrappers: a compiled or adapted layer keeps the name it had. ValueError where
+    two routers share their experts, which are told ids and not whose.
     """
-    seen = set()
+    seen: dict[int, tuple[str, nn.Module | None]] = {}
     for path, holder in model.named_modules():
         if "original_module" in path.split("."):  # PEFT keeps it beside the copy that it trains
             continue
         block = unwrapped(holder)
         for experts in _experts_in(block):
-            if id(experts) in seen:
-                continue
             router = _router_in(block, experts)
-            if router is None and not is_on_seam(experts):
+            name = ".".join(part for part in path.split(".") if part not in WRAPPED).removeprefix(ADAPTED)
+            first, its_router = seen.get(id(experts), (name, router))
+            if router is not its_router and None not in (router, its_router):
+                raise ValueError(
+                    f"{first} and {name} share their experts and not their router: which of them chose an expert "
+                    "cannot be told"
+                )
+            if id(experts) in seen or (router is None and not is_on_seam(experts)):
                 continue
-            seen.add(id(experts))
-            parts = [part for part in path.split(".") if part not in WRAPPED]
-            yield ".".join(parts).removeprefix(ADAPTED), block, router, experts
+            seen[id(experts)] = name, router
+            yield name, block, router, experts
 
 
 def unwrapped(module: nn.Module) -> nn.Module:

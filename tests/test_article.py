@@ -13,9 +13,12 @@ from typing import Any
 import pytest
 import torch
 from oracles import densify
+from transformers import DeepseekV3Config
 
 from moesaic.article import ASSETS, MoEGate, create_moe_config, demo_moe_gate
 from moesaic.config import MoEConfig
+from moesaic.layer.experts import Experts
+from moesaic.layer.moe import DeepseekV3MoE, MoE
 from moesaic.layer.router import Router
 from moesaic.trace.store import Trace
 
@@ -145,6 +148,19 @@ def test_gate_takes_the_articles_config_and_returns_its_pair(capsys):
     torch.testing.assert_close(topk_weight.sum(1), torch.ones(24))
     assert isinstance(gate, Router)
     assert gate.state_dict().keys() == {"weight", "e_score_correction_bias"}
+
+
+@pytest.mark.parametrize("part", [Router, Experts, MoE, DeepseekV3MoE])
+@pytest.mark.parametrize("config", [create_moe_config(), DeepseekV3Config(), {"hidden_size": 8}], ids=type)
+def test_our_own_parts_say_how_to_read_the_articles_config_and_those_of_transformers(part, config):
+    kind = type(config).__name__
+    with pytest.raises(ValueError, match=rf"config is of class {kind}: give MoEConfig\.from_hf\(config\), .*moe_int"):
+        part(config)
+
+
+def test_the_articles_config_makes_a_layer():
+    config = MoEConfig.from_hf(create_moe_config(), moe_intermediate_size=16)
+    assert DeepseekV3MoE(config, device="meta").experts.down_proj.shape == (256, 7168, 16)
 
 
 def test_gate_trains_and_takes_what_the_articles_could_not():

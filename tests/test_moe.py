@@ -219,6 +219,11 @@ def test_classic_layer_is_the_first_seed():
         torch.testing.assert_close(out[t], expected)
 
 
+def test_classic_layer_takes_the_options_of_every_layer():
+    layer = MoE.classic(8, 12, 5, 6, 2, recompute=True, device="meta", dtype=torch.bfloat16)
+    assert (layer.experts.recompute, layer.gate.weight.is_meta, layer.gate.weight.dtype) == (True, True, torch.bfloat16)
+
+
 @pytest.mark.parametrize(("experts", "groups", "kept", "k"), GRID)
 def test_layer_equals_the_definition_token_by_token(experts, groups, kept, k):
     layer = DeepseekV3MoE(v3(experts, groups, kept, k)).double()

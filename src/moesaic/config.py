@@ -250,6 +250,15 @@ class MoEConfig:
             raise ValueError("n_shared_experts=0 has nothing to gate or to size: use n_shared_experts=1")
 
 
+def check_is_config(config: object) -> None:
+    """ValueError for a Hugging Face config or the article's, whose missing fields would else be named one by one."""
+    if not isinstance(config, MoEConfig):
+        raise ValueError(
+            f"config is of class {type(config).__name__}: give MoEConfig.from_hf(config), for a layer of a config that "
+            "has no size of its experts with moe_intermediate_size=..."
+        )
+
+
 def digest_of(fields: Mapping[str, Any]) -> str:
     """Twelve hexadecimal digits of fields as they stand, whether this version has more of them or not."""
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:12]

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from moesaic.config import MoEConfig
+from moesaic.config import MoEConfig, check_is_config
 from moesaic.engine.select import check_engine, select_engine
 from moesaic.engine.spec import ExpertSpec
 from moesaic.types import ExpertWeights
@@ -43,6 +43,7 @@ class Experts(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        check_is_config(config)
         if config.moe_intermediate_size is None:
             raise ValueError("moe_intermediate_size=None makes a gate without experts: give the width of an expert")
         self.config = config

@@ -50,11 +50,11 @@ class MoE(nn.Module):
         *,
         activation: str = "relu",
         bias: bool = False,
-        engine: str = "auto",
+        **options: Any,
     ) -> "MoE":
         """The classic MoE: top-k on the logits, softmax over the k kept, experts of two plain layers.
 
-        `output_dim` may differ from `input_dim`.
+        `output_dim` may differ from `input_dim`. options: those of MoE.
         """
         config = MoEConfig.preset(
             "classic",
@@ -66,7 +66,7 @@ class MoE(nn.Module):
             hidden_act=activation,
             expert_bias=bias,
         )
-        return cls(config, engine=engine)
+        return cls(config, **options)
 
     def forward(self, x: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch O"]:
         tokens = x.reshape(-1, x.shape[-1])  # [T, D]

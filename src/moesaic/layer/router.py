@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from moesaic.config import MoEConfig
+from moesaic.config import MoEConfig, check_is_config
 from moesaic.engine.checks import autocasts
 from moesaic.engine.route_op import run_route
 from moesaic.layer.balance import expert_load
@@ -35,6 +35,7 @@ class Router(nn.Module):
 
     def __init__(self, config: MoEConfig, *, device: Any = None, dtype: torch.dtype | None = None) -> None:
         super().__init__()
+        check_is_config(config)
         self.config = config
         n_experts = config.n_routed_experts
         self.weight = nn.Parameter(torch.empty(n_experts, config.hidden_size, device=device, dtype=dtype))

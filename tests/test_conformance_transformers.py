@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers
 from hf_every_family import families, tiny_of
-from hf_models import FAMILIES, tiny
+from hf_models import FAMILIES, seeing_model, tiny
 from packaging.version import Version
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
 
@@ -77,6 +77,14 @@ def test_the_released_sizes_of_deepseek_v3_are_judged_from_its_config_alone(tmp_
     assert gate.name == "DeepseekV3TopkRouter model.layers.3.mlp"
     assert gate.config == MoEConfig.from_hf({**sizes, "moe_intermediate_size": 2048, "n_shared_experts": 1})
     assert find(str(tmp_path / "config.json")).config == gate.config
+
+
+def test_a_model_that_sees_is_judged_from_its_config_alone(tmp_path):
+    config = seeing_model().config
+    config.save_pretrained(tmp_path)
+    gate = find(str(tmp_path))
+    assert gate.name == "Qwen3VLMoeTextTopKRouter model.language_model.layers.0.mlp"
+    assert gate.config == MoEConfig.from_hf(config)
 
 
 def test_a_folder_gives_its_real_gate_with_its_bias():

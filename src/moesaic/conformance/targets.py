@@ -15,7 +15,7 @@ from moesaic.conformance.building import gate_of_class, ours, router_in
 from moesaic.conformance.gates import FunctionGate, Gate, ModuleGate, replace
 from moesaic.conformance.verdict import GateRaised, NotApplicable, gate_code, in_one_line, plain_torch
 from moesaic.families import ALIASES, PRESETS
-from moesaic.hf.load import load_moe, quietly
+from moesaic.hf.load import auto_class, load_moe, quietly
 from moesaic.hf.modules import MoELayer, added_rule, moe_layers
 from moesaic.hf_config import read_config_json
 from moesaic.layer.router import Router
@@ -214,11 +214,12 @@ def build(path: Path) -> nn.Module:
     given = read_config_json(path)
     if not given.get("model_type"):
         raise ValueError(f"{file}: names no model_type: give the config.json of a Hugging Face model")
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     with quietly(), torch.device("meta"):
         try:
             kind = given.pop("model_type")
-            return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **given))
+            config = AutoConfig.for_model(kind, **given)
+            return auto_class(config).from_config(config)
         except Exception as error:  # transformers raises many kinds
             raise ValueError(f"{file}: no model can be built ({in_one_line(error)})") from None

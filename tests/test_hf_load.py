@@ -73,7 +73,8 @@ def refused(folder, message):
 
 
 def test_a_folder_that_is_not_there(tmp_path):
-    refused(tmp_path / "nowhere", "no such folder")
+    refused(tmp_path / "nowhere", "no such folder: give the folder of a Hugging Face model$")
+    refused("Qwen/Qwen3-30B-A3B", "nothing is downloaded here: hf download Qwen/Qwen3-30B-A3B --local-dir FOLDER$")
     (tmp_path / "file").touch()
     refused(tmp_path / "file", "is a file, not a folder")
 

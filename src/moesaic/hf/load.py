@@ -92,7 +92,7 @@ def check_is_moe(folder: Path) -> None:
     """Refuse from config.json alone what is no MoE model: a dense one may take minutes to load."""
     if not folder.is_dir():
         what = "is a file, not a folder" if folder.exists() else "no such folder"
-        raise ValueError(f"{folder}: {what}: give the folder of a Hugging Face model")
+        raise ValueError(f"{folder}: {what}: give the folder of a Hugging Face model{_how_to_get(folder)}")
     if not (folder / "config.json").exists():
         raise ValueError(
             f"{folder}: not a model folder: it has no config.json: give the folder of a Hugging Face model"
@@ -101,6 +101,11 @@ def check_is_moe(folder: Path) -> None:
     if not names_experts(given):
         kind = given.get("model_type", "unknown")
         raise ValueError(f"{folder}: not an MoE model: the config of this {kind!r} model names no experts")
+
+
+def _how_to_get(folder: Path) -> str:
+    looks_like_hub = len(folder.parts) == 2 and not folder.parent.exists()  # owner/name
+    return f"; nothing is downloaded here: hf download {folder} --local-dir FOLDER" if looks_like_hub else ""
 
 
 @contextmanager

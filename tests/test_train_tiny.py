@@ -24,7 +24,7 @@ from moesaic.train.checkpoints import Checkpoints, last_checkpoint
 from moesaic.train.data import Document
 from moesaic.train.evaluate import DomainResult, HeldOut, Report
 from moesaic.train.monitor.run_log import read_log
-from moesaic.train.muon import orthogonal
+from moesaic.train.muon import Muon, orthogonal
 from moesaic.train.training import Recipe, train
 
 SHORT = Recipe(steps=3, warmup_steps=1, evaluate_every=1, held_out_windows=1)
@@ -298,6 +298,15 @@ def test_a_batch_that_cannot_hold_the_shares_is_refused():
         ValueError, match="batch_size=7 does not hold whole windows of every domain: use a multiple of 10"
     ):
         Recipe(batch_size=7)
+
+
+def test_muon_takes_the_matrices_of_experts_and_spares_routers_whatever_a_block_calls_them():
+    nn, block = torch.nn, torch.nn.Module()
+    block.router, block.experts = ms.Router(v3(4, 1, 1, 2)), ms.Experts(v3(4, 1, 1, 2))
+    matrices, beside, vectors = Muon(nn.Sequential(nn.Embedding(8, 32), block, nn.Linear(32, 8)), lr=1.0).param_groups
+    assert [p.ndim for p in matrices["params"]] == [3, 3, 2]
+    assert [tuple(p.shape) for p in beside["params"]] == [(8, 32), (4, 32)]
+    assert [p.ndim for p in vectors["params"]] == [1]
 
 
 @pytest.mark.parametrize("shape", [(8, 5), (5, 8), (3, 6, 6), (2, 3, 4, 9)])

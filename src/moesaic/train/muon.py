@@ -4,6 +4,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from moesaic.hf.modules import blocks
+
 
 class Muon(torch.optim.Optimizer):
     """Momentum whose matrices are made orthogonal before each step (K. Jordan, 2024; scaled as in arXiv 2502.16982).
@@ -18,9 +20,11 @@ class Muon(torch.optim.Optimizer):
 
     def __init__(self, model: nn.Module, *, lr: float, weight_decay: float = 0.1) -> None:
         kinds: dict[str, list[nn.Parameter]] = {"matrix": [], "embedding": [], "vector": []}
-        embedding = {id(part.weight) for part in model.modules() if isinstance(part, nn.Embedding)}
-        for name, parameter in model.named_parameters():
-            is_matrix = parameter.ndim > 1 and id(parameter) not in embedding and not name.endswith("gate.weight")
+        routers = [router for _, _, router, _ in blocks(model) if router is not None]
+        apart = [*routers, *(part for part in model.modules() if isinstance(part, nn.Embedding))]
+        spared = {id(parameter) for part in apart for parameter in part.parameters()}
+        for parameter in model.parameters():
+            is_matrix = parameter.ndim > 1 and id(parameter) not in spared
             kinds["matrix" if is_matrix else "embedding" if parameter.ndim > 1 else "vector"].append(parameter)
         groups = [
             {"params": kinds["matrix"], "is_matrix": True, "lr": lr, "weight_decay": weight_decay},

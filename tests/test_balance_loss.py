@@ -392,6 +392,20 @@ def test_wrong_use_is_one_clear_error():
     assert not hooked(model)
 
 
+def test_a_router_of_ours_with_a_forward_of_its_own_is_not_taken_for_what_its_config_says():
+    class Router(ms.Router):
+        def forward(self, x):
+            logits = x @ self.weight.T
+            weights, ids = logits.div(2).softmax(-1).topk(2)
+            return Routing(logits, weights, ids)
+
+    model = OwnLayers()
+    model.layers[1].gate = Router(model.layers[1].config).double()
+    with pytest.raises(ValueError, match=r"layers\.1: how Router scores is not known here, .*moesaic\.layer\.losses"):
+        BalanceLoss("switch", 0.1).attach(model)
+    assert not hooked(model)
+
+
 def test_a_bias_that_is_added_afterwards_would_swallow_the_gradient_and_is_an_error():
     model, batch = model_of(), batch_of()
     balance = attached("switch", model)

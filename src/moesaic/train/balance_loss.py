@@ -14,6 +14,7 @@ from transformers import TrainerCallback
 from moesaic.config import MoEConfig
 from moesaic.hf.modules import MoELayer, added_rule, moe_layers
 from moesaic.layer.losses import LOSSES, devices, reachable
+from moesaic.layer.router import Router
 from moesaic.trace.recording.calls import listening
 from moesaic.trace.recording.forwards import bodies_in, models_in
 from moesaic.train.balance_operators import after_model, after_router
@@ -201,10 +202,11 @@ def _check_layer(layer: MoELayer, kind: str, options: dict[str, int]) -> None:
     """Refuse a layer whose scores cannot be told from what its router returns."""
     if layer.router is None:
         raise ValueError(f"{layer.name}: no router of its own returns the picks, so there is no loss to make of them")
-    if not layer.config.rule_is_known:
+    routes_by_itself = isinstance(layer.router, Router) and type(layer.router).forward is not Router.forward
+    if routes_by_itself or not layer.config.rule_is_known:
         raise ValueError(
             f"{layer.name}: how {type(layer.router).__name__} scores is not known here, so there is no loss to make of "
-            "it: use the model's own, where it has one"
+            "it: use the model's own, where it has one, or a function of moesaic.layer.losses on its logits"
         )
     if kind in ("device", "communication"):
         d = devices(layer.config, options.get("n_devices"))

@@ -1,5 +1,6 @@
 """Records that begin and end in several threads, forwards that run in several, and copies of a watched model."""
 
+import contextlib
 import copy
 import pickle
 import threading
@@ -45,6 +46,46 @@ def in_threads(*runs):
         thread.join()
     if errors:
         raise errors[0]
+
+
+@contextlib.contextmanager
+def compiling():
+    """Inside the block another thread makes a graph of something of its own."""
+    begun, over = threading.Event(), threading.Event()
+
+    def backend(graph, _inputs):
+        begun.set()
+        over.wait(60)
+        return graph.forward
+
+    thread = threading.Thread(target=torch.compile(lambda x: x.sin() + 1, backend=backend), args=(torch.zeros(3),))
+    thread.start()
+    assert begun.wait(60)
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+@pytest.mark.compile
+def test_what_another_thread_compiles_meanwhile_is_nothing_to_the_record():
+    """torch 2.13 says of every thread that it compiles while one does."""
+    model, other = Stack(), contextlib.ExitStack()
+
+    def forward(length, between=lambda: None):
+        model.between, once = (lambda: once and once.pop()()), [between]
+        model(torch.randn(1, length, 8))
+
+    with record(model) as rec, torch.no_grad():
+        with compiling():
+            forward(5)
+        other.enter_context(compiling())
+        forward(4, other.close)
+        forward(3, lambda: other.enter_context(compiling()))
+        other.close()
+        forward(2)
+    assert torch.bincount(rec.trace.sequences).tolist() == [5, 4, 3, 2]
 
 
 @pytest.mark.filterwarnings("ignore:a MoE layer ran in another thread")

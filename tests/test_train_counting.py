@@ -9,6 +9,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+from test_trace_record_threads import compiling
 from test_train_bias_balance import LENGTH, K, batches, small_model
 from torch import nn
 
@@ -110,6 +111,21 @@ def test_forwards_of_two_threads_at_once_each_have_their_own_padding_and_add_up(
     assert in_threads(lambda: model(**first), lambda: model(**second)) == [None, None]
     assert same(counter.take(), expected)
     assert all(load.sum() == (2 * 3 + 2 * 8) * K for load in expected.values())
+    counter.remove()
+
+
+@pytest.mark.compile
+def test_forwards_count_in_which_another_thread_begins_to_compile_and_those_after_them():
+    model, (ids, *_) = small_model().train(), batches(1)
+    expected = loads_of(model, padded(ids, 5))
+    counter = LoadCounter(model, moe_layers(model), training=True)
+    with contextlib.ExitStack() as other:
+        hook = model.model.layers[0].register_forward_pre_hook(lambda *_: other.enter_context(compiling()))
+        model(**padded(ids, 5))
+        hook.remove()
+        assert same(counter.take(), expected)
+    model(**padded(ids, 5))
+    assert same(counter.take(), expected)
     counter.remove()
 
 

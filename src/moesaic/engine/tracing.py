@@ -1,7 +1,9 @@
-"""What dynamo is told about functions of ours, without loading it."""
+"""What dynamo is told about functions of ours, without loading it, and whether it, or an export, reads one now."""
 
 from collections.abc import Callable
 from typing import TypeVar
+
+import torch
 
 F = TypeVar("F", bound=Callable)
 
@@ -13,3 +15,14 @@ def constant_in_graphs(function: F) -> F:
     """
     vars(function)["_dynamo_marked_constant"] = True
     return function
+
+
+def is_traced() -> bool:
+    """Whether a graph is made of the code that asks.
+
+    `torch.compiler.is_compiling()` is one flag of the process, and true in every thread while any of them compiles
+    (torch 2.13). This is a constant to dynamo; an export without dynamo puts its modes on the thread that it traces in.
+    """
+    return torch.compiler.is_dynamo_compiling() or (
+        torch.compiler.is_exporting() and torch._C._len_torch_dispatch_stack() > 0
+    )

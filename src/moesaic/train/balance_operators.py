@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from moesaic.config import MoEConfig
+from moesaic.engine.tracing import is_traced
 from moesaic.hf.modules import added_rule, parameters_of
 from moesaic.hf.outputs import read_router
 from moesaic.layer.losses import LOSSES
@@ -127,7 +128,7 @@ torch.library.register_autograd("moesaic::balance_note", _note_backward, setup_c
 def _key_of(module: nn.Module, attribute: str) -> Tensor | None:
     """The key of a balanced module; None where it is balanced no longer, or, in eager mode, a copy of one that is."""
     key = getattr(module, attribute, None)
-    return key if key is None or torch.compiler.is_compiling() or is_heard(key) else None
+    return key if key is None or is_traced() or is_heard(key) else None
 
 
 def after_router(

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from moesaic.engine.tracing import is_traced
 from moesaic.hf.modules import is_recompute
 from moesaic.trace.recording.forwards import read_arguments
 from moesaic.trace.recording.telling import LOCK, forget_copied, reported, telling
@@ -86,7 +87,7 @@ def _unhook(model: nn.Module) -> None:
 def _before(model: nn.Module, args: tuple, kwargs: dict | None = None) -> tuple[tuple, dict] | None:
     if kwargs is None:  # torch leaves them out where another thread takes the hook off just now
         return None
-    if torch.compiler.is_compiling():
+    if is_traced():
         return _begun_in_graph(model, args, kwargs)
     _ended.discard((threading.get_ident(), model))  # of a call that another thread began to watch in its midst
     if not is_recompute():
@@ -104,7 +105,7 @@ def mark_end(module: nn.Module, _args: tuple, _output: Any) -> None:
 
     torch hands that one None after an error, and None is also what a forward may return.
     """
-    if not torch.compiler.is_compiling():
+    if not is_traced():
         _ended.add((threading.get_ident(), module))
 
 
@@ -117,7 +118,7 @@ def came_to_end(module: nn.Module) -> bool:
 
 
 def _after(model: nn.Module, _args: tuple, output: Any) -> None:
-    if torch.compiler.is_compiling():
+    if is_traced():
         return
     failed = not came_to_end(model)
     if not is_recompute():

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from moesaic.engine.tracing import is_traced
 from moesaic.hf.modules import is_recompute
 
 # on a watched module: its number, as a tensor, so that one graph serves all layers alike
@@ -66,7 +67,7 @@ def reported(
     """
     if key is None:
         return used
-    if not torch.compiler.is_compiling():
+    if not is_traced():
         tell(key, used, first, second)
         return used
     # in float32 a value of its own: the one that goes on may stay fused with what follows, unrounded (bfloat16)

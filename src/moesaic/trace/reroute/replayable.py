@@ -2,9 +2,9 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from moesaic.engine.tracing import is_traced
 from moesaic.hf.modules import MoELayer
 from moesaic.layer.router import Router
 from moesaic.trace.depth import same_layers
@@ -76,7 +76,7 @@ def refuse_balance(router: nn.Module, name: str) -> None:
 
 
 def refuse_graph() -> None:
-    if torch.compiler.is_compiling():
+    if is_traced():
         raise ValueError(IN_GRAPH)
 
 

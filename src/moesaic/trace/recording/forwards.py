@@ -83,9 +83,9 @@ def read_arguments(model: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> 
         if not isinstance(tokens, Tensor) or tokens.dim() != 3:
             if takes_tokens(model):
                 return None
-            values = [*given.values(), *args[len(names) :]]
-            tokens = next((value for value in values if isinstance(value, Tensor)), None)
-            if tokens is None or tokens.dim() < 2 or not tokens.is_floating_point():
+            in_order = [*(given[name] for name in names if name in given), *given.values(), *args[len(names) :]]
+            tokens = next((value for value in in_order if isinstance(value, Tensor)), None)
+            if tokens is None or not (_are_states(tokens) or _are_ids(tokens)):
                 return None
     mask = given.get("attention_mask")
     if not isinstance(mask, Tensor) or mask.dim() != 2:
@@ -94,6 +94,14 @@ def read_arguments(model: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> 
     if not isinstance(positions, Tensor) or positions.dim() != 2:
         positions = None
     return Arguments(tokens, mask, cache_in(given), positions)
+
+
+def _are_states(tokens: Tensor) -> bool:
+    return tokens.dim() >= 2 and tokens.is_floating_point()
+
+
+def _are_ids(tokens: Tensor) -> bool:
+    return tokens.dim() == 2 and tokens.dtype in (torch.int32, torch.int64)
 
 
 def rows_and_length(tokens: Tensor) -> tuple[int, int]:
@@ -142,7 +150,7 @@ def describe_forward(model: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -
         found.mask,
         cached=tokens_in(found.cache) > 0,
         cache=0 if found.cache is None else id(found.cache),
-        of_tokens=takes_tokens(model),
+        of_tokens=takes_tokens(model) or not found.tokens.is_floating_point(),
     )
 
 

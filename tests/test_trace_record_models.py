@@ -1,0 +1,87 @@
+"""Records and counts of models that are not called as those of transformers are with one text."""
+
+import pytest
+import torch
+from torch import nn
+
+from moesaic.hf.modules import moe_layers
+from moesaic.layer.moe import MoE
+from moesaic.trace.recording.record import record
+from moesaic.train.balance_loss import BalanceLoss
+from moesaic.train.counting import LoadCounter
+
+IDS = torch.arange(3, 35).view(4, 8)
+MASK = torch.ones_like(IDS)
+MASK[:, :3] = 0
+
+
+class GPT(nn.Module):
+    """A model of one's own, which passes `loops` times through its layers."""
+
+    def __init__(self, loops=1):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.loops = nn.Embedding(64, 8), loops
+        self.layers = nn.ModuleList(MoE.classic(8, 8, 8, 4, 2) for _ in range(2))
+
+    def forward(self, input_ids, targets=None, attention_mask=None):  # noqa: ARG002 (what a model is called with)
+        x = self.embed(input_ids)
+        for layer in [*self.layers] * self.loops:
+            x = x + layer(x)
+        return x
+
+
+class NanoGPT(GPT):
+    def forward(self, idx, targets=None, attention_mask=None):
+        return super().forward(idx, targets, attention_mask)
+
+
+def recorded(model, **kwargs):
+    with record(model) as rec, torch.no_grad():
+        model(**kwargs)
+    return rec.trace
+
+
+@pytest.mark.filterwarnings("ignore")  # Dynamo warns of its own
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.compile)])
+def test_whatever_a_model_of_ones_own_calls_its_ids_its_rows_and_its_padding_are_known(compiled):
+    found = []
+    for model, name in ((GPT(), "input_ids"), (NanoGPT(), "idx")):
+        run = torch.compile(model, backend="aot_eager") if compiled else model
+        counter = LoadCounter(model, moe_layers(model), training=True)
+        with record(model) as rec:
+            run(targets=IDS + 1, attention_mask=MASK, **{name: IDS})
+        found.append((rec.trace.to_arrays(), counter.take()))
+        counter.remove()
+    (arrays, loads), (own_arrays, own_loads) = found
+    assert arrays["input_ids"].tolist() == IDS[:, 3:].flatten().tolist()
+    assert arrays.keys() == own_arrays.keys()
+    assert all((own_arrays[name] == array).all() for name, array in arrays.items())
+    assert all(torch.equal(own_loads[name], load) and load.sum() == 2 * 4 * 5 for name, load in loads.items())
+
+
+def test_padding_and_rows_are_known_to_its_balance_loss():
+    values = []
+    for model, name in ((GPT(), "input_ids"), (NanoGPT(), "idx")):
+        balance = BalanceLoss("sequence", 0.1).attach(model.train())
+        balance(model(attention_mask=MASK, **{name: IDS}).sum()).backward()
+        balance.step()
+        values.append({name: value.item() for name, value in balance.values.items()})
+    assert values[0] == values[1]
+
+
+def test_one_that_loops_is_refused():
+    with torch.no_grad(), pytest.raises(ValueError, match=r"'layers\.0' runs several times in one call"):
+        recorded(NanoGPT(loops=2), idx=IDS)
+
+
+def test_numbers_that_are_no_row_of_ids_are_not_taken_for_one():
+    for other in (IDS.bool(), IDS[None].expand(2, 2, -1, -1), IDS.flatten()):
+        rec = recorded(Numbers(), numbers=other)
+        assert rec.input_ids is None
+        assert rec.sequences.unique().tolist() == [0]
+
+
+class Numbers(GPT):
+    def forward(self, numbers):
+        return super().forward(numbers.long().reshape(-1, 8))

@@ -85,3 +85,36 @@ def test_numbers_that_are_no_row_of_ids_are_not_taken_for_one():
 class Numbers(GPT):
     def forward(self, numbers):
         return super().forward(numbers.long().reshape(-1, 8))
+
+
+def switch():
+    import transformers as hf
+
+    config = hf.SwitchTransformersConfig(
+        vocab_size=64, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_sparse_encoder_layers=1, num_heads=2,
+        num_experts=4, expert_capacity=64, num_decoder_layers=2, num_sparse_decoder_layers=1,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return hf.SwitchTransformersForConditionalGeneration(config)
+
+
+def test_an_encoder_and_its_decoder_are_two_records_and_padding_of_one_is_not_that_of_the_other():
+    model, batch = switch().eval(), {"input_ids": IDS, "attention_mask": MASK, "decoder_input_ids": IDS + 20}
+    with pytest.raises(ValueError, match=r"in its encoder and in its decoder, .*: record each by itself"):
+        recorded(model)
+    with record(model.get_encoder()) as encoder, record(model.get_decoder()) as decoder, torch.no_grad():
+        model(**batch)
+    assert encoder.trace.input_ids.tolist() == IDS[:, 3:].flatten().tolist()
+    assert decoder.trace.input_ids.tolist() == (IDS + 20).flatten().tolist()
+    counter = LoadCounter(model, layers := moe_layers(model), training=False)
+    model(**batch)
+    loads = counter.take()
+    counter.remove()
+    assert [int(loads[layer.name].sum()) for layer in layers] == [4 * 5, 4 * 8]
+
+
+def test_where_only_the_decoder_has_experts_the_record_is_of_its_text():
+    model = switch().eval()
+    del model.encoder.block[1]
+    trace = recorded(model, input_ids=IDS, attention_mask=MASK, decoder_input_ids=IDS + 20)
+    assert trace.input_ids.tolist() == (IDS + 20).flatten().tolist()

@@ -1,15 +1,16 @@
 """What one call of a model says about its tokens: rows of the batch, padding, token ids, prefill or decoding."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool
 from torch import Tensor, nn
 
-from moesaic.hf.modules import parameters_of
+from moesaic.hf.modules import MoELayer, parameters_of
 
 TOKEN_ARGUMENTS = ("input_ids", "inputs_embeds")
+OTHER_TEXT = "decoder_input_ids"  # who takes it too calls an encoder and a decoder, each with tokens of its own
 CACHES = ("cache", "past_key_values", "cache_params")  # the key-value cache since transformers 5.24, and before
 
 
@@ -35,8 +36,9 @@ class Forward(NamedTuple):
 
 
 def takes_tokens(module: nn.Module) -> bool:
-    """True for a model that is called with token ids or their embeddings."""
-    return any(name in TOKEN_ARGUMENTS for name in parameters_of(module))
+    """True for a model that is called with token ids or their embeddings, of one text."""
+    names = parameters_of(module)
+    return OTHER_TEXT not in names and any(name in TOKEN_ARGUMENTS for name in names)
 
 
 def models_in(model: nn.Module, *, nested: bool = False) -> list[nn.Module]:
@@ -51,6 +53,18 @@ def models_in(model: nn.Module, *, nested: bool = False) -> list[nn.Module]:
             found.append(module)
             inside |= {id(part) for part in module.modules()}
     return found or [model]
+
+
+def check_one_text(model: nn.Module, layers: Sequence[MoELayer]) -> None:
+    """ValueError where layers lie in an encoder and in its decoder."""
+    for module in model.modules():
+        if OTHER_TEXT in parameters_of(module):
+            parts = [set(part.modules()) for part in models_in(module)]
+            if sum(any(layer.block in part for layer in layers) for part in parts) > 1:
+                raise ValueError(
+                    f"{type(module).__name__} has MoE layers in its encoder and in its decoder, which read two texts, "
+                    "and a record holds one: record each by itself (get_encoder(), get_decoder())"
+                )
 
 
 def bodies_in(model: nn.Module, layers: Iterable[nn.Module]) -> list[nn.Module]:

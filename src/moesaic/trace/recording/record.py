@@ -10,6 +10,7 @@ from torch import nn
 from moesaic.config import MoEConfig
 from moesaic.hf.modules import moe_layers
 from moesaic.trace.file.limits import check_names, check_seed
+from moesaic.trace.recording.forwards import check_one_text
 from moesaic.trace.recording.recorder import Recorder
 from moesaic.trace.recording.stream import streaming
 from moesaic.trace.recording.watch import DETAILS
@@ -38,14 +39,15 @@ def record(
     written, and what is left out of the file is kept in a folder that the error names.
 
     Raises ValueError, before anything runs, where `model` has no MoE layer whose picks can be seen, or, for "scores",
-    one of them has no router that can be, or where `to` cannot be written; and at the end of the block where a compiled
-    model was called and none of its layers was heard.
+    one of them has no router that can be, where they lie in an encoder and in its decoder, or where `to` cannot be
+    written; and at the end of the block where a compiled model was called and none of its layers was heard.
     """
     if detail not in DETAILS:
         raise ValueError(f"detail={detail!r} is unknown: use {', '.join(map(repr, DETAILS[:-1]))} or {DETAILS[-1]!r}")
     check_seed(seed)
     check_names(labels)
     layers = moe_layers(model, config)
+    check_one_text(model, layers)
     with ExitStack() as stack:
         streamed = None if to is None else stack.enter_context(streaming(Path(to)))
         recorder = Recorder(model, layers, detail, labels, seed, tokenizer, streamed)

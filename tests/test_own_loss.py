@@ -17,7 +17,7 @@ BALANCING = {"bias": lambda: ms.BiasBalance(1e-3, add_bias=True), "loss": lambda
 class SFTConfig:
     """As in TRL, whose trainers turn the loss on by it."""
 
-    router_aux_loss_coef: float = 0.001
+    router_aux_loss_coef: float | None = None
 
 
 def begin(callback, model, args):
@@ -46,12 +46,15 @@ def test_the_models_own_loss_is_told_where_it_is_on(balancing):
 @pytest.mark.parametrize("balancing", BALANCING)
 def test_with_trl_its_arguments_decide(balancing):
     callback, model = BALANCING[balancing](), model_of("qwen3_moe")
-    assert begin(callback, model, SFTConfig()) == [
-        "Qwen3MoeForCausalLM adds a balancing loss of its own, router_aux_loss_coef is 0.001: set "
-        "router_aux_loss_coef=0.0 in SFTConfig, unless both are meant"
-    ]
-    model.config.output_router_logits = True
-    assert not begin(callback, model, SFTConfig(0.0))
+    model.config.router_aux_loss_coef = 0.002
+    for on in (False, True):
+        model.config.output_router_logits = on  # SFT sets it; DPO, KTO and GRPO ask in each call
+        for given, coefficient in ((0.001, 0.001), (None, 0.002)):
+            assert begin(callback, model, SFTConfig(given)) == [
+                f"Qwen3MoeForCausalLM adds a balancing loss of its own, router_aux_loss_coef is {coefficient}: set "
+                "router_aux_loss_coef=0.0 in SFTConfig, unless both are meant"
+            ]
+        assert not begin(callback, model, SFTConfig(0.0))
     assert not begin(callback, model_of("deepseek_v3"), SFTConfig())  # there is no such loss in its family
 
 

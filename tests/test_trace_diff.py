@@ -7,9 +7,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cases import configs, v3
+from cases import METHODS, configs, v3
 from hf_models import tiny, token_ids
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from rich.console import Console
 
@@ -22,7 +22,7 @@ from moesaic.trace.compare.judge import VERDICTS
 from moesaic.trace.recording.record import record
 from moesaic.trace.reroute.what_if import what_if
 from moesaic.trace.rule.derive import derive
-from moesaic.trace.rule.margins import margin_between, rounding_bound
+from moesaic.trace.rule.margins import lead_of, margin_between, rounding_bound
 from moesaic.trace.store import Trace
 
 CONFIG = v3(32, 4, 2, 4)
@@ -344,6 +344,45 @@ def test_exact_ties_are_counted_apart():
     picks[0, 10:20] = torch.tensor([2, 0], dtype=torch.int16)  # these do not tie
     found = diff(a, replace(a, picks=picks))
     assert (found.by_layer()[0].flips, found.by_layer()[0].ties) == (20, 10)
+
+
+def test_ties_and_margins_are_those_of_first_splits():
+    """What follows a split has other hidden states: its ties explain nothing, and nobody derives its scores."""
+    config = v3(8, 1, 1, 2)
+    logits = torch.randn(2, 6, 8).sort(-1, descending=True).values
+    logits[:, :, 2] = logits[:, :, 1]
+    a = traced(logits, torch.zeros(2, 8), config, sequences=torch.tensor([0, 0, 0, 1, 1, 1]))
+    picks = a.picks.clone()
+    for layer, token in ((0, 1), (1, 0), (1, 1), (1, 2), (1, 5)):  # 1 and 2 follow the split of layer 0
+        picks[layer, token] = torch.tensor([0, 2], dtype=torch.int16)
+    found = diff(a, replace(a, picks=picks))
+    assert [(layer.flips, layer.ties) for layer in found.by_layer()] == [(1, 1), (4, 2)]
+    assert torch.equal(found.ties, found.origins)
+    assert torch.equal(found.margins.isfinite(), found.origins)
+    assert "exact ties among the first splits: 3" in found.sentences()
+
+
+@pytest.mark.parametrize("method", METHODS)
+@given(configs(), st.integers(0, 99), st.sampled_from([0, 1, 4]))
+def test_experts_that_lead_are_those_of_the_rule(method, config, seed, steps):
+    """`steps` a unit of score: few make ties, of which nothing is claimed."""
+    generator = torch.Generator().manual_seed(seed)
+    assume("K/M" not in method or config.num_experts_per_tok % config.topk_group == 0)
+    config = replace(config, **METHODS[method])
+    scores = torch.randn(40, config.n_routed_experts, generator=generator)
+    scores = (scores * steps).round() / steps if steps else scores
+    ids = rules.select(scores, config)
+    ids[:10] = rules.select(scores + 0.1 * torch.randn(scores.shape, generator=generator), config)[:10]
+    ids[10], scores[11, 0] = config.n_routed_experts, torch.nan
+    derived = derive(scores, None, config, ids, scores)
+    one_more = torch.cat([derived["masked"], torch.full((40, 1), -torch.inf)], -1)  # where every expert is taken
+    best = one_more.topk(config.num_experts_per_tok + 1, dim=-1).values.double()
+    gap = best[:, -2] - best[:, -1]
+    same = (ids.sort(-1).values == derived["derived_ids"].sort(-1).values).all(-1)
+    lead = lead_of(scores, ids, config)
+    assert same[lead > 0].all()
+    assert torch.equal(lead[lead > 0], gap[lead > 0])
+    assert (lead > 0)[same & (gap > 0) & ~scores.isnan().any(-1)].all()
 
 
 def test_tokens_with_missing_experts_are_counted_apart_and_never_healthy():

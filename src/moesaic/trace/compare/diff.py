@@ -18,9 +18,9 @@ from moesaic.trace.store import Trace
 class LayerDiff(NamedTuple):
     """One layer of a Diff. Counts are of tokens; what is not known is None.
 
-    origins: where the picks of a and of b were read. flips: other experts; ties: flips between scores that tie
-    exactly; incomplete: fewer experts in one of the two; compared: tokens without the incomplete ones. margin: median
-    at the flips that nothing before explains.
+    origins: where the picks of a and of b were read. flips: other experts; incomplete: fewer experts in one of the
+    two; compared: tokens without the incomplete ones. ties, margin: of the flips that nothing before explains, those
+    between scores that tie exactly and the median of Diff.margins.
     weight_difference: the largest between equal sets, relative to the token's largest weight. score_difference: of
     the logits of tokens that had not parted before, root mean square, relative to that of the logits.
     """
@@ -42,8 +42,8 @@ class Diff:
 
     flips, ties, incomplete: bool [L, T], see LayerDiff. origins: flips before which no token of the same text up to
     this one had parted, bool [L, T]; later ones follow from other hidden states. first_split: int64 [T], the first
-    layer with a flip, or L. margins: float32 [L, T], how far scores were from the other choice, NaN where there is no
-    flip; None where no scores were recorded, or by a rule that is not known. read_at: per layer, where the picks of a
+    layer with a flip, or L. margins: float32 [L, T], how far scores were from the other choice, NaN where `origins` is
+    False; None where no scores were recorded, or by a rule that is not known. read_at: per layer, where the picks of a
     and of b were read. missing: MoE layers without data in either. checked: whether token ids were there to prove that
     the tokens are the same. notes_en, notes_zh: sentences on that.
     """
@@ -100,7 +100,7 @@ class Diff:
                 flips=int(self.flips[i].sum()),
                 ties=int(self.ties[i].sum()),
                 incomplete=int(self.incomplete[i].sum()),
-                margin=None if self.margins is None else _median(self.margins[i][self.origins[i]]),
+                margin=None if self.margins is None else _median(self.margins[i]),
                 weight_difference=_of_layer(self.weight_differences, i),
                 score_difference=_of_layer(self.score_differences, i),
             )
@@ -122,7 +122,7 @@ class Diff:
             "flipped_share": finite(self.share),
             "flipped_tokens_share": finite(self.token_share),
             "first_splits": split.tolist(),
-            "margin": None if self.margins is None else _median(self.margins[self.origins]),
+            "margin": None if self.margins is None else _median(self.margins),
             "layers": [entry._asdict() for entry in self.by_layer()],
         }
 
@@ -206,7 +206,8 @@ def _compare_layer(
     counts = [(rows < a.n_experts).sum(-1) for rows in ids]
     incomplete = counts[0] != counts[1]
     flips = (ordered[0].values != ordered[1].values).any(-1) & ~incomplete
-    finding = explain_layer(a, b, layer, precision, flips)
+    origins = flips & ~parted
+    finding = explain_layer(a, b, layer, precision, origins)
     weights, apart = None, None
     if a.weights is not None and b.weights is not None:
         same = ~flips & ~incomplete
@@ -221,10 +222,10 @@ def _compare_layer(
         weights, apart = apart.max(), apart[same & ~parted]
     row = {
         "flips": flips,
-        "ties": flips & finding.tied,
+        "ties": finding.tied,
         "incomplete": incomplete,
-        "origins": flips & ~parted,
-        "margins": None if finding.margins is None else finding.margins.masked_fill(~flips, torch.nan),
+        "origins": origins,
+        "margins": finding.margins,
         "weight_differences": weights,
         "score_differences": _score_difference(a, b, layer, ~parted),
     }

@@ -17,7 +17,7 @@ WORDS = {
         "flips": "other experts: {share:.2%} of (layer, token) pairs, {tokens:.1%} of {n:,} tokens in some layer",
         "first": "first split: {layer}, token {token}",
         "margin": "margin at the splits: median {margin:.2g}",
-        "ties": "exact ties among the flips: {n}",
+        "ties": "exact ties among the first splits: {n}",
         "incomplete": "fewer experts in one of the two: {n}, not compared",
         "columns": (
             "layer", "flips", "share", "exact\nties", "margin\n(median)", "weights\ndiffer by", "scores\ndiffer by",
@@ -33,7 +33,7 @@ WORDS = {
         "flips": "专家不同：占（层，token）的 {share:.2%}；{n:,} 个 token 中有 {tokens:.1%} 在某层不同",
         "first": "最先分歧：{layer}，token {token}",
         "margin": "分歧处的差距：中位数 {margin:.2g}",
-        "ties": "其中 {n} 处分歧是完全并列",
+        "ties": "最初分歧中有 {n} 处是完全并列",
         "incomplete": "一方专家较少的（层，token）有 {n} 个，不参与比较",
         "columns": ("层", "分歧", "比例", "完全\n并列", "差距\n（中位数）", "权重\n相差", "分数\n相差"),
     },

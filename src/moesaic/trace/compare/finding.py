@@ -29,8 +29,8 @@ NOT_OWN = {"en": "its picks do not follow from its scores by its rule", "zh": "æ
 class Finding(NamedTuple):
     """What the scores of one layer say, per token; None where they say nothing.
 
-    why: for each trace why nothing can be derived from it, or None. tied: the other choice is one of exact ties.
-    margins: how far scores were from the other choice, the smaller of both. near: rounding explains that.
+    why: for each trace why nothing can be derived from it, or None. Of first splits alone: tied: the other choice is
+    one of exact ties; margins: how far scores were from it, the smaller of both; near: rounding explains that.
     broken: the picks of one do not follow from its scores by the other's rule. weights_broken: nor do its weights.
     weights_apart: relative differences of weights of tokens with equal sets and an equal past.
     """
@@ -44,8 +44,8 @@ class Finding(NamedTuple):
     weights_apart: Tensor | None = None
 
 
-def explain_layer(a: Trace, b: Trace, layer: int, precision: torch.dtype, flips: Tensor) -> Finding:
-    """What the scores of a layer say about the choices of both traces. `flips` [T]: where they differ."""
+def explain_layer(a: Trace, b: Trace, layer: int, precision: torch.dtype, origins: Tensor) -> Finding:
+    """What the scores of a layer say about the choices of both traces. `origins` [T]: where they first split."""
     finding = Finding((None, None), torch.zeros(len(a), dtype=torch.bool, device="cpu"))
     why = [why_not_derived(trace, layer) for trace in (a, b)]
     own = [None if reason else _against(trace, trace, layer) for reason, trace in zip(why, (a, b), strict=True)]
@@ -57,7 +57,7 @@ def explain_layer(a: Trace, b: Trace, layer: int, precision: torch.dtype, flips:
         if share_of(found[0]) > OWN:
             why[side] = NOT_OWN
             continue
-        finding = _seen_from(finding, mine, other, layer, precision, flips.nonzero().flatten())
+        finding = _seen_from(finding, mine, other, layer, precision, origins.nonzero().flatten())
         if other.logits is None:
             continue
         strays, off = (same_rule and own[1 - side]) or _against(mine, other, layer)

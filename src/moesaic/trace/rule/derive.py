@@ -9,7 +9,7 @@ from torch import Tensor
 
 from moesaic import rules
 from moesaic.config import MoEConfig
-from moesaic.trace.rule.margins import chosen, same_experts
+from moesaic.trace.rule.margins import chosen, lead_of, same_experts
 from moesaic.trace.rule.stages import BIAS_NOT_RECORDED, NOT_RECORDED, RULE_UNKNOWN
 from moesaic.trace.store import Trace
 
@@ -72,24 +72,29 @@ def follows(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Which recorded ids [T, K] follow from logits by a rule: (scores [T, E], derived ids [T, K], same, allowed).
 
-    same: the derived set is the recorded one, bool [T]. allowed: that, or it differs by exact ties only, or, where a
-    `tolerance` is given, by what it allows: it is called with the stages of those tokens, their ids and the config.
+    same: the derived set is the recorded one, bool [T], and its ids are in the order of the record. allowed: that, or
+    it differs by exact ties only, or, where a `tolerance` is given, by what it allows: it is called with the stages of
+    those tokens, their ids and the config.
     """
     scores = rules.score(logits, config).float()
-    derived_ids = rules.select(scores if bias is None else scores + bias, config)
-    same = same_experts(ids, derived_ids)
+    choice = scores if bias is None else scores + bias
+    derived_ids, same = ids.clone(), lead_of(choice, ids, config) > 0
     allowed = same.clone()
     if len(rows := (~same).nonzero().flatten()):  # few: all the stages are derived for these alone
-        derived = derive(logits[rows], bias, config, ids[rows])
+        derived = derive(logits[rows], bias, config, ids[rows], scores[rows])
+        derived_ids[rows] = derived["derived_ids"]
+        same[rows] = same_experts(ids[rows], derived_ids[rows])
         allowed[rows] = compare(derived, ids[rows], None, config).experts
         if tolerance is not None:
             allowed[rows] |= tolerance(derived, ids[rows], config)
     return scores, derived_ids, same, allowed
 
 
-def derive(logits: Tensor, bias: Tensor | None, config: MoEConfig, expert_ids: Tensor) -> dict[str, Tensor]:
-    """All stages of `rules.route` by key, for logits [T, E] and the recorded ids [T, K]."""
-    scores = rules.score(logits, config).float()
+def derive(
+    logits: Tensor, bias: Tensor | None, config: MoEConfig, expert_ids: Tensor, scores: Tensor | None = None
+) -> dict[str, Tensor]:
+    """All stages of `rules.route` by key, for logits [T, E] and the recorded ids [T, K]; `scores` where at hand."""
+    scores = rules.score(logits, config).float() if scores is None else scores
     biased = scores if bias is None else scores + bias.cpu().float()
     out = {"logits": logits.float(), "scores": scores, "biased": biased, "masked": biased}
     if config.limits_groups:
@@ -130,7 +135,10 @@ def compare(
     tied = _margin_is_nil(derived["masked"], config.num_experts_per_tok)
     if "group_scores" in derived:
         tied |= _margin_is_nil(derived["group_scores"], config.topk_group)
-    experts = same | (tied & _allowed_by_ties(derived, expert_ids, config))
+    experts = same.clone()
+    if len(rows := (tied & ~same).nonzero().flatten()):
+        ranked = {name: derived[name][rows] for name in ("biased", "group_scores") if name in derived}
+        experts[rows] = _allowed_by_ties(ranked, expert_ids[rows], config)
     if weights is None:
         return Check(experts, torch.ones_like(experts), tied)
     return Check(experts, weights_follow(derived["scaled"], weights, tolerance), tied)
@@ -172,15 +180,19 @@ def _could_be_best(values: Tensor, taken: Tensor, k: int) -> Tensor:
 def _least_kept(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k-th largest of each row, [T, 1], and by how much another may differ and still tie with it."""
     least = values.nan_to_num(nan=torch.inf).topk(k, dim=-1).values[:, -1:]
-    return least, 4 * 2.0**-23 * least.abs().clamp(min=torch.finfo(torch.float32).tiny)
+    return least, _slack(least)
+
+
+def _slack(least: Tensor) -> Tensor:
+    return 4 * 2.0**-23 * least.abs().clamp(min=torch.finfo(torch.float32).tiny)
 
 
 def _margin_is_nil(values: Tensor, k: int) -> Tensor:
     if k >= values.shape[-1]:
         return torch.zeros(len(values), dtype=torch.bool, device="cpu")
-    least, slack = _least_kept(values, k)
-    best_left = values.nan_to_num(nan=torch.inf).topk(k + 1, dim=-1).values[:, -1:]
-    return ((least - best_left <= slack) & best_left.isfinite()).squeeze(-1)
+    best = values.nan_to_num(nan=torch.inf).topk(k + 1, dim=-1).values
+    least, best_left = best[:, -2], best[:, -1]
+    return (least - best_left <= _slack(least)) & best_left.isfinite()
 
 
 def weight_tolerance(dtype: torch.dtype | None) -> float:

@@ -71,6 +71,8 @@ def test_a_layer_that_is_not_there_is_named():
     [
         ({"weights": torch.zeros(1)}, r"weights of the trace has shape \(1,\), not \(2, 12, 2\)"),
         ({"picks": torch.full((2, 12, 2), 9, dtype=torch.int16)}, r"picks of the trace lie outside 0\.\.8"),
+        ({"picks": torch.zeros(2, 12, dtype=torch.int16)}, r"picks of the trace have shape \(2, 12\): three axes"),
+        ({"offsets": torch.tensor([[2, 1]] * 12)}, "offsets end before they begin"),
         ({"layers": ("a",)}, "2 layers of picks, 1 names and 2 configs"),
     ],
 )

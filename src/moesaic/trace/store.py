@@ -17,7 +17,16 @@ from moesaic.versions import versions
 
 FORMAT = "moesaic-trace"
 FORMAT_VERSION = 1
-TENSORS = ("picks", "weights", "logits", "bias", "input_ids", "sequences", "phases", "offsets")
+TENSORS = {  # name -> axes (a letter of L layers, T tokens, K experts a token, E experts, or a number), dtype in memory
+    "picks": ("LTK", None),  # by the number of experts: `id_dtype`
+    "weights": ("LTK", torch.float32),
+    "logits": ("LTE", torch.float32),
+    "bias": ("LE", torch.float32),
+    "input_ids": ("T", torch.int64),
+    "sequences": ("T", torch.int64),
+    "phases": ("T", torch.uint8),
+    "offsets": ("T2", torch.int64),
+}
 TYPES = {"U8": "<u1", "I16": "<i2", "I32": "<i4", "I64": "<i8", "F32": "<f4"}  # as safetensors and numpy call them
 PHASES = ("prefill", "decode")  # a text read at once, training included, and tokens fed one by one to a cache
 ORIGINS = ("experts", "router", "derived", "imported")  # handed to the experts; returned by the router; ...
@@ -59,20 +68,13 @@ class Trace:
     versions: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        n_layers, n_tokens, _ = self.picks.shape
-        shapes = {
-            "weights": tuple(self.picks.shape),
-            "logits": (n_layers, n_tokens, self.n_experts),
-            "bias": (n_layers, self.n_experts),
-            "input_ids": (n_tokens,),
-            "sequences": (n_tokens,),
-            "phases": (n_tokens,),
-            "offsets": (n_tokens, 2),
-        }
-        for name, shape in shapes.items():
-            tensor = getattr(self, name)
-            if tensor is not None and tuple(tensor.shape) != shape:
-                raise ValueError(f"{name} of the trace has shape {tuple(tensor.shape)}, not {shape}")
+        if self.picks.dim() != 3:
+            raise ValueError(f"picks of the trace have shape {tuple(self.picks.shape)}: three axes are due")
+        n_layers, n_tokens, k = self.picks.shape
+        sizes = {"L": n_layers, "T": n_tokens, "K": k, "E": self.n_experts, "2": 2}
+        for name, (axes, _) in TENSORS.items():
+            if (tensor := getattr(self, name)) is not None and tensor.shape != (due := tuple(sizes[a] for a in axes)):
+                raise ValueError(f"{name} of the trace has shape {tuple(tensor.shape)}, not {due}")
         if not len(self.layers) == len(self.configs) == n_layers:
             raise ValueError(f"{n_layers} layers of picks, {len(self.layers)} names and {len(self.configs)} configs")
         if not self.origins:
@@ -190,7 +192,7 @@ class Trace:
         """The same trace over some of its tokens: a slice, indices or a boolean mask. Sequences keep their numbers
         and labels."""
         index = torch.arange(len(self), device="cpu")[tokens]
-        axis = {"picks": 1, "weights": 1, "logits": 1, "input_ids": 0, "sequences": 0, "phases": 0, "offsets": 0}
+        axis = {name: axes.index("T") for name, (axes, _) in TENSORS.items() if "T" in axes}
         present = {name: t for name in axis if (t := getattr(self, name)) is not None}
         return dataclasses.replace(self, **{name: t.index_select(axis[name], index) for name, t in present.items()})
 
@@ -207,8 +209,8 @@ class Trace:
 
 
 def check_tokens(trace: Trace) -> None:
-    """ValueError for numbers of sequences, tokens or phases, or labels, that no trace file may hold."""
-    from moesaic.trace.file.limits import check_labels, check_range
+    """ValueError for numbers of sequences, tokens or phases, offsets or labels, that no trace file may hold."""
+    from moesaic.trace.file.limits import check_labels, check_offsets, check_range
 
     for name in ("sequences", "input_ids", "phases"):
         if (numbers := getattr(trace, name)) is not None and len(numbers):
@@ -216,6 +218,8 @@ def check_tokens(trace: Trace) -> None:
                 raise ValueError(f"{name} of {name_of(numbers)} were given: give whole numbers")
             check_range(name, int(numbers.min()), int(numbers.max()), trace.n_experts)
     check_labels(trace.labels, trace.n_sequences)
+    if trace.offsets is not None:
+        check_offsets(trace.offsets)
 
 
 def stacked_biases(biases: Sequence[Tensor | None], configs: Sequence[MoEConfig]) -> Tensor | None:

@@ -9,16 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from moesaic.strict_json import parsed
 from moesaic.trace.file.about import about, fields_of
-from moesaic.trace.file.limits import MOST_HEADER, check_labels, check_offsets, check_range
+from moesaic.trace.file.limits import MOST_HEADER, check_labels, check_range
 from moesaic.trace.file.parts import Column, of_tensor, unwritable
 from moesaic.trace.file.reader import is_trace
 from moesaic.trace.shown import visible
 from moesaic.trace.store import FORMAT, FORMAT_VERSION, TENSORS, TYPES, Trace
-
-FLOATS = ("weights", "logits", "bias")
 
 
 def save(trace: Trace, path: str | Path) -> None:
@@ -27,8 +26,6 @@ def save(trace: Trace, path: str | Path) -> None:
     path = target(path)
     try:
         columns = {name: of_tensor(t) for name in TENSORS if (t := getattr(trace, name)) is not None}
-        if trace.offsets is not None:
-            check_offsets(trace.offsets)
     except ValueError as error:
         raise _unreadable(path, error) from None
     write(path, columns, trace)
@@ -63,7 +60,7 @@ def _head(columns: Mapping[str, Column], like: Trace) -> bytes:
     header: dict[str, Any] = {"__metadata__": metadata}
     end = 0
     for name, column in columns.items():
-        if (column.dtype == "F32") != (name in FLOATS):
+        if (column.dtype == "F32") != (TENSORS[name][1] is torch.float32):
             raise ValueError(
                 f"{name} are {'floats' if column.dtype == 'F32' else 'whole numbers'}: give the other kind"
             )

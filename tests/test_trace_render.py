@@ -102,6 +102,7 @@ def test_sparklines_reach_from_least_to_greatest():
     assert sparkline(torch.tensor([-torch.inf, 1.0, 2.0])) == " ▁█"
     assert sparkline(torch.full((3,), 2.0)) == "▁▁▁"
     assert sparkline(torch.full((2,), torch.nan)) == "  "
+    assert sparkline(torch.tensor([3.0, 4.0]), low=0.0) == "▆█"
     assert len(sparkline(torch.randn(256))) == 16
     assert sparkline(torch.zeros(64).index_fill(0, torch.tensor([63]), 1.0))[-1] == "█"
 

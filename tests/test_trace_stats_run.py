@@ -17,6 +17,7 @@ from moesaic import rules
 from moesaic.trace.chance.placement import distinct_places, place_experts, read_placement
 from moesaic.trace.compare.diff_table import diff_table
 from moesaic.trace.reroute.what_if_table import what_if_table
+from moesaic.trace.shown import sparkline
 from moesaic.trace.statistics.measures import MEANINGS, meaning
 from moesaic.trace.statistics.stats import layer_report, stats
 from moesaic.trace.statistics.tables import stats_tables
@@ -390,6 +391,13 @@ def test_a_run_in_the_console_is_its_verdict_and_a_hint():
     run = stats(scored(n_tokens=400))
     assert repr(run) == run.verdict() + "\n(more: .layers, .values, .load, .to_dict(), .verdict('zh'))"
     assert repr(run.layers[0]) == "LayerReport(layers.0: within chance; see .load, .measures, .hot, .starved, .dead)"
+
+
+def test_what_is_printed_by_rich_is_the_verdict_and_the_tables_with_the_load_of_every_expert():
+    run = stats(dataclasses.replace(scored(n_tokens=400), missing=("model.layers.9.mlp",)))
+    for text in (shown(run, 80), run._repr_html_(), shown(run.table("zh"), 80)):
+        assert all(sparkline(torch.from_numpy(report.load), low=0.0) in text for report in run.layers)
+    assert shown(run).startswith(run.verdict())
 
 
 def test_a_language_without_words_is_refused():

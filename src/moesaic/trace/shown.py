@@ -4,11 +4,12 @@ import math
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from html import escape
 from typing import Any
 
 from rich import box
+from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 from torch import Tensor
@@ -121,8 +122,9 @@ def words_of(words: dict[str, Any], lang: str) -> Any:
     return words[lang]
 
 
-def sparkline(values: Tensor, width: int = SPARK_WIDTH) -> str:
-    """Values as bars of eight heights between their least and greatest; longer rows are pooled by their maximum."""
+def sparkline(values: Tensor, width: int = SPARK_WIDTH, low: float | None = None) -> str:
+    """Values as bars of eight heights between their least, or `low`, and greatest; longer rows are pooled by their
+    maximum."""
     numbers = values.flatten().tolist()
     if len(numbers) > width:
         step = math.ceil(2 * len(numbers) / width)
@@ -130,7 +132,8 @@ def sparkline(values: Tensor, width: int = SPARK_WIDTH) -> str:
     finite = [v for v in numbers if math.isfinite(v)]
     if not finite:
         return " " * len(numbers)
-    low, span = min(finite), max(finite) - min(finite) or 1.0
+    low = min(finite) if low is None else low
+    span = max(finite) - low or 1.0
     return "".join(SPARKS[int((v - low) / span * 7.999)] if math.isfinite(v) else " " for v in numbers)
 
 
@@ -193,21 +196,31 @@ def console_table(
     return table
 
 
-def html_of(part: Callable[[str], str], lang: str = "en") -> str:
-    """A result for a notebook: no scripts, nothing loaded; `part` in one language, the other folded below."""
-    other = "zh" if lang == "en" else "en"
-    name = {"en": "English", "zh": "中文"}[other]
-    return (
-        f'<div style="font-size:13px;line-height:1.4"><div lang="{lang}">{part(lang)}</div>'
-        f'<details><summary>{name}</summary><div lang="{other}">{part(other)}</div></details></div>'
-    )
+class Shown:
+    """A result that shows its `table(lang)`: on a console, and in a notebook, Chinese folded below; no scripts, nothing
+    loaded, every text escaped."""
+
+    def table(self, lang: str = "en") -> Group:
+        raise NotImplementedError
+
+    def __rich__(self) -> Group:
+        return self.table()
+
+    def _repr_html_(self) -> str:
+        en, zh = ("".join(map(_html, self.table(lang).renderables)) for lang in ("en", "zh"))
+        return (
+            f'<div style="font-size:13px;line-height:1.4"><div lang="en">{en}</div>'
+            f'<details><summary>中文</summary><div lang="zh">{zh}</div></details></div>'
+        )
 
 
-def html_said(title: str, sentences: Iterable[str], colour: str = "#777") -> str:
-    """A title and sentences beside a coloured line, escaped."""
-    said = "".join(f"<div>{escape(visible(sentence))}</div>" for sentence in sentences)
-    style = f"border-left:4px solid {colour};padding-left:8px"
-    return f'<div style="{style}"><b>{escape(visible(title))}</b>{said}</div>'
+def _html(part: Any) -> str:
+    """A text or a table of a group."""
+    if not isinstance(part, Table):
+        return "".join(f"<div>{escape(visible(line))}</div>" for line in str(part).splitlines())
+    rows = zip(*(map(str, column.cells) for column in part.columns), strict=True)
+    title, caption = (f"<div>{escape(visible(str(said)))}</div>" if said else "" for said in (part.title, part.caption))
+    return title + html_table([str(column.header) for column in part.columns], rows) + caption
 
 
 def html_table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -5,13 +5,14 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+from rich.console import Group
 from torch import Tensor
 
 from moesaic.trace.compare.aligned import aligned, notes_of_both, tokens_checked, without_data
 from moesaic.trace.compare.finding import Finding, explain_layer
 from moesaic.trace.compare.judge import Judgement, judge, precision_of
 from moesaic.trace.rule.derive import dtype_of, slices
-from moesaic.trace.shown import counted, finite, listed
+from moesaic.trace.shown import Shown, counted, finite, listed
 from moesaic.trace.store import Trace
 
 
@@ -37,7 +38,7 @@ class LayerDiff(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Diff:
+class Diff(Shown):
     """Where two traces of the same tokens route differently. Tokens lie in the order of a.
 
     flips, ties, incomplete: bool [L, T], see LayerDiff. origins: flips before which no token of the same text up to
@@ -132,15 +133,10 @@ class Diff:
 
         return sentences(self, lang)
 
-    def __rich__(self) -> Any:
+    def table(self, lang: str = "en") -> Group:
         from moesaic.trace.compare.diff_table import diff_table
 
-        return diff_table(self)
-
-    def _repr_html_(self) -> str:
-        from moesaic.trace.compare.diff_table import diff_html
-
-        return diff_html(self)
+        return diff_table(self, lang)
 
 
 def diff(a: Trace, b: Trace, *, precision: str | None = None, done: Callable[[int], None] = lambda _: None) -> Diff:

@@ -4,7 +4,7 @@ from rich.console import Group
 from rich.text import Text
 
 from moesaic.trace.compare.diff import Diff
-from moesaic.trace.shown import console_table, counted, html_of, html_said, html_table, short_layers, visible, words_of
+from moesaic.trace.shown import console_table, counted, short_layers, visible, words_of
 
 WORDS = {
     "en": {
@@ -39,10 +39,6 @@ WORDS = {
     },
 }  # fmt: skip
 
-COLOURS = {
-    "identical": "#2e7d32", "near-ties": "#2e7d32", "different scores": "#c62828", "different rule": "#c62828",
-}  # fmt: skip
-
 
 def sentences(found: Diff, lang: str = "en") -> list[str]:
     """The verdict, how much differs and where it begins, the reasons, then what is not known of the records."""
@@ -70,17 +66,6 @@ def diff_table(found: Diff, lang: str = "en") -> Group:
     """One row a layer below the names of the two, and the sentences under it."""
     table = console_table(words_of(WORDS, lang)["columns"], _rows(found, lang))
     return Group(Text(_names(found), style="dim"), table, *(Text(line) for line in sentences(found, lang)))
-
-
-def diff_html(found: Diff, lang: str = "en") -> str:
-    """The same for a notebook."""
-    colour = COLOURS.get(found.verdict, "#777")
-
-    def part(lang: str) -> str:
-        said = html_said(_names(found), sentences(found, lang), colour)
-        return said + html_table(words_of(WORDS, lang)["columns"], _rows(found, lang))
-
-    return html_of(part, lang)
 
 
 def _names(found: Diff) -> str:

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from rich.console import Group
 from torch import Tensor
 
 from moesaic.trace.chance.bands import balance_numbers
@@ -16,12 +17,12 @@ from moesaic.trace.rule.derive import check_can_derive, slices
 from moesaic.trace.rule.distinct import check_distinct
 from moesaic.trace.rule.given import check_trace
 from moesaic.trace.rule.margins import chosen
-from moesaic.trace.shown import finite, missing_notes, origin_notes
+from moesaic.trace.shown import Shown, finite, missing_notes, origin_notes
 from moesaic.trace.store import Trace
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class WhatIf:
+class WhatIf(Shown):
     """A trace routed again by another rule, beside the one that was recorded.
 
     before: the record. trace: the same tokens with the experts and weights of the other rule, a Trace like any other.
@@ -114,15 +115,10 @@ class WhatIf:
 
         return sentences(self, lang)
 
-    def __rich__(self) -> Any:
+    def table(self, lang: str = "en") -> Group:
         from moesaic.trace.reroute.what_if_table import what_if_table
 
-        return what_if_table(self)
-
-    def _repr_html_(self) -> str:
-        from moesaic.trace.reroute.what_if_table import what_if_html
-
-        return what_if_html(self)
+        return what_if_table(self, lang)
 
 
 def what_if(

@@ -6,7 +6,7 @@ from rich.console import Group
 from rich.text import Text
 
 from moesaic.trace.reroute.what_if import WhatIf
-from moesaic.trace.shown import console_table, html_of, html_said, html_table, short_layers, words_of
+from moesaic.trace.shown import console_table, short_layers, words_of
 
 WORDS = {
     "en": {
@@ -109,16 +109,6 @@ def what_if_table(found: WhatIf, lang: str = "en") -> Group:
     pairs = [index for index, cells in enumerate(zip(*rows, strict=True)) if index and "->" in "".join(cells)]
     table = console_table(heads, rows, caption=words_of(WORDS, lang)["pairs"], folds=pairs)
     return Group(table, *(Text(line) for line in sentences(found, lang)))
-
-
-def what_if_html(found: WhatIf, lang: str = "en") -> str:
-    """The same for a notebook."""
-
-    def part(lang: str) -> str:
-        caption = f'<div style="color:#777">{words_of(WORDS, lang)["pairs"].replace(">", "&gt;")}</div>'
-        return html_said(found.before.model, sentences(found, lang)) + html_table(*_cells(found, lang)) + caption
-
-    return html_of(part, lang)
 
 
 def _cells(found: WhatIf, lang: str) -> tuple[list[str], list[list[str]]]:

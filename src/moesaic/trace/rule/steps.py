@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+from rich.console import Group
 from torch import Tensor
 
 from moesaic import rules
@@ -26,7 +27,7 @@ from moesaic.trace.rule.stages import (
     shapes_of,
     worded,
 )  # fmt: skip
-from moesaic.trace.shown import counted, origin_notes, short_layer
+from moesaic.trace.shown import Shown, counted, origin_notes, short_layer
 from moesaic.trace.store import Trace
 
 
@@ -53,7 +54,7 @@ class Step:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Steps(Sequence[Step]):
+class Steps(Shown, Sequence[Step]):
     """The 15 stages of one token, in order, and whose they are.
 
     layer, token: the layer's name and the number of the token. origin: where its picks were read (see Trace.origins).
@@ -85,15 +86,11 @@ class Steps(Sequence[Step]):
         missing = self.steps[2].note is NOT_RECORDED and self.origin != "imported"  # the logits
         return [*origin_notes([self.layer], [self.origin], lang), *([NO_LOGITS[lang]] if missing else [])]
 
-    def __rich__(self) -> Any:
+    def table(self, lang: str = "en") -> Group:
         from moesaic.trace.rule.steps_table import steps_table
 
-        return steps_table(self)
-
-    def _repr_html_(self) -> str:
-        from moesaic.trace.rule.steps_table import steps_html
-
-        return steps_html(self)
+        title = f"token {self.token}  {short_layer(self.layer, lang)}"
+        return steps_table(self, lang, versus=True, title=title)
 
 
 class VersusTopK(NamedTuple):

@@ -8,18 +8,7 @@ from torch import Tensor
 
 from moesaic.config import MoEConfig
 from moesaic.trace.rule.steps import Step, Steps, versus_topk
-from moesaic.trace.shown import (
-    console_table,
-    finite,
-    html_of,
-    html_said,
-    html_table,
-    short,
-    short_layer,
-    sparkline,
-    visible,
-    words_of,
-)
+from moesaic.trace.shown import console_table, finite, short, sparkline, visible, words_of
 
 WORDS = {
     "en": {
@@ -47,7 +36,7 @@ WORDS = {
 }  # fmt: skip
 
 
-def steps_table(steps: Steps, lang: str = "en", *, versus: bool = False, title: str = "") -> RenderableType:
+def steps_table(steps: Steps, lang: str = "en", *, versus: bool = False, title: str = "") -> Group:
     """The 15 steps of one token, one row a step. With `versus`, a line says what plain top-k would have taken."""
     words = words_of(WORDS, lang)
     texts = (1, 2, 3, 4)
@@ -57,19 +46,6 @@ def steps_table(steps: Steps, lang: str = "en", *, versus: bool = False, title: 
     if versus:
         parts.append(_versus_line(steps, words, lang))
     return Group(*parts)
-
-
-def steps_html(steps: Steps, lang: str = "en") -> str:
-    """The same for a notebook, with what plain top-k would have taken."""
-
-    def part(lang: str) -> str:
-        words = words_of(WORDS, lang)
-        said = [_head(steps[0].config, words), *steps.notes(lang), _versus_line(steps, words, lang).plain]
-        rows = [[str(cell) for cell in row] for row in _rows(steps, lang)]
-        head = f"token {steps.token}  {short_layer(steps.layer, lang)}"
-        return html_said(head, said) + html_table(words["columns"], rows)
-
-    return html_of(part, lang)
 
 
 def _rows(steps: Steps, lang: str) -> list[list[Text]]:

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from rich.console import Group
+from rich.text import Text
 
 from moesaic.config import MoEConfig
 from moesaic.trace.chance.bands import Band
@@ -12,7 +14,7 @@ from moesaic.trace.chance.documents import Documents, LoadCounts, count_loads
 from moesaic.trace.chance.placement import place_experts
 from moesaic.trace.rule.distinct import check_distinct
 from moesaic.trace.rule.given import check_level, check_trace, real_number, whole_number
-from moesaic.trace.shown import origin_notes, short_layer, words_of
+from moesaic.trace.shown import Shown, origin_notes, short_layer, visible, words_of
 from moesaic.trace.statistics import verdict
 from moesaic.trace.statistics.measures import Measure, layer_measures
 from moesaic.trace.statistics.run_verdict import run_status, run_verdict
@@ -73,7 +75,7 @@ class LayerReport:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Stats:
+class Stats(Shown):
     """Balance of all layers of a trace. Arrays are [L] or [L, E], in the order of `layers`.
 
     layers: a report for each. missing: MoE layers of the model that the trace has no data of. load: int64 [L, E].
@@ -120,10 +122,11 @@ class Stats:
 
         return as_dict(self)
 
-    def _repr_html_(self) -> str:
-        from moesaic.trace.statistics.html import stats_html
+    def table(self, lang: str = "en") -> Group:
+        from moesaic.trace.statistics.tables import loads_table, stats_tables
 
-        return stats_html(self)
+        said = [Text(line) for line in [*filter(None, [visible(self.model)]), *self.verdict(lang).splitlines()]]
+        return Group(*said, *stats_tables(self, lang).renderables, loads_table(self, lang))
 
 
 def stats(

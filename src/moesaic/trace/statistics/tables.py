@@ -3,11 +3,12 @@
 import math
 from collections.abc import Sequence
 
+import torch
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from moesaic.trace.shown import console_table, fits, short_layers, words_of
+from moesaic.trace.shown import console_table, fits, short_layers, sparkline, words_of
 from moesaic.trace.statistics.coselection import Coselection
 from moesaic.trace.statistics.load_table import STYLES
 from moesaic.trace.statistics.measures import Measure, meaning
@@ -22,7 +23,7 @@ WORDS = {
         "layers": ("layer", "verdict", "p", "alike x", "seen from", "hot", "starved"),
         "columns": "p: corrected for all experts and layers; alike x: so many alike tokens count as one (design "
                    "effect); seen from: the smallest load, over a fair one, that would have been found",
-        "missing": "no data",
+        "missing": "no data", "loads": ("layer", "load of every expert, from 0 to the busiest"),
         "pairs": ("layer", "pair", "together", "by chance", "lift", "p"),
         "no_pairs": "no pair is chosen together beyond chance",
         "pairs_note": "lift: times what the rule and the load of both give; p corrected for all {n:,} pairs",
@@ -35,7 +36,7 @@ WORDS = {
         "layers": ("层", "结论", "p", "设计效应", "可发现", "过热", "饥饿"),
         "columns": "p：已对全部专家和层校正；设计效应：这么多个相似的 token 只相当于一个独立的；"
                    "可发现：能被发现的最小负载（相对应得份额）",
-        "missing": "没有数据",
+        "missing": "没有数据", "loads": ("层", "各专家的负载，从 0 到最忙的"),
         "pairs": ("层", "专家对", "同时选中", "随机期望", "倍数", "p"),
         "no_pairs": "没有专家对同时被选中得超出随机",
         "pairs_note": "倍数：相对规则和两者负载所给出的期望；p 已对全部 {n:,} 对校正",
@@ -45,7 +46,7 @@ WORDS = {
 MOST_EXPERTS = 4  # ids in a cell
 
 
-def stats_tables(stats: Stats, lang: str = "en") -> RenderableType:
+def stats_tables(stats: Stats, lang: str = "en") -> Group:
     """Every number over the layers, beside its band; then every layer with its verdict, those without data too."""
     return Group(numbers_table(stats, lang), layers_table(stats, lang))
 
@@ -87,6 +88,13 @@ def layers_table(stats: Stats, lang: str = "en") -> Table:
     rows += [[name, Text(words["missing"], style="dim"), *["–"] * 5] for name in names[len(stats.layers) :]]
     texts = (1, 5, 6)
     return console_table(words["layers"], rows, caption=words["columns"], left=(0, *texts), folds=texts)
+
+
+def loads_table(stats: Stats, lang: str = "en") -> Table:
+    """One row a layer: the load of each expert as a bar, many sharing one by their maximum."""
+    names = short_layers([report.layer for report in stats.layers], lang)
+    bars = [sparkline(torch.from_numpy(report.load), low=0.0) for report in stats.layers]
+    return console_table(words_of(WORDS, lang)["loads"], zip(names, bars, strict=True), left=(0, 1))
 
 
 def coselection_table(found: Coselection, lang: str = "en", most: int = 10) -> RenderableType:

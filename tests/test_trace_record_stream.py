@@ -3,6 +3,7 @@
 import gc
 import subprocess
 import sys
+from pathlib import Path
 from types import FunctionType, ModuleType
 
 import pytest
@@ -13,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 import moesaic as ms
 from moesaic.layer.moe import MoE
+from moesaic.trace.file import parts
 from moesaic.trace.file.parts import Part
 from moesaic.trace.recording.record import record
 
@@ -171,14 +173,16 @@ def test_a_place_that_cannot_be_written_is_refused_before_the_model_runs(tmp_pat
             raise AssertionError("the block must not run")
 
 
-def test_a_full_disk_ends_the_run_in_one_line_and_leaves_nothing(tmp_path, monkeypatch):
+@pytest.mark.parametrize("waiting", [1, parts.WAITING])
+def test_a_full_disk_ends_the_run_in_one_line_and_leaves_nothing(tmp_path, monkeypatch, waiting):
     model, path = tiny(), tmp_path / "run.safetensors"
+    monkeypatch.setattr(parts, "WAITING", waiting)
 
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
     def run():
-        with record(model, to=path), monkeypatch.context() as patch:
+        with monkeypatch.context() as patch, record(model, to=path):
             model(token_ids())
             patch.setattr("pathlib.Path.open", full)
             model(token_ids())
@@ -223,12 +227,29 @@ def test_what_is_held_does_not_grow_with_the_number_of_forwards(tmp_path, detail
     assert held(rec) > 10 * sizes[1], "what lies in memory is seen"
 
 
-def test_parts_are_taken_back_to_what_was_whole(tmp_path):
+def test_a_part_opens_its_file_once_for_many_rows_and_holds_none_that_could_not_be_written(tmp_path, monkeypatch):
+    part, opened, open_file = Part(tmp_path / "x", tmp_path), [], Path.open
+    full = iter([False, True, False])
+
+    def opens(file, mode):
+        opened.append(file)
+        if next(full):
+            raise OSError(28, "No space left on device")
+        return open_file(file, mode)
+
+    monkeypatch.setattr(Path, "open", opens)
+    for row in range(4097):
+        part.append(torch.tensor([[row, 0]], dtype=torch.int32))
+    assert len(opened) == 1
+    monkeypatch.setattr(parts, "WAITING", 16)
+    with pytest.raises(ValueError, match="No space left"):
+        part.append(torch.tensor([[9, 9]], dtype=torch.int32))
+    assert [len(part), *(block[-4:].tolist() for block in part.blocks())] == [4097, [4095, 0, 4096, 0]]
+
+
+def test_the_rows_of_a_part_keep_their_width_and_their_kind(tmp_path):
     part = Part(tmp_path / "x", tmp_path)
     part.append(torch.arange(6).view(3, 2))
-    part.keep(2)
-    part.append(torch.tensor([[9, 9]]))
-    assert [block.tolist() for block in part.blocks()] == [[0, 1, 2, 3, 9, 9]]
     with pytest.raises(ValueError, match="keeps its width"):
         part.append(torch.zeros(1, 3, dtype=torch.int64))
     small = Part(tmp_path / "y", tmp_path)

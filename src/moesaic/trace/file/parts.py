@@ -12,6 +12,7 @@ from torch import Tensor
 from moesaic.trace.store import TYPES
 
 BLOCK = 1 << 20  # numbers that are in memory at a time
+WAITING = 1 << 15  # bytes of a part that wait for more: a decoded token has a few, and opening its file costs more
 
 
 class Column(NamedTuple):
@@ -26,7 +27,7 @@ class Column(NamedTuple):
 
 
 class Part:
-    """A growing [rows, ...] of one dtype in a file of its own; memory holds none of it.
+    """A growing [rows, ...] of one dtype in a file of its own; memory holds less than WAITING bytes of it.
 
     whole: the file that it is a part of, which errors name.
     """
@@ -36,7 +37,8 @@ class Part:
         self.dtype: np.dtype = np.dtype(np.uint8)
         self.row: tuple[int, ...] = ()
         self.low = self.high = 0
-        self._rows = 0
+        self._rows = self._written = 0  # bytes that are in the file
+        self._waiting = bytearray()
 
     def __len__(self) -> int:
         return self._rows
@@ -47,7 +49,7 @@ class Part:
         return self.row[0] if self._rows else None
 
     def append(self, rows: Tensor) -> None:
-        """Write `rows` [n, ...] after the others. ValueError for rows of another width or kind and where they cannot be
+        """Put `rows` [n, ...] after the others. ValueError for rows of another width or kind and where they cannot be
         written: the rows before them then stay as they are."""
         array = as_numbers(rows)
         if not self._rows:
@@ -57,22 +59,32 @@ class Part:
         low, high = span(array)
         if self.dtype.kind != "f" and array.size and high > np.iinfo(self.dtype).max:
             raise ValueError(f"{high} after numbers of {self.dtype}: give one dtype")
-        try:
-            with self.file.open("ab") as out:
-                out.truncate(self._rows * math.prod(self.row) * self.dtype.itemsize)
-                out.write(np.ascontiguousarray(array, self.dtype).data)
-        except OSError as error:
-            raise unwritable(self._whole, error) from None
+        before = len(self._waiting)
+        self._waiting += np.asarray(array, self.dtype).tobytes()
+        if len(self._waiting) >= WAITING:
+            try:
+                self.flush()
+            except ValueError:
+                del self._waiting[before:]
+                raise
         if array.size:
             self.low, self.high = (low, high) if not self._rows else (min(self.low, low), max(self.high, high))
         self._rows += len(array)
 
-    def keep(self, rows: int) -> None:
-        """Forget what follows the first `rows`."""
-        self._rows = min(self._rows, rows)
+    def flush(self) -> None:
+        """Write what waits. ValueError where that fails."""
+        try:
+            with self.file.open("ab") as out:
+                out.truncate(self._written)  # what a write that failed has left
+                out.write(self._waiting)
+        except OSError as error:
+            raise unwritable(self._whole, error) from None
+        self._written += len(self._waiting)
+        self._waiting.clear()
 
     def blocks(self) -> Iterator[np.ndarray]:
         """All numbers in order."""
+        self.flush()
         left, start = self._rows * math.prod(self.row), 0
         while left > start:
             count = min(BLOCK, left - start)

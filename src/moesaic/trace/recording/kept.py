@@ -100,7 +100,9 @@ class Kept(Generic[S]):
                 self._partly.add(name)
                 self.tokens.pop(name, None)
             elif name not in self._partly:
-                self.tokens.setdefault(name, self._new(name, numbers.dtype)).append(numbers[:, None])
+                if name not in self.tokens:
+                    self.tokens[name] = self._new(name, numbers.dtype)
+                self.tokens[name].append(numbers[:, None])
 
 
 def check_same_forwards(layers: Sequence[str], tallies: Sequence[Tally]) -> None:

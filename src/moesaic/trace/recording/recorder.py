@@ -131,6 +131,7 @@ class Recorder:
             return
         told = list(said)
         try:
+            stream.flush()
             like = self._fitting(told)
             write_file(stream.path, like, self._kept, self._given, self.tokenizer)
         except ValueError as error:

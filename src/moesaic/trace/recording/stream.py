@@ -19,11 +19,18 @@ class Stream:
     def __init__(self, path: Path) -> None:
         self.path, self.written, self.keeps_parts = path, False, False
         self.folder = folder_beside(path)
+        self._parts: list[Part] = []
 
     def part(self, name: str, dtype: torch.dtype) -> Part:
         """Room for the rows of one tensor."""
         del dtype  # a part takes that of its first rows
-        return Part(self.folder / name, self.path)
+        self._parts.append(Part(self.folder / name, self.path))
+        return self._parts[-1]
+
+    def flush(self) -> None:
+        """Write what waits to be: whoever finds the parts then finds all of them."""
+        for part in self._parts:
+            part.flush()
 
     def read(self) -> Trace:
         """The trace, once its file is there."""

@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -195,6 +196,58 @@ def test_a_trainer_whose_loss_is_outside_of_the_model_names_it(tmp_path, outside
         torch.testing.assert_close(parameter, moved[1][name], rtol=0, atol=1e-7)
         if outside is Outside:
             torch.testing.assert_close(parameter, within[name], rtol=0, atol=1e-7)
+
+
+class Fused(Trainer):
+    """The loss is made of the log-probability of each label, a sum over the whole batch: as in TRL's SFT."""
+
+    loss_type = "nll"
+
+    def __init__(self, model, args, **kwargs):
+        args.loss_type, args.remove_unused_columns = self.loss_type, False
+        self.forward, model.forward = model.forward, self.log_probs_of
+        super().__init__(model, args, **kwargs)
+
+    def log_probs_of(self, *args, labels, **kwargs):
+        logits, labels = self.forward(*args, **kwargs).logits[:, :-1].float(), labels[:, 1:]
+        mask = labels != -100
+        log_probs = logits.log_softmax(-1).gather(-1, labels.clamp(min=0)[..., None])[..., 0].masked_fill(~mask, 0)
+        return FusedOutput(loss=-log_probs.sum() / mask.sum(), log_probs=log_probs, label_mask=mask)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        output = model(**inputs)
+        loss = -output.log_probs.sum() / num_items_in_batch
+        return (loss, output) if return_outputs else loss
+
+
+@dataclass
+class FusedOutput(hf.utils.ModelOutput):
+    loss: torch.Tensor | None = None
+    log_probs: torch.Tensor | None = None
+    label_mask: torch.Tensor | None = None
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_loss_that_sums_log_probs_balances_as_the_models_own(tmp_path, checkpointing):
+    """Its scale is what their gradients add up to: a micro-batch with few labels counts less."""
+    data = rows_of(4)
+    data[0]["labels"] = data[0]["labels"].clone()
+    data[0]["labels"][:4] = -100
+    for size in (4, 2):
+        sizes = {"per_device_train_batch_size": size, "gradient_accumulation_steps": 4 // size}
+        expected, model = model_of(), model_of()
+        if checkpointing:
+            getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+        run_trainer(expected, tmp_path, data, BalanceLoss("z", ALPHA), **sizes)
+        run_trainer(model, tmp_path, data, BalanceLoss("z", ALPHA), kind=Fused, **sizes)
+        for (name, one), other in zip(model.named_parameters(), expected.parameters(), strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=1e-7, msg=name)
+
+
+def test_log_probs_that_a_loss_weights_are_no_scale(tmp_path, monkeypatch):
+    monkeypatch.setattr(Fused, "loss_type", "dft")
+    with pytest.raises(ValueError, match=r"with share=1 / self\.current_gradient_accumulation_steps where"):
+        run_trainer(model_of(), tmp_path, rows_of(2), BalanceLoss("z", ALPHA), kind=Fused)
 
 
 def test_a_call_that_hides_its_labels_is_an_error():

@@ -43,11 +43,12 @@ class BalanceLoss(TrainerCallback):
         many training forwards as the others, which wait for it in every layer.
 
     Forward values do not change: the gradient is added where the router's weights pass, times the gradient that the
-    model's loss gets (GradScaler, accumulation). That loss is the model's own, or what `balance(loss)` was given; a
-    backward with neither raises ValueError. Sequences are rows of the batch, or what position_ids makes of packed rows.
-    Padding (a 2-D attention_mask) and forwards without gradients or in evaluation mode take no part. `values` has each
-    layer's mean value in the last step. Raises ValueError for a model without MoE layers, one whose routing rule is not
-    known, and one with a BalanceLoss of this kind. A copy of the model (EMA, teacher) takes no part.
+    model's loss gets (GradScaler, accumulation). That loss is the model's own, what TRL's SFTTrainer makes of its
+    log-probabilities, or what `balance(loss)` was given; a backward with none raises ValueError. Sequences are rows of
+    the batch, or what position_ids makes of packed rows. Padding (a 2-D attention_mask) and forwards without gradients
+    or in evaluation mode take no part. `values` has each layer's mean value in the last step. Raises
+    ValueError for a model without MoE layers, one whose routing rule is not known, and one with a BalanceLoss of this
+    kind. A copy of the model (EMA, teacher) takes no part.
     """
 
     def __init__(
@@ -73,6 +74,7 @@ class BalanceLoss(TrainerCallback):
         self._key: Tensor | None = None
         self._stepped = False
         self._training: Any = None  # the state of the Trainer that attached it
+        self._summed = False  # whether that makes its loss of log_probs
 
     # a loop of your own
 
@@ -116,7 +118,7 @@ class BalanceLoss(TrainerCallback):
             hooks.enter_context(listening(part, ledger, opened))
         for part in models:
             mark(part, "")
-            after = partial(after_model, attribute=attribute)
+            after = partial(after_model, attribute=attribute, summed=self._summed)
             hooks.callback(part.register_forward_hook(after, with_kwargs=True).remove)
         after_routers: dict[tuple[MoEConfig, bool], partial] = {}
         for layer in layers:
@@ -167,6 +169,7 @@ class BalanceLoss(TrainerCallback):
         for other in _balancing(moe_layers(kwargs["model"])):
             if other._training is not None and other._training is not state:
                 other.detach()  # an error or Ctrl-C ended its Trainer, which tells no callback
+        self._summed = getattr(args, "loss_type", None) == "nll"  # TRL's SFT alone; others weight them
         self.attach(kwargs["model"])
         self._training = state
         assert self._ledger is not None

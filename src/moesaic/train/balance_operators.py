@@ -170,11 +170,18 @@ def after_router(
     return found.put(output, weights=weights)
 
 
-def after_model(model: nn.Module, args: tuple, kwargs: dict, output: Any, *, attribute: str) -> Any:
-    """The model's output with a loss that notes its gradient."""
+def after_model(model: nn.Module, args: tuple, kwargs: dict, output: Any, *, attribute: str, summed: bool) -> Any:
+    """The model's output with a loss that notes its gradient.
+
+    summed: the loss is not the output's but a sum of its `log_probs`, over which that gradient is then spread.
+    """
     key = _key_of(model, attribute)
     if key is None or not (model.training and torch.is_grad_enabled()):
         return None
+    if summed and isinstance(log_probs := getattr(output, "log_probs", None), Tensor):
+        noted, _ = torch.ops.moesaic.balance_note(key, log_probs, torch.tensor(-1.0, device="cpu"), False)
+        output.log_probs = noted.masked_fill(~output.label_mask, 0.0)  # zeros as before, whose gradients do not count
+        return output
     if isinstance(output, tuple):
         loss = output[0] if output else None
     else:

@@ -24,7 +24,8 @@ REMEMBERED = 256  # forwards: as many may wait for one backward
 NOT_TIED = (
     "the balancing loss does not know the scale of this backward, since no loss it knows of is in it: let the model "
     "compute the loss (give it labels), or write `loss = balance_loss(loss)` before loss.backward(), in a Trainer at "
-    "the end of a compute_loss of your own"
+    "the end of a compute_loss of your own, with share=1 / self.current_gradient_accumulation_steps where that loss is "
+    "divided by them already"
 )
 FORGOTTEN = (
     "a checkpoint runs a forward again that no known loss of this backward is of: write `loss = balance_loss(loss)` of "
@@ -221,13 +222,13 @@ class Ledger:
         _remember(self._notes, number, (calls, by_hand, share))
         return number
 
-    def noted(self, number: int, grad: Float[Tensor, ""]) -> None:
-        """The backward that runs has reached this loss, with this gradient."""
+    def noted(self, number: int, grad: Float[Tensor, "..."]) -> None:
+        """The backward that runs has reached this loss, or the log-probabilities that it sums, with this gradient."""
         calls, by_hand, share = self._notes.get(number, ([], False, None))
         for call in calls:
             if by_hand or not call.by_hand:
                 call.by_hand = by_hand
-                call.scale = grad.detach().double() * (1.0 if share is None else share.to(grad.device))
+                call.scale = grad.detach().double().sum() * (1.0 if share is None else share.to(grad.device))
                 self._noted[call.number] = call
         torch.autograd.Variable._execution_engine.queue_callback(self.backward_is_over)
 

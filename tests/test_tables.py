@@ -74,7 +74,7 @@ def test_numbers_and_names_of_a_record_stand_whole(trace, lang):
     run = stats(trace, capacity=[1.0, 1.25, 12.125], nodes=4)
     assert_whole(numbers_table(run, lang))
     assert_whole(load_table(layer_reports(trace), lang))
-    assert_whole(preference_table(domain_preference(trace, permutations=199), trace.layers, lang))
+    assert_whole(preference_table(domain_preference(trace, permutations=199), lang))
     assert_whole(coselection_table(coselection(trace), lang))
     dropped = what_if(trace, drop_experts=[7], nodes=4)
     assert_whole(what_if_table(dropped, lang))

@@ -89,17 +89,43 @@ def test_a_planted_preference_is_found_and_named():
 
 def test_what_was_found_reads_back_as_plain_numbers():
     found = domain_preference(made(lift=1.5))
-    read = json.loads(json.dumps(found.to_dict(("first", "second")), allow_nan=False))
+    read = json.loads(json.dumps(found.to_dict(), allow_nan=False))
     assert read["permutations"] == 1000
     assert len(read["preferences"]) == found.found().sum()
     rows = {(row["layer"], row["expert"]): row for row in read["preferences"]}
-    assert rows["second", 7] == {
-        "layer": "second",
+    assert rows["layers.1", 7] == {
+        "layer": "layers.1",
         "expert": 7,
         "domain": "code",
         "lift": found.lift[1, 7],
         "p_value": found.p_value[1, 7],
     }
+
+
+def test_rates_are_those_of_a_loop_over_the_tokens_that_were_compared():
+    trace = made(n_sequences=12, length=20)
+    found = domain_preference(trace, permutations=99)
+    assert found.rates.shape == (2, 4, 32)
+    for layer, index in ((0, 0), (1, 2)):
+        of_domain = [trace.labels[s] == found.domains[index] for s in trace.sequences.tolist()]
+        picks = trace.picks[layer][torch.tensor(of_domain)]
+        assert found.rates[layer, index] == pytest.approx([int((picks == e).sum()) / len(picks) for e in range(32)])
+    assert found.rates.sum(-1) == pytest.approx(np.full((2, 4), 4.0))
+
+
+def test_preferences_in_the_console_are_two_sentences_and_in_a_notebook_a_table():
+    found = domain_preference(made(lift=1.5))
+    number = int(found.found().sum())
+    said = f"{number} of 64 experts prefer a domain beyond chance (p <= 0.05, corrected), most of all layers."
+    assert repr(found).startswith(said)
+    assert f"e7 code ({found.lift[:, 7].max():.2f}x)" in repr(found)
+    assert len(repr(found)) < 300
+    none = dataclasses.replace(found, p_value=np.ones((2, 32)))
+    assert repr(none).startswith("0 of 64 experts prefer a domain beyond chance (p <= 0.05, corrected)\n")
+    html = dataclasses.replace(found, domains=("<b>", *found.domains[1:]))._repr_html_()
+    assert f"e7:{found.lift[0, 7]:.1f}x" in html
+    assert "显著性水平" in html
+    assert "<b>" not in html
 
 
 def test_lift_is_the_rate_in_the_domain_over_the_rate_in_all_text():

@@ -150,7 +150,7 @@ def test_preferences_are_listed_by_layer_and_domain(lang):
         config, sequences=torch.arange(32).repeat_interleave(50), labels=labels,
     )  # fmt: skip
     found = domain_preference(trace)
-    text = shown(preference_table(found, trace.layers, lang), 80)
+    text = shown(preference_table(found, lang), 80)
     assert f"e7:{found.lift[0, 7]:.1f}x" in text
     assert "[c]" in text  # and not taken for markup
     assert "layers.0" in text

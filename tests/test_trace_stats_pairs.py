@@ -119,6 +119,11 @@ def test_two_experts_that_go_together_are_found(documents):
     assert found.tests == 2 * 32 * 31 // 2
     read = json.loads(json.dumps(found.to_dict(), allow_nan=False))
     assert {row["layer"] for row in read["pairs"]} == {"model.layers.1.mlp"}
+    said = f"{len(pairs)} of 992 pairs of experts are chosen together beyond chance, most of all layers.1"
+    assert repr(found).startswith(said)
+    assert f"layers.1 e{strongest.first} e{strongest.second} ({strongest.lift:.2f}x)" in repr(found)
+    assert "e5 e20" in shown(found)
+    assert "<td" in found._repr_html_()
     for lang in ("en", "zh"):
         assert "e5 e20" in shown(coselection_table(found, lang, 40))
         assert "+" in shown(coselection_table(dataclasses.replace(found, pairs=found.pairs * 2), lang, 1))
@@ -127,6 +132,8 @@ def test_two_experts_that_go_together_are_found(documents):
 def test_what_has_no_pairs_is_said():
     none = coselection(traced(random_picks(CONFIG, 1, 200)))
     assert "no pair is chosen together beyond chance" in shown(coselection_table(none))
+    assert "没有专家对同时被选中得超出随机" in none._repr_html_()
+    assert repr(none).startswith("0 of 496 pairs of experts are chosen together beyond chance\n")
     assert coselection(traced(torch.full((1, 50, 4), 32))).pairs == ()
     assert coselection(traced(torch.zeros(1, 0, 4))).pairs == ()
     with pytest.raises(ValueError, match="num_experts_per_tok=1 leaves no pairs"):
@@ -193,6 +200,8 @@ def test_a_moved_checkpoint_agrees_in_part():
     assert read["layers"][0]["jaccard"]["value"] == pytest.approx(np.mean(expected))
     for lang in ("en", "zh"):
         assert "layers.0" in shown(stability_table(found, lang))
+    assert shown(found) == shown(stability_table(found))
+    assert "Jaccard" in found._repr_html_()
 
 
 def test_a_layer_without_data_has_no_agreement():

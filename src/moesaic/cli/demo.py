@@ -204,7 +204,7 @@ def _show(trace: "Trace", shown: Shown, word: str, lang: str, layer: int, token:
     show(load_table(list(shown.stats.layers), lang))
     if shown.preferences is not None:
         print(say["prefer"])
-        show(preference_table(shown.preferences, trace.layers, lang))
+        show(preference_table(shown.preferences, lang))
     label = shown.labels[int(trace.sequences[token])]
     print(say["token"].format(layer=trace.layers[layer], token=token, word=word, label=label))
     show(steps_table(shown.steps, lang, versus=True))
@@ -220,7 +220,7 @@ def _document(trace: "Trace", shown: Shown, layer: int, token: int, word: str, f
         **shown.stats.to_dict(),
         "sequences": trace.n_sequences,
         "tokens_by_domain": shown.tokens_of(trace),
-        "domains": None if shown.preferences is None else shown.preferences.to_dict(trace.layers),
+        "domains": None if shown.preferences is None else shown.preferences.to_dict(),
         "followed": followed | steps_as_dict(shown.steps, versus=True),
         "files": [str(file) for file in files],
         "command": typed(),

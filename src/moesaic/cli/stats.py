@@ -76,7 +76,7 @@ def stats(
         domains = _domains(recorded, alpha, seed)
     if as_json:
         records = [(trace, recorded)] + ([] if against is None or other is None else [(against, other)])
-        print_json(provenance(*records) | _json(recorded, found, domains, pairs, alike, alpha))
+        print_json(provenance(*records) | _json(found, domains, pairs, alike, alpha))
     else:
         _show(recorded, found, domains, pairs, alike, against, alpha, lang)
     if found.is_sick:
@@ -132,7 +132,7 @@ def _show(
         show(Text("\n" + say["no_test"].format(why=domains[lang])))
     elif domains is not None:
         show(Text("\n" + say["prefer"]))
-        show(preference_table(domains, trace.layers, lang, alpha=alpha))
+        show(preference_table(domains, lang, alpha=alpha))
     if pairs is not None:
         show(Text("\n" + say["pairs"]))
         show(coselection_table(pairs, lang))
@@ -142,7 +142,7 @@ def _show(
     say_how_again(trace, lang)
 
 
-def _json(trace: "Trace", found: Any, domains: Any, pairs: Any, alike: Any, alpha: float) -> dict[str, Any]:
+def _json(found: Any, domains: Any, pairs: Any, alike: Any, alpha: float) -> dict[str, Any]:
     document = found.to_dict()
     if pairs is not None:
         document["coselection"] = pairs.to_dict()
@@ -151,5 +151,5 @@ def _json(trace: "Trace", found: Any, domains: Any, pairs: Any, alike: Any, alph
     if isinstance(domains, dict):
         document["domains"] = {"not_tested": domains}
     elif domains is not None:
-        document["domains"] = domains.to_dict(trace.layers, alpha)
+        document["domains"] = domains.to_dict(alpha)
     return document

@@ -9,7 +9,7 @@ from html import escape
 from typing import Any
 
 from rich import box
-from rich.console import Group
+from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 from torch import Tensor
@@ -200,14 +200,14 @@ class Shown:
     """A result that shows its `table(lang)`: on a console, and in a notebook, Chinese folded below; no scripts, nothing
     loaded, every text escaped."""
 
-    def table(self, lang: str = "en") -> Group:
+    def table(self, lang: str = "en") -> RenderableType:
         raise NotImplementedError
 
-    def __rich__(self) -> Group:
+    def __rich__(self) -> RenderableType:
         return self.table()
 
     def _repr_html_(self) -> str:
-        en, zh = ("".join(map(_html, self.table(lang).renderables)) for lang in ("en", "zh"))
+        en, zh = (_html(self.table(lang)) for lang in ("en", "zh"))
         return (
             f'<div style="font-size:13px;line-height:1.4"><div lang="en">{en}</div>'
             f'<details><summary>中文</summary><div lang="zh">{zh}</div></details></div>'
@@ -215,7 +215,9 @@ class Shown:
 
 
 def _html(part: Any) -> str:
-    """A text or a table of a group."""
+    """A text, a table, or a group of them."""
+    if isinstance(part, Group):
+        return "".join(map(_html, part.renderables))
     if not isinstance(part, Table):
         return "".join(f"<div>{escape(visible(line))}</div>" for line in str(part).splitlines())
     rows = zip(*(map(str, column.cells) for column in part.columns), strict=True)

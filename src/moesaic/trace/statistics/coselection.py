@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
+from rich.console import RenderableType
 
 from moesaic.config import MoEConfig
 from moesaic.trace.chance.bands import block_size, pair_chances, random_picks
@@ -14,6 +15,7 @@ from moesaic.trace.chance.documents import Documents
 from moesaic.trace.chance.tails import at_least
 from moesaic.trace.rule.distinct import check_distinct
 from moesaic.trace.rule.given import check_level, check_trace
+from moesaic.trace.shown import NAMED, Shown, short_layers
 from moesaic.trace.statistics.verdict import documents_needed
 from moesaic.trace.store import Trace
 
@@ -34,8 +36,8 @@ class Pair(NamedTuple):
     p_value: float
 
 
-@dataclass(frozen=True)
-class Coselection:
+@dataclass(frozen=True, repr=False)
+class Coselection(Shown):
     """Pairs found, by layer and the strongest first. tests: pairs of all layers, that p was corrected for.
     by_documents: whether documents were resampled, in every layer; else it holds for these texts only."""
 
@@ -44,6 +46,17 @@ class Coselection:
     tests: int
     by_documents: bool
     n_documents: int
+
+    def __repr__(self) -> str:
+        names, best = short_layers(self.layers), sorted(self.pairs, key=lambda pair: -pair.lift)[:NAMED]
+        named = ", ".join(f"{names[pair.layer]} e{pair.first} e{pair.second} ({pair.lift:.2f}x)" for pair in best)
+        first = f"{len(self.pairs):,} of {self.tests:,} pairs of experts are chosen together beyond chance"
+        return f"{first}{named and ', most of all '}{named}\n(more: .pairs, .to_dict())"
+
+    def table(self, lang: str = "en") -> RenderableType:
+        from moesaic.trace.statistics.tables import coselection_table
+
+        return coselection_table(self, lang)
 
     def to_dict(self) -> dict[str, Any]:
         """All of it for strict JSON."""

@@ -52,13 +52,11 @@ def load_table(reports: Sequence[LayerReport], lang: str = "en") -> Table:
     return console_table(words["load"][: 2 + len(names)], rows, caption=f"( ) {words['chance']}", folds=(0,))
 
 
-def preference_table(
-    preferences: Preferences, layers: Sequence[str], lang: str = "en", *, alpha: float = 0.05, most: int = 6
-) -> Table:
+def preference_table(preferences: Preferences, lang: str = "en", *, alpha: float = 0.05, most: int = 6) -> Table:
     """Per layer and domain, the experts that prefer it beyond chance, strongest first, at most `most` of them."""
     words, found = words_of(WORDS, lang), preferences.found(alpha)
     n_layers, n_experts = found.shape
-    shown_layers = short_layers(layers, lang)
+    shown_layers = short_layers(preferences.layers, lang)
     caption = words["test"].format(
         p=preferences.permutations,
         n=sum(preferences.documents),

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from rich.console import RenderableType
 
 from moesaic.trace.rule.distinct import check_distinct
 from moesaic.trace.rule.given import check_level, check_trace
-from moesaic.trace.shown import counted
+from moesaic.trace.shown import NAMED, Shown, counted, short_layers, visible
 from moesaic.trace.store import Trace
 
 CELLS = 8_000_000  # numbers of one kind held at once: 32 MB
@@ -23,16 +24,18 @@ class Untestable(ValueError):
         self.words = {"en": en, "zh": zh}
 
 
-@dataclass(frozen=True, eq=False)
-class Preferences:
-    """For every (layer, expert): the domain it is used in most beyond chance. All arrays are [L, E].
+@dataclass(frozen=True, eq=False, repr=False)
+class Preferences(Shown):
+    """For every (layer, expert): the domain it is used in most beyond chance. Arrays are [L, E] unless said.
 
     domain: index into `domains`. lift: its rate of use there over its rate in all text; NaN for an unused expert.
     p_value: of the pair, corrected for all L*E pairs and for having taken the best domain. permutations: behind it;
     a p-value cannot be below 1 / (permutations + 1). documents: how many each domain has. tokens: how many of each
-    document's first tokens all this is of.
+    document's first tokens all this is of. rates: assignments per token of each domain,
+    [L, D, E]; K/E is a fair share.
     """
 
+    layers: tuple[str, ...]
     domains: tuple[str, ...]
     domain: np.ndarray
     lift: np.ndarray
@@ -40,16 +43,32 @@ class Preferences:
     permutations: int
     documents: tuple[int, ...]
     tokens: int
+    rates: np.ndarray
+
+    def __repr__(self) -> str:
+        found, names = self.found(), short_layers(self.layers)
+        best = sorted(zip(*found.nonzero(), strict=True), key=lambda where: -self.lift[where])[:NAMED]
+        named = ", ".join(
+            f"{names[layer]} e{expert} {visible(self.domains[self.domain[layer, expert]], 60)} "
+            f"({self.lift[layer, expert]:.2f}x)" for layer, expert in best
+        )  # fmt: skip
+        first = f"{found.sum():,} of {found.size:,} experts prefer a domain beyond chance (p <= 0.05, corrected)"
+        return f"{first}{named and ', most of all '}{named}\n(more: .found(), .rates, .lift, .p_value, .to_dict())"
+
+    def table(self, lang: str = "en") -> RenderableType:
+        from moesaic.trace.statistics.load_table import preference_table
+
+        return preference_table(self, lang)
 
     def found(self, alpha: float = 0.05) -> np.ndarray:
         """bool [L, E]: preferences that chance produces anywhere in at most `alpha` of all such runs."""
         return self.p_value <= alpha
 
-    def to_dict(self, layers: Sequence[str], alpha: float = 0.05) -> dict[str, Any]:
-        """The preferences found at `alpha`, for strict JSON. layers: the names of the L layers."""
+    def to_dict(self, alpha: float = 0.05) -> dict[str, Any]:
+        """The preferences found at `alpha`, for strict JSON."""
         rows = [
             {
-                "layer": layers[layer],
+                "layer": self.layers[layer],
                 "expert": int(expert),
                 "domain": self.domains[self.domain[layer, expert]],
                 "lift": float(self.lift[layer, expert]),
@@ -114,9 +133,10 @@ def domain_preference(
         _strongest(sequence_loads(picks.numpy()[first], trace.n_experts, document), n_tokens, shuffled, len(place))
         for picks in trace.picks
     ]
-    best, observed, lift, largest = (np.stack(found) for found in zip(*layers, strict=True))
+    best, observed, lift, largest, rates = (np.stack(found) for found in zip(*layers, strict=True))
     reached = permutations - np.searchsorted(np.sort(largest.max(0)), observed - 1e-6, side="left")
     return Preferences(
+        layers=trace.layers,
         domains=tuple(place),
         domain=best,
         lift=lift,
@@ -124,6 +144,7 @@ def domain_preference(
         permutations=permutations,
         documents=tuple(np.bincount(label).tolist()),
         tokens=int(n_tokens.max()),
+        rates=rates,
     )
 
 
@@ -139,9 +160,9 @@ def _first_tokens(document: np.ndarray, label: np.ndarray) -> np.ndarray:
 
 def _strongest(
     counts: np.ndarray, n_tokens: np.ndarray, shuffled: np.ndarray, n_domains: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """For every expert of a layer: its best domain, by how many of its own spreads it is used more there, and its rate
-    there over that in all text; and the largest number of spreads of any expert in each shuffle.
+    there over that in all text; the largest number of spreads of any expert in each shuffle; and all rates, [D, E].
 
     counts: of each document and expert, [N, E]. shuffled: the domain of each document, [P+1, N]; first the true one.
     """
@@ -150,6 +171,7 @@ def _strongest(
     rows = max(CELLS // (n_documents * n_domains), 1)
     overall = counts.sum(0) / n_tokens.sum()
     best, lift = np.zeros(len(overall), np.int64), np.zeros(len(overall))
+    true_rates = np.zeros((n_domains, len(overall)), np.float32)
     observed = np.zeros(len(overall), np.float32)
     largest = np.full(n_shuffled - 1, -np.inf, np.float32)
     for start in range(0, len(overall), step):
@@ -158,6 +180,7 @@ def _strongest(
         rates = np.concatenate(
             [_rates(shuffled[at : at + rows], n_domains, columns) for at in range(0, n_shuffled, rows)]
         )  # [P+1, domains, step]
+        true_rates[:, here] = rates[0]
         excess = rates - overall[here].astype(np.float32)
         spread = excess.std(0)  # of all labellings alike: leaving out the true one would favour it
         used = spread > 1e-9  # an expert that is never, or always, used prefers nothing
@@ -167,7 +190,7 @@ def _strongest(
         with np.errstate(divide="ignore", invalid="ignore"):
             lift[here] = np.take_along_axis(rates[0], best[None, here], 0)[0] / overall[here]
         largest = np.maximum(largest, z[1:].max(axis=(1, 2)))
-    return best, observed, lift, largest
+    return best, observed, lift, largest, true_rates
 
 
 def _rates(labels: np.ndarray, n_domains: int, columns: np.ndarray) -> np.ndarray:

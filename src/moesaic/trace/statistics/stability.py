@@ -5,11 +5,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from rich.console import RenderableType
 
 from moesaic.trace.chance.bands import Band, mean_band, overlap, random_picks
 from moesaic.trace.chance.documents import Documents, mean_and_error
 from moesaic.trace.compare.aligned import aligned, notes_of_both, tokens_checked, without_data
-from moesaic.trace.shown import counted, finite, words_of
+from moesaic.trace.shown import Shown, counted, finite, words_of
 from moesaic.trace.statistics.measures import NO_DATA, Measure
 from moesaic.trace.store import Trace
 
@@ -18,7 +19,7 @@ SLICE = 65536  # tokens compared at once
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Stability:
+class Stability(Shown):
     """Per layer: how alike the picks of the same tokens are. Bands are what two unrelated random routings give.
 
     jaccard: experts common to both over experts of either, mean over tokens. same_set: share of tokens with the very
@@ -48,6 +49,11 @@ class Stability:
     def notes(self, lang: str = "en") -> list[str]:
         """What has to be said of the two records whatever they show."""
         return list(words_of({"en": self.notes_en, "zh": self.notes_zh}, lang))
+
+    def table(self, lang: str = "en") -> RenderableType:
+        from moesaic.trace.statistics.tables import stability_table
+
+        return stability_table(self, lang)
 
     def to_dict(self) -> dict[str, Any]:
         """All of it for strict JSON; None where there is no data."""

@@ -1,13 +1,13 @@
 """How probes ask: logits whose answer is beyond doubt, and the comparison with the definition."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 from moesaic.config import MoEConfig
-from moesaic.conformance.definition import Decision, decide, is_group_limited
+from moesaic.conformance.definition import Decision, decide
 from moesaic.conformance.gates import FunctionGate, Gate, ModuleGate
 from moesaic.conformance.parts import Answer
 from moesaic.conformance.verdict import Fault, NotApplicable
@@ -51,11 +51,11 @@ def clear_logits(
     return torch.stack(found)
 
 
-def random_bias(config: MoEConfig, *, scale: float = 0.3, shift: float = 0.0, seed: int = 1) -> Tensor | None:
+def random_bias(config: MoEConfig, *, scale: float = 0.3, shift: float = 0.0) -> Tensor | None:
     """A correction bias [E], or None where the rule has none."""
     if not config.has_correction_bias:
         return None
-    return shift + scale * torch.randn(config.n_routed_experts, generator=numbers(seed))
+    return shift + scale * torch.randn(config.n_routed_experts, generator=numbers(1))
 
 
 def some_bias(gate: Gate, *, scale: float = 0.3, shift: float = 0.0) -> Tensor:
@@ -67,7 +67,7 @@ def some_bias(gate: Gate, *, scale: float = 0.3, shift: float = 0.0) -> Tensor:
 
 
 def need_groups(gate: Gate) -> None:
-    if not is_group_limited(gate.config):
+    if not gate.config.limits_groups:
         raise NotApplicable("it has no group limit", "它没有分组限制")
 
 
@@ -81,52 +81,36 @@ def as_list(bias: Tensor | None) -> list[float] | None:
     return None if bias is None else bias.double().tolist()
 
 
-def expect_definition(gate: Gate, logits: Tensor, bias: Tensor | None = None) -> Answer:
-    """Ask, and raise Fault with the numbers of the first row where the answer is not the definition's."""
-    answer = gate.answer(logits, bias)
-    compare(answer, logits, bias, gate.config)
-    return answer
+def expect_definition(gate: Gate, logits: Tensor, bias: Tensor | None = None) -> None:
+    """Ask, and raise Fault at the first row where the answer is not the definition's."""
+    answer, biases = gate.answer(logits, bias), as_list(bias)
+    expected = [decide(values, biases, gate.config).weights for values in logits.tolist()]
+    expect_pairs(answer, expected, "where the definition says", "，按定义应为")
 
 
-def compare(answer: Answer, logits: Tensor, bias: Tensor | None, config: MoEConfig) -> None:
-    """Fault at the first row whose experts or weights are not the definition's."""
-    bias_list = as_list(bias)
-    for row, values in enumerate(logits.tolist()):
-        decision = decide(values, bias_list, config)
-        expect_experts(row, answer.ids[row].tolist(), decision)
-        expect_weights(row, answer.ids[row].tolist(), answer.weights[row].tolist(), decision)
+def expect_same(answer: Answer, other: Answer, en: str, zh: str) -> None:
+    """Fault where two answers differ in experts, or in weights by more than rounding."""
+    expect_pairs(answer, [as_pairs(other, row) for row in range(len(other.ids))], en, zh)
 
 
-def expect_experts(row: int, ids: list[int], decision: Decision) -> None:
-    if sorted(ids) == sorted(decision.experts):
-        return
-    got, expected = sorted(ids), sorted(decision.experts)
-    raise Fault(
-        f"row {row}: chose {short(got)}, the definition {short(expected)} (decided by a gap of {decision.margin:.2g})",
-        f"第 {row} 行：选了 {short(got)}，按定义应为 {short(expected)}（差距 {decision.margin:.2g}）",
-        row=row,
-        got=got,
-        expected=expected,
-        margin=decision.margin,
-    )
-
-
-def expect_weights(row: int, ids: list[int], weights: list[float], decision: Decision) -> None:
-    for expert, weight in zip(ids, weights, strict=True):
-        expected = decision.weights[expert]
-        if not abs(weight - expected) <= WEIGHT_TOLERANCE * abs(expected):
-            raise wrong_weight(row, expert, weight, expected)
-
-
-def wrong_weight(row: int, expert: int, weight: float, expected: float) -> Fault:
-    return Fault(
-        f"row {row}: expert {expert} weighs {weight:.6g}, the definition gives {expected:.6g}",
-        f"第 {row} 行：专家 {expert} 的权重是 {weight:.6g}，按定义应为 {expected:.6g}",
-        row=row,
-        expert=expert,
-        got=weight,
-        expected=expected,
-    )
+def expect_pairs(answer: Answer, expected: Sequence[dict[int, float]], en: str, zh: str) -> None:
+    """Fault at the first row whose experts or weights are not those expected. en, zh: what is said between the two."""
+    for row, wanted in enumerate(expected):
+        got = as_pairs(answer, row)
+        if got.keys() != wanted.keys():
+            ids, due = sorted(answer.ids[row].tolist()), sorted(wanted)
+            raise Fault(
+                f"row {row}: experts {short(ids)} {en} {short(due)}",
+                f"第 {row} 行：专家 {short(ids)}{zh} {short(due)}",
+                row=row, got=ids, expected=due,
+            )  # fmt: skip
+        for expert, weight in got.items():
+            if not abs(weight - wanted[expert]) <= WEIGHT_TOLERANCE * abs(wanted[expert]):
+                raise Fault(
+                    f"row {row}, expert {expert}: weight {weight:.6g} {en} {wanted[expert]:.6g}",
+                    f"第 {row} 行，专家 {expert}：权重 {weight:.6g}{zh} {wanted[expert]:.6g}",
+                    row=row, expert=expert, got=weight, expected=wanted[expert],
+                )  # fmt: skip
 
 
 def short(ids: list[int], most: int = 8) -> str:
@@ -139,28 +123,11 @@ def as_pairs(answer: Answer, row: int) -> dict[int, float]:
     return dict(zip(answer.ids[row].tolist(), answer.weights[row].tolist(), strict=True))
 
 
-def expect_same(answer: Answer, other: Answer, en: str, zh: str) -> None:
-    """Fault where two answers differ in experts, or in weights by more than rounding."""
-    for row in range(len(other.ids)):
-        first, second = as_pairs(answer, row), as_pairs(other, row)
-        if first.keys() != second.keys():
-            raise Fault(
-                f"row {row}: {short(sorted(first))} {en} {short(sorted(second))}",
-                f"第 {row} 行：{short(sorted(first))} {zh} {short(sorted(second))}",
-                row=row,
-                got=sorted(first),
-                expected=sorted(second),
-            )
-        for expert, weight in first.items():
-            if not abs(weight - second[expert]) <= WEIGHT_TOLERANCE * abs(second[expert]):
-                raise Fault(
-                    f"row {row}, expert {expert}: {weight:.6g} {en} {second[expert]:.6g}",
-                    f"第 {row} 行，专家 {expert}：{weight:.6g} {zh} {second[expert]:.6g}",
-                    row=row,
-                    expert=expert,
-                    got=weight,
-                    expected=second[expert],
-                )
+def some_logits(gate: Gate, rows: int = 6, *, seed: int = 8) -> Tensor:
+    """Clear logits where the rule is known, random ones where it is not."""
+    if gate.config.rule_is_known:
+        return clear_logits(gate.config, random_bias(gate.config), rows=rows)
+    return 2 * torch.randn(rows, gate.config.n_routed_experts, generator=numbers(seed))
 
 
 @contextmanager

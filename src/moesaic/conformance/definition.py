@@ -36,16 +36,12 @@ def decide(logits: Floats, bias: Floats | None, config: MoEConfig) -> Decision:
     scores = logits if config.score_after_topk else score(logits, config.scoring_func)
     ranked_by = [s + b for s, b in zip(scores, bias, strict=True)] if bias is not None else list(scores)
     groups, group_margin = list(range(config.n_group)), math.inf
-    if is_group_limited(config):
+    if config.limits_groups:
         groups, group_margin = best(group_scores(ranked_by, config), config.topk_group)
     candidates = [e for e in range(len(scores)) if e // config.experts_per_group in groups]
     places, margin = best([ranked_by[e] for e in candidates], config.num_experts_per_tok)
     experts = [candidates[place] for place in places]
     return Decision(experts, weigh(scores, experts, config), sorted(groups), ranked_by, min(margin, group_margin))
-
-
-def is_group_limited(config: MoEConfig) -> bool:
-    return config.n_group > 1 and config.topk_method in ("noaux_tc", "group_limited_greedy")
 
 
 def score(logits: Floats, scoring_func: str) -> Floats:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from moesaic.config import MoEConfig
 from moesaic.conformance.asking import as_list, need_module, numbers, random_bias, short, some_bias
-from moesaic.conformance.definition import Decision, best, decide, is_group_limited
+from moesaic.conformance.definition import Decision, best, decide
 from moesaic.conformance.gates import F32, Gate, ModuleGate
 from moesaic.conformance.parts import tensor_of
 from moesaic.conformance.verdict import Fault, NotApplicable, gate_code, probe
@@ -232,7 +232,7 @@ def within_rounding(decision: Decision, logits: list[float], moved: float, confi
     """Whether the choice could be another one where every logit moves by up to `moved` and scores by their rounding."""
     largest = max(abs(value) for value in decision.ranked_by)
     rounding = 8 * 2.0**-24 * largest
-    if config.has_correction_bias or is_group_limited(config):
+    if config.has_correction_bias or config.limits_groups:
         slope = {"sigmoid": 0.25, "sqrtsoftplus": 0.5}.get(config.scoring_func)
         change = slope * moved if slope is not None else largest * math.expm1(2 * moved)
         return decision.margin <= 4 * change + rounding  # two experts, or two sums of two

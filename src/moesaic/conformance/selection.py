@@ -3,6 +3,7 @@
 import torch
 
 from moesaic.conformance.asking import (
+    ROWS,
     as_list,
     as_pairs,
     clear_logits,
@@ -13,9 +14,10 @@ from moesaic.conformance.asking import (
     random_bias,
     short,
     some_bias,
+    some_logits,
     told_as,
 )
-from moesaic.conformance.definition import decide, is_group_limited
+from moesaic.conformance.definition import decide
 from moesaic.conformance.gates import Gate
 from moesaic.conformance.parts import Answer
 from moesaic.conformance.verdict import Fault, GateRaised, probe
@@ -81,10 +83,10 @@ def distinct(gate: Gate) -> None:
             expect_lawful(gate.answer(logits, random_bias(gate.config, shift=shift)), gate)
 
 
-def expect_lawful(answer: Answer, gate: Gate, rows: list[int] | None = None) -> None:
+def expect_lawful(answer: Answer, gate: Gate) -> None:
     """Fault where a row has an id twice, or one that is no expert. The id E, "no expert", may repeat."""
     n_experts = gate.config.n_routed_experts
-    for row in range(len(answer.ids)) if rows is None else rows:
+    for row in range(len(answer.ids)):
         ids = answer.ids[row].tolist()
         strange = [e for e in ids if not 0 <= e <= n_experts]
         if strange:
@@ -205,7 +207,7 @@ def bad_rows(gate: Gate) -> None:
         with told_as(kind, kind):
             expect_lawful(answer, gate)
             groups = {e // config.experts_per_group for e in answer.ids[2].tolist() if e < config.n_routed_experts}
-            if is_group_limited(config) and len(groups) > config.topk_group:
+            if config.limits_groups and len(groups) > config.topk_group:
                 raise Fault(
                     f"the bad row reaches {len(groups)} groups, {config.topk_group} are allowed",
                     f"坏行到达 {len(groups)} 个组，只允许 {config.topk_group} 个",
@@ -262,10 +264,7 @@ def bad_neighbours(gate: Gate) -> None:
     needs_rule=False,
 )
 def permuted_tokens(gate: Gate) -> None:
-    config = gate.config
-    bias = random_bias(config)
-    known = config.rule_is_known
-    logits = clear_logits(config, bias) if known else torch.randn(12, config.n_routed_experts, generator=numbers(6))
+    bias, logits = random_bias(gate.config), some_logits(gate, ROWS, seed=6)
     order = torch.randperm(len(logits), generator=numbers(7))
     first, second = gate.answer(logits, bias), gate.answer(logits[order], bias)
     says = ("after permuting the tokens, before it", "（打乱之后）与打乱之前的")

@@ -5,17 +5,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from moesaic.conformance.asking import clear_logits, expect_same, numbers, random_bias
+from moesaic.conformance.asking import expect_same, random_bias, some_logits
 from moesaic.conformance.gates import Gate, Ready
 from moesaic.conformance.parts import Answer
 from moesaic.conformance.verdict import Fault, GateRaised, probe
-
-
-def some_logits(gate: Gate, rows: int = 6) -> Tensor:
-    """Clear ones where the rule is known, random ones where it is not."""
-    if gate.config.rule_is_known:
-        return clear_logits(gate.config, random_bias(gate.config), rows=rows)
-    return 2 * torch.randn(rows, gate.config.n_routed_experts, generator=numbers(8))
 
 
 @probe(

@@ -14,6 +14,7 @@ from moesaic.conformance.asking import (
     random_bias,
     short,
     some_bias,
+    some_logits,
 )
 from moesaic.conformance.definition import decide, weigh
 from moesaic.conformance.definition import score as score_of
@@ -167,10 +168,7 @@ def in_training(gate: Gate) -> tuple[torch.nn.Module, Ready]:
     need_module(gate)
     if gate.config.router_jitter_noise:
         raise NotApplicable("its config asks for noise in training", "它的配置要求训练时加噪声")
-    logits = 2 * torch.randn(6, gate.config.n_routed_experts, generator=numbers(14))
-    if gate.config.rule_is_known:
-        logits = clear_logits(gate.config, random_bias(gate.config), rows=6)
-    ready = gate.ready(logits, random_bias(gate.config))
+    ready = gate.ready(some_logits(gate, seed=14), random_bias(gate.config))
     assert ready.module is not None
     with gate_code():
         return ready.module.train(), ready

@@ -22,9 +22,6 @@ class Both(NamedTuple):
     en: str
     zh: str
 
-    def format(self, **values: Any) -> "Both":
-        return Both(self.en.format(**values), self.zh.format(**values))
-
     def __str__(self) -> str:
         return self.en
 

@@ -14,9 +14,8 @@ from moesaic.conformance.asking import (
     random_bias,
     some_bias,
     told_as,
-    wrong_weight,
 )
-from moesaic.conformance.definition import decide, is_group_limited
+from moesaic.conformance.definition import decide
 from moesaic.conformance.gates import Gate
 from moesaic.conformance.parts import Answer
 from moesaic.conformance.verdict import Fault, NotApplicable, gate_code, probe
@@ -73,7 +72,7 @@ def recovered_weight(gate: Gate) -> None:
 )
 def softmax_before_mask(gate: Gate) -> None:
     config = gate.config
-    if config.scoring_func != "softmax" or config.score_after_topk or not is_group_limited(config):
+    if config.scoring_func != "softmax" or config.score_after_topk or not config.limits_groups:
         raise NotApplicable("it has no softmax under a group limit", "它没有带分组限制的 softmax")
     if config.topk_group == config.n_group:
         raise NotApplicable("all groups are kept", "保留了全部组")
@@ -121,12 +120,13 @@ def expect_ratio(answer: Answer, logits: torch.Tensor, bias: torch.Tensor | None
     scale, ratio = gate.config.routed_scaling_factor, answer.weights[0, place].item() / decision.weights[expert]
     times = 1 + math.log(ratio) / math.log(scale) if ratio > 0 else math.nan
     if not abs(ratio - 1) <= WEIGHT_TOLERANCE and math.isfinite(times) and abs(times - round(times)) < 1e-4:
-        fault = wrong_weight(0, expert, answer.weights[0, place].item(), decision.weights[expert])
+        got, expected = answer.weights[0, place].item(), decision.weights[expert]
         raise Fault(
-            f"the factor {scale:g} is applied {round(times)} times: {fault.says.en}",
-            f"系数 {scale:g} 乘了 {round(times)} 次：{fault.says.zh}",
-            **fault.numbers,
-        )
+            f"the factor {scale:g} is applied {round(times)} times: expert {expert} of row 0 weighs {got:.6g}, not "
+            f"{expected:.6g}",
+            f"系数 {scale:g} 乘了 {round(times)} 次：第 0 行专家 {expert} 的权重是 {got:.6g}，应为 {expected:.6g}",
+            row=0, expert=expert, got=got, expected=expected,
+        )  # fmt: skip
 
 
 @probe(

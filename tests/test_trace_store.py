@@ -7,7 +7,8 @@ from cases import v3
 from traces import made
 
 from moesaic.rules import route
-from moesaic.trace.store import Trace
+from moesaic.trace.rule.steps import steps
+from moesaic.trace.store import PHASES, Trace
 from moesaic.types import Routing
 
 
@@ -62,8 +63,55 @@ def test_layers_must_agree_and_the_odd_one_is_named():
 
 
 def test_a_layer_that_is_not_there_is_named():
-    with pytest.raises(ValueError, match="layer=2 is not in the trace: it has layers 0 to 1"):
-        made(v3(8, 1, 1, 2)).layer(2)
+    trace = made(v3(8, 1, 1, 2))
+    with pytest.raises(ValueError, match=r"layer=2 is not in the trace: it has layers 0 to 1, layers.0, layers.1"):
+        trace.layer(2)
+    with pytest.raises(ValueError, match=r"layer='layers.7' is not in the trace: it has layers 0 to 1, layers.0"):
+        trace.layer("layers.7")
+    with pytest.raises(ValueError, match=r"layer=0.5 is no whole number"):
+        trace.layer(0.5)
+
+
+def test_a_layer_is_found_by_its_name_and_by_what_reports_call_it():
+    trace = dataclasses.replace(made(v3(8, 1, 1, 2)), layers=("model.layers.0.mlp", "model.layers.1.mlp"))
+    for name in (1, -1, "layers.1", "model.layers.1.mlp"):
+        assert torch.equal(trace.layer(name).weights, trace.weights[1])
+        assert steps(trace, name).layer == "model.layers.1.mlp"
+    blocks = dataclasses.replace(trace, layers=("encoder.block.1", "decoder.block.1"))
+    assert steps(blocks, "decoder.block.1").layer == "decoder.block.1"
+    with pytest.raises(ValueError, match=r"layer='block.1' is not in the trace"):
+        blocks.layer("block.1")
+
+
+def test_rows_are_the_assignments_with_all_that_is_known_of_their_tokens():
+    trace = made(
+        v3(16, 4, 2, 4), 6, sequences=torch.tensor([0, 0, 1, 1, 1, 1]), labels=("poem", "诗"), pieces={2: "a", 3: "b"},
+        input_ids=torch.tensor([2, 3, 4, 2, 2, 3]), phases=torch.tensor([0, 0, 0, 0, 1, 1], dtype=torch.uint8),
+    )  # fmt: skip
+    rows, of_layer = trace.rows(), trace.rows("layers.1")
+    assert list(rows) == [
+        "layer",
+        "token",
+        "sequence",
+        "label",
+        "phase",
+        "input_id",
+        "piece",
+        "slot",
+        "expert",
+        "weight",
+    ]
+    assert {len(column) for column in rows.values()} == {2 * 6 * 4}
+    expected = [
+        (trace.layers[i], t, s, trace.labels[s], PHASES[trace.phases[t]], trace.input_ids[t].item(),
+         trace.pieces.get(trace.input_ids[t].item()), k, trace.picks[i, t, k].item(), trace.weights[i, t, k].item())
+        for i in range(2) for t, s in enumerate(trace.sequences.tolist()) for k in range(4)
+    ]  # fmt: skip
+    assert list(zip(*(column.tolist() for column in rows.values()), strict=True)) == expected
+    assert list(zip(*(column.tolist() for column in of_layer.values()), strict=True)) == expected[6 * 4 :]
+    bare = dataclasses.replace(made(v3(16, 4, 2, 4), 3), weights=None, logits=None)
+    assert list(bare.rows()) == ["layer", "token", "sequence", "slot", "expert"]
+    assert {len(column) for column in made(v3(16, 4, 2, 4), 0).rows().values()} == {0}
 
 
 @pytest.mark.parametrize(

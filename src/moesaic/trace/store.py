@@ -179,10 +179,11 @@ class Trace:
         what = f"top {self.top_k} of {self.n_experts} experts, detail={self.detail!r}"
         return f"Trace({self.model or 'no model name'}: {layers}, {len(self)} tokens in {sequences}, {what})"
 
-    def layer(self, index: int) -> Routing:
-        """The routing of one layer: logits [T, E] or None, weights [T, K], expert_ids int64 [T, K]."""
-        if not -self.n_layers <= index < self.n_layers:
-            raise ValueError(f"layer={index} is not in the trace: it has layers 0 to {self.n_layers - 1}")
+    def layer(self, index: int | str) -> Routing:
+        """The routing of a layer, by number or name: logits [T, E] or None, weights [T, K], expert_ids int64 [T, K]."""
+        from moesaic.trace.rule.given import layer_of
+
+        index = layer_of(self, index)
         if self.weights is None:
             raise ValueError("only ids were recorded, no weights: take `picks`, or record with detail='picks'")
         logits = None if self.logits is None else self.logits[index]
@@ -199,6 +200,17 @@ class Trace:
     def to_arrays(self) -> dict[str, np.ndarray]:
         """What was recorded as numpy arrays, by field name: "picks" int [L, T, K], "weights", and the rest present."""
         return {name: t.numpy() for name in TENSORS if (t := getattr(self, name)) is not None}
+
+    def rows(self, layer: int | str | None = None) -> dict[str, np.ndarray]:
+        """One row an assignment, of all layers or of one, as columns of equal length: `pandas.DataFrame(trace.rows())`.
+
+        layer (its name), token, sequence, label, phase, input_id, piece, slot, expert (E is "no expert") and weight, as
+        far as they are known; layer by layer, token by token, slot by slot.
+        """
+        from moesaic.trace.rows import rows
+        from moesaic.trace.rule.given import layer_of
+
+        return rows(self, range(self.n_layers) if layer is None else [layer_of(self, layer)])
 
     def save(self, path: str | Path) -> None:
         """Write the trace as one safetensors file (docs: trace-format); an older trace is replaced whole or not at

@@ -3,7 +3,7 @@
 import operator
 from typing import Any
 
-from moesaic.trace.shown import visible
+from moesaic.trace.shown import listed, short_layers, visible
 from moesaic.trace.store import Trace
 
 
@@ -21,6 +21,20 @@ def whole_number(given: Any, field: str, example: int = 0) -> int:
         return operator.index(given)
     except (TypeError, RuntimeError):  # RuntimeError: a tensor of several
         raise ValueError(f"{field}={_shown(given)} is no whole number: use {example}, say") from None
+
+
+def layer_of(trace: Trace, layer: int | str) -> int:
+    """The place of a layer by its number or its name, as the trace has it or as reports say it ("layers.3"); ValueError
+    where there is none."""
+    if isinstance(layer, str):
+        names = [*trace.layers, *short_layers(trace.layers)]
+        index = names.index(layer) % trace.n_layers if layer in names else trace.n_layers
+    else:
+        index = whole_number(layer, "layer")
+    if not -trace.n_layers <= index < trace.n_layers:
+        there = f"layers 0 to {trace.n_layers - 1}, {listed(trace.layers)}"
+        raise ValueError(f"layer={_shown(layer)} is not in the trace: it has {there}")
+    return range(trace.n_layers)[index]
 
 
 def real_number(given: Any, field: str, example: float) -> float:

@@ -11,7 +11,7 @@ from torch import Tensor
 from moesaic import rules
 from moesaic.config import MoEConfig
 from moesaic.trace.rule.derive import bias_of, compare, derive, dtype_of, logits_of, weight_tolerance, why_not_derived
-from moesaic.trace.rule.given import check_trace, whole_number
+from moesaic.trace.rule.given import check_trace, layer_of, whole_number
 from moesaic.trace.rule.stages import (
     BIAS_NOT_RECORDED,
     DERIVED,
@@ -108,18 +108,16 @@ class VersusTopK(NamedTuple):
     groups_topk: tuple[int, ...]
 
 
-def steps(source: Trace, layer: int = 0, token: int = 0) -> Steps:
+def steps(source: Trace, layer: int | str = 0, token: int = 0) -> Steps:
     """The 15 stages of one token of a recorded layer. ValueError for a layer or token that is not in the trace.
 
     A stage that needs what was not recorded, or a rule that is not known, has no value and a note that says so.
     """
     check_trace(source, "source")
-    layer, token = whole_number(layer, "layer"), whole_number(token, "token")
-    if not -source.n_layers <= layer < source.n_layers:
-        raise ValueError(f"layer={layer} is not in the trace: it has layers 0 to {source.n_layers - 1}")
+    layer, token = layer_of(source, layer), whole_number(token, "token")
     if not -len(source) <= token < len(source):
         raise ValueError(f"token={token} is not in the trace: it has {len(source)} tokens, counted from 0")
-    layer, token = range(source.n_layers)[layer], range(len(source))[token]
+    token = range(len(source))[token]
     return Steps(_steps(source, layer, token), source.layers[layer], token, source.origins[layer])
 
 

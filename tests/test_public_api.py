@@ -4,7 +4,7 @@ import moesaic
 
 PUBLIC = [
     "BalanceLoss", "BiasBalance", "DeepseekV3MoE", "ExpertSpec", "ExpertWeights", "Experts", "LoadMonitor", "MoE",
-    "MoEConfig", "MoEGate", "Router", "Routing", "attach", "coselection", "diff", "domain_preference", "load",
+    "MoEConfig", "MoEGate", "Router", "Routing", "attach", "coselection", "diff", "domain_preference", "join", "load",
     "record", "replay", "route", "stability", "stats", "steps", "upcycle", "what_if",
 ]  # fmt: skip
 

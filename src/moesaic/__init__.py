@@ -23,6 +23,7 @@ _HOMES = {
     "coselection": "moesaic.trace.statistics.coselection",
     "diff": "moesaic.trace.compare.diff",
     "domain_preference": "moesaic.trace.statistics.preference",
+    "join": "moesaic.trace.join",
     "load": "moesaic.trace.file.reader",
     "record": "moesaic.trace.recording.record",
     "replay": "moesaic.trace.reroute.replay",

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from moesaic.cli.output import JSON_HELP, check_lang, print_json, progress, say_command, table
+from moesaic.cli.output import JSON_HELP, Lang, print_json, progress, say_command, table
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -60,11 +60,10 @@ def check(
         str | None, typer.Option(help="The rule for module:Class: a preset or a config.json; deepseek-v3 unless given.")
     ] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Exit 1 on fragile findings too.")] = False,
-    lang: Annotated[str, typer.Option(help="en or zh.")] = "en",
+    lang: Lang = "en",
     as_json: Annotated[bool, typer.Option("--json", help=JSON_HELP)] = False,
 ) -> None:
     """Judge a gate by known traps. Exit code 0: as the definition; 1: not; 2: nothing to judge, or an unknown rule."""
-    check_lang(lang)
     from moesaic.conformance import LEVELS, PROBES
     from moesaic.conformance import check as judge
     from moesaic.conformance.targets import find

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from moesaic import __version__
-from moesaic.cli.output import JSON_HELP, check_lang, print_json, say_command, typed
+from moesaic.cli.output import JSON_HELP, Lang, print_json, say_command, typed
 
 
 def compare(
@@ -17,11 +17,10 @@ def compare(
         str | None,
         typer.Option(help="Layer whose loads and biases are drawn; the last one unless given."),
     ] = None,
-    lang: Annotated[str, typer.Option(help="en or zh.")] = "en",
+    lang: Lang = "en",
     json: Annotated[bool, typer.Option("--json", help=JSON_HELP)] = False,
 ) -> None:
     """Loss and balance of several runs: each one over its steps, and ways to balance with their spread over seeds."""
-    check_lang(lang)
     if out is not None and out.suffix not in (".png", ".svg", ".pdf"):
         raise ValueError(f"--out {out}: what ends in {out.suffix or 'nothing'} is not drawn: use .png, .svg or .pdf")
     from rich.console import Console

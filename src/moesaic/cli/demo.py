@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
-from moesaic.cli.output import JSON_HELP, check_lang, make_ready, print_json, say_how_again, typed
+from moesaic.cli.output import JSON_HELP, Lang, make_ready, print_json, say_how_again, typed
 from moesaic.cli.steps import recorded_word
 from moesaic.cli.trace import said_of_windows
 
@@ -56,7 +56,7 @@ def demo(
     preset: Annotated[
         str | None, typer.Option(help="With --random: a released model's sizes; deepseek-v3 unless given.")
     ] = None,
-    lang: Annotated[str, typer.Option(help="en or zh.")] = "en",
+    lang: Lang = "en",
     seed: Annotated[
         int, typer.Option(min=0, max=2**32 - 1, help="Seed of the random gate and of the permutation test.")
     ] = 0,
@@ -80,7 +80,6 @@ def demo(
     gc.disable()  # seconds long: collecting would cost 1.2 of 9 s while torch and transformers are imported
     # the threads of a matmul wait for each other; spinning while they do takes ten times as long on a busy machine
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    check_lang(lang)
     if random:
         if any(given is not None for given in (text, file, model, layer, token)):
             raise ValueError("--random routes random input: leave out --text, --file, --model, --layer and --token")

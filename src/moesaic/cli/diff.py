@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from moesaic.cli.output import JSON_HELP, check_lang, print_json, progress, say_how_again
+from moesaic.cli.output import JSON_HELP, Lang, print_json, progress, say_how_again
 
 if TYPE_CHECKING:
     from moesaic.trace.compare.diff import Diff
@@ -32,7 +32,7 @@ def diff(
     precision: Annotated[
         str | None, typer.Option(help="Coarser dtype of the two models, such as bfloat16; read from the records.")
     ] = None,
-    lang: Annotated[str, typer.Option(help="en or zh.")] = "en",
+    lang: Lang = "en",
     json: Annotated[bool, typer.Option("--json", help=JSON_HELP)] = False,
 ) -> None:
     """Compare the experts in two records of the same tokens: two engines, precisions or checkpoints.
@@ -41,7 +41,6 @@ def diff(
     made them, or more differ; 2 where they cannot be compared, or nobody can tell why they differ and no --max-flip
     says that its number alone decides.
     """
-    check_lang(lang)
     limit = LIMIT if max_flip is None else share_of(max_flip)
     from rich.console import Console
 

@@ -7,20 +7,19 @@ import typer
 
 from moesaic.cli.doctor_table import WORDS, report
 from moesaic.cli.examine import examine, take_measures, wrong
-from moesaic.cli.output import JSON_HELP, check_lang, print_json
+from moesaic.cli.output import JSON_HELP, Lang, print_json
 
 
 def doctor(
     measure: Annotated[bool, typer.Option("--measure", help="Measure memory and matmuls too: some seconds.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help=JSON_HELP)] = False,
-    lang: Annotated[str, typer.Option(help="en or zh.")] = "en",
+    lang: Lang = "en",
 ) -> int:
     """Say what is installed, what this machine can do, and which engine serves which device and dtype, and why.
 
     Every engine is run on a small problem, forward and backward. Exit code 1 where "auto" gives wrong numbers.
     """
     gc.disable()  # as in demo
-    check_lang(lang)
     from rich.console import Console
 
     found = examine()

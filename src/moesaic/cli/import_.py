@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from moesaic.cli.output import check_lang, print_json, progress, say_how_again
+from moesaic.cli.output import Lang, print_json, progress, say_how_again
 from moesaic.cli.trace import Size, check_target, described, show
 
 FORMATS = {  # name -> what files are meant
@@ -29,7 +29,7 @@ def import_(
     ] = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="The file to write.")] = Path("run.safetensors"),
     as_json: Annotated[bool, typer.Option("--json", help="Print what was imported as JSON.")] = False,
-    lang: Annotated[str, typer.Option(help="en or zh.")] = "en",
+    lang: Lang = "en",
 ) -> int:
     """Read what another engine recorded into a trace: dumps of SGLang, its and vLLM's routed_experts,
     router traces of Megatron.
@@ -37,7 +37,6 @@ def import_(
     Nothing in the files is executed, and everything in them is checked.
     """
     gc.disable()  # as in demo
-    check_lang(lang)
     if source not in FORMATS:
         known = "; ".join(f"{name} ({what})" for name, what in FORMATS.items())
         raise ValueError(f"FORMAT {source!r} is unknown: use one of {known}")

@@ -4,7 +4,7 @@ from typing import Annotated, Any
 
 import typer
 
-from moesaic.cli.output import JSON_HELP, check_lang, print_json, table
+from moesaic.cli.output import JSON_HELP, Lang, print_json, table
 from moesaic.config import MoEConfig
 from moesaic.families import (
     ALIASES,
@@ -71,10 +71,9 @@ def models(
         str | None, typer.Argument(help="A preset, a family of transformers, or a convention: all about it.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help=JSON_HELP)] = False,
-    lang: Annotated[str, typer.Option(help="en or zh.")] = "en",
+    lang: Lang = "en",
 ) -> int:
     """Say which models are known: presets, families, names of fields and their spellings, conventions."""
-    check_lang(lang)
     if name is None:
         print_json(everything()) if as_json else _show_all(lang)
         return 0

@@ -7,13 +7,23 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, Protocol
+
+import typer
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from moesaic.trace.store import Trace
 
+
+def _known(lang: str) -> str:
+    if lang not in AGAIN:
+        raise ValueError(f"--lang {lang!r} is unknown: use zh or en")
+    return lang
+
+
+Lang = Annotated[str, typer.Option(help="en or zh.", callback=_known)]
 JSON_HELP = "Print the result as JSON."
 
 NEXT = {"en": "Next:", "zh": "接下来："}
@@ -21,12 +31,6 @@ AGAIN = {
     "en": ("Reproduce: {command}", "with ", ", ", ("seed {}", "config {}", "no config: only sizes are known")),
     "zh": ("复现：{command}", "版本 ", "，", ("随机种子 {}", "配置 {}", "没有配置：只知道尺寸")),
 }
-
-
-def check_lang(lang: str) -> str:
-    if lang not in AGAIN:
-        raise ValueError(f"--lang {lang!r} is unknown: use zh or en")
-    return lang
 
 
 def check_not_both(first: str, one: object, second: str, other: object) -> None:

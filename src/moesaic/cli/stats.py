@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from moesaic.cli.output import JSON_HELP, check_lang, check_not_both, print_json, progress, say_how_again
+from moesaic.cli.output import JSON_HELP, Lang, check_not_both, print_json, progress, say_how_again
 
 if TYPE_CHECKING:
     from moesaic.trace.store import Trace
@@ -31,13 +31,16 @@ WORDS = {
     },
 }
 
+Nodes = Annotated[int | None, typer.Option(help="Machines; experts are placed on them in equal runs.")]
+Placement = Annotated[
+    str | None, typer.Option(help="The node of every expert as a JSON list, or a file of it, instead of --nodes.")
+]
+
 
 def stats(
     trace: Annotated[Path, typer.Argument(help="A recorded .safetensors.")],
-    nodes: Annotated[int | None, typer.Option(help="Machines; experts are placed on them in equal runs.")] = None,
-    placement: Annotated[
-        str | None, typer.Option(help="The node of every expert as a JSON list, or a file of it, instead of --nodes.")
-    ] = None,
+    nodes: Nodes = None,
+    placement: Placement = None,
     capacity: Annotated[str, typer.Option(help="Capacity factors: what each would drop.")] = "1,1.25,2",
     coselection: Annotated[
         bool, typer.Option("--coselection", help="Pairs of experts chosen together beyond chance; takes longer.")
@@ -47,7 +50,7 @@ def stats(
     ] = None,
     alpha: Annotated[float, typer.Option(help="Chance of any false alarm in the whole run.")] = 0.05,
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of the simulations behind the bands.")] = 0,
-    lang: Annotated[str, typer.Option(help="en or zh.")] = "en",
+    lang: Lang = "en",
     as_json: Annotated[bool, typer.Option("--json", help=JSON_HELP)] = False,
 ) -> None:
     """Judge the load of every layer of a record, each number beside what chance gives; where its documents have two or
@@ -56,7 +59,6 @@ def stats(
     Exit code 0: every layer was judged and is healthy; 1: a layer is imbalanced, has dead experts or has collapsed; 2:
     layers without data or with too few tokens or documents, and none that is bad.
     """
-    check_lang(lang)
     factors = _factors(capacity)
     check_not_both("--nodes", nodes, "--placement", placement)
     from moesaic.cli.provenance import provenance

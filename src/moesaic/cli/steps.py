@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from moesaic.cli.output import JSON_HELP, check_lang, print_json, say_how_again
+from moesaic.cli.output import JSON_HELP, Lang, print_json, say_how_again
 
 if TYPE_CHECKING:
     from moesaic.trace.store import Trace
@@ -23,14 +23,13 @@ def steps(
     layer: Annotated[int, typer.Option(help="Which MoE layer, from 0 in forward order.")] = 0,
     token: Annotated[int, typer.Option(help="Which token, from 0.")] = 0,
     vs: Annotated[str | None, typer.Option(help="topk: what plain top-k would have taken instead.")] = None,
-    lang: Annotated[str, typer.Option(help="en or zh.")] = "en",
+    lang: Lang = "en",
     json: Annotated[bool, typer.Option("--json", help=JSON_HELP)] = False,
 ) -> None:
     """Show what a gate did with one token: 15 steps with formula, shape and values."""
     gc.disable()  # as in demo
     if vs not in (None, "topk"):
         raise ValueError(f"--vs {vs!r} is unknown: use topk")
-    check_lang(lang)
     if trace is not None and (text is not None or model is not None):
         raise ValueError("--trace has its routing recorded already: leave out TEXT and --model")
     if text is not None and not text.strip():

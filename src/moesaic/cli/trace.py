@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
-from moesaic.cli.output import check_lang, config_of, print_json, progress, say_how_again, say_next
+from moesaic.cli.output import Lang, config_of, print_json, progress, say_how_again, say_next
 
 if TYPE_CHECKING:
     from moesaic.trace.store import Trace
@@ -73,14 +73,13 @@ def trace(
     ] = None,
     device: Annotated[str, typer.Option(help="Where the model runs: cpu, cuda, cuda:1.")] = "cpu",
     as_json: Annotated[bool, typer.Option("--json", help="Print what was recorded as JSON.")] = False,
-    lang: Annotated[str, typer.Option(help="en or zh.")] = "en",
+    lang: Lang = "en",
 ) -> int:
     """Let a model read a text and record which experts each token used: the input of stats, steps, diff and what-if.
 
     The record is one .safetensors file with the tokens, their text and their documents in it.
     """
     gc.disable()  # as in demo
-    check_lang(lang)
     if detail not in DETAILS:
         raise ValueError(f"--detail {detail!r} is unknown: use one of {', '.join(DETAILS)}")
     from moesaic.cli import sources

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from moesaic.cli.output import check_lang, print_json, say_command, say_next
+from moesaic.cli.output import Lang, print_json, say_command, say_next
 
 # carried over as they are: what belongs to the tokenizer, and the terms of the weights
 CARRIED = (
@@ -55,12 +55,11 @@ def upcycle(
     ] = None,
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of the router and of --noise.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print what was written as JSON.")] = False,
-    lang: Annotated[str, typer.Option(help="en or zh.")] = "en",
+    lang: Lang = "en",
 ) -> int:
     """Make an MoE model of a dense one that computes the same, to train it further: Qwen3 -> Qwen3-MoE, Qwen2 ->
     Qwen2-MoE, Llama and Mistral -> Mixtral, OLMo 2 and 3 -> FlexOlmo. Plain transformers loads it.
     """
-    check_lang(lang)
     if out.exists():
         raise ValueError(f"--out {out} is there already: give a new folder")
     options = {"experts": experts, "k": k, "granularity": granularity, "noise": noise, "router_std": router_std}

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from moesaic.cli.output import check_lang, print_json
+from moesaic.cli.output import Lang, print_json
 
 if TYPE_CHECKING:
     from moesaic.train.monitor.run_log import LogReader, RunLog
@@ -19,7 +19,7 @@ def watch(
     run: Annotated[Path, typer.Argument(help="Folder or log of a run that ms.LoadMonitor watches, or watched.")],
     once: Annotated[bool, typer.Option("--once", help="Show one picture and leave.")] = False,
     every: Annotated[float, typer.Option(help="Seconds between looks.")] = 2.0,
-    lang: Annotated[str, typer.Option(help="en or zh.")] = "en",
+    lang: Lang = "en",
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document and leave.")] = False,
 ) -> None:
     """Show a training run: loss, balance of every layer beside chance, dead experts, biases, alerts, time left.
@@ -28,7 +28,6 @@ def watch(
     and healthy; 1: a layer has collapsed or dead experts, or loss or gradients are not finite; 2: nothing to show, or
     nothing judged yet.
     """
-    check_lang(lang)
     if not 0 < every <= DAY:
         raise ValueError(f"--every {every} is no time to wait: give seconds, such as 2")
     from rich.console import Console

@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from moesaic.cli.output import JSON_HELP, check_lang, check_not_both, print_json, progress, say_how_again
+from moesaic.cli.output import JSON_HELP, Lang, check_not_both, print_json, progress, say_how_again
+from moesaic.cli.stats import Nodes, Placement
 from moesaic.cli.trace import check_target
 
 if TYPE_CHECKING:
@@ -27,21 +28,18 @@ def what_if(
     no_bias: Annotated[bool, typer.Option("--no-bias", help="Leave the correction bias out.")] = False,
     bias: Annotated[str | None, typer.Option(help="Add to biases of experts, such as 41:-0.1,7:0.2.")] = None,
     drop: Annotated[str | None, typer.Option(help="Experts that are never chosen, such as 3,7.")] = None,
-    nodes: Annotated[int | None, typer.Option(help="Machines; experts are placed on them in equal runs.")] = None,
-    placement: Annotated[
-        str | None, typer.Option(help="The node of every expert as a JSON list, or a file of it, instead of --nodes.")
-    ] = None,
+    nodes: Nodes = None,
+    placement: Placement = None,
     anyway: Annotated[bool, typer.Option("--anyway", help="Answer although the record follows another rule.")] = False,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Save the new routing as a record.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the file of --out where it exists.")] = False,
-    lang: Annotated[str, typer.Option(help="en or zh.")] = "en",
+    lang: Lang = "en",
     json: Annotated[bool, typer.Option("--json", help=JSON_HELP)] = False,
 ) -> None:
     """Route recorded scores again by another rule: who gets other experts, and what happens to load and groups.
 
     With nothing changed it proves that the recorded rule gives the recorded experts, exact ties apart.
     """
-    check_lang(lang)
     check_not_both("--no-bias", no_bias, "--bias", bias)
     check_not_both("--nodes", nodes, "--placement", placement)
     dropped, deltas = numbers(drop), shifts(bias)

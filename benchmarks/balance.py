@@ -11,6 +11,7 @@ without training.
 """
 
 import argparse
+import json
 import os
 import shutil
 import subprocess
@@ -19,7 +20,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
-from moesaic.train.run_folder import RECORD, finished
+from moesaic.train.run_folder import RECORD
 
 ROOT = Path(__file__).parents[1]
 RECORDS = ROOT / "benchmarks" / "balance"
@@ -82,6 +83,14 @@ def main() -> None:
         page.write_text(head + BEGIN + results(lang, planned=len(runs)) + END + rest.partition(END)[2], "utf-8")
         if any(RECORDS.glob(f"*/{RECORD}")):
             compare(lang, "--out", page.with_suffix(".png"))
+
+
+def finished(folder: Path) -> bool:
+    """Whether a run in this folder came to its end."""
+    try:
+        return bool(json.loads((folder / RECORD).read_text("utf-8"))["finished"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def results(lang: str, *, planned: int) -> str:

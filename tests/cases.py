@@ -12,7 +12,7 @@ from torch import nn
 
 from moesaic.config import MoEConfig
 from moesaic.engine.matmul_forms import onednn_linear
-from moesaic.types import ExpertWeights
+from moesaic.types import ExpertWeights, Routing
 
 # E, G, M, K: the article's, odd sizes, one group, every group kept, one expert per token
 GRID = [
@@ -132,3 +132,23 @@ def has_onednn(dtype: torch.dtype) -> bool:
     except (AttributeError, RuntimeError):
         return False
     return True
+
+
+def check_routing(routing: Routing, num_experts: int) -> Routing:
+    """Raise AssertionError unless shapes, dtypes and ids of a routing are lawful.
+
+    jaxtyping does not look into the fields of a NamedTuple.
+    """
+    logits, weights, ids = routing
+    assert weights.shape == ids.shape, f"weights {tuple(weights.shape)} and expert_ids {tuple(ids.shape)} differ"
+    assert ids.dtype == torch.int64, f"expert_ids are {ids.dtype}, not int64"
+    assert weights.is_floating_point(), f"weights are {weights.dtype}"
+    if logits is not None:
+        assert logits.shape == (len(ids), num_experts), f"logits {tuple(logits.shape)} for {num_experts} experts"
+    if ids.numel():
+        low, high = int(ids.min()), int(ids.max())
+        assert 0 <= low <= high <= num_experts, f"ids reach from {low} to {high} with {num_experts} experts"
+        real = ids.sort(dim=-1).values
+        twice = (real[:, 1:] == real[:, :-1]) & (real[:, 1:] < num_experts)
+        assert not twice.any(), "a token chose the same expert twice"
+    return routing

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import GRID, no_waiting, v3
+from cases import GRID, check_routing, no_waiting, v3
 from oracles import densify
 
 from moesaic.config import MoEConfig
@@ -10,7 +10,6 @@ from moesaic.engine.select import ENGINES, check_engine
 from moesaic.layer.experts import Experts
 from moesaic.layer.moe import DeepseekV3MoE
 from moesaic.rules import largest, route
-from moesaic.types import check_routing
 
 pytestmark = [
     pytest.mark.gpu,

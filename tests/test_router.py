@@ -3,7 +3,7 @@ import io
 
 import pytest
 import torch
-from cases import GRID, v3
+from cases import GRID, check_routing, v3
 from oracles import densify, tied_rows
 from transformers import DeepseekV3Config, DeepseekV4Config
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
@@ -12,7 +12,6 @@ from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4HashR
 from moesaic.config import MoEConfig
 from moesaic.layer.moe import DeepseekV3MoE
 from moesaic.layer.router import Router, jitter
-from moesaic.types import check_routing
 
 EXACT = 5.000123  # bfloat16 would make it 5.0, float16 5.0
 BIASES = {

@@ -4,7 +4,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from cases import GRID, configs, v3
+from cases import GRID, check_routing, configs, v3
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
@@ -29,7 +29,6 @@ from moesaic.rules import (
     sum_of_best,
     weigh,
 )
-from moesaic.types import check_routing
 
 
 @st.composite

@@ -6,7 +6,7 @@ from itertools import product
 
 import pytest
 import torch
-from cases import GRID, METHODS, RULES, configs, v3
+from cases import GRID, METHODS, RULES, check_routing, configs, v3
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
@@ -18,7 +18,7 @@ from moesaic import rules
 from moesaic.config import MoEConfig
 from moesaic.engine.route_op import RouteSpec
 from moesaic.engine.triton.route import backward, route
-from moesaic.types import Routing, check_routing
+from moesaic.types import Routing
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, where the interpreter meets inf and NaN

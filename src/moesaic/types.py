@@ -7,7 +7,6 @@ projection (2I where experts are gated, I where not), `E` routed experts, `K` ex
 
 from typing import NamedTuple
 
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -36,23 +35,3 @@ class ExpertWeights(NamedTuple):
     down: Float[Tensor, "E c d"]
     up_bias: Float[Tensor, "E U"] | None = None
     down_bias: Float[Tensor, "E O"] | None = None
-
-
-def check_routing(routing: Routing, num_experts: int) -> Routing:
-    """Raise AssertionError unless shapes, dtypes and ids of a routing are lawful. For tests: it reads the values.
-
-    jaxtyping does not look into the fields of a NamedTuple, so the shape-checked test run calls this.
-    """
-    logits, weights, ids = routing
-    assert weights.shape == ids.shape, f"weights {tuple(weights.shape)} and expert_ids {tuple(ids.shape)} differ"
-    assert ids.dtype == torch.int64, f"expert_ids are {ids.dtype}, not int64"
-    assert weights.is_floating_point(), f"weights are {weights.dtype}"
-    if logits is not None:
-        assert logits.shape == (len(ids), num_experts), f"logits {tuple(logits.shape)} for {num_experts} experts"
-    if ids.numel():
-        low, high = int(ids.min()), int(ids.max())
-        assert 0 <= low <= high <= num_experts, f"ids reach from {low} to {high} with {num_experts} experts"
-        real = ids.sort(dim=-1).values
-        twice = (real[:, 1:] == real[:, :-1]) & (real[:, 1:] < num_experts)
-        assert not twice.any(), "a token chose the same expert twice"
-    return routing

@@ -38,14 +38,6 @@ def write_record(folder: Path, record: dict[str, Any]) -> None:
     write_whole(folder / RECORD, json.dumps(record, indent=1) + "\n")
 
 
-def finished(folder: Path) -> bool:
-    """Whether a run in this folder came to its end."""
-    try:
-        return bool(json.loads((folder / RECORD).read_text("utf-8"))["finished"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
-
-
 @contextmanager
 def naming_what_cannot_be_written(folder: Path) -> Generator[None]:
     """One ValueError for what a full disk raises: OSError, and errors of torch and Rust that say it in words only."""

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 WINDOW = 256
+BATCH = 16  # windows in one forward
 
 
 class DomainResult(NamedTuple):
@@ -104,7 +105,7 @@ class HeldOut:
             self.windows[domain] = rows
             self.kneser_ney[domain] = float(np.mean([bigram.loss(row) for row in rows]))
 
-    def judge(self, model: nn.Module, *, batch_size: int = 16) -> Report:
+    def judge(self, model: nn.Module) -> Report:
         """Loss of every domain and balance of every layer; the model's mode is put back afterwards."""
         was_training = model.training
         model.eval()
@@ -112,7 +113,7 @@ class HeldOut:
         loads: dict[str, dict[str, list[int]]] = {}
         with torch.inference_mode(), counting_loads(model, training=False) as counter:
             for domain, rows in self.windows.items():
-                loss = _loss(model, torch.from_numpy(rows), batch_size)
+                loss = _loss(model, torch.from_numpy(rows))
                 results[domain] = DomainResult(rows.shape[0] * (rows.shape[1] - 1), loss, self.kneser_ney[domain])
                 for layer, load in counter.take().items():
                     loads.setdefault(layer, {})[domain] = load.long().tolist()
@@ -120,6 +121,6 @@ class HeldOut:
         return Report(results, loads)
 
 
-def _loss(model: nn.Module, rows: Int[Tensor, "W L"], batch_size: int) -> float:
-    losses = [model(input_ids=part, labels=part).loss.item() * len(part) for part in rows.split(batch_size)]
+def _loss(model: nn.Module, rows: Int[Tensor, "W L"]) -> float:
+    losses = [model(input_ids=part, labels=part).loss.item() * len(part) for part in rows.split(BATCH)]
     return sum(losses) / len(rows)

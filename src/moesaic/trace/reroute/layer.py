@@ -52,7 +52,7 @@ def reroute(trace: Trace, layer: int, config: MoEConfig, bias: Tensor | None, *,
     k, short = config.num_experts_per_tok, (whole.left < config.num_experts_per_tok) & ~whole.empty
     if short.any():
         raise ValueError(
-            f"drop_experts leaves num_experts_per_tok={k} unmet: {int(short.sum())} tokens of layer "
+            f"too few experts are left for num_experts_per_tok={k}: {int(short.sum())} tokens of layer "
             f"{trace.layers[layer]!r} have as few as {int(whole.left[short].min())} experts in their groups: drop "
             "fewer, keep more groups or use a smaller k"
         )

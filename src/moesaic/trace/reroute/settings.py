@@ -46,13 +46,13 @@ def changed(
 def dropped(trace: Trace, drop_experts: Iterable[int]) -> list[int]:
     """The experts to leave out, in order, each once."""
     experts = sorted({int(expert) for expert in drop_experts})
-    _check_experts("drop_experts", experts, trace.n_experts)
+    _check_experts(experts, trace.n_experts)
     return experts
 
 
-def _check_experts(name: str, experts: Iterable[int], n_experts: int) -> None:
+def _check_experts(experts: Iterable[int], n_experts: int) -> None:
     if wrong := [expert for expert in experts if not 0 <= expert < n_experts]:
-        raise ValueError(f"{name} names expert {wrong[0]}, which is not there: use 0 to {n_experts - 1}")
+        raise ValueError(f"expert {wrong[0]} is not there: use 0 to {n_experts - 1}")
 
 
 def biases(trace: Trace, bias: Bias, dropped: list[int]) -> Tensor | None:
@@ -64,7 +64,7 @@ def biases(trace: Trace, bias: Bias, dropped: list[int]) -> Tensor | None:
             raise ValueError(f"bias has shape {list(bias.shape)}: give [E] = [{shape[1]}] or [L, E] = {list(shape)}")
         out = bias.detach().cpu().float().expand(shape)
     elif isinstance(bias, Mapping):
-        _check_experts("bias", bias, trace.n_experts)
+        _check_experts(bias, trace.n_experts)
         out = zeros if out is None else out.clone()
         for expert, delta in bias.items():
             if not (shift := torch.tensor(float(delta), dtype=torch.float32, device="cpu")).isfinite():
@@ -75,7 +75,7 @@ def biases(trace: Trace, bias: Bias, dropped: list[int]) -> Tensor | None:
             out[:, expert] += shift
     elif bias is False:
         if out is None:
-            raise ValueError("bias=False has nothing to leave out: this trace has no correction bias")
+            raise ValueError("this trace has no correction bias to leave out")
         out = zeros
     elif bias is not None:
         raise ValueError(f"bias={bias!r} is not understood: use False, a tensor [E] or [L, E], or {{expert: delta}}")

@@ -1,4 +1,4 @@
-"""The book: every Python block runs and prints what the page says, and both languages hold the same code.
+"""The book: Python blocks and `$ moesaic` lines run and print what the page says; both languages hold the same code.
 
 `python tests/test_docs.py --write` runs the pages and writes what they print, and the quoted sources, into them.
 """
@@ -11,18 +11,23 @@ import importlib
 import inspect
 import io
 import itertools
+import os
 import re
+import shlex
+import sys
 import tempfile
 import textwrap
 import tomllib
 from functools import reduce
 from pathlib import Path
 from typing import NamedTuple
+from unittest import mock
 
 import pytest
 import torch
 
 import moesaic
+from moesaic import cli
 from moesaic.config import MoEConfig
 from moesaic.families import PRESETS
 
@@ -61,6 +66,22 @@ def source_of(name: str) -> str:
     return textwrap.dedent(inspect.getsource(reduce(getattr, path.split("."), importlib.import_module(module))))
 
 
+def said_by(line: str) -> str:
+    """What `$ moesaic ...` says on a terminal of 120 columns, stderr first; `| head -2` leaves two lines of stdout."""
+    command, _, most = line.removeprefix("$ ").partition(" | head -")
+    out, err = io.StringIO(), io.StringIO()
+    with (
+        mock.patch.object(sys, "argv", shlex.split(command)),
+        mock.patch.dict(os.environ, COLUMNS="120"),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+        contextlib.suppress(SystemExit),
+    ):
+        cli.main()
+    rows = err.getvalue().splitlines() + out.getvalue().splitlines()[: int(most) if most else None]
+    return "".join(f"{row.rstrip()}\n" for row in rows)
+
+
 def expected_bodies(page: Path) -> dict[Block, str]:
     """What each quotation and each output block of a page should hold. Runs the page's code, in an empty folder."""
     namespace: dict = {"__name__": page.stem}
@@ -76,12 +97,14 @@ def expected_bodies(page: Path) -> dict[Block, str]:
             elif block.info == "text":
                 assert printed, f"{page.name}:{block.line}: a text block must follow the block that prints it"
                 expected[block], printed = printed, ""
-            elif block.info == "python":
-                # empty lines before the code, so that a traceback names the line of the page
-                code = compile("\n" * (block.line - 1) + block.body, str(page), "exec")
-                with contextlib.redirect_stdout(io.StringIO()) as stdout:
-                    exec(code, namespace)
-                printed = stdout.getvalue()
+            elif block.info == "python" or block.body.startswith("$ "):
+                if block.info == "sh":
+                    printed = "".join(map(said_by, block.body.splitlines()))
+                else:  # empty lines before the code, so that a traceback names the line of the page
+                    code = compile("\n" * (block.line - 1) + block.body, str(page), "exec")
+                    with contextlib.redirect_stdout(io.StringIO()) as stdout:
+                        exec(code, namespace)
+                    printed = stdout.getvalue()
                 shown = following is not None and following.info == "text"
                 assert shown or not printed, f"{page.name}:{block.line}: prints, and no text block follows"
     return expected

@@ -1,18 +1,22 @@
 """What recording costs on this machine: time of a forward, and memory of a long record.
 
 python benchmarks/recording.py               # the shipped model and a random Qwen3-MoE, one thread
+python benchmarks/recording.py --tokens 1 --forwards 50 [--to FILE]     # of a decoded token
 python benchmarks/recording.py --memory      # 100k tokens x 26 layers, K=8, E=256
 """
 
 import argparse
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
+from pathlib import Path
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=41)
     parser.add_argument("--tokens", type=int, default=512)
+    parser.add_argument("--forwards", type=int, default=1, help="in one record")
+    parser.add_argument("--to", type=Path, help="a file that records go to")
     parser.add_argument("--memory", action="store_true")
     options = parser.parse_args()
     import torch
@@ -29,7 +33,8 @@ def main() -> None:
         return
     for name, model in (("shipped model", load_model()[0]), ("random Qwen3-MoE", mid_size_model())):
         ids = torch.randint(3, model.config.vocab_size, (1, options.tokens), generator=torch.Generator().manual_seed(0))
-        for cost in recording_cost(model, ids, rounds=options.rounds):
+        found = recording_cost(model, ids, rounds=options.rounds, forwards=options.forwards, to=options.to)
+        for cost in found:
             seconds = cost.seconds
             print(
                 f"{name}, {ids.numel()} tokens, {cost.detail:>12}: median {seconds.median * 1e3:8.2f} ms "

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -33,8 +34,12 @@ def recording_cost(
     details: Sequence[str] = ("ids", "picks", "scores"),
     *,
     rounds: int = 41,
+    forwards: int = 1,
+    to: Path | None = None,
 ) -> list[Cost]:
     """Forwards of `model`, not recorded and under each detail, in turn; the overhead is that of the medians.
+
+    forwards: how many each record holds; the seconds are those of one. to: a file that records go to.
 
     The clock counts what this process computes: another one on the machine does not disturb it.
     """
@@ -44,17 +49,21 @@ def recording_cost(
         def prepare() -> None:
             stack.close()
             if detail != PLAIN:
-                stack.enter_context(record(model, detail))
+                stack.enter_context(record(model, detail, to=to))
 
-        return Entrant(detail, prepare, lambda: model(input_ids))
+        def run() -> None:
+            for _ in range(forwards):
+                model(input_ids)
+
+        return Entrant(detail, prepare, run)
 
     names = (PLAIN, *details)
     with torch.inference_mode(), stack:
         entrants = [entrant(name) for name in names]
         interleave(entrants, dict.fromkeys(names, 3))  # warm
         seconds = interleave(entrants, dict.fromkeys(names, rounds), Clock(time.process_time))
-    base = spread(seconds[PLAIN])
-    return [Cost(name, found := spread(seconds[name]), found.median / base.median - 1.0) for name in names]
+    found = {name: spread([second / forwards for second in seconds[name]]) for name in names}
+    return [Cost(name, found[name], found[name].median / found[PLAIN].median - 1.0) for name in names]
 
 
 def mid_size_model() -> Any:

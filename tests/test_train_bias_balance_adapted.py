@@ -75,6 +75,16 @@ def test_the_copy_of_a_router_that_is_saved_is_the_one_whose_bias_moves(family):
         torch.testing.assert_close(bias, 0.5 + 1e-3 * (load.mean() - load).sign().float(), rtol=0, atol=1e-7)
 
 
+def test_a_router_that_was_copied_since_is_an_error_where_its_bias_would_move_unread():
+    model, ids = tiny("deepseek_v3").train(), token_ids()
+    balance = BiasBalance(1e-3).attach(model)
+    adapted = PeftModel(model, modules_to_save="gate").train()
+    adapted(input_ids=ids)
+    with pytest.raises(ValueError, match=r"1\.mlp: PEFT trains a copy of its router now.*after get_peft_model"):
+        balance.step()
+    balance.attach(adapted).step(skipped=True)
+
+
 def test_a_block_that_is_saved_whole_is_one_layer():
     model, ids = PeftModel(tiny("deepseek_v3"), modules_to_save="mlp").train(), token_ids()
     balance = BiasBalance(1e-3).attach(model)

@@ -123,6 +123,8 @@ class BiasBalance(TrainerCallback):
         """
         if self._counter is None:
             raise ValueError("this BiasBalance is attached to no model: call attach(model) before the first forward")
+        for layer in self._counter.layers.values():
+            _check_in_place(layer)
         loads = self._counter.take(self.group)
         if skipped:
             return
@@ -259,6 +261,17 @@ def _warn_of_adapters(model: nn.Module, layers: Sequence[MoELayer]) -> None:
             f"the biases that move are not in what {type(adapted).__name__} saves: name the routers in "
             "LoraConfig(modules_to_save=...), such as 'gate', or save the whole model",
             stacklevel=3,
+        )
+
+
+def _check_in_place(layer: MoELayer) -> None:
+    """ValueError where PEFT has put a copy of the router in its place since (modules_to_save), which has a bias too."""
+    parts = () if layer.block is None else layer.block.children()
+    aside = [part._modules.get("original_module") for part in parts]
+    if layer.home is not None and any(layer.home.owner in part.modules() for part in aside if part is not None):
+        raise ValueError(
+            f"{layer.name}: PEFT trains a copy of its router now (modules_to_save), and the bias that moves is not in "
+            "it: attach BiasBalance after get_peft_model"
         )
 
 

@@ -241,6 +241,32 @@ def test_a_trainer_that_resumes_goes_on_in_the_log_where_its_checkpoint_is(tmp_p
     assert (tmp_path / "run" / "load.jsonl").read_text() == text
 
 
+def test_a_trainer_that_finds_its_batch_size_begins_its_log_again(tmp_path):
+    from transformers import Trainer, TrainingArguments
+
+    class Small(Trainer):
+        def training_step(self, *args, **kwargs):
+            if self._train_batch_size == 8 and self.state.global_step == 2:
+                raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+            return super().training_step(*args, **kwargs)
+
+    args = TrainingArguments(
+        str(tmp_path / "out"), use_cpu=True, report_to="none", save_strategy="no", logging_strategy="no", max_steps=4,
+        disable_tqdm=True, dataloader_pin_memory=False, per_device_train_batch_size=8, auto_find_batch_size=True,
+    )  # fmt: skip
+    balance, monitor = ms.BiasBalance(0.01), ms.LoadMonitor(tmp_path, loads=True)
+    trainer = Small(model=small_model(), args=args, train_dataset=rows(64), callbacks=[balance, monitor])
+    trainer.train()
+    steps = read_log(tmp_path).steps
+    assert [line["step"] for line in steps] == [1, 2, 3, 4]
+    n_tokens = trainer._train_batch_size * len(rows(1)[0]["input_ids"])
+    assert trainer._train_batch_size < 8
+    assert {sum(load) for line in steps for load in line["load"]} == {n_tokens * 4}
+    assert {int(load.sum()) for load in balance.load.values()} == {n_tokens * 4}
+    with pytest.raises(ValueError, match="holds 4 steps of an earlier run"):
+        trainer.train()
+
+
 def test_a_run_of_ones_own_goes_on_after_a_step(tmp_path):
     model = Model()
     monitor = ms.LoadMonitor(tmp_path).attach(model)

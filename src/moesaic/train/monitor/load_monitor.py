@@ -143,7 +143,11 @@ class LoadMonitor(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):  # noqa: ARG002 (the Trainer's signature)
         self.total_steps = state.max_steps if state.max_steps > 0 else self.total_steps
+        # out of memory: it begins again with a smaller batch, so the lines that its own log has are none of another run
+        again = self._counter is not None and args.auto_find_batch_size
+        given, self.resume = self.resume, self.resume or again
         self.attach(kwargs["model"], step=state.global_step)
+        self.resume = given
 
     def on_step_end(self, args, state, control, **kwargs):  # noqa: ARG002
         self._write()

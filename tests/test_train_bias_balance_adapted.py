@@ -110,7 +110,8 @@ def test_biases_that_an_adapter_would_not_save_are_warned_of(wrapped):
         outer = nn.Module()
         outer.module = model  # as DistributedDataParallel has it
         model = outer
-    with pytest.warns(UserWarning, match=r"not in what PeftModel saves: name the routers in LoraConfig\(modules_to_sa"):
+    told = r"not in what PeftModel saves, and with its adapters off.*: name the routers in LoraConfig\(modules_to_save"
+    with pytest.warns(UserWarning, match=told):
         BiasBalance(1e-3).attach(model).detach()
 
 

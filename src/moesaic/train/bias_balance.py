@@ -258,8 +258,9 @@ def _warn_of_adapters(model: nn.Module, layers: Sequence[MoELayer]) -> None:
     saved = {id(module) for name, module in adapted.named_modules() if "modules_to_save" in name.split(".")}
     if hasattr(adapted, "peft_config") and any(id(layer.router) not in saved for layer in layers):
         warnings.warn(
-            f"the biases that move are not in what {type(adapted).__name__} saves: name the routers in "
-            "LoraConfig(modules_to_save=...), such as 'gate', or save the whole model",
+            f"the biases that move are not in what {type(adapted).__name__} saves, and with its adapters off, as DPO's "
+            "reference, the model routes by them too: name the routers in LoraConfig(modules_to_save=...), such as "
+            "'gate', or save the whole model where nothing compares with it",
             stacklevel=3,
         )
 

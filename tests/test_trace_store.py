@@ -7,6 +7,7 @@ from cases import v3
 from traces import made
 
 from moesaic.rules import route
+from moesaic.trace.rule.distinct import shared, twice
 from moesaic.trace.rule.steps import steps
 from moesaic.trace.store import PHASES, Trace
 from moesaic.types import Routing
@@ -144,3 +145,24 @@ def test_the_id_for_no_expert_may_be_recorded():
     ids = torch.tensor([[0, 8], [8, 8]])
     assert made(v3(8, 1, 1, 2)).n_experts == 8
     assert Trace.from_routings({"a": Routing(None, torch.ones(2, 2), ids)}, v3(8, 1, 1, 2)).picks.max() == 8
+
+
+@pytest.mark.parametrize("k", [1, 2, 5])
+def test_experts_that_stand_twice_and_those_that_two_choices_share_are_those_of_sets(k):
+    one, two = (torch.randint(0, 9, (300, n), dtype=torch.int16).numpy() for n in (k, k + 1))  # the id 8 is no expert
+    sets = [[[e for e in row if e < 8] for row in picks.tolist()] for picks in (one, two)]
+    assert twice(one, 8).tolist() == [len(set(row)) < len(row) for row in sets[0]]
+    fine = [i for i in range(300) if all(len(set(rows[i])) == len(rows[i]) for rows in sets)]
+    assert len(fine) > 3
+    found = shared(one[fine], two[fine], 8).tolist()
+    assert found == [len(set(sets[0][i]) & set(sets[1][i])) for i in fine]
+
+
+def test_a_layer_has_data_if_any_token_has_and_repeats_are_of_its_tokens():
+    trace = made(v3(16, 4, 2, 4), layers=3)
+    picks = torch.full_like(trace.picks, 16)
+    picks[1, 11, 3], picks[2, 0], picks[2, 5, 1:] = 2, trace.picks[2, 0], torch.tensor([7, 16, 7])
+    trace = dataclasses.replace(trace, picks=picks, missing=("late",))
+    assert trace.without_data == ("layers.0", "late")
+    assert trace.repeats.tolist() == [0, 0, 1]
+    assert trace.select([]).without_data == (*trace.layers, "late")

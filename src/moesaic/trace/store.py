@@ -159,14 +159,15 @@ class Trace:
     def repeats(self) -> Tensor:
         """Per layer, how many tokens were given one expert more than once, int64 [L]. A gate that ranks gives none; a
         hash table that no checkpoint has filled (DeepSeek-V4), or a broken gate, does. "No expert" may repeat."""
-        ordered = (layer.sort(-1).values for layer in self.picks)  # one layer at a time
-        twice = [((ids[:, 1:] == ids[:, :-1]) & (ids[:, 1:] < self.n_experts)).any(-1).sum() for ids in ordered]
-        return torch.tensor(twice, dtype=torch.int64, device="cpu")
+        from moesaic.trace.rule.distinct import twice
+
+        counts = [int(twice(picks.numpy(), self.n_experts).sum()) for picks in self.picks]
+        return torch.tensor(counts, dtype=torch.int64, device="cpu")
 
     @property
     def without_data(self) -> tuple[str, ...]:
         """MoE layers of the model that no token has an expert in: recorded ones first, then `missing`."""
-        empty = [bool((picks >= self.n_experts).all()) for picks in self.picks]
+        empty = [all(bool((ids >= self.n_experts).all()) for ids in (picks[:1], picks)) for picks in self.picks]
         return (*(name for name, is_empty in zip(self.layers, empty, strict=True) if is_empty), *self.missing)
 
     def __len__(self) -> int:

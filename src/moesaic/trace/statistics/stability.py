@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 from rich.console import RenderableType
 
-from moesaic.trace.chance.bands import Band, mean_band, overlap, random_picks
+from moesaic.trace.chance.bands import Band, mean_band, random_picks
 from moesaic.trace.chance.documents import Documents, mean_and_error
 from moesaic.trace.compare.aligned import aligned, notes_of_both, tokens_checked, without_data
+from moesaic.trace.rule.distinct import shared
 from moesaic.trace.shown import Shown, counted, finite, words_of
 from moesaic.trace.statistics.measures import NO_DATA, Measure
 from moesaic.trace.store import Trace
@@ -101,10 +102,8 @@ def set_agreement(a: np.ndarray, b: np.ndarray, n_experts: int) -> tuple[np.ndar
     jaccard, same = np.full(len(a), np.nan), np.full(len(a), np.nan)
     for start in range(0, len(a), SLICE):
         here = slice(start, start + SLICE)
-        ours, theirs = a[here].astype(np.int64), b[here].astype(np.int64)
-        size_a, size_b = (ours < n_experts).sum(-1), (theirs < n_experts).sum(-1)
-        both = overlap(np.where(ours < n_experts, ours, -1), np.where(theirs < n_experts, theirs, -2))
-        either = size_a + size_b - both
+        both = shared(a[here], b[here], n_experts)
+        either = (a[here] < n_experts).sum(-1) + (b[here] < n_experts).sum(-1) - both
         some = either > 0
         jaccard[here][some] = both[some] / either[some]
         same[here][some] = (both == either)[some]

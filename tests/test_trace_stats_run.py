@@ -9,7 +9,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 import torch
-from cases import v3
+from cases import RULES, v3
 from rich.console import Console
 
 import moesaic as ms
@@ -17,8 +17,10 @@ from moesaic import rules
 from moesaic.trace.chance.placement import distinct_places, place_experts, read_placement
 from moesaic.trace.compare.diff_table import diff_table
 from moesaic.trace.reroute.what_if_table import what_if_table
+from moesaic.trace.rule.derive import derive
 from moesaic.trace.shown import sparkline
 from moesaic.trace.statistics.measures import MEANINGS, meaning
+from moesaic.trace.statistics.per_token import margins_of, overlap_of
 from moesaic.trace.statistics.stats import layer_report, stats
 from moesaic.trace.statistics.tables import stats_tables
 from moesaic.trace.statistics.verdict import STATUSES
@@ -152,6 +154,22 @@ def test_margins_are_the_lead_of_the_last_chosen_over_the_best_left(config):
         assert measure.value == pytest.approx(np.median(leads), rel=1e-4)
         assert measure.kind == "sample"
         assert measure.band.low < measure.value < measure.band.high
+
+
+@pytest.mark.parametrize("rule", ["V3", "softmax", "zero mask", "softmax after"])
+def test_overlap_and_margin_are_those_of_ranked_scores_where_scores_tie_too(rule):
+    config = v3(32, 4, 2, 4, **RULES[rule])
+    logits, bias = torch.randint(-3, 4, (200, 32)) / 2.0, torch.zeros(32)  # seven values: most tokens have a tie
+    logits[0, 3], logits[1, 5], logits[2] = torch.nan, torch.inf, torch.nan
+    trace = Trace.from_routings({"a": rules.route(logits, bias, config)}, config, {"a": bias})
+    trace.picks[0, 4, 1], trace.picks[0, 5] = 32, 32
+    scores = rules.score(logits, config)
+    plain = rules.largest(scores, 4)
+    assert overlap_of(trace, 0).tolist() == [
+        len(set(a) & set(b)) for a, b in zip(trace.picks[0].tolist(), plain.tolist(), strict=True)
+    ]
+    masked = derive(logits, bias, config, plain)["masked"].topk(5).values.double()
+    assert np.array_equal(margins_of(trace, 0), (masked[:, 3] - masked[:, 4]).numpy(), equal_nan=True)
 
 
 def test_a_margin_is_no_data_where_it_cannot_be_known():

@@ -1,12 +1,15 @@
 """Numbers of single tokens whose mean or median is a statistic of a layer. Whatever cannot be known is None."""
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from moesaic import rules
 from moesaic.config import MoEConfig
 from moesaic.trace.chance.bands import overlap
 from moesaic.trace.rule.derive import bias_of, derive, logits_of, slices, why_not_derived
-from moesaic.trace.rule.margins import same_experts
+from moesaic.trace.rule.distinct import twice
+from moesaic.trace.rule.margins import lead_of, same_experts
 from moesaic.trace.store import Trace
 
 TINY = np.finfo(np.float32).tiny
@@ -20,16 +23,22 @@ def routed(trace: Trace, layer: int) -> np.ndarray:
 
 def overlap_of(trace: Trace, layer: int) -> np.ndarray:
     """How many experts of each token plain top-k of the unbiased scores, which must be known, would take too, [T]."""
-    config = trace.configs[layer]
-    picks = trace.picks[layer].numpy()
-    parts = [
-        overlap(
-            picks[here],
-            rules.largest(rules.score(logits_of(trace, layer, here), config), config.num_experts_per_tok).numpy(),
-        )
-        for here in slices(len(picks))
-    ]
-    return np.concatenate(parts) if parts else np.zeros(0)
+    config, ids, found = trace.configs[layer], trace.picks[layer].long(), [np.zeros(0)]
+    for here in slices(len(ids)):
+        found.append(_among_best(rules.score(logits_of(trace, layer, here), config), ids[here]))
+    return np.concatenate(found)
+
+
+def _among_best(scores: Tensor, ids: Tensor) -> np.ndarray:
+    """How many of the ids [T, K] are among the K experts of the largest scores, [T]; ranked only where scores tie."""
+    n_experts, k = scores.shape[-1], ids.shape[-1]
+    parted = np.partition(scores.float().numpy(), n_experts - k, axis=-1)
+    least, best_left = parted[:, n_experts - k], parted[:, : n_experts - k].max(-1, initial=-np.inf)
+    worse = scores.float().gather(-1, ids.clamp(max=n_experts - 1)).numpy() < least[:, None]  # a NaN is not: it is best
+    found = (~worse & (ids.numpy() < n_experts)).sum(-1).astype(float)
+    rows = np.flatnonzero(~(least > best_left))
+    found[rows] = overlap(ids.numpy()[rows], rules.largest(scores[rows], k).numpy())
+    return found
 
 
 def margins_of(trace: Trace, layer: int) -> np.ndarray | None:
@@ -41,14 +50,19 @@ def margins_of(trace: Trace, layer: int) -> np.ndarray | None:
     k, open_experts = config.num_experts_per_tok, _open_experts(config)
     if why_not_derived(trace, layer) or k >= open_experts or config.topk_method == "balanced":
         return None
-    ids = trace.picks[layer].long()
-    bias = bias_of(trace, layer)
+    ids, bias = trace.picks[layer].long(), bias_of(trace, layer)
+    repeat = torch.from_numpy(twice(trace.picks[layer].numpy(), trace.n_experts))
     margins, same = [np.zeros(0)], 0
     for here in slices(len(ids)):
-        derived = derive(logits_of(trace, layer, here), bias, config, ids[here])
+        logits, some = logits_of(trace, layer, here), ids[here]
+        scores = rules.score(logits, config).float()
+        lead = lead_of(scores if bias is None else scores + bias, some, config)
+        rows = (~(lead > 0) | repeat[here]).nonzero().flatten()
+        derived = derive(logits[rows], bias, config, some[rows], scores[rows])
         best = derived["masked"].topk(k + 1, dim=-1).values.double()
-        margins.append((best[:, k - 1] - best[:, k]).numpy())
-        same += int(same_experts(ids[here], derived["derived_ids"]).sum())
+        lead[rows] = best[:, k - 1] - best[:, k]
+        margins.append(lead.numpy())
+        same += len(some) - len(rows) + int(same_experts(some[rows], derived["derived_ids"]).sum())
     return np.concatenate(margins) if same >= AGREE * len(ids) else None
 
 

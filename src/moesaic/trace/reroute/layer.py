@@ -7,30 +7,17 @@ from torch import Tensor
 
 from moesaic import rules
 from moesaic.config import MoEConfig
-from moesaic.trace.rule.derive import bias_of, derive, dtype_of, follows, logits_of, slices
-from moesaic.trace.rule.margins import chosen, same_experts
+from moesaic.trace.rule.derive import bias_of, dtype_of, follows, limited, logits_of, slices
+from moesaic.trace.rule.margins import same_experts
 from moesaic.trace.store import Trace
 
 
 class Rerouted(NamedTuple):
-    """A layer by another rule. flipped: tokens that would get other experts. Counts of tokens: ties, whose record
-    differs from the recorded rule's choice by exact ties only; astray, by more; empty, that have no experts.
-
-    score_lost: the share of the recorded choice's summed score that the other choice gives up, float64.
+    """A layer by another rule, or some tokens of it. flipped: tokens that would get other experts. tied: those whose
+    record differs from the recorded rule's choice by exact ties only; astray: by more; empty: that have no experts.
+    left: from how many experts each could choose. scores: summed unbiased ones of the recorded choice and of the other,
+    float64 [pieces, 2], tokens with NaN left out.
     """
-
-    ids: Tensor
-    weights: Tensor
-    flipped: Tensor
-    ties: Tensor
-    astray: Tensor
-    empty: Tensor
-    score_lost: Tensor
-
-
-class _Piece(NamedTuple):
-    """The same of some tokens, all but the last [n, ...]. left: experts that could be chosen. scores: summed unbiased
-    ones of the recorded choice and of the other, float64 [1, 2], tokens with NaN left out."""
 
     ids: Tensor
     weights: Tensor
@@ -46,7 +33,7 @@ def reroute(trace: Trace, layer: int, config: MoEConfig, bias: Tensor | None, *,
     """A layer by the rule of `config` and `bias`. ValueError where the recorded rule does not give the recorded picks,
     unless `anyway`, and where too few experts are left to choose from."""
     pieces = [_piece(trace, layer, here, config, bias) for here in slices(len(trace))]
-    whole = _Piece(*map(torch.cat, zip(*pieces, strict=True)))
+    whole = Rerouted(*map(torch.cat, zip(*pieces, strict=True)))
     if not anyway:
         _check_reproduced(trace, layer, whole.astray)
     k, short = config.num_experts_per_tok, (whole.left < config.num_experts_per_tok) & ~whole.empty
@@ -56,9 +43,7 @@ def reroute(trace: Trace, layer: int, config: MoEConfig, bias: Tensor | None, *,
             f"{trace.layers[layer]!r} have as few as {int(whole.left[short].min())} experts in their groups: drop "
             "fewer, keep more groups or use a smaller k"
         )
-    had, has = whole.scores.sum(0)
-    counts = (marked.sum() for marked in (whole.tied, whole.astray, whole.empty))
-    return Rerouted(whole.ids, whole.weights, whole.flipped, *counts, score_lost=(had - has) / had)
+    return whole
 
 
 def _check_reproduced(trace: Trace, layer: int, astray: Tensor) -> None:
@@ -73,7 +58,7 @@ def _check_reproduced(trace: Trace, layer: int, astray: Tensor) -> None:
     )
 
 
-def _piece(trace: Trace, layer: int, here: slice, config: MoEConfig, bias: Tensor | None) -> _Piece:
+def _piece(trace: Trace, layer: int, here: slice, config: MoEConfig, bias: Tensor | None) -> Rerouted:
     """Where nobody flipped, the record stays as it is."""
     logits, recorded, own = logits_of(trace, layer, here), trace.picks[layer][here].long(), trace.configs[layer]
     scores, derived_ids, same, allowed = follows(logits, recorded, own, bias_of(trace, layer))
@@ -91,23 +76,23 @@ def _piece(trace: Trace, layer: int, here: slice, config: MoEConfig, bias: Tenso
     if one_size and trace.weights is not None:
         weights = torch.where(flipped[:, None], weights, trace.weights[layer][here])
     sums = _summed_scores(scores, own, recorded, ids)
-    return _Piece(ids.to(trace.picks.dtype), weights, flipped, tied, ~allowed & ~empty, empty, left, sums)
+    ids, left = (numbers.to(trace.picks.dtype) for numbers in (ids, left))
+    return Rerouted(ids, weights, flipped, tied, ~allowed & ~empty, empty, left, sums)
 
 
 def _choose(logits: Tensor, config: MoEConfig, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     """Ids [n, K] by a rule, and from how many experts each token could choose, [n]."""
+    scores = rules.score(logits, config).float()
+    biased = scores if bias is None else scores + bias
     if bias is None or not bias.isneginf().any():
-        scores = rules.score(logits, config).float()
-        ids = rules.select(scores if bias is None else scores + bias, config)
-        return ids, torch.full((len(ids),), config.n_routed_experts, device="cpu")
-    nobody = torch.zeros(len(logits), 1, dtype=torch.int64, device="cpu")  # whose weights are not asked for
-    masked = derive(logits, bias, config, nobody)["masked"]
+        return rules.select(biased, config), torch.full((len(logits),), config.n_routed_experts, device="cpu")
+    masked = limited(biased, config)["masked"]
     masked = masked.masked_fill(bias.isneginf(), -torch.inf)  # the mask "zero" would bring dropped experts back
     return rules.largest(masked, config.num_experts_per_tok), (masked != -torch.inf).sum(-1)
 
 
 def _summed_scores(scores: Tensor, config: MoEConfig, *choices: Tensor) -> Tensor:
     affinity = scores.softmax(-1) if config.score_after_topk else scores
-    whole = ~scores.isnan().any(-1)
-    taken = (chosen(ids[whole], scores.shape[1]) for ids in choices)
-    return torch.stack([torch.where(there, affinity[whole], 0.0).double().sum() for there in taken])[None]
+    fine = ~scores.isnan().any(-1, keepdim=True)
+    taken = ((ids.clamp(max=scores.shape[1] - 1), fine & (ids < scores.shape[1])) for ids in choices)
+    return torch.stack([torch.where(there, affinity.gather(-1, ids), 0.0).double().sum() for ids, there in taken])[None]

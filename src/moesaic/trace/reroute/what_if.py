@@ -13,10 +13,9 @@ from moesaic.trace.chance.bands import balance_numbers
 from moesaic.trace.chance.placement import distinct_places, place_experts
 from moesaic.trace.reroute import settings
 from moesaic.trace.reroute.layer import Rerouted, reroute
-from moesaic.trace.rule.derive import check_can_derive, slices
-from moesaic.trace.rule.distinct import check_distinct
+from moesaic.trace.rule.derive import check_can_derive
+from moesaic.trace.rule.distinct import check_distinct, shared
 from moesaic.trace.rule.given import check_trace
-from moesaic.trace.rule.margins import chosen
 from moesaic.trace.shown import Shown, finite, missing_notes, origin_notes
 from moesaic.trace.store import Trace
 
@@ -64,7 +63,7 @@ class WhatIf(Shown):
         rows = []
         for layer, name in enumerate(self.before.layers):
             one, two = (trace.picks[layer] for trace in (self.before, self.trace))
-            loads, shared = _loads(one, two, self.before.n_experts)
+            loads, both = _loads(one, two, self.before.n_experts)
             balance = [balance_numbers(load) for load in loads]
             reached = {
                 name: None if place is None else [_reached(ids.numpy(), place) for ids in (one, two)]
@@ -77,8 +76,8 @@ class WhatIf(Shown):
                 "flipped": int(self.flipped[layer].sum()),
                 "ties": int(self.ties[layer]),
                 "astray": int(self.astray[layer]),
-                "assignments_lost": int(loads[0].sum()) - shared,
-                "assignments_gained": int(loads[1].sum()) - shared,
+                "assignments_lost": int(loads[0].sum()) - both,
+                "assignments_gained": int(loads[1].sum()) - both,
                 "load": [load.tolist() for load in loads],
                 "max_over_mean": [finite(numbers["max_over_mean"]) for numbers in balance],
                 "cv": [finite(numbers["cv"]) for numbers in balance],
@@ -162,6 +161,7 @@ def what_if(
         layers.append(reroute(trace, layer, config, None if biases is None else biases[layer], anyway=anyway))
         done(1)
     found = Rerouted(*map(torch.stack, zip(*layers, strict=True)))
+    had, has = found.scores.sum(1).unbind(-1)
     after = replace(
         trace,
         picks=found.ids,
@@ -179,10 +179,10 @@ def what_if(
         after,
         changes,
         flipped=found.flipped,
-        ties=found.ties,
-        astray=found.astray,
+        ties=found.tied.sum(-1),
+        astray=found.astray.sum(-1),
         kept=int(found.empty.sum()),
-        score_lost=found.score_lost,
+        score_lost=(had - has) / had,
         groups=groups,
         placement=placed,
     )
@@ -202,12 +202,8 @@ def _check_can_ask(trace: Trace) -> None:
 
 def _loads(one: Tensor, two: Tensor, n_experts: int) -> tuple[list[np.ndarray], int]:
     """Assignments of every expert under two choices [T, K], and how many are in both."""
-    loads, shared = np.zeros((2, n_experts), dtype=np.int64), 0
-    for here in slices(len(one)):
-        had, has = (chosen(ids[here].long(), n_experts) for ids in (one, two))
-        loads += np.stack([had.sum(0), has.sum(0)])
-        shared += int((had & has).sum())
-    return list(loads), shared
+    loads = [np.bincount(ids.flatten().numpy(), minlength=n_experts + 1)[:n_experts] for ids in (one, two)]
+    return loads, int(shared(one.numpy(), two.numpy(), n_experts).sum())
 
 
 def _reached(picks: np.ndarray, place: np.ndarray) -> float | None:

@@ -96,18 +96,28 @@ def derive(
     """All stages of `rules.route` by key, for logits [T, E] and the recorded ids [T, K]; `scores` where at hand."""
     scores = rules.score(logits, config).float() if scores is None else scores
     biased = scores if bias is None else scores + bias.cpu().float()
-    out = {"logits": logits.float(), "scores": scores, "biased": biased, "masked": biased}
-    if config.limits_groups:
-        out["grouped"] = biased.unflatten(-1, (config.n_group, config.experts_per_group))
-        out["group_scores"] = rules.group_scores(biased, config)
-        out["group_mask"] = rules.kept_groups(out["group_scores"], config)
-        out["groups"] = out["group_mask"].nonzero()[:, 1].view(len(logits), config.topk_group)
-        out["expert_mask"] = rules.expand_groups(out["group_mask"], config)
-        out["masked"] = biased.masked_fill(~out["expert_mask"], config.mask_fill)
+    out = {"logits": logits.float(), "scores": scores, "biased": biased, **limited(biased, config)}
     out["derived_ids"] = rules.select(biased, config)
     out["normalised"] = rules.weigh(scores, expert_ids, replace(config, routed_scaling_factor=1.0))
     out["scaled"] = rules.weigh(scores, expert_ids, config)
     return out
+
+
+def limited(biased: Tensor, config: MoEConfig) -> dict[str, Tensor]:
+    """The stages that keep some groups, by key, for biased scores [T, E]; without groups "masked" alone, the same."""
+    if not config.limits_groups:
+        return {"masked": biased}
+    scores = rules.group_scores(biased, config)
+    kept = rules.kept_groups(scores, config)
+    mask = rules.expand_groups(kept, config)
+    return {
+        "grouped": biased.unflatten(-1, (config.n_group, config.experts_per_group)),
+        "group_scores": scores,
+        "group_mask": kept,
+        "groups": kept.nonzero()[:, 1].view(len(biased), config.topk_group),
+        "expert_mask": mask,
+        "masked": biased.masked_fill(~mask, config.mask_fill),
+    }
 
 
 class Check(NamedTuple):

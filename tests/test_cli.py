@@ -69,8 +69,8 @@ MISTAKES = {
     "two texts": (["demo", "--text", "x", "--file", "y"], "--text and --file are both given: use one"),
     "missing file": (["demo", "--file", "nowhere.txt"], "nowhere.txt: cannot be read (No such file or directory)"),
     "binary file": (["demo", "--file", "bytes.bin"], "bytes.bin: not UTF-8 text"),
-    "empty file": (["demo", "--file", "empty.txt"], "the text is empty"),
-    "empty text": (["demo", "--text", "  \n"], "the text is empty"),
+    "empty file": (["demo", "--file", "empty.txt"], "empty.txt is empty: give a word at least"),
+    "empty text": (["demo", "--text", "  \n"], "--text is empty: give a word at least"),
     "no model there": (["demo", "--model", "nowhere"], "nowhere: no such folder"),
     "not a model": (["demo", "--model", "."], "not a model folder: it has no config.json"),
     "not an MoE model": (["demo", "--model", "dense"], "not an MoE model"),
@@ -299,7 +299,7 @@ def test_a_text_is_one_document_however_it_is_read(run, tmp_path):
     demo, traced = moesaic.load(tmp_path / "demo" / "trace.safetensors"), moesaic.load(tmp_path / "run.safetensors")
     assert (demo.n_sequences, traced.n_sequences) == (1, 1)
     assert torch.equal(demo.picks, traced.picks)
-    assert f"documents: 1 (text {len(demo):,})\nThe document is read in {-(-len(demo) // 128)} windows of 128" in out
+    assert f"documents: 1 (long.txt {len(demo):,})\nThe document is read in {-(-len(demo) // 128)} windows of 128" in out
     assert "windows of 128 tokens\n" in out
     for file in (tmp_path / "demo" / "trace.safetensors", tmp_path / "run.safetensors"):
         assert f"the {len(demo):,} tokens of one document only" in " ".join(run("stats", file)[1].split())

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
-from moesaic.cli.output import JSON_HELP, Lang, make_ready, print_json, say_how_again, typed
+from moesaic.cli.output import JSON_HELP, Lang, check_not_both, make_ready, print_json, say_how_again, typed
 from moesaic.cli.steps import recorded_word
 from moesaic.cli.trace import said_of_windows
 
@@ -125,9 +125,9 @@ def _real(
     from moesaic.trace.figures.figure import load_figure, routing_figure, save_figure
     from moesaic.trace.statistics.per_token import overlap_of
 
-    given = sources.read_text(text, file)
+    check_not_both("--text", text, "--file", file)
+    documents = sources.documents(text, [] if file is None else [file], corpus=text is None and file is None)
     model, tokenizer = load_model(model_folder or TINY)
-    documents = sources.held_out() if given is None else [sources.Document("text", given)]
     _, window = sources.window_of(model)
     tokens = sources.tokens_of(tokenizer, documents, window)
     sources.check_before(model, tokens, layer, token)

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from moesaic.cli.output import check_not_both
 from moesaic.hf.modules import moe_layers
 from moesaic.trace.recording.assemble import pieces_of
 from moesaic.trace.recording.record import record
@@ -26,16 +25,6 @@ SAMPLE = (
     "To be, or not to be: that is the question.\n床前明月光，疑是地上霜。\n"
     "A class definition is an executable statement.\nfor token in tokens: route(token)\n"
 )
-
-
-def read_text(text: str | None, file: Path | None) -> str | None:
-    """The text that was asked for, or None where neither option was used."""
-    check_not_both("--text", text, "--file", file)
-    if file is not None:
-        text = _text_of(file)
-    if text is not None and not text.strip():
-        raise ValueError("the text is empty: give a word at least")
-    return text
 
 
 def _text_of(file: Path) -> str:

@@ -97,7 +97,7 @@ def expected_bodies(page: Path) -> dict[Block, str]:
             elif block.info == "text":
                 assert printed, f"{page.name}:{block.line}: a text block must follow the block that prints it"
                 expected[block], printed = printed, ""
-            elif block.info == "python" or block.body.startswith("$ "):
+            elif block.info == "python" or (block.info == "sh" and block.body.startswith("$ ")):
                 if block.info == "sh":
                     printed = "".join(map(said_by, block.body.splitlines()))
                 else:  # empty lines before the code, so that a traceback names the line of the page

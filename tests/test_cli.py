@@ -299,7 +299,9 @@ def test_a_text_is_one_document_however_it_is_read(run, tmp_path):
     demo, traced = moesaic.load(tmp_path / "demo" / "trace.safetensors"), moesaic.load(tmp_path / "run.safetensors")
     assert (demo.n_sequences, traced.n_sequences) == (1, 1)
     assert torch.equal(demo.picks, traced.picks)
-    assert f"documents: 1 (long.txt {len(demo):,})\nThe document is read in {-(-len(demo) // 128)} windows of 128" in out
+    assert (
+        f"documents: 1 (long.txt {len(demo):,})\nThe document is read in {-(-len(demo) // 128)} windows of 128" in out
+    )
     assert "windows of 128 tokens\n" in out
     for file in (tmp_path / "demo" / "trace.safetensors", tmp_path / "run.safetensors"):
         assert f"the {len(demo):,} tokens of one document only" in " ".join(run("stats", file)[1].split())

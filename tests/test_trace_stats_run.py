@@ -484,7 +484,7 @@ GOOD = scored(n_tokens=40)
         (lambda: ms.diff("a", "b"), "a='a' is no trace: give a Trace, such as ms.load(path)"),
         (lambda: ms.diff(GOOD, "b"), "b='b' is no trace: give a Trace, such as ms.load(path)"),
         (lambda: ms.diff(GOOD, GOOD, precision=16), "dtype 16 is not one of torch: use float32"),
-        (lambda: ms.steps(GOOD, layer="a"), "layer='a' is no whole number: use 0, say"),
+        (lambda: ms.steps(GOOD, layer="a"), "layer='a' is not in the trace: it has layers 0 to 1, layers.0, layers.1"),
         (lambda: ms.steps(GOOD, token=1.5), "token=1.5 is no whole number: use 0, say"),
         (lambda: ms.stats(GOOD, capacity="a"), "capacity='a' is no number: use 1.25, say"),
         (lambda: ms.stats(GOOD, capacity=[1.0, None]), "capacity=None is no number: use 1.25, say"),

@@ -17,6 +17,7 @@ from foreign import (
     refused,
 )
 
+import moesaic as ms
 from moesaic.trace.imports import READERS, Target
 
 
@@ -146,3 +147,13 @@ def test_megatron_recomputes_of_two_micro_batches_make_no_third(tmp_path):
     trace, notes = imported("megatron", [file], Target(n_experts=8))
     assert trace.picks.tolist() == [[[0, 1], [4, 5]], [[2, 3], [6, 7]]]
     assert notes[0].endswith("(a recomputed forward): 4")
+
+
+def test_megatron_pipeline_stages_are_joined_along_layers(tmp_path):
+    picks, lines = picked(6), (slice(0, 2), slice(2, 4))
+    files = [megatron(tmp_path, megatron_lines(picks[s], first_layer=1 + s.start), name=f"{s.start}") for s in lines]
+    stages = [imported("megatron", [file], KNOWN)[0] for file in files]
+    assert stages[0].missing == ("decoder.layers.3", "decoder.layers.4")
+    trace = ms.join(stages, along="layers")
+    assert equal(trace, picks)
+    assert trace.missing == ()

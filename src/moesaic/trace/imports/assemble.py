@@ -138,7 +138,8 @@ def _missing(
         notes.append(note("missing", names=", ".join(missing)))
     if absent := sorted(expected - set(numbers)):
         notes.append(note("absent", names=", ".join(map(str, absent))))
-        missing += tuple(f"layers.{number}" for number in absent)
+        prefix = layers[0].removesuffix(str(numbers[0]))  # as the record names those that it reaches
+        missing += tuple(f"{prefix}{number}" for number in absent)
     if dense := [layers[i] for i in with_data if numbers[i] not in expected]:
         notes.append(note("dense", names=", ".join(dense)))
     return missing, notes

@@ -181,11 +181,10 @@ def test_a_live_routing_of_any_dtype_that_wants_gradients_can_be_drawn(dtype):
     router = Router(v3(32, 4, 2, 4)).to(dtype)
     routing = router(torch.randn(2, 20, 32, dtype=dtype))
     assert routing.weights.requires_grad
-    fig = routing_figure(routing, router.config, router.e_score_correction_bias)
+    bias = router.e_score_correction_bias
+    fig = routing_figure(Trace.from_routings({"gate": routing}, router.config, {"gate": bias}))
     assert fig.axes[0].collections[0].get_array().sum() == 160
     assert bars(fig.axes[2], LABELS["zh"]["kept"]).sum() == 80
-    with pytest.raises(ValueError, match="a Routing alone does not say its rules: give config"):
-        routing_figure(routing)
 
 
 def test_no_data_is_drawn_as_no_data():

@@ -6,14 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from moesaic.config import MoEConfig
 from moesaic.trace.figures.captions import LABELS
 from moesaic.trace.figures.font import figure_style
 from moesaic.trace.rule.derive import bias_of, derive, logits_of, slices, why_not_derived
 from moesaic.trace.shown import words_of
 from moesaic.trace.statistics.stats import LayerReport, layer_report, layer_reports
 from moesaic.trace.store import Trace
-from moesaic.types import Routing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -25,20 +23,11 @@ GROUP_COLORS = ("#4c78a8", "#f58518", "#54a24b", "#b279a2", "#e45756", "#72b7b2"
 PANELS_AT_MOST = 16  # layers with a bar chart each; more become one heat map
 
 
-def routing_figure(
-    source: Trace | Routing,
-    config: MoEConfig | None = None,
-    bias: Any = None,
-    *,
-    layer: int = 0,
-    lang: str = "zh",
-    show: bool = False,
-) -> "Figure":
+def routing_figure(trace: Trace, *, layer: int = 0, lang: str = "zh", show: bool = False) -> "Figure":
     """The 2x2 figure of one layer: usage of experts, weights, groups, and the flow with this record's numbers.
 
-    `source` is a trace, or a Routing with its config and correction bias. 16 x 12 in; save it with `save_figure`.
+    16 x 12 in; save it with `save_figure`.
     """
-    trace = source if isinstance(source, Trace) else _trace_of(source, config, bias)
     labels, config, report = words_of(LABELS, lang), trace.configs[layer], layer_report(trace, layer)
     with figure_style():
         fig = new_figure(16, 12, on_screen=show)
@@ -128,12 +117,6 @@ def _outline(text: "Text", width: float, color: Any) -> None:
     from matplotlib.patheffects import withStroke
 
     text.set_path_effects([withStroke(linewidth=width, foreground=color)])
-
-
-def _trace_of(routing: Routing, config: MoEConfig | None, bias: Any) -> Trace:
-    if config is None:
-        raise ValueError("a Routing alone does not say its rules: give config=MoEConfig(...)")
-    return Trace.from_routings({"gate": routing}, config, {"gate": bias})
 
 
 def _draw_usage(axis: "Axes", report: LayerReport, labels: dict[str, Any]) -> None:

@@ -13,6 +13,9 @@ from moesaic.trace.imports.assemble import MOST_PICKS, NONE, Imported, Part, ass
 from moesaic.trace.imports.target import Target
 from moesaic.trace.store import PHASES
 
+NPY = b"\x93NUMPY"
+OF_SGLANG = ("meta_info", "sglext", "sgl_ext")  # what an answer of SGLang holds its experts in
+
 
 class Choice(NamedTuple):
     """One generation: ids [T, L, K] as they stand in the record, and the tokens where they were returned."""

@@ -15,12 +15,9 @@ import numpy as np
 
 from moesaic.strict_json import is_count
 from moesaic.trace.imports.assemble import Imported
-from moesaic.trace.imports.responses import Choice, answers, bytes_of, choices_of, traced
+from moesaic.trace.imports.responses import NPY, OF_SGLANG, Choice, answers, bytes_of, choices_of, traced
 from moesaic.trace.imports.target import Target
 from moesaic.trace.imports.untrusted import counts, read_bytes
-
-HOLDERS = ("meta_info", "sglext", "sgl_ext")
-NPY = b"\x93NUMPY"
 
 
 def read(files: Iterable[Path], target: Target) -> Imported:
@@ -47,7 +44,7 @@ def _choices(path: Path, target: Target) -> Iterator[Choice]:
 
 
 def _experts_in(holder: Mapping[str, Any]) -> Any:
-    inner = (holder[name] for name in HOLDERS if isinstance(holder.get(name), dict))
+    inner = (holder[name] for name in OF_SGLANG if isinstance(holder.get(name), dict))
     return next((found for one in (holder, *inner) if (found := one.get("routed_experts")) is not None), None)
 
 

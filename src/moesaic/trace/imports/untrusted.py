@@ -11,21 +11,21 @@ MOST_BYTES = 16 << 30  # of one file
 MOST_LINE = 512 << 20  # bytes of one line of a file of lines
 
 
-def size_of(path: Path, most: int = MOST_BYTES) -> int:
-    """Bytes of a file that exists and is no larger than `most`."""
+def size_of(path: Path) -> int:
+    """Bytes of a file that exists and is no larger than is read."""
     if not path.is_file():
         raise ValueError(f"{path}: {'a folder, not a file' if path.is_dir() else 'no such file'}")
     size = path.stat().st_size
     if size == 0:
         raise ValueError(f"{path}: the file is empty")
-    if size > most:
-        raise ValueError(f"{path}: {size:,} bytes, and at most {most:,} are read: split the record")
+    if size > MOST_BYTES:
+        raise ValueError(f"{path}: {size:,} bytes, and at most {MOST_BYTES:,} are read: split the record")
     return size
 
 
-def read_bytes(path: Path, most: int = MOST_BYTES) -> bytes:
+def read_bytes(path: Path) -> bytes:
     """The whole file."""
-    size_of(path, most)
+    size_of(path)
     try:
         return path.read_bytes()
     except OSError as error:

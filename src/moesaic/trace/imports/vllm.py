@@ -18,12 +18,9 @@ import numpy as np
 
 from moesaic.strict_json import is_count
 from moesaic.trace.imports.assemble import Imported
-from moesaic.trace.imports.responses import Choice, answers, bytes_of, choices_of, traced
+from moesaic.trace.imports.responses import NPY, OF_SGLANG, Choice, answers, bytes_of, choices_of, traced
 from moesaic.trace.imports.target import MOST_LAYERS, Target
 from moesaic.trace.imports.untrusted import counts, read_bytes
-
-NPY = b"\x93NUMPY"
-OF_SGLANG = ("meta_info", "sglext", "sgl_ext")
 
 
 def read(files: Iterable[Path], target: Target) -> Imported:

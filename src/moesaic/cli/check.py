@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from moesaic.cli.output import JSON_HELP, Lang, print_json, progress, say_command, table
+from moesaic.cli.output import JSON_HELP, Lang, print_json, progress, provenance, say_command, table
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -96,11 +96,13 @@ def table_of(report: "Report", lang: str) -> "Table":
     """All probes in order; the numbers and the advice where one failed, the reason where one has nothing to judge."""
     from rich.text import Text
 
+    from moesaic.trace.shown import visible
+
     texts, config = TEXTS[lang], report.gate.config
     groups = texts["groups"].format(kept=config.topk_group, n=config.n_group) if config.limits_groups else ""
     scoring = config.scoring_func if config.rule_is_known else "?"
     title = texts["title"].format(
-        gate=shown(report.gate.name),
+        gate=visible(report.gate.name),
         experts=config.n_routed_experts,
         k=config.num_experts_per_tok,
         groups=groups,
@@ -110,12 +112,12 @@ def table_of(report: "Report", lang: str) -> "Table":
     styles = {"pass": "green", "fail": "bold red", "not applicable": "dim"}
     for result in report.results:
         probe = result.probe
-        about = Text(in_language(probe.name, lang), style="" if result.outcome == "pass" else "bold")
+        about = Text(getattr(probe.name, lang), style="" if result.outcome == "pass" else "bold")
         if result.says.en:
-            about.append("\n" + shown(in_language(result.says, lang)), style="not bold")
+            about.append("\n" + visible(getattr(result.says, lang)), style="not bold")
         if result.outcome == "fail":
-            about.append("\n" + texts["story"].format(story=in_language(probe.story, lang)), style="not bold dim")
-            about.append("\n" + texts["do"].format(advice=in_language(probe.advice, lang)), style="not bold italic")
+            about.append("\n" + texts["story"].format(story=getattr(probe.story, lang)), style="not bold dim")
+            about.append("\n" + texts["do"].format(advice=getattr(probe.advice, lang)), style="not bold italic")
         about.stylize("dim" if result.outcome == "not applicable" else "")
         style = "yellow" if result.outcome == "fail" and probe.level == "fragile" else styles[result.outcome]
         drawn.add_row(probe.id, texts[probe.level], Text(texts[result.outcome], style=style), about)
@@ -141,7 +143,6 @@ def summary_of(report: "Report", lang: str) -> list[str]:
 
 def as_document(report: "Report", lang: str) -> dict[str, Any]:
     """The report for a program; texts in the language that was asked for."""
-    from moesaic.cli.provenance import provenance
     from moesaic.trace.store import versions_here
 
     return provenance() | {
@@ -154,25 +155,14 @@ def as_document(report: "Report", lang: str) -> dict[str, Any]:
             {
                 "probe": r.probe.id,
                 "level": r.probe.level,
-                "name": in_language(r.probe.name, lang),
+                "name": getattr(r.probe.name, lang),
                 "outcome": r.outcome,
-                "says": in_language(r.says, lang),
+                "says": getattr(r.says, lang),
                 "numbers": r.numbers,
-                "story": in_language(r.probe.story, lang),
-                "advice": in_language(r.probe.advice, lang),
+                "story": getattr(r.probe.story, lang),
+                "advice": getattr(r.probe.advice, lang),
                 "references": list(r.probe.references),
             }
             for r in report.results
         ],
     }
-
-
-def in_language(both: Any, lang: str) -> str:
-    return getattr(both, lang)
-
-
-def shown(text: str) -> str:
-    """Text of a module, an error message or a layer's name, safe for a terminal."""
-    from moesaic.trace.shown import visible
-
-    return visible(text)

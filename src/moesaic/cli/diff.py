@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from moesaic.cli.output import JSON_HELP, Lang, print_json, progress, say_how_again
+from moesaic.cli.output import JSON_HELP, Lang, print_json, progress, provenance, say_how_again
 
 if TYPE_CHECKING:
     from moesaic.trace.compare.diff import Diff
@@ -44,7 +44,6 @@ def diff(
     limit = LIMIT if max_flip is None else share_of(max_flip)
     from rich.console import Console
 
-    from moesaic.cli.provenance import provenance
     from moesaic.trace.compare.diff import diff as compare
     from moesaic.trace.compare.diff_table import diff_table
     from moesaic.trace.file.reader import load

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from moesaic.cli.output import Lang, print_json, progress, say_how_again
+from moesaic.cli.output import Lang, print_json, progress, provenance, say_how_again
 from moesaic.cli.trace import Size, check_target, described, show
 
 FORMATS = {  # name -> what files are meant
@@ -45,7 +45,6 @@ def import_(
     if any(out.exists() and file.exists() and out.samefile(file) for file in files):
         raise ValueError(f"--out {out} is one of the files to read: give another name")
     replaces = check_target(out)
-    from moesaic.cli.provenance import provenance
     from moesaic.trace.imports import READERS, read_target
 
     target = read_target(config, experts)

@@ -136,3 +136,30 @@ def config_of(trace: "Trace") -> str | None:
     are known: what else stands in its config stands in for nothing that was read."""
     config = trace.configs[0]
     return config.digest() if config.rule_is_known or "imported" not in trace.origins else None
+
+
+def provenance(*records: "tuple[Path | None, Trace]") -> dict[str, Any]:
+    """What the JSON of every command about records and gates begins with: program, command, the records read or
+    written. The file of a record is None where it was made by the command itself."""
+    import torch
+
+    from moesaic import __version__
+
+    return {
+        "moesaic": __version__,
+        "torch": str(torch.__version__),
+        "command": typed(),
+        "records": [
+            {
+                "file": None if file is None else str(file),
+                "model": trace.model,
+                "config": config_of(trace),
+                "seed": trace.seed,
+                "versions": dict(trace.versions),
+                "layers": list(trace.layers),
+                "origins": list(trace.origins),
+                "missing": list(trace.missing),
+            }
+            for file, trace in records
+        ],
+    }

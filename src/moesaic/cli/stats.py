@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from moesaic.cli.output import JSON_HELP, Lang, check_not_both, print_json, progress, say_how_again
+from moesaic.cli.output import JSON_HELP, Lang, check_not_both, print_json, progress, provenance, say_how_again
 
 if TYPE_CHECKING:
     from moesaic.trace.store import Trace
@@ -61,7 +61,6 @@ def stats(
     """
     factors = _factors(capacity)
     check_not_both("--nodes", nodes, "--placement", placement)
-    from moesaic.cli.provenance import provenance
     from moesaic.trace.chance.placement import read_placement
     from moesaic.trace.file.reader import load
     from moesaic.trace.statistics.coselection import coselection as pairs_of

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from moesaic.cli.output import JSON_HELP, Lang, print_json, say_how_again
+from moesaic.cli.output import JSON_HELP, Lang, print_json, provenance, say_how_again
 
 if TYPE_CHECKING:
     from moesaic.trace.store import Trace
@@ -37,7 +37,6 @@ def steps(
     from rich.console import Console
 
     from moesaic.cli import sources
-    from moesaic.cli.provenance import provenance
     from moesaic.hf.load import TINY, load_model
     from moesaic.trace.file.reader import load
     from moesaic.trace.rule.steps import steps as steps_of

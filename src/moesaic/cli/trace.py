@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
-from moesaic.cli.output import Lang, config_of, print_json, progress, say_how_again, say_next
+from moesaic.cli.output import Lang, config_of, print_json, progress, provenance, say_how_again, say_next
 
 if TYPE_CHECKING:
     from moesaic.trace.store import Trace
@@ -83,7 +83,6 @@ def trace(
     if detail not in DETAILS:
         raise ValueError(f"--detail {detail!r} is unknown: use one of {', '.join(DETAILS)}")
     from moesaic.cli import sources
-    from moesaic.cli.provenance import provenance
     from moesaic.hf.load import TINY, load_model, quiet_transformers
 
     documents = sources.documents(text, file or [], corpus, lines)

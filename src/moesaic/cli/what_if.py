@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from moesaic.cli.output import JSON_HELP, Lang, check_not_both, print_json, progress, say_how_again
+from moesaic.cli.output import JSON_HELP, Lang, check_not_both, print_json, progress, provenance, say_how_again
 from moesaic.cli.stats import Nodes, Placement
 from moesaic.cli.trace import check_target
 
@@ -44,7 +44,6 @@ def what_if(
     check_not_both("--nodes", nodes, "--placement", placement)
     dropped, deltas = numbers(drop), shifts(bias)
     _check_target(out, trace, force)
-    from moesaic.cli.provenance import provenance
     from moesaic.trace.chance.placement import read_placement
     from moesaic.trace.file.reader import load
     from moesaic.trace.reroute.what_if import what_if as ask

@@ -2,8 +2,9 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
+import numpy as np
 import torch
 from rich.console import Group
 from torch import Tensor
@@ -12,6 +13,7 @@ from moesaic.trace.compare.aligned import aligned, notes_of_both, tokens_checked
 from moesaic.trace.compare.finding import Finding, explain_layer
 from moesaic.trace.compare.judge import Judgement, judge, precision_of
 from moesaic.trace.rule.derive import dtype_of, slices
+from moesaic.trace.rule.distinct import shared
 from moesaic.trace.shown import Shown, counted, finite, listed
 from moesaic.trace.store import Trace
 
@@ -154,10 +156,10 @@ def diff(a: Trace, b: Trace, *, precision: str | None = None, done: Callable[[in
     allowed = precision_of(a, b) if told is None else (told, False)
     rows, findings = [], []
     # a flip in an earlier layer, of this token or of one before it
-    parted = torch.zeros(len(a), dtype=torch.bool, device="cpu")
+    parted, texts = torch.zeros(len(a), dtype=torch.bool, device="cpu"), _Texts.of(a.sequences)
     for layer in range(a.n_layers):
         row, finding = _compare_layer(a, b, layer, parted, allowed[0])
-        parted = parted | _from_here_on(row["flips"] | row["incomplete"], a.sequences)
+        parted = parted | texts.from_here_on(row["flips"] | row["incomplete"])
         rows.append(row)
         findings.append(finding)
         done(1)
@@ -197,19 +199,21 @@ def _compare_layer(
     a: Trace, b: Trace, layer: int, parted: Tensor, precision: torch.dtype
 ) -> tuple[dict[str, Any], Finding]:
     """What Diff holds of one layer, by field, and what its scores say about it."""
-    ids = a.picks[layer].long(), b.picks[layer].long()
-    ordered = [rows.sort(-1) for rows in ids]
-    counts = [(rows < a.n_experts).sum(-1) for rows in ids]
-    incomplete = counts[0] != counts[1]
-    flips = (ordered[0].values != ordered[1].values).any(-1) & ~incomplete
+    flips, incomplete = _unlike(a, b, layer)
     origins = flips & ~parted
     finding = explain_layer(a, b, layer, precision, origins)
     weights, apart = None, None
     if a.weights is not None and b.weights is not None:
         same = ~flips & ~incomplete
+        picks = a.picks[layer], b.picks[layer]
         here, there = (
-            weights[layer].gather(-1, rows.indices).masked_fill(rows.values >= a.n_experts, 0.0)
-            for weights, rows in zip((a.weights, b.weights), ordered, strict=True)
+            weights[layer].masked_fill(ids >= a.n_experts, 0.0)
+            for weights, ids in zip((a.weights, b.weights), picks, strict=True)
+        )
+        rows = (picks[0] != picks[1]).any(-1).nonzero().flatten()  # their slots are put into one order
+        here[rows], there[rows] = (
+            weights[rows].gather(-1, ids[rows].sort(-1).indices)
+            for weights, ids in zip((here, there), picks, strict=True)
         )
         scale = here.abs().nan_to_num(0.0).amax(-1).clamp(min=torch.finfo(torch.float32).tiny)
         both = here.isnan() & there.isnan()  # a NaN on one side only is infinitely far
@@ -228,6 +232,15 @@ def _compare_layer(
     return row, finding._replace(weights_apart=apart)
 
 
+def _unlike(a: Trace, b: Trace, layer: int) -> tuple[Tensor, Tensor]:
+    """Tokens with other experts in one of the two, and those with fewer, bool [T] both."""
+    one, two = (trace.picks[layer].numpy() for trace in (a, b))
+    had, has = (np.sum([slot < a.n_experts for slot in ids.T], axis=0) for ids in (one, two))
+    fewer = had != has
+    flips = (shared(one, two, a.n_experts) != had) & ~fewer
+    return torch.from_numpy(flips), torch.from_numpy(fewer)
+
+
 def _score_difference(a: Trace, b: Trace, layer: int, rows: Tensor) -> Tensor | None:
     if a.logits is None or b.logits is None:
         return None
@@ -239,13 +252,23 @@ def _score_difference(a: Trace, b: Trace, layer: int, rows: Tensor) -> Tensor | 
     return (apart / size).sqrt().float()
 
 
-def _from_here_on(marked: Tensor, sequences: Tensor) -> Tensor:
-    """True for marked tokens and all that follow them in the same sequence."""
-    sequences, order = sequences.sort(stable=True)
-    marked = marked[order]
-    counted = marked.long().cumsum(0)
-    first = torch.searchsorted(sequences, sequences)  # where the sequence of each token begins
-    return (counted - counted[first] + marked[first].long() > 0)[order.argsort()]
+class _Texts(NamedTuple):
+    """Tokens in the order of their texts: which they are, where the text of each begins, and the place of each."""
+
+    order: Tensor
+    begins: Tensor
+    place: Tensor
+
+    @classmethod
+    def of(cls, sequences: Tensor) -> Self:
+        sequences, order = sequences.sort(stable=True)
+        return cls(order, torch.searchsorted(sequences, sequences), order.argsort())
+
+    def from_here_on(self, marked: Tensor) -> Tensor:
+        """True for marked tokens and all that follow them in the same text."""
+        marked = marked[self.order].long()
+        counted = marked.cumsum(0)
+        return (counted > (counted - marked)[self.begins])[self.place]
 
 
 def _median(values: Tensor) -> float | None:

@@ -21,7 +21,7 @@ ROOMS = [
     {"cli", "__main__"},
 ]
 TRACE_ROOMS = [
-    {"shown", "store", "depth"},
+    {"shown", "store", "depth", "slots"},
     {"file", "chance", "rows"},
     {"recording"},
     {"rule", "imports"},

@@ -7,8 +7,8 @@ from cases import v3
 from traces import made
 
 from moesaic.rules import route
-from moesaic.trace.rule.distinct import shared, twice
 from moesaic.trace.rule.steps import steps
+from moesaic.trace.slots import shared, twice
 from moesaic.trace.store import PHASES, Trace
 from moesaic.types import Routing
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from moesaic.config import MoEConfig
+from moesaic.trace.slots import twice
 from moesaic.types import Routing
 from moesaic.versions import versions
 
@@ -159,8 +160,6 @@ class Trace:
     def repeats(self) -> Tensor:
         """Per layer, how many tokens were given one expert more than once, int64 [L]. A gate that ranks gives none; a
         hash table that no checkpoint has filled (DeepSeek-V4), or a broken gate, does. "No expert" may repeat."""
-        from moesaic.trace.rule.distinct import twice
-
         counts = [int(twice(picks.numpy(), self.n_experts).sum()) for picks in self.picks]
         return torch.tensor(counts, dtype=torch.int64, device="cpu")
 

@@ -13,8 +13,8 @@ from moesaic.trace.compare.aligned import aligned, notes_of_both, tokens_checked
 from moesaic.trace.compare.finding import Finding, explain_layer
 from moesaic.trace.compare.judge import Judgement, judge, precision_of
 from moesaic.trace.rule.derive import dtype_of, slices
-from moesaic.trace.rule.distinct import shared
 from moesaic.trace.shown import Shown, counted, finite, listed
+from moesaic.trace.slots import shared
 from moesaic.trace.store import Trace
 
 

@@ -14,9 +14,10 @@ from moesaic.trace.chance.placement import distinct_places, place_experts
 from moesaic.trace.reroute import settings
 from moesaic.trace.reroute.layer import Rerouted, reroute
 from moesaic.trace.rule.derive import check_can_derive
-from moesaic.trace.rule.distinct import check_distinct, shared
+from moesaic.trace.rule.distinct import check_distinct
 from moesaic.trace.rule.given import check_trace
 from moesaic.trace.shown import Shown, finite, missing_notes, origin_notes
+from moesaic.trace.slots import shared
 from moesaic.trace.store import Trace
 
 

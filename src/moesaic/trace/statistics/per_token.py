@@ -8,8 +8,8 @@ from moesaic import rules
 from moesaic.config import MoEConfig
 from moesaic.trace.chance.bands import overlap
 from moesaic.trace.rule.derive import bias_of, derive, logits_of, slices, why_not_derived
-from moesaic.trace.rule.distinct import twice
 from moesaic.trace.rule.margins import lead_of, same_experts
+from moesaic.trace.slots import twice
 from moesaic.trace.store import Trace
 
 TINY = np.finfo(np.float32).tiny

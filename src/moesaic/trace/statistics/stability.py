@@ -10,8 +10,8 @@ from rich.console import RenderableType
 from moesaic.trace.chance.bands import Band, mean_band, random_picks
 from moesaic.trace.chance.documents import Documents, mean_and_error
 from moesaic.trace.compare.aligned import aligned, notes_of_both, tokens_checked, without_data
-from moesaic.trace.rule.distinct import shared
 from moesaic.trace.shown import Shown, counted, finite, words_of
+from moesaic.trace.slots import shared
 from moesaic.trace.statistics.measures import NO_DATA, Measure
 from moesaic.trace.store import Trace
 

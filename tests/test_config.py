@@ -5,9 +5,11 @@ import numpy as np
 import pytest
 from transformers import CONFIG_MAPPING
 
-from moesaic.config import MoEConfig
+from moesaic.config import CHOICES, MoEConfig
+from moesaic.engine.spec import ACTIVATIONS
 from moesaic.families import PRESETS
 from moesaic.hf_config import text_part
+from moesaic.rules import SCORING, SELECTION
 from moesaic.trace.imports import read_target
 
 
@@ -145,6 +147,12 @@ def test_from_hf_reads_a_folder(tmp_path):
     hf_config = CONFIG_MAPPING["deepseek_v3"](hidden_size=64)
     hf_config.save_pretrained(tmp_path)
     assert MoEConfig.from_hf(tmp_path) == MoEConfig.from_hf(hf_config) == MoEConfig.from_hf(hf_config.to_dict())
+
+
+def test_the_choices_of_a_config_are_what_the_rules_and_the_engines_know():
+    assert set(CHOICES["scoring_func"]) == set(SCORING)
+    assert set(CHOICES["topk_method"]) == {*SELECTION, "unknown"}
+    assert CHOICES["hidden_act"] == tuple(ACTIVATIONS)
 
 
 def test_a_family_without_experts_here_is_dense():

@@ -88,12 +88,13 @@ def test_a_slope_of_another_activation_than_silu_is_refused():
         ExpertSpec("gelu", alpha=1.702)
 
 
-def test_softcaps_that_say_nothing_are_refused():
+def test_bounds_that_say_nothing_are_refused():
     with pytest.raises(ValueError, match=r"gate_softcap=4\.0 is for SiLU: use activation='silu'"):
         ExpertSpec("gelu", gate_softcap=4.0)
     for cap in (0.0, -1.0, float("nan"), float("inf")):
-        with pytest.raises(ValueError, match=rf"up_softcap={cap} leaves nothing: use a positive number"):
-            ExpertSpec(up_softcap=cap)
+        for name in ("limit", "up_softcap"):
+            with pytest.raises(ValueError, match=rf"{name}={cap} leaves nothing: use a positive number"):
+                ExpertSpec(**{name: cap})
 
 
 def test_a_bias_of_the_wrong_size_is_named():

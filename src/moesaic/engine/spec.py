@@ -59,9 +59,9 @@ class ExpertSpec:
             raise ValueError(f"alpha={self.alpha} is the slope of SiLU: use activation='silu' or leave it")
         if self.gate_softcap is not None and self.activation != "silu":
             raise ValueError(f"gate_softcap={self.gate_softcap} is for SiLU: use activation='silu' or leave it")
-        for name in ("gate_softcap", "up_softcap"):
-            if (cap := getattr(self, name)) is not None and not 0 < cap < math.inf:
-                raise ValueError(f"{name}={cap} leaves nothing: use a positive number, or None for no cap")
+        for name in ("limit", "gate_softcap", "up_softcap"):
+            if (bound := getattr(self, name)) is not None and not 0 < bound < math.inf:
+                raise ValueError(f"{name}={bound} leaves nothing: use a positive number, or None for no bound")
 
     @classmethod
     def of(cls, config: MoEConfig) -> "ExpertSpec":

@@ -160,7 +160,7 @@ def understand(module: Any) -> ExpertSpec:
 def _candidates(module: Any, limits: tuple[float, ...], interleaved: bool) -> Iterator[ExpertSpec]:
     """The likely ones first."""
     alphas, gated = _numbers(module, "alpha", "swiglu_alpha"), module.has_gate
-    softcaps = [(None, *(cap for cap in caps if cap > 0)) for caps in _softcaps(module)]
+    softcaps = [(None, *caps) for caps in _softcaps(module)]
     found = product((None, *limits), (1.0, *alphas), (0.0, 1.0), product(*softcaps))
     for activation, (limit, alpha, offset, caps) in product(ACTIVATIONS, found):
         plain = alpha == 1.0 and caps[0] is None
@@ -186,8 +186,9 @@ def _softcaps(module: Any) -> list[tuple[float, ...]]:
 
 
 def _numbers(module: Any, *names: str) -> tuple[float, ...]:
+    """Those of its attributes that are numbers above zero: others bound nothing."""
     found = (getattr(module, name, None) for name in names)
-    return tuple(dict.fromkeys(float(x) for x in found if isinstance(x, int | float)))
+    return tuple(dict.fromkeys(float(x) for x in found if isinstance(x, int | float) and x > 0))
 
 
 def _refusal(module: nn.Module, reason: str) -> ValueError:

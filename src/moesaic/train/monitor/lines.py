@@ -6,8 +6,10 @@ from typing import Any
 from moesaic.strict_json import is_count
 
 FORMAT, VERSION = "moesaic-load", 1
-# of a step line, each with a value a layer; all but the bias are None together
-COLUMNS = ("tokens", "percentiles", "max_vio", "chance", "dead", "hottest", "coldest", "bias")
+PERCENTILES = (0, 25, 50, 75, 90, 95, 100)
+# of a step line, each with a value a layer; those of the load are None together
+LOAD_COLUMNS = ("tokens", "percentiles", "max_vio", "chance", "dead", "hottest", "coldest")
+COLUMNS = (*LOAD_COLUMNS, "bias")
 Line = dict[str, Any]
 
 
@@ -53,10 +55,10 @@ def _check_step(line: Line, n_layers: int) -> None:
     except (TypeError, ValueError, OverflowError):
         raise ValueError("loss is no number") from None
     for name in COLUMNS:
-        kind = {"percentiles": 7, "chance": 2, "bias": 3}.get(name, float)
+        kind = {"percentiles": len(PERCENTILES), "chance": 2, "bias": 3}.get(name, float)
         if not _is_column(line.get(name), n_layers, kind):
             raise ValueError(f"{name} does not fit the layers")
-    loads = [line[name] for name in COLUMNS if name != "bias"]
+    loads = [line[name] for name in LOAD_COLUMNS]
     if any(len({value is None for value in row}) > 1 or None in (row[1] or ()) for row in zip(*loads, strict=True)):
         raise ValueError("a layer has some of its numbers, not all")
     if "load" in line and not _is_column(line["load"], n_layers, list):

@@ -11,9 +11,8 @@ import torch
 from moesaic.config import MoEConfig
 from moesaic.hf.bias_home import BiasHome
 from moesaic.trace.chance.bands import Band, bands_between
+from moesaic.train.monitor.lines import LOAD_COLUMNS, PERCENTILES
 
-PERCENTILES = (0, 25, 50, 75, 90, 95, 100)
-LOAD_COLUMNS = ("tokens", "percentiles", "max_vio", "chance", "dead", "hottest", "coldest")
 # Token counts are rounded to 1/32 of the power of 2 below: a band is then off by 0.8 % at most, and however batches
 # vary, 32 bands serve all between n and 2n tokens.
 GRID = 32

@@ -271,7 +271,7 @@ def test_demo_finds_the_shipped_model_balanced_and_its_experts_specialised(demo_
     found = preferences.found(0.05)
     assert found.any(axis=1).all(), "in every layer some expert prefers a domain beyond chance"
     assert {preferences.domains[d] for d in preferences.domain[found]} == set(preferences.domains)
-    assert "1000 permutations of 85 documents, by their first 66 tokens" in " ".join(demo_folder[1].split())
+    assert "1000 permutations of 82 documents, by their first 39 tokens" in " ".join(demo_folder[1].split())
 
 
 def test_demo_record_is_what_the_model_selects(demo_folder):

@@ -267,7 +267,7 @@ def test_zero_fill_picks_forbidden_experts_under_a_negative_bias_and_minus_infin
     arrays(
         np.float32,
         st.tuples(st.integers(1, 4), st.integers(1, 40)),
-        elements=st.sampled_from([-np.inf, -1.5, -0.0, 0.0, 1e-40, 1.5, np.inf]),
+        elements=st.sampled_from([-np.inf, -1.5, -0.0, 0.0, float(np.float32(1e-40)), 1.5, np.inf]),
     ),
     st.data(),
 )

@@ -153,19 +153,28 @@ def test_sequences_of_different_length_are_compared_by_rate():
     assert not domain_preference(short_code).found(0.01).any()
 
 
-def test_a_domain_of_shorter_documents_is_not_preferred_for_its_scatter():
-    """Random picks, so nothing to find: rates of 20 tokens scatter more than those of 200, and every null run found
-    something while whole documents were compared under shuffles that mix both."""
-    length = torch.tensor([20] * 30 + [200] * 30)
-    document = torch.arange(60).repeat_interleave(length)
+@pytest.mark.parametrize(
+    ("short", "long", "tokens", "documents"),
+    [
+        ([20] * 30, [200] * 30, 20, (30, 30)),
+        ([2] * 9 + [60] * 11, [200] * 40, 60, (11, 40)),
+        (range(10, 130, 4), range(30, 330, 5), 42, (22, 57)),
+    ],
+    ids=["one length", "some very short", "mixed"],
+)
+def test_a_domain_of_shorter_documents_is_not_preferred_for_its_scatter(short, long, tokens, documents):
+    """Random picks, so nothing to find: rates of 20 tokens scatter more than those of 200. While shuffles mixed both,
+    every null run found something."""
+    length = torch.tensor([*short, *long])
+    document = torch.arange(len(length)).repeat_interleave(length)
     document = document[torch.randperm(len(document))]  # as in batches, where sequences lie side by side
     runs = []
-    for run in range(20):
+    for run in range(30):
         ids = torch.rand(len(document), 32).topk(4).indices
         trace = Trace.from_routings({"a": Routing(None, torch.ones(ids.shape), ids)}, CONFIG, sequences=document)
-        found = domain_preference(trace, "s" * 30 + "l" * 30, permutations=200, seed=run)
+        found = domain_preference(trace, "s" * len(short) + "l" * len(long), permutations=200, seed=run)
         runs.append(found.found().any())
-    assert found.tokens == 20
+    assert (found.tokens, found.documents) == (tokens, documents)
     assert np.mean(runs) <= 0.2
 
 

@@ -30,9 +30,8 @@ class Preferences(Shown):
 
     domain: index into `domains`. lift: its rate of use there over its rate in all text; NaN for an unused expert.
     p_value: of the pair, corrected for all L*E pairs and for having taken the best domain. permutations: behind it;
-    a p-value cannot be below 1 / (permutations + 1). documents: how many each domain has. tokens: how many of each
-    document's first tokens all this is of. rates: assignments per token of each domain,
-    [L, D, E]; K/E is a fair share.
+    a p-value cannot be below 1 / (permutations + 1). documents: how many of each domain were compared, tokens: by how
+    many first tokens each. rates: assignments per token of each domain, [L, D, E]; K/E is a fair share.
     """
 
     layers: tuple[str, ...]
@@ -96,13 +95,13 @@ def domain_preference(
     """Test which experts are used more in one domain than in others.
 
     `labels` name the domain of every sequence; those of the trace unless given. The unit of the test is the document,
-    a sequence of the trace with tokens: tokens of one text are alike and would make anything significant. Long
-    documents are compared by their first tokens alone, as many as the domain of the shortest documents has of them in
-    the median: where one domain's documents are shorter its rates scatter more, and shuffles, which mix the lengths,
-    would take that for preferences. Labels are shuffled over documents; each pair's excess rate is put in units of its
-    own spread over the true labels and all shuffles, and the largest of all pairs in each shuffle is the yardstick
-    (max-statistic of Westfall and Young, which bounds the chance of any false finding, however few the shuffles).
-    `alpha` is the level at which its findings will be asked for, as of `found(alpha)`.
+    a sequence of the trace: tokens of one text are alike and would make anything significant. Documents are compared by
+    as many first tokens each, and those that have fewer are left out: rates of short documents scatter more, and
+    shuffles, which mix the lengths, would take that for preferences. Labels
+    are shuffled over documents; each pair's excess rate is put in units of its own spread over the true labels and all
+    shuffles, and the largest of all pairs in each shuffle is the yardstick (max-statistic of Westfall and Young, which
+    bounds the chance of any false finding, however few the shuffles). `alpha` is the level at which its findings will
+    be asked for, as of `found(alpha)`.
 
     Raises ValueError where there is not one label a sequence or a token has an expert twice; Untestable where fewer
     than two domains have tokens, or where of so few documents or permutations nothing could be found at `alpha`.
@@ -123,14 +122,14 @@ def domain_preference(
             f"有 token 的领域只有 {n} 个，至少要两个才谈得上偏好",
         )
     label = np.array([place[name] for name in names], np.min_scalar_type(len(place)))
+    first, tokens = _first_tokens(document, label)
+    compared, document = np.unique(document[first], return_inverse=True)
+    label = label[compared]
     _check_within_reach(label, permutations, alpha)
     rng = np.random.default_rng(seed)
     shuffled = np.stack([label, *(rng.permutation(label) for _ in range(permutations))])
-    first = _first_tokens(document, label)
-    document = document[first]
-    n_tokens = np.bincount(document)
     layers = [
-        _strongest(sequence_loads(picks.numpy()[first], trace.n_experts, document), n_tokens, shuffled, len(place))
+        _strongest(sequence_loads(picks.numpy()[first], trace.n_experts, document), tokens, shuffled)
         for picks in trace.picks
     ]
     best, observed, lift, largest, rates = (np.stack(found) for found in zip(*layers, strict=True))
@@ -143,43 +142,52 @@ def domain_preference(
         p_value=(1 + reached) / (1 + permutations),
         permutations=permutations,
         documents=tuple(np.bincount(label).tolist()),
-        tokens=int(n_tokens.max()),
+        tokens=tokens,
         rates=rates,
     )
 
 
-def _first_tokens(document: np.ndarray, label: np.ndarray) -> np.ndarray:
-    """bool [T]: the first tokens of each document, no more than half of the documents of any domain have."""
+def _first_tokens(document: np.ndarray, label: np.ndarray) -> tuple[np.ndarray, int]:
+    """bool [T]: the first tokens of every document that has so many; and how many.
+
+    More tokens make a document's rates more certain, by their root, and leave more documents out: taken is the number
+    for which that root, times the share of documents that the domain with the fewest keeps, is the largest.
+    """
     n_tokens = np.bincount(document)
-    most = min(int(np.median(n_tokens[label == domain])) for domain in np.unique(label))
+    lengths, shares = np.unique(n_tokens), []
+    for domain in np.unique(label):
+        shorter = np.searchsorted(np.sort(n_tokens[label == domain]), lengths)
+        shares.append(1 - shorter / (label == domain).sum())
+    tokens = lengths[(np.min(shares, 0) * np.sqrt(lengths)).argmax()]
     order = np.argsort(document, kind="stable")  # a batch's documents may be interleaved
     position = np.empty_like(order)
     position[order] = np.arange(len(order)) - (np.cumsum(n_tokens) - n_tokens)[document[order]]
-    return position < most
+    return (position < tokens) & (n_tokens >= tokens)[document], int(tokens)
 
 
 def _strongest(
-    counts: np.ndarray, n_tokens: np.ndarray, shuffled: np.ndarray, n_domains: int
+    counts: np.ndarray, tokens: int, shuffled: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """For every expert of a layer: its best domain, by how many of its own spreads it is used more there, and its rate
     there over that in all text; the largest number of spreads of any expert in each shuffle; and all rates, [D, E].
 
-    counts: of each document and expert, [N, E]. shuffled: the domain of each document, [P+1, N]; first the true one.
+    counts: of each document and expert, [N, E]. tokens: of every document. shuffled: the domain of each document,
+    [P+1, N]; first the true one.
     """
-    n_shuffled, n_documents = shuffled.shape
+    of_domain = tokens * np.bincount(shuffled[0]).astype(np.float32)[:, None]
+    (n_shuffled, n_documents), n_domains = shuffled.shape, len(of_domain)
     step = max(CELLS // (n_shuffled * n_domains), 1)
     rows = max(CELLS // (n_documents * n_domains), 1)
-    overall = counts.sum(0) / n_tokens.sum()
+    overall = counts.sum(0) / (tokens * n_documents)
     best, lift = np.zeros(len(overall), np.int64), np.zeros(len(overall))
     true_rates = np.zeros((n_domains, len(overall)), np.float32)
     observed = np.zeros(len(overall), np.float32)
     largest = np.full(n_shuffled - 1, -np.inf, np.float32)
     for start in range(0, len(overall), step):
         here = slice(start, start + step)
-        columns = np.column_stack([counts[:, here], n_tokens]).astype(np.float32)
-        rates = np.concatenate(
-            [_rates(shuffled[at : at + rows], n_domains, columns) for at in range(0, n_shuffled, rows)]
-        )  # [P+1, domains, step]
+        columns = counts[:, here].astype(np.float32)
+        sums = [_sums(shuffled[at : at + rows], n_domains, columns) for at in range(0, n_shuffled, rows)]
+        rates = np.concatenate(sums) / of_domain  # [P+1, D, step]
         true_rates[:, here] = rates[0]
         excess = rates - overall[here].astype(np.float32)
         spread = excess.std(0)  # of all labellings alike: leaving out the true one would favour it
@@ -193,12 +201,9 @@ def _strongest(
     return best, observed, lift, largest, true_rates
 
 
-def _rates(labels: np.ndarray, n_domains: int, columns: np.ndarray) -> np.ndarray:
-    """Assignments per token of every domain, [shuffles, domains, experts]; the last of the columns [N, experts + 1] is
-    the tokens of each document."""
-    member = (labels[:, None, :] == np.arange(n_domains)[:, None]).astype(np.float32)
-    sums = member @ columns
-    return sums[..., :-1] / sums[..., -1:]
+def _sums(labels: np.ndarray, n_domains: int, columns: np.ndarray) -> np.ndarray:
+    """Assignments of every domain, [shuffles, D, experts], by those of each document, [N, experts]."""
+    return (labels[:, None, :] == np.arange(n_domains)[:, None]).astype(np.float32) @ columns
 
 
 def sequence_loads(picks: np.ndarray, n_experts: int, document: np.ndarray) -> np.ndarray:

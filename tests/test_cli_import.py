@@ -98,7 +98,10 @@ MISTAKES = {
     "wrong format": (["sglang", "prose.npy", "--experts", "16"], "prose.npy: not a file of torch.save"),
     "language": (["vllm", "prose.npy", "--experts", "16", "--lang", "fr"], "--lang 'fr' is unknown"),
     "out is a folder": (["vllm", "prose.npy", "--experts", "16", "-o", "."], "is a folder: give the name of a file"),
-    "out is no trace": (["vllm", "prose.npy", "--experts", "16", "-o", "r.jsonl"], "is there already and is no trace"),
+    "out is no trace": (
+        ["vllm", "prose.npy", "--experts", "16", "-o", "r.jsonl"],
+        "is there already and is no whole trace",
+    ),
     "out is nowhere": (["vllm", "prose.npy", "--experts", "16", "-o", "no/x"], "--out no/x: cannot be written"),
     "out is the record": (["vllm", "prose.npy", "--experts", "16", "-o", "prose.npy"], "is one of the files to read"),
 }

@@ -349,12 +349,12 @@ MISTAKES = {
     "a dense model": (["dense", "--text", "x"], "not an MoE model"),
     "a foreign tokenizer": (["foreign", "--text", "x"], "and the model knows 64: they do not belong together"),
     "out is a folder": (["--text", "x", "-o", "."], "--out .: is a folder"),
-    "out is no trace": (["--text", "x", "-o", "bytes.bin"], "--out bytes.bin: is there already and is no trace"),
+    "out is no trace": (["--text", "x", "-o", "bytes.bin"], "--out bytes.bin: is there already and is no whole trace"),
     "out is weights": (
         ["--text", "x", "-o", "dense/model.safetensors"],
-        "is there already and is no trace: give another",
+        "is there already and is no whole trace: give another",
     ),
-    "out is a device": (["--text", "x", "-o", "/dev/null"], "--out /dev/null: is there already and is no trace"),
+    "out is a device": (["--text", "x", "-o", "/dev/null"], "--out /dev/null: is there already and is no whole trace"),
     "out is nowhere": (["--text", "x", "-o", "no/run.safetensors"], "cannot be written (No such file"),
 }
 

@@ -49,7 +49,7 @@ def texts(axis):
 
 
 def test_the_figure_has_the_articles_titles_and_labels_in_chinese(article):
-    fig = routing_figure(article, lang="zh")
+    fig = routing_figure(article, layer=article.layers[0], lang="zh")
     heat, weights, nodes, flow, bar = fig.axes
     assert tuple(fig.get_size_inches()) == (16, 12)
     assert fig.get_suptitle() == "DeepSeek-V3 MoE路由过程可视化"

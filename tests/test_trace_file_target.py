@@ -16,7 +16,9 @@ def test_a_file_that_is_no_trace_is_refused_and_stays_as_it_was(tmp_path):
     trace, path = made(v3(16, 4, 2, 4)), tmp_path / "model.safetensors"
     path.write_bytes(b"weights")
     for write in (trace.save, recorded_to):
-        with pytest.raises(ValueError, match=r"model.safetensors: is there already and is no trace: give another name"):
+        with pytest.raises(
+            ValueError, match=r"model.safetensors: is there already and is no whole trace: give another name"
+        ):
             write(path)
     assert path.read_bytes() == b"weights"
     assert [file.name for file in tmp_path.iterdir()] == [path.name]

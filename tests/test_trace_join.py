@@ -49,6 +49,26 @@ def test_stages_are_put_together_along_layers():
     assert ms.join([stage(trace, 0), stage(trace, 3)], along="layers").missing == ("layers.1", "layers.2")
 
 
+def test_what_one_stage_knows_of_the_tokens_is_known_of_all():
+    first, second = stage(whole(), 0, 1), stage(whole(), 2, 3)
+    unknown = dict.fromkeys(("input_ids", "phases", "offsets", "labels", "pieces"))
+    for stages in ([first, dataclasses.replace(second, **unknown)], [dataclasses.replace(first, **unknown), second]):
+        assert_equal(ms.join(stages, along="layers"), whole())
+
+
+def test_a_stage_whose_layers_have_no_bias_has_one_of_zeros_as_in_the_record_of_the_whole():
+    with_bias, without = v3(16, 4, 2, 4), v3(16, 4, 2, 4, topk_method="group_limited_greedy")
+    bias = whole().bias.clone()
+    bias[:2] = 0
+    trace = whole(configs=(without, without, with_bias, with_bias), bias=bias)
+    first = dataclasses.replace(stage(trace, 0, 1), bias=None)
+    assert_equal(ms.join([first, stage(trace, 2, 3)], along="layers"), trace)
+    assert ms.join([first, first.select(slice(0, 4))]).bias is None
+    unknown = dataclasses.replace(stage(trace, 2, 3), bias=None)
+    with pytest.raises(ValueError, match="only trace 0 has bias"):
+        ms.join([stage(trace, 0, 1), unknown], along="layers")
+
+
 def test_a_label_of_a_sequence_without_tokens_keeps_its_place():
     first = dataclasses.replace(whole().select(slice(0, 4)), labels=("a", "empty"))
     joined = ms.join([first, dataclasses.replace(first, labels=("b",))])
@@ -89,5 +109,8 @@ def test_what_cannot_be_asked_is_said():
         ms.join([whole()], along="experts")
     with pytest.raises(ValueError, match="trace 1 has 2 of 16 experts a token and trace 0 has 4 of 16: join traces"):
         ms.join([whole(), made(v3(16, 4, 2, 2))])
+    for given in [(whole(),), (whole(), whole())]:
+        with pytest.raises(ValueError, match=r"given by itself: give a list of them, ms.join\(\[a, b\]\)"):
+            ms.join(*given)
     with pytest.raises(ValueError, match="no trace: give a Trace"):
         ms.join(["run.safetensors"])

@@ -105,7 +105,7 @@ def test_rows_are_the_assignments_with_all_that_is_known_of_their_tokens():
     assert {len(column) for column in rows.values()} == {2 * 6 * 4}
     expected = [
         (trace.layers[i], t, s, trace.labels[s], PHASES[trace.phases[t]], trace.input_ids[t].item(),
-         trace.pieces.get(trace.input_ids[t].item()), k, trace.picks[i, t, k].item(), trace.weights[i, t, k].item())
+         trace.pieces.get(trace.input_ids[t].item(), ""), k, trace.picks[i, t, k].item(), trace.weights[i, t, k].item())
         for i in range(2) for t, s in enumerate(trace.sequences.tolist()) for k in range(4)
     ]  # fmt: skip
     assert list(zip(*(column.tolist() for column in rows.values()), strict=True)) == expected

@@ -431,7 +431,9 @@ def test_scores_are_routed_for_some_tokens_at_a_time_and_the_answer_is_the_same(
     monkeypatch.setattr("moesaic.trace.rule.derive.SLICE", 7)
     for each, found, layers in zip(asked, whole, expected, strict=True):
         sliced = what_if(trace, **each)
-        assert_equal(sliced.trace, found.trace)
+        # how torch adds up a row may hang on the number of rows
+        torch.testing.assert_close(sliced.trace.weights, found.trace.weights, rtol=1e-6, atol=0)
+        assert_equal(replace(sliced.trace, weights=found.trace.weights), found.trace)
         for here, there in zip(sliced.by_layer(), layers, strict=True):
             assert here.pop("score_lost") == pytest.approx(there.pop("score_lost"), rel=1e-6)
             assert here == there

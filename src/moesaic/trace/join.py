@@ -12,24 +12,30 @@ from moesaic.trace.store import TENSORS, Trace
 
 ADDED = {"tokens": ("labels",), "layers": ("layers", "configs", "origins")}  # texts and configs that are put in a row
 MERGED = ("missing", "pieces", "seed", "versions")
+OF_TOKENS = ("input_ids", "phases", "offsets", "labels")  # the first stage of a pipeline alone may be told
 
 
 def join(traces: Iterable[Trace], along: str = "tokens") -> Trace:
     """One trace of several of one model, in the order given.
 
     along "tokens": of the same layers; sequences are numbered on, so a sequence of one trace never goes on in the next.
-    along "layers": of the same tokens, as the stages of a pipeline record them. All else has to be the same; `missing`
-    and `pieces` are those of all, `seed` and `versions` what all agree on.
+    along "layers": of the same tokens, as the stages of a pipeline record them; what only some know of the tokens (ids,
+    labels) is then known of all. All else has to be the same; `missing` and `pieces` are those of all, `seed` and
+    `versions` what all agree on.
 
     ValueError, with the number of the trace and what differs, for traces that do not fit.
     """
-    traces = list(traces)
+    if isinstance(traces, Trace) or isinstance(along, Trace):
+        raise ValueError("a trace was given by itself: give a list of them, ms.join([a, b])")
     if along not in ADDED:
         raise ValueError(f"along={along!r} is unknown: use 'tokens' or 'layers'")
+    traces = list(traces)
     if not traces:
         raise ValueError("there is no trace to join: give at least one")
     for trace in traces:
         check_trace(trace)
+    if along == "layers":
+        traces = _told(traces)
     axis = {name: axes.index(along[0].upper()) for name, (axes, _) in TENSORS.items() if along[0].upper() in axes}
     for number, other in enumerate(traces[1:], 1):
         _check_fits(traces[0], other, number, along, {*axis, *ADDED[along]})
@@ -45,6 +51,22 @@ def join(traces: Iterable[Trace], along: str = "tokens") -> Trace:
         twice = next(name for name in names if names.count(name) > 1)
         raise ValueError(f"layer {twice!r} is in more than one trace: give stages that share no layer")
     return dataclasses.replace(traces[0], **fields, **_merged(traces, names))
+
+
+def _told(stages: list[Trace]) -> list[Trace]:
+    """Stages of one run, each with what another one knows of the tokens, and with zeros for the biases that no layer of
+    it has: a record of the whole model has these."""
+    known = {name: next((v for s in stages if (v := getattr(s, name)) is not None), None) for name in OF_TOKENS}
+    biased = any(stage.bias is not None for stage in stages)
+    told = []
+    for stage in stages:
+        more: dict[str, Any] = {}
+        if torch.equal(stage.sequences, stages[0].sequences):
+            more |= {name: value for name, value in known.items() if getattr(stage, name) is None}
+        if biased and stage.bias is None and not any(config.has_correction_bias for config in stage.configs):
+            more["bias"] = torch.zeros(stage.n_layers, stage.n_experts)
+        told.append(dataclasses.replace(stage, **more))
+    return told
 
 
 def _begins(traces: list[Trace]) -> Iterator[int]:

@@ -28,7 +28,7 @@ def rows(trace: Trace, layers: Sequence[int]) -> dict[str, np.ndarray]:
         columns["input_id"] = of_tokens(trace.input_ids.numpy())
         if trace.pieces is not None:
             ids, place = np.unique(trace.input_ids.numpy(), return_inverse=True)
-            columns["piece"] = of_tokens(_texts([trace.pieces.get(number) for number in ids.tolist()])[place])
+            columns["piece"] = of_tokens(_texts([trace.pieces.get(number, "") for number in ids.tolist()])[place])
     columns["slot"] = np.tile(np.arange(k), len(layers) * n_tokens)
     columns["expert"] = trace.picks[layers].numpy().ravel()
     if trace.weights is not None:
@@ -36,6 +36,6 @@ def rows(trace: Trace, layers: Sequence[int]) -> dict[str, np.ndarray]:
     return columns
 
 
-def _texts(values: Sequence[str | None]) -> np.ndarray:
+def _texts(values: Sequence[str]) -> np.ndarray:
     """References to texts: as numpy's own texts each would be as long as the longest."""
     return np.array(values, object)

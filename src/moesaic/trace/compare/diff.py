@@ -93,6 +93,11 @@ class Diff(Shown):
         order = torch.arange(n_layers, device="cpu")[:, None].expand(self.flips.shape)
         return order.masked_fill(~self.flips, n_layers).amin(0)
 
+    @property
+    def margin(self) -> float | None:
+        """The median of `margins`; None where none is known."""
+        return None if self.margins is None else _median(self.margins)
+
     def by_layer(self) -> list[LayerDiff]:
         """One entry a layer, in forward order."""
         return [
@@ -125,7 +130,7 @@ class Diff(Shown):
             "flipped_share": finite(self.share),
             "flipped_tokens_share": finite(self.token_share),
             "first_splits": split.tolist(),
-            "margin": None if self.margins is None else _median(self.margins),
+            "margin": self.margin,
             "layers": [entry._asdict() for entry in self.by_layer()],
         }
 

@@ -50,8 +50,7 @@ def sentences(found: Diff, lang: str = "en") -> list[str]:
         layer = int(found.first_split.min())
         name = short_layers(found.layers, lang)[layer]
         out.append(words["first"].format(layer=name, token=int(found.flips[layer].nonzero()[0])))
-        margin = found.to_dict()["margin"]
-        if margin is not None:
+        if (margin := found.margin) is not None:
             out.append(words["margin"].format(margin=margin))
     if count := int(found.ties.sum()):
         out.append(words["ties"].format(n=count))

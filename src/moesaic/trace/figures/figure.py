@@ -9,6 +9,7 @@ import numpy as np
 from moesaic.trace.figures.captions import LABELS
 from moesaic.trace.figures.font import figure_style
 from moesaic.trace.rule.derive import bias_of, derive, logits_of, slices, why_not_derived
+from moesaic.trace.rule.given import layer_of
 from moesaic.trace.shown import words_of
 from moesaic.trace.statistics.stats import LayerReport, layer_report, layer_reports
 from moesaic.trace.store import Trace
@@ -23,11 +24,12 @@ GROUP_COLORS = ("#4c78a8", "#f58518", "#54a24b", "#b279a2", "#e45756", "#72b7b2"
 PANELS_AT_MOST = 16  # layers with a bar chart each; more become one heat map
 
 
-def routing_figure(trace: Trace, *, layer: int = 0, lang: str = "zh", show: bool = False) -> "Figure":
+def routing_figure(trace: Trace, *, layer: int | str = 0, lang: str = "zh", show: bool = False) -> "Figure":
     """The 2x2 figure of one layer: usage of experts, weights, groups, and the flow with this record's numbers.
 
     16 x 12 in; save it with `save_figure`.
     """
+    layer = layer_of(trace, layer)
     labels, config, report = words_of(LABELS, lang), trace.configs[layer], layer_report(trace, layer)
     with figure_style():
         fig = new_figure(16, 12, on_screen=show)

@@ -60,7 +60,7 @@ class Part:
         if self.dtype.kind != "f" and array.size and high > np.iinfo(self.dtype).max:
             raise ValueError(f"{high} after numbers of {self.dtype}: give one dtype")
         before = len(self._waiting)
-        self._waiting += np.asarray(array, self.dtype).tobytes()
+        self._waiting += np.ascontiguousarray(array, self.dtype).reshape(-1).view(np.uint8).data
         if len(self._waiting) >= WAITING:
             try:
                 self.flush()

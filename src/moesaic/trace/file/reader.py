@@ -26,8 +26,8 @@ def load(path: str | Path) -> Trace:
     path = Path(path)
     try:
         return _load(path)
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror or error})") from None
+    except (OSError, RuntimeError) as error:  # torch's, where memory cannot be mapped
+        raise ValueError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
     except SafetensorError as error:
         why = str(error).removeprefix("Error while deserializing header: ")
         raise ValueError(f"{path}: not a whole safetensors file ({visible(why[:200])})") from None
@@ -49,6 +49,7 @@ def _load(path: Path) -> Trace:
         raise ValueError("is a folder: give the .safetensors of a trace (`moesaic trace` makes one of a model)")
     if not path.is_file():
         raise ValueError("no such file: give the .safetensors of a recorded trace")
+    path.open("rb").close()  # the system says why it may not be read; safe_open, that there is no such file
     with safe_open(path, "pt") as file:
         metadata, names = file.metadata() or {}, set(file.keys())
         if metadata.get("format") != FORMAT:

@@ -96,7 +96,7 @@ def target(path: str | Path) -> Path:
     if path.is_dir():
         raise ValueError(f"{path}: is a folder: give the name of a file in it")
     if path.exists() and not (path.is_file() and is_trace(path)):
-        raise ValueError(f"{path}: is there already and is no trace: give another name, or remove it")
+        raise ValueError(f"{path}: is there already and is no whole trace: give another name, or remove it")
     return path.resolve() if path.is_symlink() else path
 
 

@@ -6,7 +6,7 @@ from rich.console import Group
 from rich.text import Text
 
 from moesaic.trace.reroute.what_if import WhatIf
-from moesaic.trace.shown import console_table, short_layers, words_of
+from moesaic.trace.shown import console_table, finite, short_layers, words_of
 
 WORDS = {
     "en": {
@@ -97,7 +97,7 @@ def _changes(found: WhatIf, rows: list[dict[str, Any]], words: dict[str, Any]) -
         reached = [_mean([row[name][side] for row in rows if row[name]]) for side in (0, 1)]
         if reached[0] is not None and reached[1] is not None:
             out.append(words[name].format(a=reached[0], b=reached[1]))
-    lost = found.to_dict()["score_lost"]
+    lost = finite(found.score_lost.nanmean())
     if lost is not None:
         out.append(words["lost" if lost >= 0 else "gained"].format(lost=abs(lost)))
     return out

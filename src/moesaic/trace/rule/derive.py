@@ -72,9 +72,9 @@ def follows(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Which recorded ids [T, K] follow from logits by a rule: (scores [T, E], derived ids [T, K], same, allowed).
 
-    same: the derived set is the recorded one, bool [T], and its ids are in the order of the record. allowed: that, or
-    it differs by exact ties only, or, where a `tolerance` is given, by what it allows: it is called with the stages of
-    those tokens, their ids and the config.
+    same: the derived set is the recorded one, bool [T]. Derived ids are in the order of the record where it clearly
+    leads, else in the rule's. allowed: the same, or it differs by exact ties only, or, where a `tolerance` is given, by
+    what it allows: it is called with the stages of those tokens, their ids and the config.
     """
     scores = rules.score(logits, config).float()
     choice = scores if bias is None else scores + bias

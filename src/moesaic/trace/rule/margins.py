@@ -35,9 +35,8 @@ def margin_between(derived: dict[str, Tensor], target: Tensor, config: MoEConfig
     or a score is NaN.
     """
     biased, mine, n_experts = derived["biased"], derived["derived_ids"], config.n_routed_experts
-    both, present = mine[:, :, None] == target[:, None, :], target < n_experts
-    lost, gained = ~both.any(2), ~both.any(1) & present
-    inside = target.clamp(max=n_experts - 1)
+    inside, present = target.clamp(max=n_experts - 1), target < n_experts
+    lost, gained = ~chosen(target, n_experts).gather(-1, mine), ~chosen(mine, n_experts).gather(-1, inside) & present
     margin = _highest(biased.gather(-1, mine), lost) - _lowest(biased.gather(-1, inside), gained)
     if "group_scores" in derived:
         group_scores, kept = derived["group_scores"], derived["group_mask"]

@@ -32,8 +32,8 @@ class LayerReport:
     by_documents: whether the verdict holds for texts like these (documents were resampled) or for these texts only.
     origin: where its picks were read (see Trace.origins). hot, starved, dead: experts significantly above or below
     their share, by more than the effect sizes of verdict.py. p_value: corrected for all experts and layers.
-    design_effect: by how much the likeness of a document's tokens inflates variances. least_seen: the smallest load,
-    over a fair one, that would have been found.
+    design_effect: by how much the likeness of a document's tokens inflates variances. least_seen: the smallest
+    measured load, over a fair one, that would have been found.
     """
 
     layer: str

@@ -22,7 +22,7 @@ WORDS = {
         "facts": "bands: ( ) {chance}, [ ] {sample}",
         "layers": ("layer", "verdict", "p", "alike x", "seen from", "hot", "starved"),
         "columns": "p: corrected for all experts and layers; alike x: so many alike tokens count as one (design "
-                   "effect); seen from: the smallest load, over a fair one, that would have been found",
+                   "effect); seen from: the smallest measured load, over a fair one, that would have been found",
         "missing": "no data", "loads": ("layer", "load of every expert, from 0 to the busiest"),
         "pairs": ("layer", "pair", "together", "by chance", "lift", "p"),
         "no_pairs": "no pair is chosen together beyond chance",
@@ -35,7 +35,7 @@ WORDS = {
         "facts": "区间：( ) {chance}，[ ] {sample}",
         "layers": ("层", "结论", "p", "设计效应", "可发现", "过热", "饥饿"),
         "columns": "p：已对全部专家和层校正；设计效应：这么多个相似的 token 只相当于一个独立的；"
-                   "可发现：能被发现的最小负载（相对应得份额）",
+                   "可发现：能被发现的最小实测负载（相对应得份额）",
         "missing": "没有数据", "loads": ("层", "各专家的负载，从 0 到最忙的"),
         "pairs": ("层", "专家对", "同时选中", "随机期望", "倍数", "p"),
         "no_pairs": "没有专家对同时被选中得超出随机",

@@ -21,7 +21,7 @@ import torch
 
 import moesaic as ms
 from moesaic.bench.recording import mid_size_model
-from moesaic.bench.timing import Entrant, interleave, spread
+from moesaic.bench.timing import Clock, Entrant, interleave, spread
 from moesaic.hf.load import load_model
 from moesaic.hf.modules import moe_layers
 from moesaic.layer.losses import LOSSES
@@ -49,7 +49,7 @@ def main() -> None:
                 entrants = entrants_of(model, ids, Path(folder), stack)
                 names = [entrant.name for entrant in entrants]
                 interleave(entrants, dict.fromkeys(names, 2))  # warm
-                seconds = interleave(entrants, dict.fromkeys(names, options.rounds), time.process_time)
+                seconds = interleave(entrants, dict.fromkeys(names, options.rounds), Clock(time.process_time))
             base = spread(seconds[PLAIN]).median
             print(f"{name}, {ids.numel()} tokens a step, {options.rounds} rounds")
             for entrant in names:

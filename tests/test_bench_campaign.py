@@ -100,6 +100,8 @@ def test_a_cell_that_does_not_fit_is_skipped_with_its_reason_until_it_fits(monke
         for _ in range(3):
             campaign_into(journal).run(CELLS[:1])
     assert journal.results[0].skipped.startswith("needs about 0 GiB")
+    assert sum(line["kind"] == "cell" for line in journal.lines) == 1
+    assert campaign_into(journal, budget_seconds=0.0).run(CELLS) == list(CELLS[1:]), "it is in the report already"
     campaign_into(journal).run(CELLS[:1])
     assert [result.skipped for result in journal.results] == [""]
 
@@ -128,6 +130,13 @@ def test_a_cell_that_ended_the_run_twice_is_left_alone_unless_by_ctrl_c(kinds, t
         campaign_into(journal).run(CELLS[:1])
     assert [result.skipped for result in journal.results] == ["" if tried else "ended the run 2 times without a result"]
     assert sum(line["kind"] == "cell" for line in journal.lines) == 1
+
+
+def test_a_cell_that_did_not_fit_and_then_ended_the_run_is_said_to_have_done_that():
+    skipped = Result(CELLS[0], skipped="needs about 9 GiB, 1 GiB are free").to_dict()
+    journal = Journal(lines=[skipped, *[{"kind": "begin", "key": CELLS[0].key}] * 2])
+    campaign_into(journal).run(CELLS[:1])
+    assert [result.skipped for result in journal.results] == ["ended the run 2 times without a result"]
 
 
 def test_ctrl_c_in_a_cell_is_not_held_against_it(monkeypatch):

@@ -69,6 +69,16 @@ def test_a_run_is_resumed_without_measuring_again_and_json_is_json(run):
     assert found["left_out"] == []
 
 
+def test_a_cell_that_fails_as_a_whole_is_a_bad_end(run, monkeypatch):
+    def fail(*_args, **_kwargs):
+        raise MemoryError("no room")
+
+    monkeypatch.setattr("moesaic.bench.campaign.run_cell", fail)
+    code, out, _ = run(*ONE_CELL, "--peers", "none", "--rounds", "1")
+    assert code == 1
+    assert "failed: MemoryError: no room" in out
+
+
 def test_a_report_names_every_command_that_measured_for_it(run):
     rest = (*ONE_CELL[:2], *ONE_CELL[4:], "--peers", "none", "--rounds", "1", "--out", "out")
     assert run("--tokens", "24", *rest)[0] == 0

@@ -307,6 +307,13 @@ def test_a_text_is_one_document_however_it_is_read(run, tmp_path):
         assert f"the {len(demo):,} tokens of one document only" in " ".join(run("stats", file)[1].split())
 
 
+def test_the_name_of_a_file_cannot_steer_the_terminal(run, tmp_path):
+    (file := tmp_path / "x\x1b[31m.txt").write_text(SAMPLE, encoding="utf-8")
+    _, out, err = run("demo", "--file", file, "--out", tmp_path / "demo")
+    assert "\x1b" not in out + err
+    assert out.count(r"x\x1b[31m.txt") == 2
+
+
 @pytest.mark.parametrize("lang", ["zh", "en"])
 def test_demo_of_a_text_and_of_a_file_agree(run, tmp_path, lang):
     (tmp_path / "text.txt").write_text(SAMPLE, encoding="utf-8")

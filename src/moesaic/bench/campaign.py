@@ -159,22 +159,25 @@ class Campaign:
         `report` hears of each cell before it is measured.
         """
         start, left_out = time.perf_counter(), []
-        skipped = {result.cell for result in self.journal.results if result.skipped}
-        done = {result.cell for result in self.journal.results} - skipped
+        skipped = {result.cell: result.skipped for result in self.journal.results if result.skipped}
+        done = {result.cell for result in self.journal.results} - skipped.keys()
         threads_before = torch.get_num_threads()
         try:
             for group in _by_weights(cell for cell in cells if cell not in done):
                 weights = _Weights(group[0])
                 for cell in group:
+                    then = skipped.get(cell, "")
                     if reason := self.journal.given_up(cell.key):
-                        if cell not in skipped:
-                            self.journal.add(Result(cell, skipped=reason).to_dict())
+                        result = Result(cell, skipped=then if then.startswith("failed") else reason)
                     elif self.budget_seconds is not None and time.perf_counter() - start > self.budget_seconds:
-                        left_out.append(cell)
+                        left_out += [] if then else [cell]
+                        continue
                     else:
                         report(cell)
                         torch.set_num_threads(cell.threads)
-                        self.journal.add(self._measure(cell, weights).to_dict())
+                        result = self._measure(cell, weights)
+                    if not then or result.skipped != then:
+                        self.journal.add(result.to_dict())
         finally:
             for dtype, threads in self._ceilings:
                 self._measure_ceiling(dtype, threads, "end")

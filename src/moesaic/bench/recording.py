@@ -39,7 +39,8 @@ def recording_cost(
 ) -> list[Cost]:
     """Forwards of `model`, not recorded and under each detail, in turn; the overhead is that of the medians.
 
-    forwards: how many each record holds; the seconds are those of one. to: a file that records go to.
+    forwards: how many each record holds; the seconds are those of one. to: a file that records go to. What a record
+    does when it is closed (put the trace, or its file, together) is not in them.
 
     The clock counts what this process computes: another one on the machine does not disturb it.
     """

@@ -188,13 +188,14 @@ def _show(trace: "Trace", shown: Shown, word: str, lang: str, layer: int, token:
     from rich.console import Console
 
     from moesaic.trace.rule.steps_table import steps_table
+    from moesaic.trace.shown import visible
     from moesaic.trace.statistics.load_table import load_table, preference_table
 
     say, show = WORDS[lang], Console().print
     per_label, config = shown.tokens_of(trace), trace.configs[0]
     sizes = say["sizes"].format(c=config) + (say["groups"].format(c=config) if config.n_group > 1 else "")
     print(say["model"].format(model=trace.model, layers=trace.n_layers, config=sizes))
-    domains = ", ".join(f"{label} {count:,}" for label, count in per_label.items())
+    domains = ", ".join(f"{visible(label, 40)} {count:,}" for label, count in per_label.items())
     print(say["text"].format(tokens=len(trace), documents=trace.n_sequences, domains=domains))
     if cut:
         print(cut)
@@ -204,7 +205,7 @@ def _show(trace: "Trace", shown: Shown, word: str, lang: str, layer: int, token:
     if shown.preferences is not None:
         print(say["prefer"])
         show(preference_table(shown.preferences, lang))
-    label = shown.labels[int(trace.sequences[token])]
+    label = visible(shown.labels[int(trace.sequences[token])], 40)
     print(say["token"].format(layer=trace.layers[layer], token=token, word=word, label=label))
     show(steps_table(shown.steps, lang, versus=True))
 

@@ -1,4 +1,4 @@
-"""What a result on a GPU is judged by: all rows where that is quick, else evenly spread ones, and no row alone."""
+"""What a result on a GPU is judged by: all rows where that is quick, else evenly spread ones, the worst by itself too."""
 
 from torch import Tensor
 

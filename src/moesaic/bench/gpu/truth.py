@@ -1,4 +1,4 @@
-"""What a result on a GPU is judged by: all rows where that is quick, else evenly spread ones, the worst by itself too."""
+"""What judges a result on a GPU: all rows where that is quick, else evenly spread ones, and the worst by itself."""
 
 from torch import Tensor
 

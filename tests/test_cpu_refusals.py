@@ -93,7 +93,7 @@ def test_bounds_that_say_nothing_are_refused():
         ExpertSpec("gelu", gate_softcap=4.0)
     for cap in (0.0, -1.0, float("nan"), float("inf")):
         for name in ("limit", "up_softcap"):
-            with pytest.raises(ValueError, match=rf"{name}={cap} leaves nothing: use a positive number"):
+            with pytest.raises(ValueError, match=rf"{name}={cap} is no bound: use a positive finite number, or None"):
                 ExpertSpec(**{name: cap})
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import pickle
 import subprocess
 import sys
@@ -132,6 +133,7 @@ GPT_OSS = ExpertSpec(alpha=1.702, up_offset=1.0, interleaved=True, transposed=Tr
         (lambda: changed(act_fn=nn.ReLU()), ExpertSpec("relu")),
         (lambda: changed("gpt_oss", limit=3, alpha=1.25), replace(GPT_OSS, limit=3.0, alpha=1.25)),
         (lambda: changed("gpt_oss", limit=900.0), replace(GPT_OSS, limit=900.0)),
+        (lambda: changed("gpt_oss", limit=math.inf), GPT_OSS),
     ],
 )
 def test_what_a_module_computes_is_read_from_the_module(experts, spec):

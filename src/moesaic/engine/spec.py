@@ -61,7 +61,7 @@ class ExpertSpec:
             raise ValueError(f"gate_softcap={self.gate_softcap} is for SiLU: use activation='silu' or leave it")
         for name in ("limit", "gate_softcap", "up_softcap"):
             if (bound := getattr(self, name)) is not None and not 0 < bound < math.inf:
-                raise ValueError(f"{name}={bound} leaves nothing: use a positive number, or None for no bound")
+                raise ValueError(f"{name}={bound} is no bound: use a positive finite number, or None")
 
     @classmethod
     def of(cls, config: MoEConfig) -> "ExpertSpec":

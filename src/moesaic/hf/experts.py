@@ -6,6 +6,7 @@ numbers; a module that computes anything else is refused.
 """
 
 import ctypes
+import math
 from collections.abc import Iterator
 from itertools import chain, product
 from typing import Any, NamedTuple, TypeVar
@@ -186,9 +187,9 @@ def _softcaps(module: Any) -> list[tuple[float, ...]]:
 
 
 def _numbers(module: Any, *names: str) -> tuple[float, ...]:
-    """Those of its attributes that are numbers above zero: others bound nothing."""
+    """Those of its attributes that are positive finite numbers, without repetitions."""
     found = (getattr(module, name, None) for name in names)
-    return tuple(dict.fromkeys(float(x) for x in found if isinstance(x, int | float) and x > 0))
+    return tuple(dict.fromkeys(float(x) for x in found if isinstance(x, int | float) and 0 < x < math.inf))
 
 
 def _refusal(module: nn.Module, reason: str) -> ValueError:

@@ -1,7 +1,9 @@
 """LoadMonitor writes down what every expert got, for any loop and for the Trainer, and never disturbs training."""
 
+import contextlib
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -267,6 +269,38 @@ def test_a_trainer_that_finds_its_batch_size_begins_its_log_again(tmp_path):
         trainer.train()
 
 
+def test_a_trainer_that_failed_does_not_begin_its_log_again(tmp_path):
+    """Only a smaller batch tells that it ran out of memory."""
+    from transformers import Trainer, TrainingArguments
+
+    class Failing(Trainer):
+        def training_step(self, *args, **kwargs):
+            if self.state.global_step == 2:
+                raise RuntimeError("a sample is broken")
+            return super().training_step(*args, **kwargs)
+
+    args = TrainingArguments(
+        str(tmp_path / "out"), use_cpu=True, report_to="none", save_strategy="no", logging_strategy="no", max_steps=4,
+        disable_tqdm=True, dataloader_pin_memory=False, per_device_train_batch_size=2, auto_find_batch_size=True,
+    )  # fmt: skip
+    monitor = ms.LoadMonitor(tmp_path)
+    trainer = Failing(model=small_model(), args=args, train_dataset=rows(8), callbacks=[monitor])
+    with pytest.raises(RuntimeError, match="a sample is broken"):
+        trainer.train()
+    with pytest.raises(ValueError, match="holds 2 steps of an earlier run"):
+        trainer.train()
+    assert [line["step"] for line in read_log(tmp_path).steps] == [1, 2]
+
+
+def test_a_log_that_could_not_be_begun_again_is_not_resumed_later(tmp_path):
+    monitor, args = ms.LoadMonitor(tmp_path), SimpleNamespace(auto_find_batch_size=True)
+    for batch_size, model in ((8, Model()), (4, torch.nn.Linear(2, 2))):
+        state = SimpleNamespace(max_steps=4, global_step=0, train_batch_size=batch_size)
+        with contextlib.suppress(ValueError):  # of the second: not an MoE model
+            monitor.on_train_begin(args, state, None, model=model)
+    assert not monitor.resume
+
+
 def test_a_run_of_ones_own_goes_on_after_a_step(tmp_path):
     model = Model()
     monitor = ms.LoadMonitor(tmp_path).attach(model)
@@ -317,7 +351,7 @@ def test_a_run_that_goes_on_before_its_first_line_says_so_too(tmp_path):
 
 def test_a_loss_that_the_trainer_does_not_log_after_all_costs_no_line(tmp_path):
     class State:
-        global_step, max_steps = 0, 3
+        global_step, max_steps, train_batch_size = 0, 3, 1
 
     class Control:
         should_log = True

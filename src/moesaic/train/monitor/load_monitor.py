@@ -95,6 +95,7 @@ class LoadMonitor(TrainerCallback):
         self._chosen: dict[str, int] | None = None  # how many experts a token was given when the rules were made
         self._log: LogWriter | None = None
         self._judge: Judge | None = None
+        self._batch_size = 0  # the Trainer's, when it began last
         self._written = 0  # the step of the last line
         self._losses: list[Any] = []  # since then
         self._pending: tuple[int, int, list[np.ndarray], list[Any]] | None = None
@@ -144,10 +145,12 @@ class LoadMonitor(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):  # noqa: ARG002 (the Trainer's signature)
         self.total_steps = state.max_steps if state.max_steps > 0 else self.total_steps
         # out of memory: it begins again with a smaller batch, so the lines that its own log has are none of another run
-        again = self._counter is not None and args.auto_find_batch_size
-        given, self.resume = self.resume, self.resume or again
-        self.attach(kwargs["model"], step=state.global_step)
-        self.resume = given
+        again = self._counter is not None and args.auto_find_batch_size and state.train_batch_size < self._batch_size
+        given, self.resume, self._batch_size = self.resume, self.resume or again, state.train_batch_size
+        try:
+            self.attach(kwargs["model"], step=state.global_step)
+        finally:
+            self.resume = given
 
     def on_step_end(self, args, state, control, **kwargs):  # noqa: ARG002
         self._write()

@@ -178,6 +178,12 @@ def test_checkpointing_gives_the_same_gradients_also_where_they_exist(reentrant)
         torch.testing.assert_close(ours, expected)
 
 
+def test_what_another_thread_exports_meanwhile_is_nothing_to_a_training_step(monkeypatch):
+    monkeypatch.setattr(torch.compiler, "is_exporting", lambda: True)  # as it says in every thread then
+    x, ids, weights, experts = problem(5)
+    assert cpu(x, ids, weights, experts, ExpertSpec()).grad_fn.keep == "hidden"
+
+
 def test_the_mark_for_dynamo_is_the_one_that_torch_sets():
     ours = constant_in_graphs(lambda: None)
     assert vars(ours) == vars(torch.compiler.assume_constant_result(lambda: None))

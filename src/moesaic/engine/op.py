@@ -18,6 +18,7 @@ from moesaic.engine.grouped import grouped
 from moesaic.engine.reference import reference
 from moesaic.engine.spec import ExpertSpec
 from moesaic.engine.surroundings import is_batched, is_differentiated, is_watched, refuse_subclasses, refuse_vmap
+from moesaic.engine.tracing import is_traced
 from moesaic.types import ExpertWeights
 
 Keep = Literal["nothing", "order", "hidden"]  # what forward leaves for a backward; order = assignments and counts
@@ -85,7 +86,8 @@ def run_experts(
     if not needs_grad and device_type in FORWARD and not is_watched(tokens, expert_ids, weights, *experts):
         given = (tokens, expert_ids, weights, experts, spec)
         return FORWARD[device_type](*given, keep="nothing", batch_invariant=batch_invariant)[0]
-    if not needs_grad or torch.compiler.is_exporting():  # a program is for inference; trained, it runs twice
+    # a program is for inference; trained, it runs twice
+    if not needs_grad or (torch.compiler.is_exporting() and is_traced()):
         keep = "nothing"
     else:
         keep = "hidden" if needs_hidden and not recompute else "order"

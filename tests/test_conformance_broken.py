@@ -222,6 +222,15 @@ def test_a_failure_says_the_numbers_of_its_first_row():
     assert str(row["outside"][0]) in result.says.zh
 
 
+def test_where_experts_are_wrong_a_failure_says_how_clear_the_choice_was():
+    result = result_of(GroupMaximum, "definition")
+    margin = result.numbers["margin"]
+    assert margin > 0
+    assert result.says.en.endswith(f" (decided by a gap of {margin:.2g})")
+    assert result.says.zh.endswith(f"（差距 {margin:.2g}）")
+    assert "margin" not in result_of(ScaledTwice, "definition").numbers  # its experts are right
+
+
 @pytest.mark.parametrize(("gate", "times"), [(ScaledTwice, 2), (NeverScaled, 0)])
 def test_a_scale_that_is_applied_another_number_of_times_is_counted(gate, times):
     assert result_of(gate, "scaled-once").says.en.startswith(f"the factor 2.5 is applied {times} times: ")

@@ -84,8 +84,15 @@ def as_list(bias: Tensor | None) -> list[float] | None:
 def expect_definition(gate: Gate, logits: Tensor, bias: Tensor | None = None) -> None:
     """Ask, and raise Fault at the first row where the answer is not the definition's."""
     answer, biases = gate.answer(logits, bias), as_list(bias)
-    expected = [decide(values, biases, gate.config).weights for values in logits.tolist()]
-    expect_pairs(answer, expected, "where the definition says", "，按定义应为")
+    decisions = [decide(values, biases, gate.config) for values in logits.tolist()]
+    try:
+        expect_pairs(answer, [each.weights for each in decisions], "where the definition says", "，按定义应为")
+    except Fault as fault:
+        if "expert" in fault.numbers:  # the right one, and its weight is wrong
+            raise
+        margin = decisions[fault.numbers["row"]].margin
+        en, zh = f"{fault.says.en} (decided by a gap of {margin:.2g})", f"{fault.says.zh}（差距 {margin:.2g}）"
+        raise Fault(en, zh, **fault.numbers, margin=margin) from None
 
 
 def expect_same(answer: Answer, other: Answer, en: str, zh: str) -> None:

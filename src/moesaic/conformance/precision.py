@@ -224,7 +224,7 @@ def expect_ids(
             f"row {row} {short(got)} for {short(expected)}, decided by {margin:.2g}",
             f"{how}：{judged} 行的选择不受舍入左右，其中 {wrong} 行与 float64 选的专家不同；"
             f"第 {row} 行 {short(got)}，应为 {short(expected)}，差距 {margin:.2g}",
-            row=row, got=got, expected=expected, rows_wrong=wrong, rows_judged=judged,
+            row=row, got=got, expected=expected, margin=margin, rows_wrong=wrong, rows_judged=judged,
         )  # fmt: skip
 
 

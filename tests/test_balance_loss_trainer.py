@@ -244,6 +244,16 @@ def test_a_loss_that_sums_log_probs_balances_as_the_models_own(tmp_path, checkpo
             torch.testing.assert_close(one, other, rtol=0, atol=1e-7, msg=name)
 
 
+def test_a_loop_after_such_a_trainer_has_the_models_own_loss(tmp_path):
+    model, balance = model_of(), BalanceLoss("z", ALPHA)
+    run_trainer(model, tmp_path, rows_of(2), balance, kind=Fused)
+    balance.attach(model)
+    model(**batch_of()).loss.backward()
+    balance.step()
+    assert len(balance.values) == len(moe_layers(model))
+    balance.detach()
+
+
 def test_log_probs_that_a_loss_weights_are_no_scale(tmp_path, monkeypatch):
     monkeypatch.setattr(Fused, "loss_type", "dft")
     with pytest.raises(ValueError, match=r"with share=1 / self\.current_gradient_accumulation_steps where"):

@@ -74,7 +74,7 @@ class BalanceLoss(TrainerCallback):
         self._key: Tensor | None = None
         self._stepped = False
         self._training: Any = None  # the state of the Trainer that attached it
-        self._summed = False  # whether that makes its loss of log_probs
+        self._summed = False  # while a Trainer attaches it that makes its loss of log_probs
 
     # a loop of your own
 
@@ -170,7 +170,10 @@ class BalanceLoss(TrainerCallback):
             if other._training is not None and other._training is not state:
                 other.detach()  # an error or Ctrl-C ended its Trainer, which tells no callback
         self._summed = getattr(args, "loss_type", None) == "nll"  # TRL's SFT alone; others weight them
-        self.attach(kwargs["model"])
+        try:
+            self.attach(kwargs["model"])
+        finally:
+            self._summed = False  # a loop that attaches it next has the model's loss
         self._training = state
         assert self._ledger is not None
         self._ledger.owner = weakref.ref(self)  # so it goes with a Trainer that ended so and is dropped

@@ -303,9 +303,10 @@ def test_a_batch_that_cannot_hold_the_shares_is_refused():
 def test_muon_takes_the_matrices_of_experts_and_spares_routers_whatever_a_block_calls_them():
     nn, block = torch.nn, torch.nn.Module()
     block.router, block.experts = ms.Router(v3(4, 1, 1, 2)), ms.Experts(v3(4, 1, 1, 2))
+    block.shared_expert_gate = nn.Linear(32, 1, bias=False)  # of Qwen2-MoE: a vector in the shape of a matrix
     matrices, beside, vectors = Muon(nn.Sequential(nn.Embedding(8, 32), block, nn.Linear(32, 8)), lr=1.0).param_groups
     assert [p.ndim for p in matrices["params"]] == [3, 3, 2]
-    assert [tuple(p.shape) for p in beside["params"]] == [(8, 32), (4, 32)]
+    assert [tuple(p.shape) for p in beside["params"]] == [(8, 32), (4, 32), (1, 32)]
     assert [p.ndim for p in vectors["params"]] == [1]
 
 

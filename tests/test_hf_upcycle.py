@@ -12,6 +12,7 @@ from hf_models import relative
 
 import moesaic as ms
 import moesaic.hf
+from moesaic.hf.upcycle import target_of
 
 
 @pytest.mark.parametrize(
@@ -129,6 +130,11 @@ def test_a_model_that_cannot_be_upcycled_is_refused(make, options, message):
     with pytest.raises(ValueError, match=re.escape(message)) as refused:
         ms.upcycle(make(), **options)
     assert "\n" not in str(refused.value)
+
+
+def test_a_model_with_a_text_model_of_experts_is_one_already():
+    with pytest.raises(ValueError, match="model_type='aria' is an MoE model already"):
+        target_of(hf.AriaConfig())
 
 
 def test_a_model_whose_modules_were_exchanged_is_found_by_its_output():

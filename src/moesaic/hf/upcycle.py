@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from moesaic.config import MoEConfig
-from moesaic.families import ALIASES
 from moesaic.hf.modules import blocks
+from moesaic.hf_config import names_experts, text_part
 from moesaic.layer.experts import fuse_experts
 from moesaic.layer.upcycle import DenseMLP, check_slices, upcycled
 
@@ -114,7 +114,7 @@ def upcycle(
 def target_of(config: Any) -> Target:
     """The MoE family of a dense config; ValueError, with the reason, where there is none that computes the same."""
     family = config.model_type
-    if any(getattr(config, name, None) for name in ALIASES["n_routed_experts"]):
+    if names_experts(text_part(config)):
         raise ValueError(f"model_type={family!r} is an MoE model already: give a dense one ({', '.join(TARGETS)})")
     if family not in TARGETS:
         raise ValueError(

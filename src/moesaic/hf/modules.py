@@ -63,8 +63,8 @@ def moe_layers(model: nn.Module, config: MoEConfig | None = None) -> list[MoELay
 
     A bare Router is a layer without experts. `config` stands in for what the model's own says; without it a layer
     whose rule is not known gets a config of its sizes alone, topk_method="unknown". Raises ValueError, with the
-    reason, where `model` is no module, has no layer whose picks can be seen, or one whose experts are spread over ranks
-    by a transformers that tells each rank only of its own.
+    reason, where `model` is no module, has no layer whose picks can be seen, two routers that share their experts, or
+    experts that are spread over ranks by a transformers that tells each rank only of its own.
     """
     check_model(model)
     bare = unwrapped(model)

@@ -17,7 +17,9 @@ from moesaic.layer.router import Router
 class MoE(nn.Module):
     """Routed experts behind a gate, and shared experts where the config has them.
 
-    Tensor in, tensor out, for training and inference; no token is ever dropped.
+    Tensor in, tensor out, for training and inference; no token is ever dropped. State-dict keys are those of
+    transformers' DeepseekV3MoE; `load_state_dict` also takes gpt-oss's `router` and Qwen2-MoE's `shared_expert` and
+    `shared_expert_gate`.
     """
 
     def __init__(
@@ -92,8 +94,7 @@ class DeepseekV3MoE(MoE):
     """DeepSeek-V3's layer (arXiv 2412.19437, eq. 12): routed experts plus shared experts that see every token.
 
     N_s shared experts are one MLP of N_s times the width; `n_shared_experts=0` has none. With `shared_expert_gate`
-    their output is scaled by sigmoid(w·x), as in Qwen2-MoE. State-dict keys are those of transformers' class;
-    `load_state_dict` also takes gpt-oss's `router` and Qwen2-MoE's `shared_expert` and `shared_expert_gate`.
+    their output is scaled by sigmoid(w·x), as in Qwen2-MoE.
     """
 
 

@@ -21,7 +21,8 @@ ROOMS = [
     {"cli", "__main__"},
 ]
 TRACE_ROOMS = [
-    {"shown", "store", "depth", "slots"},
+    {"shown", "depth", "slots"},
+    {"store"},
     {"file", "chance", "rows"},
     {"recording"},
     {"rule", "imports"},

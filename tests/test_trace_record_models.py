@@ -80,11 +80,20 @@ def test_numbers_that_are_no_row_of_ids_are_not_taken_for_one():
         rec = recorded(Numbers(), numbers=other)
         assert rec.input_ids is None
         assert rec.sequences.unique().tolist() == [0]
+    for named in ({"attention_mask": MASK}, {"position_ids": MASK.cumsum(1)}):
+        rec = recorded(MaskFirst(), **named, idx=IDS)
+        kept = IDS[:, 3:] if "attention_mask" in named else IDS
+        assert rec.input_ids.tolist() == kept.flatten().tolist()
 
 
 class Numbers(GPT):
     def forward(self, numbers):
         return super().forward(numbers.long().reshape(-1, 8))
+
+
+class MaskFirst(GPT):
+    def forward(self, attention_mask=None, position_ids=None, idx=None):  # noqa: ARG002
+        return super().forward(idx)
 
 
 def switch():

@@ -11,6 +11,7 @@ from moesaic.hf.modules import MoELayer, parameters_of
 
 TOKEN_ARGUMENTS = ("input_ids", "inputs_embeds")
 OTHER_TEXT = "decoder_input_ids"  # who takes it too calls an encoder and a decoder, each with tokens of its own
+BESIDE_TOKENS = ("mask", "position_ids")  # how the names of arguments end that look like token ids and are none
 CACHES = ("cache", "past_key_values", "cache_params")  # the key-value cache since transformers 5.24, and before
 
 
@@ -97,7 +98,8 @@ def read_arguments(model: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> 
         if not isinstance(tokens, Tensor) or tokens.dim() != 3:
             if takes_tokens(model):
                 return None
-            in_order = [*(given[name] for name in names if name in given), *given.values(), *args[len(names) :]]
+            rest = {name: value for name, value in given.items() if not name.endswith(BESIDE_TOKENS)}
+            in_order = [*(rest[name] for name in names if name in rest), *rest.values(), *args[len(names) :]]
             tokens = next((value for value in in_order if isinstance(value, Tensor)), None)
             if tokens is None or not (_are_states(tokens) or _are_ids(tokens)):
                 return None

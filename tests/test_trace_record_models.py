@@ -7,6 +7,7 @@ from torch import nn
 from moesaic.hf.modules import moe_layers
 from moesaic.layer.moe import MoE
 from moesaic.trace.recording.record import record
+from moesaic.trace.reroute.replay import replay
 from moesaic.train.balance_loss import BalanceLoss
 from moesaic.train.counting import LoadCounter
 
@@ -127,3 +128,53 @@ def test_where_only_the_decoder_has_experts_the_record_is_of_its_text():
     del model.encoder.block[1]
     trace = recorded(model, input_ids=IDS, attention_mask=MASK, decoder_input_ids=IDS + 20)
     assert trace.input_ids.tolist() == (IDS + 20).flatten().tolist()
+
+
+class Part(nn.Module):
+    """An encoder or a decoder, with experts or without."""
+
+    def __init__(self, *, moe=True):
+        super().__init__()
+        self.embed, self.moe = nn.Embedding(64, 8), MoE.classic(8, 8, 8, 4, 2) if moe else nn.Linear(8, 8)
+
+    def forward(self, input_ids, attention_mask=None):  # noqa: ARG002
+        x = self.embed(input_ids)
+        return x + self.moe(x)
+
+
+class Both(nn.Module):
+    """An encoder and a decoder of one's own, with the loss."""
+
+    def __init__(self, *, moe=True):
+        super().__init__()
+        torch.manual_seed(0)
+        self.encoder, self.decoder = Part(moe=moe), Part()
+
+    def forward(self, input_ids, decoder_input_ids, attention_mask=None):
+        states = self.encoder(input_ids, attention_mask).mean(1, keepdim=True)
+        return {"loss": (self.decoder(decoder_input_ids) + states).square().mean()}
+
+
+TEXTS = {"input_ids": IDS, "attention_mask": MASK, "decoder_input_ids": IDS[:, :5] + 20}
+
+
+def test_a_record_of_a_decoder_beside_an_encoder_without_experts_is_replayed():
+    model = Both(moe=False).eval()
+    trace = recorded(model, **TEXTS)
+    with torch.no_grad():
+        expected = model(**TEXTS)["loss"]
+        for layer in moe_layers(model):
+            layer.router.weight.neg_()
+        assert not torch.equal(model(**TEXTS)["loss"], expected)
+    with replay(model, trace, weights="recorded") as replayer, torch.no_grad():
+        assert torch.equal(model(**TEXTS)["loss"], expected)
+    assert replayer.tokens == 4 * 5
+
+
+@pytest.mark.filterwarnings("ignore", "error:.*began in a compiled graph")
+@pytest.mark.compile
+def test_nobody_waits_for_an_encoder_without_experts_in_a_compiled_model():
+    model = Both(moe=False).eval()
+    with record(model) as rec, torch.no_grad():
+        torch.compile(model, backend="eager")(**TEXTS)
+    assert rec.trace.input_ids.tolist() == TEXTS["decoder_input_ids"].flatten().tolist()

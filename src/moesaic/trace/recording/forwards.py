@@ -1,6 +1,6 @@
 """What one call of a model says about its tokens: rows of the batch, padding, token ids, prefill or decoding."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -48,24 +48,32 @@ def models_in(model: nn.Module, *, nested: bool = False) -> list[nn.Module]:
     A wrapper that passes everything on says nothing of its own: what it wraps does. `nested` gives those inside of
     others too, for whoever must know of a call of the model without its head.
     """
+    return _find(model, takes_tokens, nested=nested)
+
+
+def models_with(model: nn.Module, layers: Sequence[MoELayer], *, nested: bool = False) -> list[nn.Module]:
+    """Those of `models_in` that hold any of `layers`: the others may read another text, as an encoder does."""
+    wanted = {part for layer in layers for part in (layer.router, layer.experts)}
+    return [part for part in models_in(model, nested=nested) if not wanted.isdisjoint(part.modules())]
+
+
+def _find(model: nn.Module, wanted: Callable[[nn.Module], bool], *, nested: bool = False) -> list[nn.Module]:
     found, inside = [], set()
     for module in model.modules():
-        if (nested or id(module) not in inside) and takes_tokens(module):
+        if (nested or module not in inside) and wanted(module):
             found.append(module)
-            inside |= {id(part) for part in module.modules()}
+            inside |= set(module.modules())
     return found or [model]
 
 
 def check_one_text(model: nn.Module, layers: Sequence[MoELayer]) -> None:
     """ValueError where layers lie in an encoder and in its decoder."""
     for module in model.modules():
-        if OTHER_TEXT in parameters_of(module):
-            parts = [set(part.modules()) for part in models_in(module)]
-            if sum(any(layer.block in part for layer in layers) for part in parts) > 1:
-                raise ValueError(
-                    f"{type(module).__name__} has MoE layers in its encoder and in its decoder, which read two texts, "
-                    "and a record holds one: record each by itself (get_encoder(), get_decoder())"
-                )
+        if OTHER_TEXT in parameters_of(module) and len(models_with(module, layers)) > 1:
+            raise ValueError(
+                f"{type(module).__name__} has MoE layers in its encoder and in its decoder, which read two texts, "
+                "and a record holds one: record each by itself (get_encoder(), get_decoder())"
+            )
 
 
 def bodies_in(model: nn.Module, layers: Iterable[nn.Module]) -> list[nn.Module]:

@@ -17,7 +17,7 @@ from moesaic.trace.recording.assemble import assemble, outline, write_file
 from moesaic.trace.recording.biases import Biases
 from moesaic.trace.recording.calls import CACHED, listening
 from moesaic.trace.recording.columns import Column
-from moesaic.trace.recording.forwards import Forward, cache_of, describe_forward, forward_of, models_in, unseen
+from moesaic.trace.recording.forwards import Forward, cache_of, describe_forward, forward_of, models_with, unseen
 from moesaic.trace.recording.kept import Kept, Rows, on_cpu
 from moesaic.trace.recording.running import LOOPED, Running, Threads
 from moesaic.trace.recording.stream import Stream
@@ -77,7 +77,7 @@ class Recorder:
         with ExitStack() as stack:
             stack.enter_context(observe(experts, self._take_picks, self.detail))
             stack.enter_context(observe(routers, self._take_routing, routers=True))
-            for module in models_in(self.model):  # after the hooks of layers: a bare gate reports before its call ends
+            for module in models_with(self.model, self.layers):  # after the hooks of layers: a bare gate reports first
                 stack.enter_context(listening(module, self))
             try:
                 yield

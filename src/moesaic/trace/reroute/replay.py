@@ -13,7 +13,7 @@ from moesaic.hf.modules import MoELayer, is_recompute, moe_layers
 from moesaic.layer.balance import expert_load
 from moesaic.layer.router import Router
 from moesaic.trace.recording.calls import listening
-from moesaic.trace.recording.forwards import describe_forward, models_in
+from moesaic.trace.recording.forwards import describe_forward, models_with
 from moesaic.trace.recording.watch import bound
 from moesaic.trace.reroute.reading import PADDING, Reading
 from moesaic.trace.reroute.replayable import (
@@ -109,7 +109,8 @@ class Replayer:
                 stack.callback(router.register_forward_hook(self._look_at_router(layer), with_kwargs=True).remove)
                 hook = experts.register_forward_pre_hook(self._before_experts(layer), with_kwargs=True, prepend=True)
                 stack.callback(hook.remove)
-            for module in models_in(self.model, nested=True):  # after the hooks of layers: a bare gate is both
+            # after the hooks of layers: a bare gate is both
+            for module in models_with(self.model, self.layers, nested=True):
                 stack.enter_context(listening(module, self))
             yield
 

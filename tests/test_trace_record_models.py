@@ -156,6 +156,59 @@ class Both(nn.Module):
 
 
 TEXTS = {"input_ids": IDS, "attention_mask": MASK, "decoder_input_ids": IDS[:, :5] + 20}
+OTHERS = {"input_ids": IDS + 9, "decoder_input_ids": IDS[:, :6] + 7}
+
+
+@pytest.mark.filterwarnings("ignore")  # Dynamo warns of its own
+@pytest.mark.parametrize("kind", ["switch", "sequence"])
+@pytest.mark.parametrize("compiled", ["", *(pytest.param(x, marks=pytest.mark.compile) for x in ("whole", "encoder"))])
+def test_the_loss_of_an_encoder_and_its_decoder_scales_the_balancing_of_both(kind, compiled):
+    """Each as by its own forward and a loss that is named: of two forwards in one backward, each by its own loss."""
+    found = []
+    for named in (False, True):
+        model = Both().train()
+        balance = BalanceLoss(kind, 0.1).attach(model)
+        if compiled and not named:
+            (model if compiled == "whole" else model.encoder).compile(backend="aot_eager")
+        if named:
+            for batch, weight in ((TEXTS, 1), (OTHERS, 3)):
+                (balance(model(**batch)["loss"]) * weight).backward()
+        else:
+            (model(**TEXTS)["loss"] + 3 * model(**OTHERS)["loss"]).backward()
+        balance.step()
+        found.append(({n: p.grad for n, p in model.named_parameters()}, balance.values))
+    torch.testing.assert_close(found[0][0], found[1][0], rtol=0, atol=1e-6)
+    torch.testing.assert_close(found[0][1], found[1][1])
+    assert found[0][1].keys() == {"encoder.moe", "decoder.moe"}
+
+
+def test_the_balancing_of_an_encoder_and_of_its_decoder_each_leaves_out_its_own_padding():
+    padded, cut = (
+        {**TEXTS, "input_ids": ids, "attention_mask": mask} for ids, mask in ((IDS, MASK), (IDS[:, 3:], None))
+    )
+    values = []
+    for batch in (padded, cut):
+        model = Both().train()
+        balance = BalanceLoss("switch", 0.1).attach(model)
+        model(**batch)["loss"].backward()
+        balance.step()
+        values.append(balance.values)
+    torch.testing.assert_close(*values)
+
+
+def test_an_encoder_whose_decoder_failed_is_in_no_load_and_in_no_value():
+    model, again = Both().train(), Both().train()
+    counters = [LoadCounter(one, moe_layers(one), training=True) for one in (model, again)]
+    balances = [BalanceLoss("global_batch", 0.1).attach(one) for one in (model, again)]
+    with pytest.raises(IndexError):
+        again(IDS[:2], IDS + 64)
+    for one, balance in zip((model, again), balances, strict=True):
+        one(**TEXTS)["loss"].backward()
+        balance.step()
+    loads = [counter.take() for counter in counters]
+    assert [int(load.sum()) for load in loads[0].values()] == [2 * 4 * 5, 2 * 4 * 5]
+    torch.testing.assert_close(*loads)
+    torch.testing.assert_close(*(balance.values for balance in balances))
 
 
 def test_a_record_of_a_decoder_beside_an_encoder_without_experts_is_replayed():

@@ -16,7 +16,7 @@ from moesaic.hf.modules import MoELayer, added_rule, moe_layers
 from moesaic.layer.losses import LOSSES, devices, reachable
 from moesaic.layer.router import Router
 from moesaic.trace.recording.calls import listening
-from moesaic.trace.recording.forwards import bodies_in, models_in
+from moesaic.trace.recording.forwards import bodies_in, outermost_in, parts_in
 from moesaic.train.balance_operators import after_model, after_router
 from moesaic.train.injection import Ledger, is_heard, ledger_of
 from moesaic.train.own_loss import warn_of_own_loss
@@ -111,15 +111,15 @@ class BalanceLoss(TrainerCallback):
             module.__dict__[attribute] = ledger.key(name)
             hooks.callback(module.__dict__.pop, attribute, None)
 
-        models = models_in(model)
+        outermost, ledger.parts = outermost_in(model), parts_in(model)
         bodies = bodies_in(model, [layer.router for layer in layers if layer.router is not None])
-        for part in (*models, *bodies):
-            opened = partial(ledger.opened_in_graph, nested=part in bodies)
-            hooks.enter_context(listening(part, ledger, opened))
-        for part in models:
-            mark(part, "")
+        for called in (*outermost, *ledger.parts, *bodies):
+            opened = partial(ledger.opened_in_graph, nested=called in bodies, part=called in ledger.parts)
+            hooks.enter_context(listening(called, ledger, opened))
+        for called in outermost:
+            mark(called, "")
             after = partial(after_model, attribute=attribute, summed=self._summed)
-            hooks.callback(part.register_forward_hook(after, with_kwargs=True).remove)
+            hooks.callback(called.register_forward_hook(after, with_kwargs=True).remove)
         after_routers: dict[tuple[MoEConfig, bool], partial] = {}
         for layer in layers:
             assert layer.router is not None

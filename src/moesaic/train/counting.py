@@ -15,7 +15,7 @@ from moesaic.hf.modules import MoELayer, moe_layers
 from moesaic.hf.spread import shared_by
 from moesaic.layer.balance import expert_load
 from moesaic.trace.recording.calls import IDLE, listening
-from moesaic.trace.recording.forwards import bodies_in, models_in, read_arguments, token_mask
+from moesaic.trace.recording.forwards import bodies_in, outermost_in, parts_in, read_arguments, token_mask
 from moesaic.trace.recording.running import Running, Threads
 from moesaic.trace.recording.watch import observe
 from moesaic.train.ranks import has_ranks
@@ -48,10 +48,13 @@ class LoadCounter:
         routers = {x.name: x.router for x in layers if x.name not in experts and x.router is not None}
         self._hooks.enter_context(observe(experts, self._count, "ids"))
         self._hooks.enter_context(observe(routers, self._count, "ids", routers=True))
-        for part in models_in(model):
-            self._hooks.enter_context(listening(part, self))
-        for part in bodies_in(model, [*experts.values(), *routers.values()]):
-            self._hooks.enter_context(listening(part, self, partial(self.opened_in_graph, nested=True)))
+        self._parts = parts_in(model)
+        for outer in outermost_in(model):
+            self._hooks.enter_context(listening(outer, self))
+        for part in self._parts:
+            self._hooks.enter_context(listening(part, self, partial(self.opened_in_graph, part=True)))
+        for body in bodies_in(model, [*experts.values(), *routers.values()]):
+            self._hooks.enter_context(listening(body, self, partial(self.opened_in_graph, nested=True)))
 
     def take(self, group: Any = None) -> Loads:
         """The load since the last take, by layer, over the ranks of `group` (all) where torch.distributed runs.
@@ -104,6 +107,7 @@ class LoadCounter:
         running = self._threads.here
         if not running.depth:
             self._settle(running)
+        if not running.depth or model in self._parts:
             counts = model.training == self.training and (torch.is_grad_enabled() or not self.training)
             found = read_arguments(model, args, kwargs)
             running.forward = Forward(counts, None if found is None else token_mask(found.tokens, found.mask))
@@ -122,17 +126,25 @@ class LoadCounter:
             self._settle(running)
 
     def opened_in_graph(
-        self, tokens: Tensor, mask: Tensor | None, positions: Tensor | None, flag: int, *, nested: bool = False
+        self,
+        tokens: Tensor,
+        mask: Tensor | None,
+        positions: Tensor | None,
+        flag: int,
+        *,
+        nested: bool = False,
+        part: bool = False,
     ) -> None:
         """A call begins whose end nobody will tell. Its layers say whether they train."""
         del positions
         running = self._threads.here
-        if running.depth:
+        if running.depth and not part:
             return
         known = token_mask(tokens, mask)
         if known is None and nested and running.forward is not None and running.silent:
             known = running.forward.mask  # it is a part of the call that began last
-        self._settle(running)
+        if not running.depth:
+            self._settle(running)
         running.forward = Forward(False if self.training and flag & IDLE else None, known)
         running.silent = True
 

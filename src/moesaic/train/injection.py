@@ -93,8 +93,10 @@ class Ledger:
         self.owner: Callable[[], Any] = lambda: owner
         self.kind, self.group = owner.kind, owner.group
         self.keys: list[int] = []
+        self.parts: list[nn.Module] = []  # encoders and decoders, each of whose calls in another is one of its own
         self._running = 0  # calls of models, inside each other
         self._current: Call | None = None
+        self._together: deque[Call] = deque(maxlen=REMEMBERED)  # it and those before it in the same outermost call
         self._calls: OrderedDict[int, Call] = OrderedDict()
         self._notes: OrderedDict[int, tuple[list[Call], bool, Tensor | None]] = OrderedDict()
         self._untied: deque[Call] = deque(maxlen=REMEMBERED)
@@ -123,7 +125,7 @@ class Ledger:
     def take(self) -> dict[str, Tensor]:
         """The mean value of each layer since the last take; starts the next step."""
         values = {name: total / count for name, (total, count) in self._values.items()}
-        for memory in (self._values, self._loads, self._calls, self._notes, self._untied, self._idle):
+        for memory in (self._values, self._loads, self._calls, self._notes, self._untied, self._idle, self._together):
             memory.clear()
         self._current = None
         return values
@@ -134,7 +136,8 @@ class Ledger:
         found = read_arguments(model, args, kwargs)
         if not self._running:
             self._before = self._loads.copy(), self._values.copy()
-            call = self._begin(torch.is_grad_enabled())
+        if not self._running or model in self.parts:
+            call = self._begin(torch.is_grad_enabled(), joins=self._running > 0)
             if found is not None:
                 call.says(found.tokens, found.mask)
         self._running += 1
@@ -144,23 +147,30 @@ class Ledger:
         """It is over; what it counted goes with it if it `failed`."""
         del output
         self._running = max(0, self._running - 1)
-        call = self._current
-        if self._running or call is None:
+        if self._running or self._current is None:
             return
-        call.over = True  # its loss may be noted still
         if failed:
             self._loads, self._values = self._before
+        for call in self._together:
+            call.over = True  # its loss may be noted still
             for waiting in (self._untied, self._idle):
-                if call in waiting:
+                if failed and call in waiting:
                     waiting.remove(call)
 
     def opened_in_graph(
-        self, tokens: Tensor, mask: Tensor | None, positions: Tensor | None, flag: int, *, nested: bool = False
+        self,
+        tokens: Tensor,
+        mask: Tensor | None,
+        positions: Tensor | None,
+        flag: int,
+        *,
+        nested: bool = False,
+        part: bool = False,
     ) -> None:
-        if not self._running:
+        if part or not self._running:
             call, trains = self._current, not flag & IDLE
             if not nested or call is None or call.passes or call.over or call.trains != trains:
-                call = self._begin(trains)  # else it is a part of the call that began last
+                call = self._begin(trains, joins=part)  # else it is a part of the call that began last
             call.says(tokens, mask)
         self._place(positions)
 
@@ -172,9 +182,13 @@ class Ledger:
         if call.sequences is None and len(positions) in (1, call.n_rows):
             call.sequences = sequence_numbers(positions.long().expand(call.n_rows, -1))
 
-    def _begin(self, trains: bool) -> Call:
+    def _begin(self, trains: bool, *, joins: bool = False) -> Call:
+        """joins: it is in the same outermost call as the one before it."""
         self.backward_is_over()  # one that failed did not say so
         self._current = Call(next(_numbers), trains)
+        if not joins:
+            self._together.clear()
+        self._together.append(self._current)
         (self._untied if trains else self._idle).append(self._current)
         return self._current
 
@@ -210,8 +224,8 @@ class Ledger:
         return call.number
 
     def note(self, share: Tensor | None, by_hand: bool) -> int:
-        """A loss was computed: by the model, of the call that runs, or by the user, of all calls since the last."""
-        calls = [call for call in (self._current,) if call is not None]
+        """A loss was computed: by the model, of what runs in its call, or by the user, of all calls since the last."""
+        calls = [*self._together]
         if by_hand:
             calls = [*self._idle, *self._untied]
             self._idle.clear()

@@ -57,6 +57,20 @@ def models_with(model: nn.Module, layers: Sequence[MoELayer], *, nested: bool = 
     return [part for part in models_in(model, nested=nested) if not wanted.isdisjoint(part.modules())]
 
 
+def outermost_in(model: nn.Module) -> list[nn.Module]:
+    """The outermost modules that are given tokens, of one text or of two; `model` itself where there are none.
+
+    Only they know the loss, and whether a forward came to its end.
+    """
+    return _find(model, lambda module: takes_tokens(module) or OTHER_TEXT in parameters_of(module))
+
+
+def parts_in(model: nn.Module) -> list[nn.Module]:
+    """Those of `models_in` that run inside of another call, each on a text of its own: encoders and decoders."""
+    outermost = outermost_in(model)
+    return [part for part in models_in(model) if part not in outermost]
+
+
 def _find(model: nn.Module, wanted: Callable[[nn.Module], bool], *, nested: bool = False) -> list[nn.Module]:
     found, inside = [], set()
     for module in model.modules():

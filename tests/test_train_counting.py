@@ -283,3 +283,20 @@ def test_a_compiled_model_does_not_count_forwards_without_gradients():
         compiled(**padded(batch, 5))
     balance.step()
     assert same(balance.load, expected)
+
+
+@pytest.mark.compile
+@pytest.mark.filterwarnings("ignore")  # Dynamo warns of its own
+def test_calls_beyond_dynamos_limit_of_graphs_end_as_they_began():
+    """Dynamo makes graphs of the hook before a call, one for every set of arguments up to its limit. A call beyond it
+    was heard to begin and never to end, and none counted from then on."""
+    model, (ids,) = small_model().train(), batches(1)
+    calls = [{"input_ids": ids}, padded(ids, 3), padded(ids, 5), {"input_ids": ids}]
+    expected = loads_of(model, *calls)
+    compiled = torch.compile(model, backend="eager")
+    balance = BiasBalance(0.01).attach(model)
+    with torch._dynamo.config.patch(recompile_limit=1):
+        for call in calls:
+            compiled(**call)
+    balance.step()
+    assert same(balance.load, expected)

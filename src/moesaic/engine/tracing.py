@@ -17,6 +17,15 @@ def constant_in_graphs(function: F) -> F:
     return function
 
 
+def no_graph_of_its_own(function: F) -> F:
+    """Have dynamo run `function`, and all that it calls, as it is, unless it reads it as part of what calls it."""
+    from torch._C._dynamo import eval_frame
+
+    skip = eval_frame._FrameAction.SKIP
+    eval_frame.set_code_exec_strategy(function.__code__, eval_frame._FrameExecStrategy(skip, skip))
+    return function
+
+
 def is_traced() -> bool:
     """Whether a graph is made of the code that asks.
 

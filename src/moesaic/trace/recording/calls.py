@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from moesaic.engine.tracing import is_traced
+from moesaic.engine.tracing import is_traced, no_graph_of_its_own
 from moesaic.hf.modules import is_recompute
 from moesaic.trace.recording.forwards import read_arguments
 from moesaic.trace.recording.telling import LOCK, forget_copied, reported, telling
@@ -82,6 +82,9 @@ def _unhook(model: nn.Module) -> None:
     model._forward_hooks_always_called.pop(HOOK)
     for hook in model.__dict__.pop("_moesaic_hooks"):
         hook.remove()
+    for call in list(_opened):
+        if call[1] is model:
+            _opened.pop(call, None)
 
 
 def _before(model: nn.Module, args: tuple, kwargs: dict | None = None) -> tuple[tuple, dict] | None:
@@ -89,17 +92,23 @@ def _before(model: nn.Module, args: tuple, kwargs: dict | None = None) -> tuple[
         return None
     if is_traced():
         return _begun_in_graph(model, args, kwargs)
-    _ended.discard((threading.get_ident(), model))  # of a call that another thread began to watch in its midst
+    call = threading.get_ident(), model
+    _ended.discard(call)  # of a call that another thread began to watch in its midst
+    _opened[call] = _opened.get(call, 0) + 1
     if not is_recompute():
         for listener in _listeners.get(model, ()):
             listener.open(model, args, kwargs)
     return None
 
 
+# thread and module, and how many calls of it go on whose begin was heard outside of a graph: dynamo makes graphs of the
+# hook before a call, and of so many calls only
+_opened: dict[tuple[int, nn.Module], int] = {}
 # thread and module of calls that came to their end and whose next hook does not know it yet
 _ended: set[tuple[int, nn.Module]] = set()
 
 
+@no_graph_of_its_own
 def mark_end(module: nn.Module, _args: tuple, _output: Any) -> None:
     """A forward hook for just before one with always_call=True, which may then ask `came_to_end`.
 
@@ -117,11 +126,15 @@ def came_to_end(module: nn.Module) -> bool:
     return ended
 
 
+@no_graph_of_its_own
 def _after(model: nn.Module, _args: tuple, output: Any) -> None:
     if is_traced():
         return
-    failed = not came_to_end(model)
-    if not is_recompute():
+    call = threading.get_ident(), model
+    failed, opened = not came_to_end(model), _opened.pop(call, 0)
+    if opened > 1:
+        _opened[call] = opened - 1
+    if opened and not is_recompute():
         for listener in _listeners.get(model, ()):
             listener.close(output, failed=failed)
 

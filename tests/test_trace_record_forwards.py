@@ -383,6 +383,8 @@ def test_switch_tokens_that_were_dropped_have_no_expert():
     block.router.register_forward_hook(lambda _m, _a, out: seen.append(out))
     with record(block, config=v3(4, 1, 1, 1)) as rec, torch.no_grad():
         block(x)
+    if seen[0][0].is_floating_point():
+        pytest.skip("transformers 5.17 counts a Switch expert's tokens one by one, and drops none")
     one_hot = seen[0][0].flatten(0, 1)
     expected = torch.where(one_hot.any(-1), one_hot.argmax(-1), 4)
     assert (expected == 4).any()

@@ -19,7 +19,7 @@ test-all: lint shapes
 	$(BIN)/pytest $(IN_PARALLEL) -m ""
 
 # Shape annotations are executed here and only here: jaxtyping and beartype do not survive torch.compile.
-SHAPED := moesaic.types,moesaic.rules,moesaic.engine,moesaic.layer
+SHAPED := moesaic.rules,moesaic.engine,moesaic.layer
 shapes: setup
 	$(BIN)/pytest $(IN_PARALLEL) -q -p no:cacheprovider --jaxtyping-packages=$(SHAPED),beartype.beartype \
 		-m "not slow and not compile" \

@@ -64,6 +64,11 @@ def test_a_stage_whose_layers_have_no_bias_has_one_of_zeros_as_in_the_record_of_
     first = dataclasses.replace(stage(trace, 0, 1), bias=None)
     assert_equal(ms.join([first, stage(trace, 2, 3)], along="layers"), trace)
     assert ms.join([first, first.select(slice(0, 4))]).bias is None
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert ms.join([first, stage(trace, 2, 3)], along="layers").bias.dtype == torch.float32
+    finally:
+        torch.set_default_dtype(torch.float32)
     unknown = dataclasses.replace(stage(trace, 2, 3), bias=None)
     with pytest.raises(ValueError, match="only trace 0 has bias"):
         ms.join([stage(trace, 0, 1), unknown], along="layers")
@@ -91,6 +96,7 @@ REFUSED = [
     (TOKENS, {"labels": None}, "only trace 0 has labels"),
     (TOKENS, {"pieces": {3: "z"}}, "token 3 is 'z' in trace 1 and 'x' before: join traces of one tokenizer"),
     (LAYERS, {"input_ids": torch.arange(12) + 1}, "trace 1 has another input_ids than trace 0: along layers"),
+    (LAYERS, {"sequences": torch.arange(12) // 3, "labels": None}, "trace 1 has another sequences than trace 0"),
     (LAYERS, {"layers": ("layers.0",)}, "layer 'layers.0' is in more than one trace: give stages that share no layer"),
 ]
 

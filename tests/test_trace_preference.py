@@ -178,6 +178,17 @@ def test_a_domain_of_shorter_documents_is_not_preferred_for_its_scatter(short, l
     assert np.mean(runs) <= 0.2
 
 
+def test_long_documents_are_not_preferred_where_too_few_would_be_left():
+    """One of five documents is 100 times as long: by its length alone 1 would be compared with 1."""
+    length = torch.tensor(([40] * 4 + [4000]) * 2)
+    ids = torch.rand(int(length.sum()), 32).topk(4).indices
+    trace = Trace.from_routings(
+        {"a": Routing(None, torch.ones(ids.shape), ids)}, CONFIG, sequences=torch.arange(10).repeat_interleave(length)
+    )
+    found = domain_preference(trace, "a" * 5 + "b" * 5, permutations=50)
+    assert (found.tokens, found.documents) == (40, (5, 5))
+
+
 def test_the_first_tokens_of_each_document_count():
     """Expert 0 in the first 3 tokens of the documents of x, expert 1 in those of y, which go on with 0."""
     ids = torch.tensor(([0] * 3) * 8 + ([1] * 3 + [0] * 7) * 8)[:, None]

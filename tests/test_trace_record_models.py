@@ -142,13 +142,23 @@ class Part(nn.Module):
         return x + self.moe(x)
 
 
+class Embedding(nn.Embedding):
+    """Is called with token ids by that name, as NLLB's is, and describes nothing."""
+
+    def forward(self, input_ids):
+        return super().forward(input_ids)
+
+
 class Both(nn.Module):
     """An encoder and a decoder of one's own, with the loss."""
 
-    def __init__(self, *, moe=True):
+    def __init__(self, *, moe=True, shared=False):
         super().__init__()
         torch.manual_seed(0)
+        self.embed = Embedding(64, 8) if shared else None
         self.encoder, self.decoder = Part(moe=moe), Part()
+        if shared:
+            self.encoder.embed = self.decoder.embed = self.embed
 
     def forward(self, input_ids, decoder_input_ids, attention_mask=None):
         states = self.encoder(input_ids, attention_mask).mean(1, keepdim=True)
@@ -182,17 +192,21 @@ def test_the_loss_of_an_encoder_and_its_decoder_scales_the_balancing_of_both(kin
     assert found[0][1].keys() == {"encoder.moe", "decoder.moe"}
 
 
-def test_the_balancing_of_an_encoder_and_of_its_decoder_each_leaves_out_its_own_padding():
+@pytest.mark.parametrize("shared", [False, True])
+def test_the_balancing_of_an_encoder_and_of_its_decoder_each_leaves_out_its_own_padding(shared):
     padded, cut = (
         {**TEXTS, "input_ids": ids, "attention_mask": mask} for ids, mask in ((IDS, MASK), (IDS[:, 3:], None))
     )
     values = []
     for batch in (padded, cut):
-        model = Both().train()
-        balance = BalanceLoss("switch", 0.1).attach(model)
+        model = Both(shared=shared).train()
+        balance, counter = (
+            BalanceLoss("switch", 0.1).attach(model),
+            LoadCounter(model, moe_layers(model), training=True),
+        )
         model(**batch)["loss"].backward()
         balance.step()
-        values.append(balance.values)
+        values.append((balance.values, counter.take()))
     torch.testing.assert_close(*values)
 
 

@@ -154,7 +154,8 @@ class Campaign:
         self._ceilings: dict[tuple[str, int], Ceiling] = {}
 
     def run(self, cells: Iterable[Cell], report: Callable[[Cell], object] = lambda _cell: None) -> list[Cell]:
-        """Measure what is not in the journal yet, or was skipped; returns the cells that the budget left out.
+        """Measure what is not in the journal yet, or was skipped; returns the cells that the budget left out, but for
+        those that were skipped before: the report has them.
 
         `report` hears of each cell before it is measured.
         """

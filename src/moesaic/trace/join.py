@@ -56,16 +56,17 @@ def join(traces: Iterable[Trace], along: str = "tokens") -> Trace:
 def _told(stages: list[Trace]) -> list[Trace]:
     """Stages of one run, each with what another one knows of the tokens, and with zeros for the biases that no layer of
     it has: a record of the whole model has these."""
-    known = {name: next((v for s in stages if (v := getattr(s, name)) is not None), None) for name in OF_TOKENS}
+    alike = [stage for stage in stages if torch.equal(stage.sequences, stages[0].sequences)]  # others are refused later
+    known = {name: next((v for s in alike if (v := getattr(s, name)) is not None), None) for name in OF_TOKENS}
     biased = any(stage.bias is not None for stage in stages)
     told = []
     for stage in stages:
         more: dict[str, Any] = {}
-        if torch.equal(stage.sequences, stages[0].sequences):
-            more |= {name: value for name, value in known.items() if getattr(stage, name) is None}
+        if stage in alike:
+            more |= {name: value for name, value in known.items() if value is not None and getattr(stage, name) is None}
         if biased and stage.bias is None and not any(config.has_correction_bias for config in stage.configs):
-            more["bias"] = torch.zeros(stage.n_layers, stage.n_experts)
-        told.append(dataclasses.replace(stage, **more))
+            more["bias"] = torch.zeros(stage.n_layers, stage.n_experts, dtype=torch.float32, device="cpu")
+        told.append(dataclasses.replace(stage, **more) if more else stage)
     return told
 
 

@@ -111,7 +111,7 @@ class BalanceLoss(TrainerCallback):
             module.__dict__[attribute] = ledger.key(name)
             hooks.callback(module.__dict__.pop, attribute, None)
 
-        outermost, ledger.parts = outermost_in(model), parts_in(model)
+        outermost, ledger.parts = outermost_in(model), parts_in(model, layers)
         bodies = bodies_in(model, [layer.router for layer in layers if layer.router is not None])
         for called in (*outermost, *ledger.parts, *bodies):
             opened = partial(ledger.opened_in_graph, nested=called in bodies, part=called in ledger.parts)

@@ -48,7 +48,7 @@ class LoadCounter:
         routers = {x.name: x.router for x in layers if x.name not in experts and x.router is not None}
         self._hooks.enter_context(observe(experts, self._count, "ids"))
         self._hooks.enter_context(observe(routers, self._count, "ids", routers=True))
-        self._parts = parts_in(model)
+        self._parts = parts_in(model, layers)
         for outer in outermost_in(model):
             self._hooks.enter_context(listening(outer, self))
         for part in self._parts:

@@ -27,7 +27,8 @@ def load(path: str | Path) -> Trace:
     try:
         return _load(path)
     except (OSError, RuntimeError) as error:  # torch's, where memory cannot be mapped
-        raise ValueError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
+        why = getattr(error, "strerror", None) or str(error)
+        raise ValueError(f"{path}: cannot be read ({visible(why[:200])})") from None
     except SafetensorError as error:
         why = str(error).removeprefix("Error while deserializing header: ")
         raise ValueError(f"{path}: not a whole safetensors file ({visible(why[:200])})") from None
@@ -40,7 +41,7 @@ def is_trace(path: Path) -> bool:
     try:
         with safe_open(path, "pt") as file:
             return (file.metadata() or {}).get("format") == FORMAT
-    except (OSError, SafetensorError):
+    except (OSError, RuntimeError, SafetensorError):
         return False
 
 

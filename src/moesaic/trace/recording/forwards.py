@@ -65,10 +65,10 @@ def outermost_in(model: nn.Module) -> list[nn.Module]:
     return _find(model, lambda module: takes_tokens(module) or OTHER_TEXT in parameters_of(module))
 
 
-def parts_in(model: nn.Module) -> list[nn.Module]:
-    """Those of `models_in` that run inside of another call, each on a text of its own: encoders and decoders."""
+def parts_in(model: nn.Module, layers: Sequence[MoELayer]) -> list[nn.Module]:
+    """Those that hold any of `layers` and run inside of another call, on a text of their own: encoders and decoders."""
     outermost = outermost_in(model)
-    return [part for part in models_in(model) if part not in outermost]
+    return [part for part in models_with(model, layers) if part not in outermost]
 
 
 def _find(model: nn.Module, wanted: Callable[[nn.Module], bool], *, nested: bool = False) -> list[nn.Module]:

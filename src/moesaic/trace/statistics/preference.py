@@ -97,11 +97,10 @@ def domain_preference(
     `labels` name the domain of every sequence; those of the trace unless given. The unit of the test is the document,
     a sequence of the trace: tokens of one text are alike and would make anything significant. Documents are compared by
     as many first tokens each, and those that have fewer are left out: rates of short documents scatter more, and
-    shuffles, which mix the lengths, would take that for preferences. Labels
-    are shuffled over documents; each pair's excess rate is put in units of its own spread over the true labels and all
-    shuffles, and the largest of all pairs in each shuffle is the yardstick (max-statistic of Westfall and Young, which
-    bounds the chance of any false finding, however few the shuffles). `alpha` is the level at which its findings will
-    be asked for, as of `found(alpha)`.
+    shuffles, which mix the lengths, would take that for preferences. Labels are shuffled over documents; each pair's
+    excess rate is put in units of its own spread over the true labels and all shuffles, and the largest of all pairs in
+    each shuffle is the yardstick (max-statistic of Westfall and Young, which bounds the chance of any false finding,
+    however few the shuffles). `alpha` is the level at which its findings will be asked for, as of `found(alpha)`.
 
     Raises ValueError where there is not one label a sequence or a token has an expert twice; Untestable where fewer
     than two domains have tokens, or where of so few documents or permutations nothing could be found at `alpha`.
@@ -122,10 +121,10 @@ def domain_preference(
             f"有 token 的领域只有 {n} 个，至少要两个才谈得上偏好",
         )
     label = np.array([place[name] for name in names], np.min_scalar_type(len(place)))
-    first, tokens = _first_tokens(document, label)
+    _check_within_reach(label, permutations, alpha)
+    first, tokens = _first_tokens(document, label, alpha)
     compared, document = np.unique(document[first], return_inverse=True)
     label = label[compared]
-    _check_within_reach(label, permutations, alpha)
     rng = np.random.default_rng(seed)
     shuffled = np.stack([label, *(rng.permutation(label) for _ in range(permutations))])
     layers = [
@@ -147,22 +146,23 @@ def domain_preference(
     )
 
 
-def _first_tokens(document: np.ndarray, label: np.ndarray) -> tuple[np.ndarray, int]:
+def _first_tokens(document: np.ndarray, label: np.ndarray, alpha: float) -> tuple[np.ndarray, int]:
     """bool [T]: the first tokens of every document that has so many; and how many.
 
     More tokens make a document's rates more certain, by their root, and leave more documents out: taken is the number
-    for which that root, times the share of documents that the domain with the fewest keeps, is the largest.
+    for which that root, times the share of documents that the domain with the fewest keeps, is the largest, of those
+    that keep enough for a finding at `alpha`. The shortest document's keeps all.
     """
-    n_tokens = np.bincount(document)
-    lengths, shares = np.unique(n_tokens), []
-    for domain in np.unique(label):
-        shorter = np.searchsorted(np.sort(n_tokens[label == domain]), lengths)
-        shares.append(1 - shorter / (label == domain).sum())
-    tokens = lengths[(np.min(shares, 0) * np.sqrt(lengths)).argmax()]
+    n_tokens, all_of_them = np.bincount(document), np.bincount(label)
+    lengths = np.unique(n_tokens)
+    by_domain = [np.sort(n_tokens[label == domain]) for domain in range(len(all_of_them))]
+    kept = all_of_them - np.stack([np.searchsorted(sizes, lengths) for sizes in by_domain], 1)  # [lengths, D]
+    best = (-(kept / all_of_them).min(1) * np.sqrt(lengths)).argsort(kind="stable")
+    tokens = next(int(lengths[i]) for i in best if _least_p(kept[i]) < alpha)
     order = np.argsort(document, kind="stable")  # a batch's documents may be interleaved
     position = np.empty_like(order)
     position[order] = np.arange(len(order)) - (np.cumsum(n_tokens) - n_tokens)[document[order]]
-    return (position < tokens) & (n_tokens >= tokens)[document], int(tokens)
+    return (position < tokens) & (n_tokens >= tokens)[document], tokens
 
 
 def _strongest(
@@ -227,28 +227,29 @@ def _labels_of(trace: Trace, labels: Sequence[str] | None) -> tuple[str, ...]:
 
 
 def _check_within_reach(label: np.ndarray, permutations: int, alpha: float) -> None:
-    """Refuse what cannot come out significant at `alpha`.
-
-    A preference for a domain is that for its documents. Every shuffle that deals these to it, or to another domain of
-    as many, has the same preference: of `binom(documents, those of the domain)` equally likely draws, one each. Where
-    that share is `alpha` itself, half of all seeds would find it.
-    """
+    """Refuse what cannot come out significant at `alpha`."""
     if (least := 1 / (permutations + 1)) > alpha:
         raise Untestable(
             f"of {counted(permutations, 'permutation')} no p-value is below {least:.2g}, and alpha is {alpha:g}",
             f"置换 {permutations:,} 次，p 值不会低于 {least:.2g}，而 alpha 是 {alpha:g}",
         )
-    sizes, alike = np.unique(np.bincount(label), return_counts=True)
-    n = len(label)
-    log_ways = [math.lgamma(n + 1) - math.lgamma(size + 1) - math.lgamma(n - size + 1) for size in sizes.tolist()]
-    least = min(
-        domains / round(math.exp(min(log, 50.0))) for domains, log in zip(alike.tolist(), log_ways, strict=True)
-    )
-    if least >= alpha:
-        d = int(alike.sum())
+    n, d = len(label), len(np.unique(label))
+    if (least := _least_p(np.bincount(label))) >= alpha:
         raise Untestable(
             f"no preference among {counted(n, 'document')} in {counted(d, 'domain')} could have a p-value below "
             f"{least:.2g}, and alpha is {alpha:g}: give more documents a domain",
             f"{n} 个文档分属 {d} 个领域，任何偏好的 p 值都不会低于 {least:.2g}，而 alpha 是 {alpha:g}："
             "请给每个领域更多的文档",
         )
+
+
+def _least_p(documents: np.ndarray) -> float:
+    """The smallest p-value that a preference can have, by the number of documents of each domain.
+
+    A preference for a domain is that for its documents. Every shuffle that deals these to it, or to another domain of
+    as many, has the same preference: of `binom(documents, those of the domain)` equally likely draws, one each. Where
+    that share is alpha itself, half of all seeds would find it.
+    """
+    n, (sizes, alike) = int(documents.sum()), np.unique(documents, return_counts=True)
+    log_ways = [math.lgamma(n + 1) - math.lgamma(size + 1) - math.lgamma(n - size + 1) for size in sizes.tolist()]
+    return min(domains / round(math.exp(min(log, 50.0))) for domains, log in zip(alike.tolist(), log_ways, strict=True))

@@ -111,7 +111,7 @@ def attached(model: Any, kinds: tuple[str, ...], path: Path, watchers: list[Any]
         if kind in LOSSES:
             new = ms.BalanceLoss(kind, 1e-9)
         else:
-            new = ms.BiasBalance(0.0) if kind == "bias" else monitor(path, kind == "loads")
+            new = ms.BiasBalance(1e-9) if kind == "bias" else monitor(path, kind == "loads")
         watchers.append(new.attach(model))
     try:
         yield
